@@ -1,0 +1,53 @@
+"""What every fit does beside training: it is a function of seed and step, and it signs its work."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from recsys2stage.artifacts import write_manifest
+from recsys2stage.data import seed
+
+
+class ReseedEveryStep(Callback):
+    """Makes dropout a function of (seed, step), so that a resumed run ends with the weights of an unbroken one."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed((seed() * 1_000_003 + trainer.global_step) * 65_537 + trainer.global_rank)
+
+
+class SignFit(Callback):
+    """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # of all attempts before this one
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds + time.monotonic() - self.started}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds = state["seconds"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.monotonic()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint = trainer.checkpoint_callback
+        if not trainer.is_global_zero or not isinstance(checkpoint, ModelCheckpoint) or trainer.interrupted:
+            return
+        best = checkpoint.best_model_score
+        write_manifest(
+            Path(str(checkpoint.dirpath)),
+            type(pl_module).__name__.lower(),
+            options={"config": str(Path(str(trainer.log_dir)) / "config.yaml"), "seed": seed()},
+            parents=getattr(trainer.datamodule, "parents", {}),  # type: ignore[attr-defined]
+            monitor=checkpoint.monitor,
+            best=None if best is None else float(best),
+            epochs=trainer.current_epoch,
+            steps=trainer.global_step,
+            seconds=round(self.seconds + time.monotonic() - self.started, 1),
+            parameters=sum(p.numel() for p in pl_module.parameters()),
+        )

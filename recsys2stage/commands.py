@@ -1,0 +1,374 @@
+"""The verbs that carry data from stage to stage: load, call what does the work, write an artifact."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from tqdm import tqdm
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import read_manifest, whole, write_json, write_manifest
+from recsys2stage.dataset import Dataset, Split
+from recsys2stage.evaluate import as_markdown, as_table, describe, protocol_line, rank_users, summarise
+from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
+from recsys2stage.mining import (
+    CANDIDATES,
+    STATES,
+    Miner,
+    Mixture,
+    Popular,
+    RankBand,
+    Request,
+    Uniform,
+    lists,
+    select_fold,
+    specify_miner,
+)
+from recsys2stage.prepare import prepare
+from recsys2stage.recommend import (
+    POPULARITY,
+    RERANKER,
+    TOWERS,
+    FileUsers,
+    PreparedUsers,
+    Recommender,
+    build,
+    in_chunks,
+    read_checkpoint,
+)
+from recsys2stage.simulate import simulate
+from recsys2stage.towers import TwoTower
+
+RUN = Path("runs/ml-20m")  # the default run, as `make pipeline` leaves it
+DATA = Path("data/ml-20m")
+
+
+def export_index(
+    retriever: Path = RUN / "retriever/best.ckpt",
+    data: Path = DATA,
+    output: Path = RUN / "index",
+    index: Index | None = None,
+    measured: int = 1000,
+) -> None:
+    """Export a retriever's item vectors as an index that serves without the training data.
+
+    Recall against exact search and latency are measured on validation histories and written to the manifest.
+
+    Args:
+        retriever: checkpoint of a retriever.
+        data: prepared dataset.
+        output: folder to write.
+        index: how to search, exactly (Exact) or by a faiss factory string (Faiss); None: Exact.
+        measured: how many users to measure recall and latency on; 0: none.
+    """
+    dataset = Dataset(data)
+    options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
+    if options["num_items"] != dataset.num_items:
+        raise ValueError(
+            f"{retriever} knows {options['num_items']} items but {data} has {dataset.num_items}; "
+            "it was trained on other data, fit again"
+        )
+    towers = {name: options[name] for name in ("num_items", "max_length", "dim", "encoder", "items")}
+    index = index or Exact()
+    with torch.inference_mode():
+        index.build(build(TwoTower, towers, weights).every_item().numpy())
+    facts = {
+        "vector_dim": options["dim"],
+        "items": dataset.num_items,
+        "request_time": options["request_time"],
+        "split_hash": dataset.manifest["split_hash"],
+        "towers": towers,
+    }
+    with whole(output) as folder:
+        folder.mkdir()
+        index.save(folder)
+        torch.save(weights, folder / TOWERS)
+        np.save(folder / POPULARITY, dataset.train_counts)
+        (folder / c.ITEM_TABLE).write_bytes((dataset.path / c.ITEM_TABLE).read_bytes())
+        parents = {"retriever": retriever, "data": data}
+        made = {"index": json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")), "measured": measured}
+        write_manifest(folder, "index", made, parents, **facts)
+        users = dataset.users("val")
+        users = np.random.default_rng(0).permutation(users)[:measured]
+        if len(users):
+            recommender = Recommender.load(folder)
+            padded = dataset.histories(users, "val", recommender.towers.max_length)
+            queries = recommender.queries(padded, dataset.request_times(users, "val"))
+            known = dataset.known(users, "val")
+            facts["measured"] = measure(index, queries, min(100, dataset.num_items), (known.values, known.offsets))
+            write_manifest(folder, "index", made, parents, **facts)
+    print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
+
+
+def mine_negatives(
+    data: Path = DATA,
+    index: Path = RUN / "index",
+    output: Path = RUN / "candidates",
+    miner: Miner | None = None,
+    k: int = 200,
+    select: float = 0.2,
+    users: int | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> None:
+    """Mine candidate lists around each user's validation target, which the retriever has never been trained on.
+
+    Candidates come through the path that serves: the index, with the user's known items excluded. Every positive up to
+    and including the target is kept out of the negatives; the test event is never consulted. Users kept to select the
+    ranker get all candidates, in order, as they are served.
+
+    Args:
+        data: prepared dataset.
+        index: folder written by export-index.
+        output: folder to write.
+        miner: which negatives a training list gets; None: every candidate, 10 uniform and 10 popular items.
+        k: candidates of each user.
+        select: share of the users, by seeded hash, that select the ranker and do not train it.
+        users: how many users to mine, drawn at random; None: all.
+        batch_size: users at a time.
+        seed: of the draws.
+    """
+    dataset, recommender = open_both(data, index)
+    if not 0 <= select < 1:
+        raise ValueError(f"select is {select}, expected a share of the users from 0 to below 1")
+    miner = miner or Mixture([RankBand(), Uniform(10), Popular(10)])
+    mined = some(dataset.users("val"), users, seed)
+    if not len(mined):
+        raise ValueError(f"{data} has no user with a validation target; see the counts in {data / c.MANIFEST}")
+    vectors = np.concatenate([np.zeros((1, recommender.index.vectors.shape[1]), np.float32), recommender.index.vectors])
+    rng = np.random.default_rng(seed)
+    counts = {"users": len(mined), "train_users": 0, "select_users": 0, "target_outside_candidates": 0, "rows": 0}
+    with whole(output) as folder:
+        folder.mkdir()
+        states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), vectors.shape[1]))
+        with ParquetStream(folder / CANDIDATES) as stream:
+            for part in tqdm(list(in_chunks(len(mined), batch_size)), desc="mine", unit="batch"):
+                batch = mined[part]
+                padded = dataset.histories(batch, "val", recommender.towers.max_length)
+                known, target = dataset.known(batch, "val"), dataset.targets(batch, "val")
+                queries = states[part] = recommender.queries(padded, dataset.request_times(batch, "val"))
+                scores, items = recommender.candidates(queries, known, k)
+                selects = select_fold(batch, select, seed)
+                request = Request.of(items, target, known.rows, known.values, dataset.train_counts)
+                every = queries @ vectors.T  # (B, V + 1)
+                every[:, 0] = every[known.rows, known.values] = -np.inf
+                table = lists(request, scores, miner.choose(request, rng), every, selects)
+                found = (items == target[:, None]).any(1)
+                counts["train_users"] += int((~selects & found).sum())
+                counts["select_users"] += int(selects.sum())
+                counts["target_outside_candidates"] += int((~found).sum())
+                counts["rows"] += len(table[c.ITEM])
+                stream.write({c.USER: batch[table.pop("row")].astype(np.int32), **table})
+        states.flush()
+        write_manifest(
+            folder,
+            "candidates",
+            options={"miner": specify_miner(miner), "k": k, "select": select, "users": users, "seed": seed},
+            parents={"index": index, "data": data},
+            vector_dim=vectors.shape[1],
+            request_time=recommender.request_time,
+            counts=counts,
+        )
+    outside = counts["target_outside_candidates"]
+    print(
+        f"{output}: {counts['rows']:,} rows of {counts['users']:,} users ({counts['train_users']:,} train the ranker, "
+        f"{counts['select_users']:,} select it); the target of {outside:,} lies outside the {k} candidates"
+    )
+
+
+class ParquetStream:
+    """Writes tables of like columns one after the other into one Parquet file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.writer = path, None
+
+    def __enter__(self) -> "ParquetStream":
+        return self
+
+    def write(self, table: dict[str, np.ndarray]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        arrow = pa.table(table)
+        self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
+        self.writer.write_table(arrow)
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def export_bundle(
+    index: Path = RUN / "index",
+    ranker: Path = RUN / "ranker/best.ckpt",
+    output: Path = RUN / "bundle",
+    candidates: int = 200,
+) -> None:
+    """Put both stages into one folder that another process serves from.
+
+    Args:
+        index: folder written by export-index.
+        ranker: checkpoint of a ranker.
+        output: folder to write.
+        candidates: how many candidates the ranker orders at each request.
+    """
+    options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
+    first = read_manifest(index, "index", f"recsys export-index --output {index}")
+    if not np.array_equal(weights["vectors"][1:].numpy(), np.load(index / VECTORS)):
+        raise ValueError(f"{ranker} was trained beside other item vectors than those of {index}; mine and fit again")
+    with whole(output) as folder:
+        folder.mkdir()
+        for file in Path(index).iterdir():
+            if file.name != c.MANIFEST:
+                (folder / file.name).write_bytes(file.read_bytes())
+        torch.save(weights, folder / RERANKER)
+        kept = ("vector_dim", "items", "request_time", "split_hash", "towers")
+        write_manifest(
+            folder,
+            "bundle",
+            options={"candidates": candidates},
+            parents={"index": index, "ranker": ranker, "data": first["parents"]["data"]["path"]},
+            candidates=candidates,
+            reranker={
+                "dim": options["vector_dim"],
+                **{name: options[name] for name in ("num_items", "features", "scorer", "feature_dim")},
+            },
+            **{name: first[name] for name in kept},
+        )
+    print(f"{output}: both stages, {candidates} candidates")
+
+
+def recommend(
+    bundle: Path = RUN / "bundle",
+    data: Path | None = None,
+    histories: Path | None = None,
+    users: list[str] | Path | None = None,
+    output: Path = RUN / "recommendations.parquet",
+    k: int = 10,
+    request_time: int | None = None,
+    batch_size: int = 256,
+) -> None:
+    """Recommend for users of the data, or for histories in a file, and write user_id, item_id, score, rank, retriever_score.
+
+    Args:
+        bundle: folder written by export-bundle (or by export-index: the first stage alone).
+        data: prepared dataset whose users to recommend for; None: the one the bundle was made from.
+        histories: CSV or Parquet with user_id, item_id and, where the model is told the request time, time in seconds;
+            oldest first where there is no time. These users need not be in the data.
+        users: only these user ids, as a list or as a text file with one a line; None: all.
+        output: Parquet file to write.
+        k: how many items a user.
+        request_time: seconds at which the recommendations are asked for; None: the newest event of the log.
+        batch_size: users at a time.
+    """
+    recommender = Recommender.load(bundle)
+    chosen = Path(users).read_text(encoding="utf-8").split() if isinstance(users, Path) else users
+    if histories is not None:
+        people: PreparedUsers | FileUsers = FileUsers(histories, recommender, chosen)
+    else:
+        made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
+        dataset = Dataset(data or made_from)
+        check_split(dataset, bundle)
+        people = PreparedUsers(dataset, recommender, chosen)
+    item_ids = recommender.catalogue[c.ITEM_ID].to_numpy()
+    now = people.newest if request_time is None else request_time
+    with whole(output) as beside, ParquetStream(beside) as stream:
+        for part in tqdm(list(in_chunks(len(people.user_ids), batch_size)), desc="recommend", unit="batch"):
+            padded, known = people.read(part)
+            ranking = recommender.rank(padded, known, np.full(len(padded.lengths), now), k)
+            row, place = np.nonzero(ranking.items > 0)
+            stream.write(
+                {
+                    c.USER_ID: people.user_ids[part][row],
+                    c.ITEM_ID: item_ids[ranking.items[row, place] - 1],
+                    c.SCORE: ranking.score[row, place],
+                    c.RANK: (place + 1).astype(np.int32),
+                    c.RETRIEVER_SCORE: ranking.retriever_score[row, place],
+                }
+            )
+    print(f"{output}: {k} items for each of {len(people.user_ids):,} users")
+
+
+def evaluate(
+    bundle: Path = RUN / "bundle",
+    data: Path | None = None,
+    output: Path = RUN,
+    split: Split = "test",
+    users: int | None = None,
+    resamples: int = 1000,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> None:
+    """Measure both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
+
+    Args:
+        bundle: folder written by export-bundle (or by export-index: the first stage alone).
+        data: prepared dataset; None: the one the bundle was made from.
+        output: folder of the report.
+        split: which targets to rank. Choose by val, report test once.
+        users: how many users, drawn at random; None: all.
+        resamples: bootstrap samples of users.
+        batch_size: users at a time.
+        seed: of the draws and the bootstrap.
+    """
+    recommender = Recommender.load(bundle)
+    made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
+    dataset = Dataset(data or made_from)
+    check_split(dataset, bundle)
+    measured = some(dataset.users(split), users, seed)
+    if not len(measured):
+        raise ValueError(f"{dataset.path} has no user with a {split} target; see the counts in its {c.MANIFEST}")
+    ranks = rank_users(dataset, recommender, measured, split, batch_size)
+    found = ranks.pop("found")
+    protocol = describe(dataset, recommender.request_time, split)
+    report = {"protocol": protocol} | summarise(dataset, ranks, measured, split, resamples, seed)
+    report["candidates"] = {"k": recommender.num_candidates, "recall": float(found.mean())}
+    line = protocol_line(protocol, len(measured), dataset.num_items)
+    output.mkdir(parents=True, exist_ok=True)
+    with whole(output / "ranks.parquet") as beside:
+        pl.DataFrame({c.USER: measured, **ranks}).write_parquet(beside)
+    with whole(output / "report.md") as beside:
+        beside.write_text(as_markdown(report, line), encoding="utf-8")
+    write_json(output / "report.json", report)
+    print(f"\n{line}\n\n{as_table(report)}\n")
+    for name in ("report.json", "report.md", "ranks.parquet"):
+        print(output / name)
+
+
+def open_both(data: Path, index: Path) -> tuple[Dataset, Recommender]:
+    """A dataset and a first stage that was made from it."""
+    dataset = Dataset(data)
+    recommender = Recommender.load(index)
+    check_split(dataset, index)
+    return dataset, recommender
+
+
+def check_split(dataset: Dataset, folder: Path) -> None:
+    """Refuses to use a model with a dataset whose training events may be other than those it was trained on."""
+    theirs = read_manifest(folder, Recommender.kind(folder), "recsys export-index")["split_hash"]
+    if theirs != dataset.manifest["split_hash"]:
+        raise ValueError(
+            f"{folder} was made from a dataset with split hash {theirs[:12]}…, but {dataset.path} has "
+            f"{dataset.manifest['split_hash'][:12]}…: its test events may have been trained on; make {folder} again"
+        )
+
+
+def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """All users, or `count` of them drawn at random, ascending."""
+    if count is None or count >= len(users):
+        return users
+    return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
+
+
+COMMANDS = {
+    "simulate": simulate,
+    "prepare-data": prepare,
+    "export-index": export_index,
+    "mine-negatives": mine_negatives,
+    "export-bundle": export_bundle,
+    "recommend": recommend,
+    "evaluate": evaluate,
+}

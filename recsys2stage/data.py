@@ -1,0 +1,304 @@
+"""The two data modules: histories for the retriever, mined candidates for the ranker.
+
+Batches are gathers over memory-mapped arrays, so there are no workers and no per-row Python.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from lightning import LightningDataModule
+from torch import Tensor
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import read_manifest
+from recsys2stage.dataset import Dataset, Padded, RequestTime, Split, places, requests, windows
+from recsys2stage.index import VECTORS
+from recsys2stage.mining import CANDIDATES, STATES, read_candidates
+from recsys2stage.shapes import History
+
+
+class Queries(NamedTuple):
+    """Histories with their targets and what may not be recommended."""
+
+    users: Int[Tensor, " B"]
+    history: History
+    target: Int[Tensor, " B"]
+    known_rows: Int[Tensor, " X"]
+    known_items: Int[Tensor, " X"]
+
+
+class Lists(NamedTuple):
+    """Candidate lists; places past a list's end hold item 0."""
+
+    state: Float[Tensor, "B D"]
+    items: Int[Tensor, "B C"]
+    score: Float[Tensor, "B C"]
+    rank: Int[Tensor, "B C"]
+    positive: Int[Tensor, " B"]  # place of the positive; -1 where it is not among the candidates
+
+
+class BatchLoader:
+    """Batches in the order of a plan that is made anew at the start of each epoch.
+
+    Where the plan is a function of seed and epoch alone, as all plans here are, a run resumes in mid-epoch exactly.
+
+    Args:
+        read: indices -> batch.
+        plan: gives index arrays, one a batch; always as many.
+    """
+
+    def __init__(self, read: Callable[[np.ndarray], Any], plan: Callable[[], list[np.ndarray]]) -> None:
+        self.read, self.plan = read, plan
+        self.length, self.next = len(plan()), 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        plan = self.plan()
+        first = self.next if self.next < len(plan) else 0
+        for number in range(first, len(plan)):
+            self.next = number + 1  # before the yield: a checkpoint is saved while the batch is out
+            yield self.read(plan[number])
+        self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def seed() -> int:
+    """The run's seed, as `seed_everything` left it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def shuffled(lengths: np.ndarray, batch_size: int, epoch: int, pool: int = 32) -> list[np.ndarray]:
+    """Indices in random batches of like length, so that little is padded: a function of the run's seed and the epoch.
+
+    The shuffled indices are cut into pools of `pool` batches; each pool is sorted by length and cut into batches, and
+    the batches are shuffled.
+    """
+    rng = np.random.default_rng([seed(), epoch])
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), batch_size * pool):
+        part = order[start : start + batch_size * pool]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class _DataModule(LightningDataModule):
+    path: Path
+    batch_size: int
+
+    def __str__(self) -> str:  # Lightning's own would read a batch of every loader
+        return f"{type(self).__name__}({self.path})"
+
+    def _shuffled(self, read: Callable[[np.ndarray], Any], lengths: np.ndarray) -> BatchLoader:
+        """Training batches of this process."""
+
+        def plan() -> list[np.ndarray]:
+            epoch, rank, world = 0, 0, 1
+            if self.trainer:
+                epoch, rank, world = self.trainer.current_epoch, self.trainer.global_rank, self.trainer.world_size
+            batches = shuffled(lengths, self.batch_size, epoch)
+            return batches[: len(batches) // world * world][rank::world]  # every process takes as many steps
+
+        return BatchLoader(read, plan)
+
+    def _in_order(self, read: Callable[[np.ndarray], Any], users: np.ndarray, batch_size: int) -> BatchLoader:
+        """Batches of this process that measure."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)][rank::world]
+        return BatchLoader(read, lambda: batches)
+
+
+class Histories(_DataModule):
+    """Windows over every user's training events, and the histories before validation and test targets.
+
+    Args:
+        path: prepared dataset.
+        prepare: configuration of `recsys prepare-data`, used when nothing is at `path` yet.
+        max_length: longest history the model sees, L.
+        batch_size: windows in a training batch.
+        eval_batch_size: users in a validation or test batch.
+        request_time: whether the model is told when the next item is asked for: not at all (`none`), at the time of the
+            newest event (`last_event`), or at the target's own time (`target`), as a server that knows "now".
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        prepare: Path | None = None,
+        max_length: int = 200,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        request_time: RequestTime = "none",
+    ) -> None:
+        super().__init__()
+        if max_length < 1 or batch_size < 1:
+            raise ValueError(f"max_length is {max_length} and batch_size {batch_size}; both must be at least 1")
+        self.path, self.max_length, self.request_time = Path(path), max_length, request_time
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.prepare = prepare
+        self.prepare_data()  # before Lightning asks for it, because the model's size comes from the data
+        self.dataset = Dataset(path)
+        self.dataset.check_request_time(request_time)
+        train_ends = np.asarray(self.dataset.train_ends)
+        self.window_starts, self.window_ends = windows(np.asarray(self.dataset.offsets[:-1]), train_ends, max_length)
+
+    def prepare_data(self) -> None:
+        """Prepares the dataset where it is missing and `prepare` says how."""
+        if not (self.path / c.MANIFEST).is_file() and self.prepare is not None:
+            prepare_dataset(self.prepare, self.path)
+
+    @property
+    def num_items(self) -> int:
+        return self.dataset.num_items
+
+    @property
+    def parents(self) -> dict[str, Path]:
+        return {"data": self.path}
+
+    def log_popularity(self) -> Float[Tensor, " W"]:
+        """log p of each item as a training target, p = (count + 1) / (targets + V), (V + 1,)."""
+        # every training event but a user's first is a target
+        first = np.asarray(self.dataset.offsets[:-1])
+        first = np.asarray(self.dataset.items[first[np.asarray(self.dataset.train_ends) > first]])
+        counts = self.dataset.train_counts - np.bincount(first, minlength=self.num_items + 1)
+        return torch.from_numpy(np.log((counts + 1) / (counts.sum() + self.num_items))).float()
+
+    def train_dataloader(self) -> BatchLoader:
+        if not len(self.window_starts):
+            raise ValueError(f"{self.path} has no user with two training events; nothing can be learned from it")
+        return self._shuffled(self.read_windows, self.window_ends - self.window_starts)
+
+    def val_dataloader(self) -> BatchLoader:
+        return self._queries("val")
+
+    def test_dataloader(self) -> BatchLoader:
+        return self._queries("test")
+
+    def _queries(self, split: Split) -> BatchLoader:
+        users = self.dataset.users(split)
+        if not len(users):
+            raise ValueError(f"{self.path} has no user with a {split} target; see counts in {self.path / c.MANIFEST}")
+        return self._in_order(lambda batch: self.read_queries(batch, split), users, self.eval_batch_size)
+
+    def read_windows(self, batch: np.ndarray) -> History:
+        padded = self.dataset.events(self.window_starts[batch], self.window_ends[batch])
+        return as_history(padded, None, self.request_time)
+
+    def read_queries(self, users: np.ndarray, split: Split) -> Queries:
+        padded = self.dataset.histories(users, split, self.max_length)
+        known = self.dataset.known(users, split)
+        return Queries(
+            users=torch.from_numpy(users),
+            history=as_history(padded, self.dataset.request_times(users, split), self.request_time),
+            target=torch.from_numpy(self.dataset.targets(users, split)),
+            known_rows=torch.from_numpy(known.rows),
+            known_items=torch.from_numpy(known.values),
+        )
+
+
+def as_history(padded: Padded, target_times: np.ndarray | None, request_time: RequestTime) -> History:
+    request = requests(padded, target_times, request_time)
+    return History(
+        items=torch.from_numpy(padded.items),
+        lengths=torch.from_numpy(np.asarray(padded.lengths)),
+        times=torch.from_numpy(padded.times),
+        request=None if request is None else torch.from_numpy(request),
+    )
+
+
+def prepare_dataset(config: Path, output: Path) -> None:
+    """Runs `recsys prepare-data --config config --output output`."""
+    from jsonargparse import ArgumentParser
+
+    from recsys2stage import sources  # noqa: F401  (short class names resolve once their module is imported)
+    from recsys2stage.prepare import prepare
+
+    if not config.is_file():
+        raise FileNotFoundError(f"{output} has no dataset and {config} does not exist; give a prepare-data config")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(prepare)
+    options = parser.instantiate(parser.parse_path(str(config)))
+    prepare(**{**options.as_dict(), "output": output})
+
+
+class Candidates(_DataModule):
+    """Mined candidate lists: most users train the ranker, the rest select it.
+
+    Args:
+        path: folder written by `recsys mine-negatives`.
+        batch_size: lists in a batch.
+    """
+
+    def __init__(self, path: Path, batch_size: int = 128) -> None:
+        super().__init__()
+        self.path, self.batch_size = Path(path), batch_size
+        self.manifest = read_manifest(path, "candidates", f"recsys mine-negatives --output {path}")
+        self.dataset = Dataset(self.manifest["parents"]["data"]["path"])
+
+    @property
+    def num_items(self) -> int:
+        return self.dataset.num_items
+
+    @property
+    def vector_dim(self) -> int:
+        return int(self.manifest["vector_dim"])
+
+    @property
+    def parents(self) -> dict[str, Path]:
+        return {"candidates": self.path}
+
+    @property
+    def features(self) -> list[dict[str, Any]]:
+        """Item features the ranker may look at: name, kind, size and width of the array of values."""
+        return [
+            {"name": f["name"], "kind": f["kind"], "size": f["size"], "values": f["values"].shape[1] if f["values"].ndim == 2 else 1}
+            for f in self.dataset.features()
+        ]
+
+    def item_vectors(self) -> Float[Tensor, "W D"]:
+        """The retriever's vectors, row 0 for padding."""
+        vectors = np.load(Path(self.manifest["parents"]["index"]["path"]) / VECTORS)
+        return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
+
+    def setup(self, stage: str) -> None:
+        self.lists = read_candidates(self.path / CANDIDATES)
+        self.states = np.load(self.path / STATES, mmap_mode="r")
+
+    def train_dataloader(self) -> BatchLoader:
+        train = np.flatnonzero((self.lists.fold == "train") & (self.lists.positive >= 0))
+        if not len(train):
+            raise ValueError(f"no list in {self.path} holds its user's target; mine more candidates (k) or train the retriever")
+        return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
+
+    def val_dataloader(self) -> BatchLoader:
+        select = np.flatnonzero(self.lists.fold == "select")
+        if not len(select):
+            raise ValueError(f"{self.path} keeps no users to select the ranker on; mine with select above 0")
+        return self._in_order(self.read, select, self.batch_size)
+
+    def test_dataloader(self) -> BatchLoader:
+        raise ValueError("a ranker is tested beside its retriever, on the same users: run recsys evaluate")
+
+    def read(self, batch: np.ndarray) -> Lists:
+        starts, ends = self.lists.offsets[batch], self.lists.offsets[batch + 1]
+        index, real = places(starts, ends)
+        return Lists(
+            state=torch.from_numpy(np.asarray(self.states[batch], dtype=np.float32)),
+            items=torch.from_numpy(np.where(real, self.lists.items[index], c.PAD).astype(np.int64)),
+            score=torch.from_numpy(self.lists.score[index]),
+            rank=torch.from_numpy(self.lists.rank[index].astype(np.int64)),
+            positive=torch.from_numpy(self.lists.positive[batch]),
+        )

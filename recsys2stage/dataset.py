@@ -1,0 +1,217 @@
+"""A prepared dataset as memory-mapped arrays; every look at it is one vectorised gather over many users."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import read_manifest
+
+Split = Literal["val", "test"]
+RequestTime = Literal["none", "last_event", "target"]
+REQUEST_TIMES = ("none", "last_event", "target")
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths: row b is values[offsets[b]:offsets[b + 1]]."""
+
+    values: np.ndarray  # (sum,)
+    offsets: np.ndarray  # (B + 1,) int64
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The row of each value, (sum,) int64."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+
+def spans(starts: np.ndarray, ends: np.ndarray) -> Ragged:
+    """The indices starts[b] .. ends[b] - 1 of each row, without a loop."""
+    lengths = np.maximum(ends - starts, 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Ragged(np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths), offsets)
+
+
+def places(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The indices starts[b] .. ends[b] - 1 as a left-aligned (B, L) matrix (0 in the rest), and which are real."""
+    column = np.arange(max(int((ends - starts).max(initial=0)), 1))
+    real = column < (ends - starts)[:, None]
+    return np.where(real, starts[:, None] + column, 0), real
+
+
+class Padded(NamedTuple):
+    """Left-aligned events, cut to the longest row."""
+
+    items: np.ndarray  # (B, L) int64
+    times: np.ndarray  # (B, L) int64
+    lengths: np.ndarray  # (B,) int64
+
+
+def left_aligned(items: np.ndarray, times: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Padded:
+    """Events starts[b] .. ends[b] - 1 of each row."""
+    if not len(items):  # nothing to gather from
+        empty = np.zeros((len(starts), 1), dtype=np.int64)
+        return Padded(empty, empty, np.zeros(len(starts), dtype=np.int64))
+    index, real = places(starts, ends)
+    return Padded(np.where(real, items[index], c.PAD).astype(np.int64), np.where(real, times[index], 0), ends - starts)
+
+
+class Dataset:
+    """What `recsys prepare-data` wrote. U users are 0..U-1, V items are 1..V.
+
+    Args:
+        path: folder of the prepared dataset.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
+        self.items = self._load(c.EVENT_ITEMS)
+        self.times = self._load(c.EVENT_TIMES)
+        self.offsets = self._load(c.USER_OFFSETS)
+        self.train_ends = self._load(c.TRAIN_ENDS)
+        self.val_ends = self._load(c.VAL_ENDS)
+
+    def _load(self, name: str) -> np.ndarray:
+        return np.load(self.path / name, mmap_mode="r")
+
+    @property
+    def num_users(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_items(self) -> int:
+        return int(self.manifest["counts"]["items"])
+
+    @property
+    def has_time(self) -> bool:
+        """Whether times are seconds, not just an order."""
+        return bool(self.manifest["has"]["time"])
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return self.manifest["protocol"]
+
+    @property
+    def keeps_repeats(self) -> bool:
+        return self.protocol["repeats"] == "keep"
+
+    @cached_property
+    def cold(self) -> np.ndarray:
+        """Items withheld from all training, (V + 1,) bool."""
+        return np.load(self.path / c.ITEM_COLD)
+
+    @cached_property
+    def train_counts(self) -> np.ndarray:
+        """How many training events each item has, (V + 1,) int64."""
+        train = spans(self.offsets[:-1], self.train_ends)
+        return np.bincount(self.items[train.values], minlength=self.num_items + 1)
+
+    def users(self, split: Split) -> np.ndarray:
+        """Users that have a target in this split, ascending, (B,) int64."""
+        ends = self.val_ends if split == "val" else self.offsets[1:]
+        return np.flatnonzero(self.target_places(split) < ends)
+
+    def target_places(self, split: Split) -> np.ndarray:
+        """Index of each user's target among all events; valid for `users(split)` only, (U,) int64."""
+        return np.asarray(self.train_ends if split == "val" else self.val_ends)
+
+    def events(self, starts: np.ndarray, ends: np.ndarray) -> Padded:
+        """Events starts[b] .. ends[b] - 1 of each row, left-aligned."""
+        return left_aligned(self.items, self.times, starts, ends)
+
+    def histories(self, users: np.ndarray, split: Split | Literal["all"], max_length: int) -> Padded:
+        """The newest events before each user's target in `split` (all events for "all"), at most `max_length`."""
+        ends = np.asarray(self.offsets[users + 1]) if split == "all" else self.target_places(split)[users]
+        return self.events(np.maximum(ends - max_length, self.offsets[users]), ends)
+
+    def known(self, users: np.ndarray, split: Split | Literal["all"]) -> Ragged:
+        """Every item a user has met before the target: what is filtered from its ranking.
+
+        With `repeats: keep` the target itself stays in the ranking even when it was met before.
+        """
+        ends = np.asarray(self.offsets[users + 1]) if split == "all" else self.target_places(split)[users]
+        index = spans(np.asarray(self.offsets[users]), ends)
+        known = Ragged(self.items[index.values].astype(np.int64), index.offsets)
+        if split == "all" or not self.keeps_repeats:
+            return known
+        other = known.values != np.asarray(self.items[ends])[known.rows]
+        kept = np.bincount(known.rows[other], minlength=len(users))
+        return Ragged(known.values[other], np.concatenate([[0], np.cumsum(kept)]))
+
+    def targets(self, users: np.ndarray, split: Split) -> np.ndarray:
+        """The item each user takes next, (B,) int64."""
+        return self.items[self.target_places(split)[users]].astype(np.int64)
+
+    def request_times(self, users: np.ndarray, split: Split) -> np.ndarray:
+        """When each user's target happened, (B,) int64 seconds."""
+        return np.asarray(self.times[self.target_places(split)[users]])
+
+    def features(self) -> list[dict[str, Any]]:
+        """The declared item features with their arrays.
+
+        Each is {"name", "kind", "size", "values"}: values are (V + 1,) int32 codes for a categorical, (V + 1, P) int32
+        codes padded with 0 for a multi-valued and (V + 1,) float32 for a numeric feature (NaN where unknown).
+        """
+        return [{**feature, "values": self._feature(feature)} for feature in self.manifest["features"]["items"]]
+
+    def _feature(self, feature: dict[str, Any]) -> np.ndarray:
+        name, kind = f"items.{feature['name']}", feature["kind"]
+        if kind == "numeric":
+            return np.load(self.path / f"{name}.values.npy")
+        codes = np.load(self.path / f"{name}.codes.npy")
+        if kind == "categorical":
+            return codes
+        offsets = np.load(self.path / f"{name}.offsets.npy")
+        index, real = places(offsets[:-1], offsets[1:])
+        return np.where(real, np.append(codes, c.UNKNOWN)[index], c.UNKNOWN).astype(np.int32)
+
+    def check_request_time(self, request_time: RequestTime) -> None:
+        if request_time != "none" and not self.has_time:
+            raise ValueError(
+                f"request_time is {request_time!r} but {self.path} has an order and no real times; use request_time: none"
+            )
+
+
+def requests(padded: Padded, target: np.ndarray | None, request_time: RequestTime) -> np.ndarray | None:
+    """When the event after each place is asked for, (B, L) int64; None when the model is not told.
+
+    Args:
+        padded: histories.
+        target: (B,) time of the request after the last place; None: the last event's own time.
+        request_time: whose time a place's request has: its target's, its own (`last_event`), or none.
+    """
+    if request_time == "none":
+        return None
+    if request_time == "last_event":
+        return padded.times
+    shifted = np.concatenate([padded.times[:, 1:], np.zeros_like(padded.times[:, :1])], axis=1)
+    last = np.maximum(padded.lengths - 1, 0)
+    rows = np.arange(len(last))
+    shifted[rows, last] = padded.times[rows, last] if target is None else target
+    return shifted
+
+
+def windows(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts each row of events into windows so that every event but a row's first is a target exactly once.
+
+    A window of n + 1 events asks n targets. Windows are full from the newest event back; only the oldest may be short,
+    and neighbours share one event: the last target of the older is the first input of the newer.
+
+    Args:
+        starts: (B,) first event of each row.
+        ends: (B,) one past the last event of each row.
+        length: most targets in a window.
+
+    Returns:
+        starts and ends (one past the last event) of the windows, each (W,) int64.
+    """
+    targets = np.maximum(ends - starts - 1, 0)
+    counts = -(-targets // length)
+    number = spans(np.zeros_like(counts), counts)  # 0 for the newest window of a row
+    window_ends = np.repeat(ends, counts) - number.values * length
+    window_starts = np.maximum(window_ends - length - 1, np.repeat(starts, counts))
+    return window_starts, window_ends
+
+

@@ -1,0 +1,32 @@
+"""What an encoder is: a map over histories of vectors that never sees item numbers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import nn
+
+from recsys2stage.shapes import Embedded, Lengths, Times
+
+
+class Encoder(nn.Module, ABC):
+    """Turns embedded events into states, (B, L, D) -> (B, L, D), ready to be compared with item vectors.
+
+    Histories are left-aligned, so a causal encoder is exact at every real place without knowing the lengths; what
+    stands at padded places is undefined and never read.
+    """
+
+    causal: ClassVar[bool] = True
+
+    @abstractmethod
+    def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
+        """
+        Args:
+            x: embedded items, zero at padding.
+            lengths: number of real places in each row.
+            times: seconds of each event.
+            request: seconds at which the event after each place is asked for; None when the model is not told.
+        """
+
+
+EncoderFactory = Callable[[int, int], Encoder]  # (dim, max_length) -> Encoder

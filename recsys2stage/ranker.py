@@ -1,0 +1,108 @@
+"""The second stage in training: it learns to correct the retriever's order of mined candidate lists."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from recsys2stage.columns import PAD
+from recsys2stage.data import Candidates, Lists
+from recsys2stage.losses import ListLoss, Listwise
+from recsys2stage.metrics import RankMetrics, rank_of
+from recsys2stage.optim import RecsysAdamW, with_warmup
+from recsys2stage.reranker import Reranker
+from recsys2stage.scorers import MLP, ScorerFactory
+
+NOWHERE = 1 << 30  # rank of a target that is not among the candidates
+
+
+class Ranker(LightningModule):
+    """Trains a Reranker.
+
+    Args:
+        num_items: number of items V (set by the data).
+        vector_dim: width D of the retriever's vectors (set by the data).
+        features: declared item features (set by the data).
+        scorer: built with (D, number of features).
+        loss: how a list is judged.
+        feature_dim: width of the embedding of a categorical or multi-valued feature.
+        id_dropout: probability with which a list's ids are masked in training.
+        optimizer: built with the parameters.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        vector_dim: int,
+        features: list[dict[str, Any]],
+        scorer: ScorerFactory = MLP,
+        loss: ListLoss | None = None,
+        feature_dim: int = 16,
+        id_dropout: float = 0.1,
+        optimizer: OptimizerCallable = RecsysAdamW,
+        warmup_steps: int = 20,
+    ) -> None:
+        super().__init__()
+        if not 0 <= id_dropout <= 1:
+            raise ValueError(f"id_dropout is {id_dropout}, expected a probability between 0 and 1")
+        self.save_hyperparameters()
+        self.reranker = Reranker(num_items, vector_dim, features, scorer, feature_dim)
+        self.loss = loss or Listwise()
+        self.id_dropout, self.optimizer, self.warmup_steps = id_dropout, optimizer, warmup_steps
+        self.metrics = torch.nn.ModuleDict({"ranker": RankMetrics(), "retriever": RankMetrics(), "masked": RankMetrics()})
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.reranker.look_up(
+            candidates.item_vectors(), candidates.dataset.train_counts, candidates.dataset.features()
+        )
+        lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
+        width = max(batch.items.size(1) for batch in lists)
+        score, items = (
+            torch.cat([torch.nn.functional.pad(getattr(b, name), (0, width - b.items.size(1))) for b in lists])
+            for name in ("score", "items")
+        )
+        self.reranker.calibrate(score, torch.cat([b.positive for b in lists]), items != PAD)
+
+    def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
+        masked = self.drop_ids(lists)
+        logits = self.reranker(lists.state, lists.items, lists.score, lists.rank.clamp(min=1), masked)
+        loss = self.loss(logits, lists.positive, lists.items != PAD)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits))
+        return loss
+
+    def drop_ids(self, lists: Lists) -> Bool[Tensor, "B C"]:
+        """Masks all ids of a list with probability `id_dropout`.
+
+        Whole lists, because a candidate is judged against its list: beside candidates whose ids are known, one whose
+        id is masked would only learn that it loses.
+        """
+        return (torch.rand(len(lists.items), 1, device=lists.items.device) < self.id_dropout).expand_as(lists.items)
+
+    def validation_step(self, lists: Lists, batch_idx: int) -> None:
+        real, found = lists.items != PAD, lists.positive >= 0
+        place = lists.positive.clamp(min=0)
+        for name, masks in (("ranker", False), ("masked", True)):
+            masked = torch.full_like(real, masks)
+            logits = self.reranker(lists.state, lists.items, lists.score, lists.rank.clamp(min=1), masked)
+            ranks = rank_of(logits.masked_fill(~real, -torch.inf), place)
+            self.metrics[name].update(torch.where(found, ranks, NOWHERE))
+        own = lists.rank.gather(1, place[:, None]).squeeze(1)
+        self.metrics["retriever"].update(torch.where(found, own, NOWHERE))
+
+    def on_validation_epoch_end(self) -> None:
+        for name, prefix in (("ranker", ""), ("retriever", "retriever_"), ("masked", "masked_")):
+            metric = self.metrics[name]
+            values = metric.compute()  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+            self.log_dict({f"val/{prefix}{key}": value for key, value in values.items()})
+            self.log(f"val_{prefix}ndcg@10", values["ndcg@10"], prog_bar=True, logger=False)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        return with_warmup(self.optimizer(self.parameters()), self.warmup_steps)

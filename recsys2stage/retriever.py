@@ -1,0 +1,100 @@
+"""The first stage in training: a two-tower model that learns which item comes next."""
+
+from collections.abc import Callable
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from recsys2stage.data import Histories, Queries
+from recsys2stage.dataset import RequestTime
+from recsys2stage.encoders import EncoderFactory, Transformer
+from recsys2stage.items import ItemTable
+from recsys2stage.losses import InfoNCE, Loss
+from recsys2stage.metrics import RankMetrics, rank_of
+from recsys2stage.objectives import NextItem, Objective
+from recsys2stage.optim import RecsysAdamW, with_warmup
+from recsys2stage.shapes import History
+from recsys2stage.towers import TwoTower
+
+
+class Retriever(LightningModule):
+    """Trains a TwoTower.
+
+    Args:
+        num_items: number of items V (set by the data).
+        max_length: longest history L (set by the data).
+        request_time: whose time a request has (set by the data, kept for serving).
+        dim: width D of item vectors and states.
+        encoder: the sequence encoder, built with (dim, max_length).
+        items: the item table, built with (num_items, dim).
+        objective: what a history is asked.
+        loss: how answers are compared with other items.
+        optimizer: built with the parameters.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+    """
+
+    log_popularity: Tensor
+
+    def __init__(
+        self,
+        num_items: int,
+        max_length: int,
+        request_time: RequestTime = "none",
+        dim: int = 64,
+        encoder: EncoderFactory = Transformer,
+        items: Callable[[int, int], ItemTable] = ItemTable,
+        objective: Objective | None = None,
+        loss: Loss | None = None,
+        optimizer: OptimizerCallable = RecsysAdamW,
+        warmup_steps: int = 100,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["objective", "loss"])
+        self.towers = TwoTower(num_items, max_length, dim, encoder, items)
+        self.objective = objective or NextItem()
+        self.loss = loss or InfoNCE()
+        self.optimizer, self.warmup_steps = optimizer, warmup_steps
+        self.metrics = torch.nn.ModuleDict({"val": RankMetrics(), "test": RankMetrics()})
+        self.register_buffer("log_popularity", torch.zeros(num_items + 1))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            histories: Histories = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.log_popularity.copy_(histories.log_popularity())
+
+    def training_step(self, window: History, batch_idx: int) -> Tensor:
+        question = self.objective(window)
+        queries = self.towers(question.history)[question.places]
+        loss = self.loss(queries, question.answers, self.towers.item_vectors, self.log_popularity)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(queries))
+        return loss
+
+    def validation_step(self, batch: Queries, batch_idx: int) -> None:
+        self._measure(batch, "val")
+
+    def test_step(self, batch: Queries, batch_idx: int) -> None:
+        self._measure(batch, "test")
+
+    def _measure(self, batch: Queries, split: str) -> None:
+        """Full ranking over the catalogue, known items filtered."""
+        scores = self.towers.queries(batch.history) @ self.towers.every_item().T  # (B, V)
+        scores[batch.known_rows, batch.known_items - 1] = -torch.inf
+        self.metrics[split].update(rank_of(scores, batch.target - 1))
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        metric = self.metrics[split]
+        values = metric.compute()  # type: ignore[operator]
+        metric.reset()  # type: ignore[operator]
+        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, prog_bar=False, rank_zero_only=False)
+        self.log(f"{split}_ndcg@10", values["ndcg@10"], prog_bar=True, logger=False)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        return with_warmup(self.optimizer(self.parameters()), self.warmup_steps)

@@ -1,0 +1,44 @@
+"""Seed 000's interaction-aware MLP."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from recsys2stage.scorers.base import Scorer
+
+
+class MLP(Scorer):
+    """User state, item vector, their product and the features, through Linear → LayerNorm → ReLU → Dropout layers.
+
+    LayerNorm stands where the seed has BatchNorm: it treats a masked candidate alike whatever else is in the batch.
+
+    Args:
+        dim: width D of states and item vectors.
+        num_features: F.
+        hidden: widths of the layers.
+        dropout: after each of them.
+    """
+
+    def __init__(self, dim: int, num_features: int, hidden: tuple[int, ...] = (256, 128), dropout: float = 0.2) -> None:
+        super().__init__()
+        # the first layer acts on the user once and on each candidate: the same sum as over their concatenation
+        self.of_user = nn.Linear(dim, hidden[0], bias=False)
+        self.of_candidate = nn.Linear(2 * dim + num_features, hidden[0])
+        layers: list[nn.Module] = [nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout)]
+        for width, following in zip(hidden, hidden[1:], strict=False):
+            layers += [nn.Linear(width, following), nn.LayerNorm(following), nn.ReLU(), nn.Dropout(dropout)]
+        self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.rest[-1].weight)
+
+    def forward(
+        self, state: Float[Tensor, "B D"], vectors: Float[Tensor, "B C D"], features: Float[Tensor, "B C F"]
+    ) -> Float[Tensor, "B C"]:
+        state = state * state.size(-1) ** 0.5  # unit vectors to unit variance
+        vectors = vectors * vectors.size(-1) ** 0.5
+        candidate = torch.cat([vectors, state[:, None] * vectors, features], dim=-1)
+        return self.rest(self.of_user(state)[:, None] + self.of_candidate(candidate)).squeeze(-1)

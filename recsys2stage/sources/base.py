@@ -1,0 +1,143 @@
+"""What a source is: a raw format, opened as lazy tables of events, items and users in our column names."""
+
+import csv
+import fnmatch
+import tempfile
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from recsys2stage.checks import FILE, LINE, SURPLUS, Column, Rows, require
+
+Kind = Literal["categorical", "multi", "numeric"]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a source yields.
+
+    Attributes:
+        events: columns user_id, item_id, time, and where known rating and action; one row an event, in the log's order.
+        items: column item_id, optionally title, and feature columns.
+        users: column user_id, and feature columns.
+        item_features: feature column -> categorical (any type), multi (a list of text) or numeric.
+        user_features: the same of users.
+        files: the raw files, whose hashes go into the manifest.
+        has_time: False where `time` only gives the order of events.
+        ticks: units of `time` in a second.
+        untyped_ids: ids come from a file without types, so those that are all plain whole numbers are such.
+    """
+
+    events: Rows
+    items: Rows | None = None
+    users: Rows | None = None
+    item_features: dict[str, Kind] = field(default_factory=dict)
+    user_features: dict[str, Kind] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    has_time: bool = True
+    ticks: int = 1
+    untyped_ids: bool = False
+
+
+class Source(ABC):
+    """A raw format. Constructor arguments are plain values, kept as attributes of the same names."""
+
+    @abstractmethod
+    def open(self) -> AbstractContextManager[Tables]:
+        """The tables, to be read before the context ends; what was unpacked for them is removed then."""
+
+    def describe(self) -> dict[str, Any]:
+        """Class and options, for the manifest."""
+        kind = type(self)
+        options = {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in vars(self).items()
+            if not name.startswith("_")
+        }
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": options}
+
+
+@contextmanager
+def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """The folder itself, or a temporary one with those members of a zip whose name fits one of the patterns."""
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="recsys-") as folder:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    if any(fits(member, pattern) for pattern in patterns):
+                        archive.extract(member, folder)
+        except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk, not the archive
+                raise
+            raise ValueError(
+                f"{path} is not a complete zip file ({error}), {path.stat().st_size:,} bytes: "
+                "it may be cut short; fetch it again"
+            ) from error
+        except Exception as error:  # zlib.error, lzma.LZMAError: a member is damaged
+            raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+        yield Path(folder)
+
+
+def fits(member: str, pattern: str) -> bool:
+    """Whether a path within a folder or zip is, or ends in, what the pattern says."""
+    return not member.endswith("/") and (fnmatch.fnmatch(member, pattern) or fnmatch.fnmatch(member, f"*/{pattern}"))
+
+
+def csv_rows(
+    files: Sequence[Path], columns: dict[str, Column], separator: str = ",", header: list[str] | None = None
+) -> Rows:
+    """Delimited text files as lazy rows.
+
+    Args:
+        files: shards of one table, each with the needed columns, in whatever order.
+        columns: our name -> what the column must hold; several may be parsed from one raw column.
+        header: the names of the columns of files that have none in their first line.
+    """
+    typed, text = [], []
+    for file in files:
+        names = header or read_header(file, separator)
+        require((column.name for column in columns.values()), names, file)
+        dtypes = dict.fromkeys(names, pl.String()) | {column.name: column.dtype for column in columns.values()}
+        chosen = [
+            (column.parse(pl.col(column.name)) if column.dtype == pl.String else pl.col(column.name)).alias(name)
+            for name, column in columns.items()
+        ]
+        typed.append(pl.scan_csv(file, schema=dtypes, separator=separator, has_header=header is None).select(chosen))
+        raw = pl.scan_csv(
+            file,
+            schema=dict.fromkeys([*names, SURPLUS], pl.String()),
+            separator=separator,
+            has_header=header is None,
+            missing_columns="insert" if header is None else "raise",
+            encoding="utf8-lossy",
+            row_index_name=LINE,
+            row_index_offset=1 if header else 2,
+        )
+        own = [pl.col(column.name).alias(name) for name, column in columns.items()]
+        blank = pl.all_horizontal(pl.all().exclude(LINE).is_null())  # as editors leave at the end of a file
+        text.append(raw.filter(~blank).select(*own, LINE, SURPLUS, pl.lit(str(file)).alias(FILE)))
+    name = str(files[0]) + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
+    return Rows(pl.concat(typed), name, columns, pl.concat(text))
+
+
+def read_header(file: Path, separator: str) -> list[str]:
+    """The names in the first line of a delimited text file."""
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty (0 bytes)")
+    try:
+        with file.open("rb") as lines:  # later lines are none of the header's business
+            first = lines.readline().decode("utf-8-sig")
+        return next(csv.reader([first], delimiter=separator))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text ({error}); convert it: iconv -f ITS-ENCODING -t utf-8 {file.name} > new.csv"
+        ) from error

@@ -1,0 +1,158 @@
+"""The MovieLens data sets of GroupLens (https://grouplens.org/datasets/movielens/), in both of their layouts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+
+from recsys2stage.checks import FILE, LINE, Column, Rows, rating_column, time_column, whole
+from recsys2stage.columns import ITEM_ID, RATING, TIME, TITLE, USER_ID
+from recsys2stage.download import download
+from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, unpacked
+
+URL = "https://files.grouplens.org/datasets/movielens/{}.zip"
+MD5 = {
+    "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
+    "ml-25m": "6b51fb2759a8657d3bfcbfc42b592ada",
+    "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+}
+FILES = ("ratings.csv", "movies.csv", "ratings.dat", "movies.dat", "users.dat")
+
+
+class MovieLens(Source):
+    """MovieLens 20M, 25M, 32M, latest, latest-small (`ratings.csv`) and 1M, 10M (`ratings.dat`), whichever is there.
+
+    Items have a title, year (in the item table) and the features genres and decade; users of 1M have gender, age,
+    occupation and zip_prefix.
+
+    Args:
+        path: the unpacked folder, the folder above it, or the zip, taken as it is. Without one the official archive is
+            downloaded.
+        archive: the name of the official archive: ml-20m, ml-25m, ml-32m, ml-1m, ml-latest, ml-latest-small.
+        users: whether to read the user features, where the archive has them.
+        folder: where downloads go.
+    """
+
+    def __init__(
+        self, path: Path | None = None, archive: str = "ml-20m", users: bool = True, folder: Path = Path("data/raw")
+    ):
+        self.path = path
+        self.archive = archive
+        self.users = users
+        self.folder = folder
+
+    @contextmanager
+    def open(self) -> Iterator[Tables]:
+        path = self.fetch()
+        with unpacked(path, FILES) as folder:
+            ratings = self._ratings(folder, path)
+            legacy = ratings.suffix == ".dat"
+            movies, users = ratings.with_name("movies" + ratings.suffix), ratings.with_name("users.dat")
+            if not movies.is_file():
+                raise FileNotFoundError(f"{path} has {ratings.name} but no {movies.name} beside it")
+            features: dict[str, Kind] = {"genres": "multi", "decade": "categorical"}
+            with_users = legacy and self.users and users.is_file()
+            yield Tables(
+                events=_dat_events(ratings) if legacy else csv_rows([ratings], EVENTS),
+                items=_dat(movies, ["movieId", "title", "genres"], ITEMS) if legacy else csv_rows([movies], ITEMS),
+                users=_dat(users, list(USER_RAW), USERS) if with_users else None,
+                item_features=features,
+                user_features=dict.fromkeys(list(USERS)[1:], "categorical") if with_users else {},
+                files=[path] if path.is_file() else [ratings, movies, *([users] if with_users else [])],
+            )
+
+    def fetch(self) -> Path:
+        """The path as given, or that of the official archive, downloaded if it is not there yet."""
+        if self.path is not None:
+            if not self.path.exists():
+                raise FileNotFoundError(
+                    f"{self.path} does not exist; expected the zip or the folder of a MovieLens data set (ratings.csv "
+                    "or ratings.dat): name yours with --source.path PATH (make: RAW=PATH)"
+                )
+            return self.path
+        path, url = self.folder / f"{self.archive}.zip", URL.format(self.archive)
+        advice = f"put {url} there, or name the zip or folder you have: --source.path PATH (make: RAW=PATH)"
+        return download(url, path, MD5.get(self.archive), advice)
+
+    def _ratings(self, folder: Path, path: Path) -> Path:
+        found = [file for name in ("ratings.csv", "ratings.dat") for file in (folder / name, *folder.glob(f"*/{name}"))]
+        found = [file for file in found if file.is_file()]
+        named = [file for file in found if file.parent.name == self.archive]
+        if len(found) == 1 or len(named) == 1:
+            return (named or found)[0]
+        if found:
+            raise ValueError(f"{path} holds several data sets: {', '.join(map(str, found))}; name the folder of one")
+        there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        raise FileNotFoundError(
+            f"{path} has neither ratings.csv nor ratings.dat, in itself or one folder below"
+            + (f"; it has: {', '.join(there[:10]) or 'nothing'}" if path.is_dir() else "")
+        )
+
+
+def year_of(title: pl.Expr) -> pl.Expr:
+    """1995 of "Toy Story (1995)", the last such of several; the first of "(1975-1979)"; null without."""
+    return title.str.extract(r".*\(((?:18|19|20)\d\d)(?:\s*[-–]\s*(?:\d{4})?\s*)?\)", 1).cast(pl.Int32)  # noqa: RUF001
+
+
+def decade_of(title: pl.Expr) -> pl.Expr:
+    """ "Pre-1970", "1970s", "1980s", ... of the year in the title; null without."""
+    year = year_of(title)
+    return pl.when(year < 1970).then(pl.lit("Pre-1970")).otherwise(pl.format("{}0s", year // 10))
+
+
+def genres_of(raw: pl.Expr) -> pl.Expr:
+    """ "Comedy|Drama" -> ["Comedy", "Drama"]; null for "(no genres listed)"."""
+    return pl.when(raw != "(no genres listed)").then(raw.str.split("|"))
+
+
+def _number(name: str) -> Column:
+    return Column(name, "a whole number", whole, pl.Int32())
+
+
+EVENTS = {
+    USER_ID: _number("userId"),
+    ITEM_ID: _number("movieId"),
+    RATING: rating_column("rating", 0.5, 5.0),
+    TIME: time_column("timestamp"),
+}
+ITEMS = {
+    ITEM_ID: _number("movieId"),
+    TITLE: Column("title", required=False),
+    "year": Column("title", "", year_of, required=False),
+    "genres": Column("genres", "", genres_of, required=False),
+    "decade": Column("title", "", decade_of, required=False),
+}
+USER_RAW = ("userId", "gender", "age", "occupation", "zip")
+USERS = {
+    USER_ID: _number("userId"),
+    "gender": Column("gender", required=False),
+    "age": Column("age", required=False),
+    "occupation": Column("occupation", required=False),
+    "zip_prefix": Column("zip", "", lambda raw: raw.str.slice(0, 1), required=False),
+}
+
+
+def _dat_events(file: Path) -> Rows:
+    # polars reads no two-character separators: split at ":", there are empty columns between
+    header = ["userId", "_1", "movieId", "_2", "rating", "_3", "timestamp"]
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty (0 bytes)")
+    return csv_rows([file], EVENTS, ":", header)
+
+
+def _dat(file: Path, header: list[str], columns: dict[str, Column]) -> Rows:
+    """A small `::`-separated file; 1M is in latin-1, 10M in UTF-8."""
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    lines = pl.Series("all", text.splitlines(), dtype=pl.String)
+    fields = lines.str.split_exact("::", len(header) - 1).struct.rename_fields(header).struct.unnest()
+    raw = fields.lazy().with_row_index(LINE, 1)
+    whole_table = raw.select(
+        *(pl.col(column.name).alias(name) for name, column in columns.items()), LINE, pl.lit(str(file)).alias(FILE)
+    )
+    typed = raw.select(column.parse(pl.col(column.name)).alias(name) for name, column in columns.items())
+    return Rows(typed, str(file), columns, whole_table)

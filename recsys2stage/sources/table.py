@@ -1,0 +1,255 @@
+"""Anyone's events in CSV, TSV or Parquet, with the columns mapped in YAML."""
+
+import dataclasses
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from recsys2stage.checks import (
+    FILE,
+    LINE,
+    YEAR_2100,
+    Column,
+    Rows,
+    as_is,
+    id_column,
+    rating_column,
+    real,
+    require,
+    time_column,
+    whole,
+)
+from recsys2stage.columns import ACTION, ITEM_ID, RATING, TIME, TITLE, USER_ID
+from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
+
+DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
+TICKS = {"seconds": 1, "milliseconds": 1000, "iso": 1000, "order": 1}
+
+
+@dataclass
+class Feature:
+    """A column of an item or user table.
+
+    Args:
+        kind: categorical (any value is a class), multi (several classes in one text, or a list) or numeric.
+        separator: what stands between the classes of a multi column of text.
+        column: its name in the file, where that is another.
+    """
+
+    kind: Kind
+    separator: str = "|"
+    column: str | None = None
+
+
+@dataclass
+class SideTable:
+    """A table of what is known of items or users.
+
+    Args:
+        path: its file, in the folder or zip of the events; or an absolute path.
+        id: the column of the id, written as in the events.
+        columns: feature name -> what it is.
+        title: the column of what to call it when it is shown.
+    """
+
+    path: str
+    id: str
+    columns: dict[str, Feature] = field(default_factory=dict)
+    title: str | None = None
+
+
+class Table(Source):
+    """Events in delimited text (CSV, TSV) or Parquet, read lazily; ids may be numbers or text.
+
+    Args:
+        path: a file, a glob, a folder of shards (taken in the order of their names), or a zip.
+        user: the column of the user id.
+        item: the column of the item id.
+        time: the column of the time; none only with time_unit order, which then is the order of the file.
+        time_unit: seconds or milliseconds since 1970, iso text (UTC unless it says otherwise), or order: numbers that
+            only say what came first.
+        rating: the column of the rating, if there is one.
+        action: the column of what the user did (click, buy, ...), if there is one.
+        items: the item table, if there is one.
+        users: the user table, if there is one.
+        rating_range: the least and greatest rating allowed; by default any finite number.
+        member: the event file or a pattern of such, within a folder or zip that holds more than events.
+        separator: what stands between the columns of .csv and .txt; .tsv and .tab have tabs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        user: str = "user_id",
+        item: str = "item_id",
+        time: str | None = "timestamp",
+        time_unit: Literal["seconds", "milliseconds", "iso", "order"] = "seconds",
+        rating: str | None = None,
+        action: str | None = None,
+        items: SideTable | None = None,
+        users: SideTable | None = None,
+        rating_range: tuple[float | int, float | int] | None = None,
+        member: str | None = None,
+        separator: str = ",",
+    ):
+        if time is None and time_unit != "order":
+            raise ValueError(
+                f"time_unit is {time_unit!r} but no time column is named; without times say time_unit: order"
+            )
+        self.path = path
+        self.user = user
+        self.item = item
+        self.time = time
+        self.time_unit = time_unit
+        self.rating = rating
+        self.action = action
+        self.items = items
+        self.users = users
+        self.rating_range = rating_range
+        self.member = member
+        self.separator = separator
+
+    @contextmanager
+    def open(self) -> Iterator[Tables]:
+        sides = [side.path for side in (self.items, self.users) if side is not None]
+        events = [self.member] if self.member else [f"*{suffix}" for suffix in DELIMITED + PARQUET]
+        named = sorted(Path(name) for name in glob.glob(str(self.path))) if not self.path.exists() else []
+        if not named and not self.path.exists():
+            raise FileNotFoundError(
+                f"{self.path} does not exist; name your events with --source.path PATH (make: RAW=PATH)"
+            )
+        zipped = self.path.suffix == ".zip"
+        root = self.path if zipped or self.path.is_dir() else (named[0] if named else self.path).parent
+        with unpacked(root, [*events, *sides]) as folder:
+            many = zipped or self.path.is_dir()
+            files = _matching(folder, events, leave=sides) if many else named or [self.path]
+            if not files:
+                raise FileNotFoundError(f"{self.path} has no file {' or '.join(events)} of events")
+            if zipped and len(files) > 1 and not self.member:
+                inside = ", ".join(str(file.relative_to(folder)) for file in files)
+                raise ValueError(f"{self.path} holds several tables: {inside}; say which are events with member")
+            item_file, items, item_features = self._side(self.items, ITEM_ID, folder)
+            user_file, users, user_features = self._side(self.users, USER_ID, folder)
+            yield Tables(
+                events=_rows(files, self._columns(), self.separator),
+                items=items,
+                users=users,
+                item_features=item_features,
+                user_features=user_features,
+                files=[self.path] if zipped else [*files, *item_file, *user_file],
+                has_time=self.time_unit != "order",
+                ticks=TICKS[self.time_unit],
+                untyped_ids=files[0].suffix not in PARQUET,
+            )
+
+    def _columns(self) -> dict[str, Column]:
+        columns = {USER_ID: id_column(self.user), ITEM_ID: id_column(self.item)}
+        if self.time is not None:
+            if self.time_unit == "iso":
+                columns[TIME] = Column(
+                    self.time, "an ISO time from 1970 to 2100", iso, low=0, high=YEAR_2100 * TICKS["iso"]
+                )
+            elif self.time_unit == "order":
+                columns[TIME] = Column(self.time, "a whole number", whole, pl.Int64())
+            else:
+                columns[TIME] = time_column(self.time, TICKS[self.time_unit])
+        if self.rating is not None:
+            columns[RATING] = rating_column(self.rating, *(self.rating_range or ()))
+        if self.action is not None:
+            columns[ACTION] = Column(self.action, "", required=False)
+        return columns
+
+    def _side(
+        self, side: SideTable | None, own_id: str, folder: Path
+    ) -> tuple[list[Path], Rows | None, dict[str, Kind]]:
+        if side is None:
+            return [], None, {}
+        found = [Path(side.path)] if Path(side.path).is_absolute() else _matching(folder, [side.path])
+        if len(found) != 1 or not found[0].is_file():
+            raise FileNotFoundError(
+                f"{self.path} has {len(found) or 'no'} files {side.path!r} in or beside it, expected one"
+            )
+        columns = {own_id: id_column(side.id)}
+        if side.title is not None:
+            columns[TITLE] = Column(side.title, "", required=False)
+        for name, feature in side.columns.items():
+            raw = feature.column or name
+            if feature.kind == "numeric":
+                columns[name] = Column(raw, "a number", real, pl.Float64(), required=False)
+            elif feature.kind == "multi":
+                columns[name] = Column(raw, "", _splitter(feature.separator), required=False)
+            else:
+                columns[name] = Column(raw, "", required=False)
+        kinds = {name: feature.kind for name, feature in side.columns.items()}
+        return found, _rows(found, columns, self.separator), kinds
+
+
+def iso(raw: pl.Expr) -> pl.Expr:
+    """ISO text -> milliseconds since 1970; null where it is none. UTC unless an offset is given."""
+    text = raw.str.strip_chars().str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
+    zoned = [text.str.to_datetime(f"%Y-%m-%d %H:%M{rest}%:z", time_unit="ms", strict=False) for rest in (":%S%.f", "")]
+    plain = [text.str.to_datetime(f"%Y-%m-%d %H:%M{rest}", time_unit="ms", strict=False) for rest in (":%S%.f", "")]
+    day = text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("ms"))
+    zoned = [time.dt.replace_time_zone(None) for time in zoned]
+    return pl.coalesce(*zoned, *plain, day).dt.timestamp("ms")
+
+
+def _splitter(separator: str) -> Callable[[pl.Expr], pl.Expr]:
+    return lambda raw: raw.str.split(separator)
+
+
+def _matching(folder: Path, patterns: Sequence[str], leave: Sequence[str] = ()) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((".", "_")))
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    wanted = [file for file in files if any(fits(names[file], pattern) for pattern in patterns)]
+    return [file for file in wanted if not any(fits(names[file], pattern) for pattern in leave)]
+
+
+def _rows(files: Sequence[Path], columns: dict[str, Column], separator: str) -> Rows:
+    kinds = {file.suffix for file in files}
+    if kinds <= set(PARQUET):
+        return parquet_rows(files, columns)
+    if kinds & set(PARQUET) or len(kinds) > 1:
+        raise ValueError(
+            f"the shards are of several kinds: {', '.join(sorted(kinds))}; name one with a glob: path/*.csv"
+        )
+    return csv_rows(files, columns, "\t" if kinds <= {".tsv", ".tab"} else separator)
+
+
+def parquet_rows(files: Sequence[Path], columns: dict[str, Column]) -> Rows:
+    """Parquet files as lazy rows; a column of the wrong type is parsed as if it were text."""
+    shards = []
+    for file in files:
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty (0 bytes)")
+        shard = pl.scan_parquet(file)
+        try:
+            names = shard.collect_schema().names()
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        require((column.name for column in columns.values()), names, file)
+        own = [pl.col(column.name).alias(name) for name, column in columns.items()]
+        shards.append(shard.select(own).with_row_index(LINE, 1).with_columns(pl.lit(str(file)).alias(FILE)))
+    raw = pl.concat(shards, how="vertical_relaxed")
+    schema = raw.collect_schema()
+    fitted = {name: _fit(name, column, schema[name]) for name, column in columns.items()}
+    typed = raw.select(column.parse(pl.col(name)).alias(name) for name, column in fitted.items())
+    name = str(files[0]) + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
+    return Rows(typed, name, fitted, raw, unit="row")
+
+
+def _fit(name: str, column: Column, dtype: Any) -> Column:
+    """The column with a parse that knows the type the file gives it."""
+    if name == TIME and dtype in (pl.Date, pl.Datetime):
+        per_second = round(column.high / YEAR_2100)  # milliseconds or seconds, as declared
+        return dataclasses.replace(column, parse=lambda raw: raw.dt.epoch("ms") * per_second // 1000)
+    if isinstance(dtype, (pl.Categorical, pl.Enum)):
+        return dataclasses.replace(column, parse=lambda raw: column.parse(raw.cast(pl.String)))
+    if dtype.is_integer() or dtype.is_nested() or (dtype.is_float() and column.parse is not whole):
+        return dataclasses.replace(column, parse=as_is)
+    return column

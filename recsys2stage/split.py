@@ -1,0 +1,81 @@
+"""Which of a user's events train, which validate and which test."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Int64
+
+
+class Split(ABC):
+    """Cuts each user's events, in their order, into three runs: train, validation, test."""
+
+    min_events: ClassVar[int]  # users with fewer are too short to evaluate
+    needs_time: ClassVar[bool] = False
+
+    @abstractmethod
+    def ends(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+        """Where train and validation end.
+
+        Args:
+            times: seconds since 1970, ascending within a user.
+            offsets: user u owns events [offsets[u], offsets[u + 1]).
+
+        Returns:
+            train_end and val_end, with offsets[u] <= train_end[u] <= val_end[u] <= offsets[u + 1].
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Name and options, for the protocol."""
+        return {"split": type(self).__name__, **vars(self)}
+
+
+class LeaveOneOut(Split):
+    """Each user's last event tests, the one before it validates; users of fewer than three events only train."""
+
+    min_events: ClassVar[int] = 3
+
+    def ends(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+        end = offsets[1:]
+        enough = np.diff(offsets) >= self.min_events
+        return np.where(enough, end - 2, end), np.where(enough, end - 1, end)
+
+
+class GlobalTime(Split):
+    """One moment for all users: what comes after it tests, what comes in a stretch before it validates.
+
+    Args:
+        val: where validation begins: a share of all events (0.1: the tenth before the test events), or from 1 on a time
+            in seconds since 1970.
+        test: where the test begins: a share of all events (0.1: the latest tenth), or from 1 on a time in seconds.
+    """
+
+    min_events: ClassVar[int] = 2
+    needs_time: ClassVar[bool] = True
+
+    def __init__(self, val: float | int = 0.1, test: float | int = 0.1):
+        shares = 0 < val < 1 and 0 < test < 1 and val + test < 1
+        if not shares and not 1 <= val < test:
+            raise ValueError(
+                f"GlobalTime(val={val}, test={test}): expected two shares whose sum is below 1, "
+                "or two times in seconds since 1970 with val before test"
+            )
+        self.val = val
+        self.test = test
+
+    def ends(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+        if self.test < 1:  # events at the very moment of the cut fall behind it, so simultaneous events stay together
+            first = [len(times) - round(share * len(times)) for share in (self.val + self.test, self.test)]
+            first = [min(place, len(times) - 1) for place in first]
+            val_start, test_start = np.partition(times, first)[first]
+        else:
+            val_start, test_start = self.val, self.test
+        before_val = np.add.reduceat(times < val_start, offsets[:-1], dtype=np.int64)
+        before_test = np.add.reduceat(times < test_start, offsets[:-1], dtype=np.int64)
+        return offsets[:-1] + before_val, offsets[:-1] + before_test
