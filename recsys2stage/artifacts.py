@@ -27,9 +27,13 @@ def whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    for old in path.parent.glob(f".{path.name}.*.partial"):  # what a killed run left behind
-        if not _alive(int(old.name.split(".")[-2])):
-            _remove(old)
+    for left in path.parent.glob(f".{path.name}.*.*"):  # what a killed run left behind
+        _, pid, state = left.name.rsplit(".", 2)
+        if state in ("partial", "old") and pid.isdigit() and not _alive(int(pid)):
+            if state == "old" and not path.exists():  # it was killed between the two renames below
+                left.rename(path)
+            else:
+                _remove(left)
     _remove(beside)
     try:
         yield beside
@@ -99,8 +103,10 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist, so there is no {kind} in {folder}; run: {make}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{path} is not JSON ({error}); make the {kind} again: {make}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is not a JSON object; make the {kind} again: {make}")
     if manifest.get("kind") != kind:
         raise ValueError(f"{folder} holds a {manifest.get('kind')!r}, expected a {kind!r}; run: {make}")
     return manifest

@@ -1,4 +1,4 @@
-"""What any recommender must beat: popularity, and what usually follows the last item. Counted on training events only."""
+"""What any recommender must beat: popularity, and what usually follows the last item; counted in training events."""
 
 import numpy as np
 

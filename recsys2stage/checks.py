@@ -18,6 +18,7 @@ from recsys2stage.columns import ITEM_ID, RATING, TIME, USER_ID
 OnBadRows = Literal["error", "quarantine"]
 
 FILE, LINE, SURPLUS = "_file", "_line", "_surplus"  # columns of the text reading, beside the table's own
+FAULT, VALUE = "_fault", "_value_"  # what is bad in a row; and before the name of a column: its parsed values
 YEAR_2100 = 4_102_444_800  # seconds since 1970
 REJECTED_SCHEMA = {"file": pl.String, "line": pl.Int64, "column": pl.String, "reason": pl.String, "row": pl.String}
 NOT_UTF8 = "\ufffd"  # what a lossy decoder puts where bytes are not UTF-8
@@ -90,7 +91,7 @@ class Rows:
     Attributes:
         typed: the table in our column names, parsed.
         file: its name, for errors.
-        columns: our column name -> what it must hold; where empty, the events' rules by column name.
+        columns: our column name -> what it must hold; where empty, ids, times in seconds and ratings go by their names.
         text: the table in our column names, unparsed, with FILE and LINE, and SURPLUS where a line has too many fields;
             where there is none, rows are counted in `typed`.
         unit: what LINE counts: line or row.
@@ -104,11 +105,12 @@ class Rows:
 
 
 def read(
-    rows: Rows, on_bad_rows: OnBadRows = "error", categorical: Sequence[str] = ()
+    rows: Rows, on_bad_rows: OnBadRows = "error", needs: Sequence[str] = (), categorical: Sequence[str] = ()
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Collects a table and checks it.
 
     Args:
+        needs: columns, by our names, that must be there.
         categorical: columns that shall take 4 bytes a row where they are text.
 
     Returns:
@@ -118,7 +120,9 @@ def read(
     Raises:
         ValueError: naming file, column, count and the first three bad rows, or that there are no rows at all.
     """
-    columns = rows.columns or default_columns(rows.typed.collect_schema().names(), rows.file)
+    names = rows.typed.collect_schema().names()
+    require(needs, names, rows.file)
+    columns = rows.columns or default_columns(names)
     try:
         good = _collect(rows.typed.select(list(columns)), categorical)
         bad = None if _sound(good, columns) else _find(rows, columns)
@@ -127,20 +131,18 @@ def read(
     if bad is not None:
         if len(bad) and on_bad_rows == "error":
             raise ValueError(_complaint(rows, columns, bad))
-        values = [column.parse(pl.col(name)).alias(name) for name, column in columns.items()]
-        good = _collect(_judged(rows, columns).filter(pl.col("reason").is_null()).select(values), categorical)
+        values = [pl.col(VALUE + name).alias(name) for name in columns]
+        good = _collect(_judged(rows, columns)[0].filter(pl.col(FAULT).is_null()).select(values), categorical)
     assert good is not None
     if good.is_empty():
         raise ValueError(f"{rows.file} has no {'good ' if bad is not None and len(bad) else ''}rows")
     return good, pl.DataFrame(schema=REJECTED_SCHEMA) if bad is None else bad
 
 
-def default_columns(names: Iterable[str], file: str) -> dict[str, Column]:
-    """The rules of events by our column names, for a source that states none."""
+def default_columns(names: Iterable[str]) -> dict[str, Column]:
+    """The rules by our column names, for a source that states none."""
     rules = {USER_ID: id_column(USER_ID), ITEM_ID: id_column(ITEM_ID), TIME: time_column(TIME)}
     rules[RATING] = rating_column(RATING)
-    names = list(names)
-    require([USER_ID, ITEM_ID], names, file)
     return {name: rules.get(name, Column(name, "", required=False)) for name in names}
 
 
@@ -186,60 +188,75 @@ def _sound(frame: pl.DataFrame, columns: dict[str, Column]) -> bool:
     return True
 
 
-def _judged(rows: Rows, columns: dict[str, Column]) -> pl.LazyFrame:
-    """The unparsed table with FILE and LINE, and "column" and "reason" of what is bad; null where a row is good."""
+@dataclass(frozen=True)
+class Fault:
+    """A way in which a row can be bad: where, when, and the words for it (an expression that may show the value)."""
+
+    column: str
+    test: pl.Expr
+    words: pl.Expr
+
+
+def _faults(columns: dict[str, Column], raw: pl.LazyFrame) -> list[Fault]:
+    faults, schema = [], raw.collect_schema()
+    if SURPLUS in schema:
+        faults.append(Fault("(all)", pl.col(SURPLUS).is_not_null(), pl.lit("the line has more fields than columns")))
+    for name, column in columns.items():
+        given, value = pl.col(name), pl.col(VALUE + name)
+        is_text = schema[name] == pl.String
+        blank = given.is_null() | (given.str.strip_chars() == "") if is_text else given.is_null()
+        shown = pl.lit("a list") if schema[name].is_nested() else given.cast(pl.String)
+        is_not = pl.format(f"{{}} is not {column.what}", shown)
+        if column.required:
+            faults.append(Fault(column.name, blank, pl.lit("missing")))
+        if column.what and is_text:
+            not_utf8 = given.str.contains(NOT_UTF8, literal=True)
+            faults.append(Fault(column.name, not_utf8, pl.format("{} is not UTF-8", shown)))
+        if column.what:
+            faults.append(Fault(column.name, ~blank & value.is_null(), is_not))
+        if column.required and schema[name].is_float():
+            faults.append(Fault(column.name, given.is_nan(), is_not))
+        if column.bounded:
+            inside = value.is_between(column.low, column.high) & ~value.cast(pl.Float64).is_nan()
+            faults.append(Fault(column.name, ~inside, is_not))
+    return faults
+
+
+def _judged(rows: Rows, columns: dict[str, Column]) -> tuple[pl.LazyFrame, list[Fault]]:
+    """The unparsed table with FILE, LINE, VALUEs and the place of a FAULT, null where a row is good; and the faults."""
     raw = rows.text
     if raw is None:
         raw = rows.typed.with_row_index(LINE, 1).with_columns(pl.lit(rows.file).alias(FILE))
-    schema = raw.collect_schema()
-    if SURPLUS not in schema:
-        raw = raw.with_columns(pl.lit(None, pl.String).alias(SURPLUS))
-    reason = pl.when(pl.col(SURPLUS).is_not_null()).then(pl.lit("the line has more fields than columns"))
-    where = pl.when(pl.col(SURPLUS).is_not_null()).then(pl.lit("(all)"))
-    for name, column in columns.items():
-        given, value = pl.col(name), column.parse(pl.col(name))
-        is_text, listed = schema[name] == pl.String, schema[name].is_nested()
-        blank = given.is_null() | (given.str.strip_chars() == "") if is_text else given.is_null()
-        shown = pl.lit("a list") if listed else given.cast(pl.String)
-        faults: list[tuple[pl.Expr, pl.Expr]] = []
-        if column.required:
-            faults.append((blank, pl.lit("missing")))
-        if is_text and column.what:
-            faults.append((given.str.contains(NOT_UTF8, literal=True), pl.format("{} is not UTF-8", shown)))
-        if column.what:
-            unreadable = ~blank & value.is_null()
-            if column.required and schema[name].is_float():
-                unreadable = unreadable | given.is_nan()
-            faults.append((unreadable, pl.format(f"{{}} is not {column.what}", shown)))
-        if column.bounded:
-            outside = ~value.is_between(column.low, column.high) | value.cast(pl.Float64).is_nan()
-            faults.append((outside.fill_null(False), pl.format(f"{{}} is not {column.what}", shown)))
-        for fault, words in faults:
-            reason = reason.when(fault).then(words)  # type: ignore[assignment]
-            where = where.when(fault).then(pl.lit(column.name))  # type: ignore[assignment]
-    return raw.with_columns(where.otherwise(None).alias("column"), reason.otherwise(None).alias("reason"))
+    faults = _faults(columns, raw)
+    verdict = pl.coalesce(pl.when(fault.test).then(place) for place, fault in enumerate(faults))
+    values = [column.parse(pl.col(name)).alias(VALUE + name) for name, column in columns.items()]
+    return raw.with_columns(values).with_columns(verdict.alias(FAULT)), faults
 
 
 def _find(rows: Rows, columns: dict[str, Column], error: Exception | None = None) -> pl.DataFrame:
     try:
-        bad = _judged(rows, columns).filter(pl.col("reason").is_not_null()).collect(engine="streaming")
+        judged, faults = _judged(rows, columns)
+        bad = judged.filter(pl.col(FAULT).is_not_null()).collect(engine="streaming")
     except pl.exceptions.PolarsError as again:  # not the values but the file itself
         raise ValueError(f"{rows.file} cannot be read: {str(error or again).splitlines()[0]}") from again
+    is_fault = [pl.when(pl.col(FAULT) == place) for place in range(len(faults))]
     shown = [name for name in columns if not bad.schema[name].is_nested()]
     return bad.select(
         pl.col(FILE).alias("file"),
         pl.col(LINE).cast(pl.Int64).alias("line"),
-        "column",
-        "reason",
+        pl.coalesce(when.then(pl.lit(fault.column)) for when, fault in zip(is_fault, faults, strict=True)).alias(
+            "column"
+        ),
+        pl.coalesce(when.then(fault.words) for when, fault in zip(is_fault, faults, strict=True)).alias("reason"),
         pl.struct(shown).struct.json_encode().alias("row"),
     )
 
 
 def _complaint(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) -> str:
     """One message: for each file and column the count and the first three rows."""
-    parts = []
+    parts, unit = [], "row" if rows.text is None else rows.unit
     for (file, column), group in bad.group_by("file", "column", maintain_order=True):
-        first = "; ".join(f"{rows.unit} {line}: {why}" for line, why in group.select("line", "reason").head(3).rows())
+        first = "; ".join(f"{unit} {line}: {why}" for line, why in group.select("line", "reason").head(3).rows())
         more = "; ..." if len(group) > 3 else ""
         parts.append(
             f"{file}, column {column!r}: {len(group)} bad {'row' if len(group) == 1 else 'rows'} ({first}{more})"

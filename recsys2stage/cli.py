@@ -6,6 +6,8 @@ fit, validate and test are Lightning's verbs; the others carry data from stage t
 
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,8 @@ class RecsysCLI(LightningCLI):
 
 
 def train(verb: str) -> None:
+    warnings.filterwarnings("ignore", ".*exists and is not empty")  # log/ is there before the first checkpoint
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's use of torch
     RecsysCLI(
         LightningModule,
         LightningDataModule,
@@ -103,7 +107,7 @@ def test() -> None:
     train("test")
 
 
-TRAINING = {"fit": fit, "validate": validate, "test": test}
+TRAINING: dict[str, Callable[..., Any]] = {"fit": fit, "validate": validate, "test": test}
 
 
 def main() -> None:
@@ -114,7 +118,7 @@ def main() -> None:
         if verb in TRAINING:
             TRAINING[verb]()
         else:
-            auto_cli({**TRAINING, **COMMANDS}, as_positional=False, prog="recsys", description=__doc__)
+            auto_cli(TRAINING | COMMANDS, as_positional=False, prog="recsys", description=__doc__)
     except (ValueError, FileNotFoundError, OSError) as error:  # what a user can cause; RECSYS_DEBUG=1 shows where
         if os.environ.get("RECSYS_DEBUG"):
             raise

@@ -1,6 +1,7 @@
 """The verbs that carry data from stage to stage: load, call what does the work, write an artifact."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,8 @@ class ParquetStream:
     """Writes tables of like columns one after the other into one Parquet file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.writer = path, None
+        self.path = path
+        self.writer: Any = None
 
     def __enter__(self) -> "ParquetStream":
         return self
@@ -251,7 +253,9 @@ def recommend(
     request_time: int | None = None,
     batch_size: int = 256,
 ) -> None:
-    """Recommend for users of the data, or for histories in a file, and write user_id, item_id, score, rank, retriever_score.
+    """Recommend for users of the data, or for histories in a file.
+
+    The Parquet file has the columns user_id, item_id, score, rank and retriever_score.
 
     Args:
         bundle: folder written by export-bundle (or by export-index: the first stage alone).
@@ -363,7 +367,7 @@ def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "simulate": simulate,
     "prepare-data": prepare,
     "export-index": export_index,

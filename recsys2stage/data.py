@@ -264,7 +264,12 @@ class Candidates(_DataModule):
     def features(self) -> list[dict[str, Any]]:
         """Item features the ranker may look at: name, kind, size and width of the array of values."""
         return [
-            {"name": f["name"], "kind": f["kind"], "size": f["size"], "values": f["values"].shape[1] if f["values"].ndim == 2 else 1}
+            {
+                "name": f["name"],
+                "kind": f["kind"],
+                "size": f["size"],
+                "values": f["values"].shape[1] if f["values"].ndim == 2 else 1,
+            }
             for f in self.dataset.features()
         ]
 
@@ -280,7 +285,9 @@ class Candidates(_DataModule):
     def train_dataloader(self) -> BatchLoader:
         train = np.flatnonzero((self.lists.fold == "train") & (self.lists.positive >= 0))
         if not len(train):
-            raise ValueError(f"no list in {self.path} holds its user's target; mine more candidates (k) or train the retriever")
+            raise ValueError(
+                f"no list in {self.path} holds its user's target; mine more candidates (k) or train the retriever"
+            )
         return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
 
     def val_dataloader(self) -> BatchLoader:

@@ -11,7 +11,6 @@ from recsys2stage.artifacts import read_manifest
 
 Split = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
-REQUEST_TIMES = ("none", "last_event", "target")
 
 
 class Ragged(NamedTuple):
@@ -170,7 +169,7 @@ class Dataset:
     def check_request_time(self, request_time: RequestTime) -> None:
         if request_time != "none" and not self.has_time:
             raise ValueError(
-                f"request_time is {request_time!r} but {self.path} has an order and no real times; use request_time: none"
+                f"request_time is {request_time!r} but {self.path} has an order and no times; use request_time: none"
             )
 
 
@@ -213,5 +212,3 @@ def windows(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarr
     window_ends = np.repeat(ends, counts) - number.values * length
     window_starts = np.maximum(window_ends - length - 1, np.repeat(starts, counts))
     return window_starts, window_ends
-
-

@@ -1,5 +1,6 @@
 """Both stages and two baselines, side by side on the same users, in full ranking."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ def rank_users(
     The retriever and the baselines rank all items that the user has not met. The ranker orders the retriever's
     candidates anew; what lies outside them keeps the retriever's order below.
     """
-    baselines = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
+    baselines: dict[str, Popularity | Markov] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
     vectors = recommender.towers.every_item().detach().float()
     parts: dict[str, list[np.ndarray]] = {name: [] for name in TITLES if recommender.reranker or "ranker" not in name}
     parts["found"] = []
@@ -133,9 +134,12 @@ def history_cohorts(dataset: Dataset, users: np.ndarray, split: Split) -> Iterat
     """Users by quarter of the number of events before the target."""
     length = dataset.target_places(split)[users] - dataset.offsets[users]
     cuts = np.unique(np.quantile(length, [0, 0.25, 0.5, 0.75, 1]).astype(int))
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    for low, high in itertools.pairwise(cuts):
         last = high == cuts[-1]
-        yield f"{low}-{high if last else high - 1} events", (length >= low) & ((length <= high) if last else (length < high))
+        yield (
+            f"{low}-{high if last else high - 1} events",
+            (length >= low) & ((length <= high) if last else (length < high)),
+        )
     if len(cuts) == 1:
         yield f"{cuts[0]} events", np.ones(len(users), dtype=bool)
 
@@ -185,13 +189,18 @@ def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
 
 def as_table(report: dict[str, Any], metrics: tuple[str, ...] = ("hr@10", "ndcg@10", "mrr", "recall@100")) -> str:
     """The headline as a Markdown table: value [95 % interval]."""
-    head = ["model", *(m.replace("hr", "HR").replace("ndcg", "NDCG").replace("mrr", "MRR").replace("rec", "Rec") for m in metrics)]
+    head = [
+        "model",
+        *(m.replace("hr", "HR").replace("ndcg", "NDCG").replace("mrr", "MRR").replace("rec", "Rec") for m in metrics),
+    ]
     rows = [
         [TITLES[name], *("{value:.4f} [{low:.4f}, {high:.4f}]".format(**model[metric]) for metric in metrics)]
         for name, model in report["models"].items()
     ]
     widths = [max(len(row[j]) for row in [head, *rows]) for j in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
@@ -206,8 +215,10 @@ def as_markdown(report: dict[str, Any], line: str) -> str:
             if not metric.startswith("recall")
         ]
         parts.append("\n".join(rows))
-        parts.append(f"Target among the candidates (the ranker's ceiling): {report['candidates']['recall']:.4f} "
-                     f"at K = {report['candidates']['k']}.")
+        parts.append(
+            f"Target among the candidates (the ranker's ceiling): {report['candidates']['recall']:.4f} "
+            f"at K = {report['candidates']['k']}."
+        )
     for cohort, groups in report["cohorts"].items():
         names = [name for name in report["models"] if name != "markov"]
         rows = [f"| {cohort.replace('_', ' ')} | users | " + " | ".join(f"{TITLES[n]} NDCG@10" for n in names) + " |"]
@@ -218,5 +229,3 @@ def as_markdown(report: dict[str, Any], line: str) -> str:
         ]
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
-
-

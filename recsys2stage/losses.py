@@ -65,7 +65,7 @@ class InfoNCE(Loss):
         item_vectors: Callable[[Tensor], Tensor],
         log_popularity: Float[Tensor, " W"],
     ) -> Float[Tensor, ""]:
-        distinct, column, count = answers.unique(return_inverse=True, return_counts=True)
+        distinct, column, count = torch.unique(answers, return_inverse=True, return_counts=True)
         correction = -log_popularity[distinct]
         return cross_entropy(
             queries / self.temperature,
@@ -99,7 +99,9 @@ def cross_entropy(
     if block is None:
         budget = BLOCK_LOGITS if queries.device.type == "cpu" else GPU_BLOCK_LOGITS
         block = max(1, budget // max(1, len(columns)))
-    return _CrossEntropy.apply(queries, columns, answer, column_bias, answer_bias, block)
+    return _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch does not type it
+        queries, columns, answer, column_bias, answer_bias, block
+    )
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -116,7 +118,9 @@ class _CrossEntropy(torch.autograd.Function):
         d_queries = torch.empty_like(queries) if wants_gradient else None
         d_columns = torch.zeros_like(columns) if wants_gradient else None
         # a sum over many blocks: float32 rows of up to 1e5 would lose digits, and double costs nothing here
-        total = torch.zeros((), dtype=torch.float64 if queries.device.type != "mps" else torch.float32, device=queries.device)
+        total = torch.zeros(
+            (), dtype=torch.float64 if queries.device.type != "mps" else torch.float32, device=queries.device
+        )
         for start in range(0, rows, block):
             part = slice(start, start + block)
             query, right = queries[part], answer[part, None]

@@ -26,9 +26,10 @@ def rank_of(scores: Float[Tensor, "B W"], target: Int[Tensor, " B"]) -> Int[Tens
 
 
 def metrics_of(ranks: np.ndarray, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
-    """Each user's own metrics, (B,) float64: hr@k = [rank ≤ k], ndcg@k = [rank ≤ k] / log2(1 + rank), mrr = 1 / rank."""
+    """Each user's metrics, (B,) float64: hr@k = [rank ≤ k], ndcg@k = [rank ≤ k] / log2(1 + rank), mrr = 1 / rank."""
     ranks = ranks.astype(np.float64)
-    gain, values = 1 / np.log2(1 + ranks), {}
+    gain = 1 / np.log2(1 + ranks)
+    values: dict[str, np.ndarray] = {}
     for k in ks:
         hit = (ranks <= k).astype(np.float64)
         values |= {f"hr@{k}": hit, f"ndcg@{k}": hit * gain, f"recall@{k}": hit}
@@ -63,6 +64,12 @@ class RankMetrics(Metric):
         self.gains += (hit / torch.log2(1 + rank)).sum(0)
         self.reciprocal += (1 / rank).sum()
         self.users += len(ranks)
+
+    def take(self, prefix: str) -> dict[str, Tensor]:
+        """The means under prefixed names; starts anew."""
+        values = self.compute()
+        self.reset()
+        return {f"{prefix}{name}": value for name, value in values.items()}
 
     def compute(self) -> dict[str, Tensor]:
         users = self.users.clamp(min=1)

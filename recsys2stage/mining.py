@@ -54,7 +54,9 @@ class RankBand(Miner):
 
     def __init__(self, count: int | None = None, skip_top: int = 0, last: int | None = None) -> None:
         if skip_top < 0 or (last is not None and last <= skip_top):
-            raise ValueError(f"the band of ranks above {skip_top} and up to {last} is empty; expected 0 <= skip_top < last")
+            raise ValueError(
+                f"the band of ranks above {skip_top} and up to {last} is empty; expected 0 <= skip_top < last"
+            )
         self.count, self.skip_top, self.last = count, skip_top, last
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
@@ -110,7 +112,9 @@ class Popular(_Drawn):
 
     def draw(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         weights = np.where(np.arange(len(counts)) > 0, counts, 0) ** self.exponent
-        return np.searchsorted(np.cumsum(weights / weights.sum()), rng.random(shape), side="right").clip(1, len(counts) - 1)
+        return np.searchsorted(np.cumsum(weights / weights.sum()), rng.random(shape), side="right").clip(
+            1, len(counts) - 1
+        )
 
 
 class Mixture(Miner):
@@ -194,7 +198,7 @@ def specify_miner(miner: Miner) -> dict[str, Any]:
 
 
 def select_fold(users: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which users are kept to select the ranker, by a seeded hash (splitmix64) of their number, so for ever the same."""
+    """Which users are kept to select the ranker, by a seeded hash (splitmix64) of their number."""
     x = users.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)

@@ -32,7 +32,9 @@ class NextItem(Objective):
 
     def forward(self, window: History) -> Question:
         items, lengths, times, request = window
-        history = History(items[:, :-1], (lengths - 1).clamp(min=0), times[:, :-1], None if request is None else request[:, :-1])
+        history = History(
+            items[:, :-1], (lengths - 1).clamp(min=0), times[:, :-1], None if request is None else request[:, :-1]
+        )
         places = visible(history.items, history.lengths)
         return Question(history, places, items[:, 1:][places])
 

@@ -1,8 +1,10 @@
 """The optimiser both stages start from."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,12 +20,16 @@ class RecsysAdamW(torch.optim.AdamW):
     """
 
     def __init__(
-        self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.98), weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
-def with_warmup(optimizer: Optimizer, steps: int) -> dict[str, object]:
+def with_warmup(optimizer: Optimizer, steps: int) -> OptimizerLRSchedulerConfig:
     """What Lightning's configure_optimizers returns: the learning rate rises linearly over `steps`, then stays."""
     scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(steps, 1)))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

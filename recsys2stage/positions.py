@@ -60,7 +60,7 @@ class Rotary(Position):
         width = shape.dim // shape.heads
         if width % 2:
             raise ValueError(
-                f"Rotary turns pairs of dimensions, but a head is {width} wide (dim {shape.dim} / heads {shape.heads}); "
+                f"Rotary turns pairs of dimensions but a head is {width} wide (dim {shape.dim} / heads {shape.heads}); "
                 "choose an even head width"
             )
         frequency = base ** -(torch.arange(0, width, 2) / width)

@@ -189,7 +189,8 @@ def load_events(
     tables: Tables, min_rating: float | int | None, on_bad_rows: OnBadRows, counts: dict[str, int]
 ) -> tuple[Events, pl.DataFrame]:
     """Reads, checks, filters by rating and numbers; the events stay in the order of the file."""
-    frame, rejected = read(tables.events, on_bad_rows, categorical=(c.USER_ID, c.ITEM_ID, c.ACTION))
+    needs = (c.USER_ID, c.ITEM_ID, c.TIME) if tables.has_time else (c.USER_ID, c.ITEM_ID)
+    frame, rejected = read(tables.events, on_bad_rows, needs, categorical=(c.USER_ID, c.ITEM_ID, c.ACTION))
     counts["events_read"] = len(frame) + len(rejected)
     counts["removed_by_rating"] = 0
     if min_rating is not None:
@@ -403,7 +404,7 @@ def write_side(
     counts[f"{owner}s_without_metadata"] = 0
     bad = pl.DataFrame(schema=REJECTED_SCHEMA)
     if rows is not None:
-        known, bad = read(rows, on_bad_rows)
+        known, bad = read(rows, on_bad_rows, needs=(raw_id, *kinds))
         # joined as text, since one file may hold the ids as numbers and the other as text
         known = known.with_columns(pl.col(raw_id).cast(pl.String))
         once = known.unique(raw_id, keep="first", maintain_order=True)

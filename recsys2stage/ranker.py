@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from recsys2stage.columns import PAD
@@ -53,15 +54,13 @@ class Ranker(LightningModule):
         self.reranker = Reranker(num_items, vector_dim, features, scorer, feature_dim)
         self.loss = loss or Listwise()
         self.id_dropout, self.optimizer, self.warmup_steps = id_dropout, optimizer, warmup_steps
-        self.metrics = torch.nn.ModuleDict({"ranker": RankMetrics(), "retriever": RankMetrics(), "masked": RankMetrics()})
+        self.metrics, self.retriever_metrics, self.masked_metrics = RankMetrics(), RankMetrics(), RankMetrics()
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
         candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.reranker.look_up(
-            candidates.item_vectors(), candidates.dataset.train_counts, candidates.dataset.features()
-        )
+        self.reranker.look_up(candidates.item_vectors(), candidates.dataset.train_counts, candidates.dataset.features())
         lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
         width = max(batch.items.size(1) for batch in lists)
         score, items = (
@@ -88,21 +87,19 @@ class Ranker(LightningModule):
     def validation_step(self, lists: Lists, batch_idx: int) -> None:
         real, found = lists.items != PAD, lists.positive >= 0
         place = lists.positive.clamp(min=0)
-        for name, masks in (("ranker", False), ("masked", True)):
+        for metric, masks in ((self.metrics, False), (self.masked_metrics, True)):
             masked = torch.full_like(real, masks)
             logits = self.reranker(lists.state, lists.items, lists.score, lists.rank.clamp(min=1), masked)
             ranks = rank_of(logits.masked_fill(~real, -torch.inf), place)
-            self.metrics[name].update(torch.where(found, ranks, NOWHERE))
+            metric.update(torch.where(found, ranks, NOWHERE))
         own = lists.rank.gather(1, place[:, None]).squeeze(1)
-        self.metrics["retriever"].update(torch.where(found, own, NOWHERE))
+        self.retriever_metrics.update(torch.where(found, own, NOWHERE))
 
     def on_validation_epoch_end(self) -> None:
-        for name, prefix in (("ranker", ""), ("retriever", "retriever_"), ("masked", "masked_")):
-            metric = self.metrics[name]
-            values = metric.compute()  # type: ignore[operator]
-            metric.reset()  # type: ignore[operator]
-            self.log_dict({f"val/{prefix}{key}": value for key, value in values.items()})
-            self.log(f"val_{prefix}ndcg@10", values["ndcg@10"], prog_bar=True, logger=False)
+        """Both stages on the same users, and the ranker with all ids masked."""
+        values = self.metrics.take("val/") | self.retriever_metrics.take("val/retriever_")
+        for name, value in (values | self.masked_metrics.take("val/masked_")).items():
+            self.log(name, value, prog_bar=name.endswith("ndcg@10"))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return with_warmup(self.optimizer(self.parameters()), self.warmup_steps)

@@ -1,7 +1,7 @@
 """Serving both stages from one folder, without the training data and without Lightning.
 
-    recommender = Recommender.load("runs/ml-1m/bundle")
-    recommender.recommend(["1193", "661", "914"], k=10)
+recommender = Recommender.load("runs/ml-1m/bundle")
+recommender.recommend(["1193", "661", "914"], k=10)
 """
 
 import functools
@@ -108,8 +108,10 @@ class Recommender:
         return self.index.search(queries, k or self.num_candidates, exclude=(known.values, known.offsets))
 
     @torch.inference_mode()
-    def rerank(self, queries: np.ndarray, items: np.ndarray, scores: np.ndarray, ids_masked: bool = False) -> np.ndarray:
-        """The second stage's scores of candidates in the retriever's order, (B, C) float32; −inf where there is none."""
+    def rerank(
+        self, queries: np.ndarray, items: np.ndarray, scores: np.ndarray, ids_masked: bool = False
+    ) -> np.ndarray:
+        """The second stage's scores of candidates in the retriever's order, (B, C) float32; −inf for no candidate."""
         assert self.reranker is not None
         real = torch.from_numpy(items > 0)
         rank = torch.arange(1, items.shape[1] + 1).expand(items.shape)
@@ -164,18 +166,16 @@ class Recommender:
         if isinstance(history, str):
             raise ValueError(f"history is the text {history!r}, expected a sequence of item ids, oldest first")
         if self.request_time == "target" and times is None and len(history):
-            raise ValueError("this model is told the time of the request, so it needs times: seconds, one for each event")
+            raise ValueError(
+                "this model is told the time of the request, so it needs times: seconds, one for each event"
+            )
         if times is not None and len(times) != len(history):
             raise ValueError(f"history has {len(history)} events but times has {len(times)}; give one time for each")
         numbers = self.numbers(history)
         met = np.flatnonzero(numbers)
         newest = met[-self.towers.max_length :]
         seconds = np.asarray(times if times is not None else np.zeros(len(history)), dtype=np.int64)
-        padded = Padded(
-            np.append(numbers[newest], [c.PAD] * (not len(newest)))[None],
-            np.append(seconds[newest], [0] * (not len(newest)))[None].astype(np.int64),
-            np.array([len(newest)]),
-        )
+        padded = left_aligned(numbers[newest], seconds[newest], np.array([0]), np.array([len(newest)]))
         barred = self.numbers(exclude)
         known = np.unique(np.concatenate([numbers[met], barred[barred > 0]]))
         now = np.array([int(time.time()) if request_time is None else request_time])
@@ -261,7 +261,9 @@ class FileUsers:
                 f"{log[c.ITEM_ID][0]!r}; expected ids as {recommender.catalogue[c.ITEM_ID][0]!r}"
             )
         if not numbers.all():
-            logger.warning("%s: %s of %s events are of items the model does not know", path, f"{(numbers == 0).sum():,}", len(log))
+            logger.warning(
+                "%s: %s of %s events are of items the model does not know", path, f"{(numbers == 0).sum():,}", len(log)
+            )
         self.max_length = recommender.towers.max_length
         self.user_ids, user = np.unique(log[c.USER_ID].to_numpy(), return_inverse=True)
         order = np.argsort(user[numbers > 0], kind="stable")

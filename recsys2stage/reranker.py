@@ -88,7 +88,7 @@ class Reranker(nn.Module):
 
     def item_features(self, items: Int[Tensor, "B C"]) -> Float[Tensor, "B C G"]:
         """What is known of items beside their ids."""
-        distinct, place = items.unique(return_inverse=True)  # a batch repeats its candidates many times
+        distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
         columns = [self.popularity[distinct, None]]
         for feature in self.features:
             values = self.get_buffer(f"values_{feature['name']}")[distinct]

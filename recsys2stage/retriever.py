@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Int
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from recsys2stage.data import Histories, Queries
@@ -56,7 +58,7 @@ class Retriever(LightningModule):
         self.objective = objective or NextItem()
         self.loss = loss or InfoNCE()
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
-        self.metrics = torch.nn.ModuleDict({"val": RankMetrics(), "test": RankMetrics()})
+        self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         self.register_buffer("log_popularity", torch.zeros(num_items + 1))
 
     def setup(self, stage: str) -> None:
@@ -72,29 +74,23 @@ class Retriever(LightningModule):
         return loss
 
     def validation_step(self, batch: Queries, batch_idx: int) -> None:
-        self._measure(batch, "val")
+        self.val_metrics.update(self.ranks(batch))
 
     def test_step(self, batch: Queries, batch_idx: int) -> None:
-        self._measure(batch, "test")
+        self.test_metrics.update(self.ranks(batch))
 
-    def _measure(self, batch: Queries, split: str) -> None:
-        """Full ranking over the catalogue, known items filtered."""
+    def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
+        """Rank of each target in the whole catalogue, known items filtered."""
         scores = self.towers.queries(batch.history) @ self.towers.every_item().T  # (B, V)
         scores[batch.known_rows, batch.known_items - 1] = -torch.inf
-        self.metrics[split].update(rank_of(scores, batch.target - 1))
+        return rank_of(scores, batch.target - 1)
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        for name, value in self.val_metrics.take("val/").items():
+            self.log(name, value, prog_bar=name == "val/ndcg@10")
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
+        self.log_dict(self.test_metrics.take("test/"))
 
-    def _report(self, split: str) -> None:
-        metric = self.metrics[split]
-        values = metric.compute()  # type: ignore[operator]
-        metric.reset()  # type: ignore[operator]
-        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, prog_bar=False, rank_zero_only=False)
-        self.log(f"{split}_ndcg@10", values["ndcg@10"], prog_bar=True, logger=False)
-
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return with_warmup(self.optimizer(self.parameters()), self.warmup_steps)

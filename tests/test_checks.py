@@ -227,24 +227,33 @@ def test_bad_numbers_in_an_item_table(tmp_path: Path) -> None:
 class Plays(Source):
     """A stranger's source: no text, no rules of its own."""
 
-    def __init__(self, frame: pl.DataFrame) -> None:
+    def __init__(self, frame: pl.DataFrame, items: pl.DataFrame | None = None) -> None:
         self.frame = frame
+        self.items = items
 
     @contextmanager
     def open(self) -> Iterator[Tables]:
-        yield Tables(Rows(self.frame.lazy(), "plays"))
+        items = None if self.items is None else Rows(self.items.lazy(), "songs")
+        yield Tables(
+            Rows(self.frame.lazy(), "plays"), items=items, item_features={"mood": "categorical"} if items else {}
+        )
 
 
 def test_a_source_without_rules_is_held_to_those_of_events(tmp_path: Path) -> None:
     good = pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "time": [1, 2]})
     assert len(read(Rows(good.lazy(), "plays"))[0]) == 2
-    assert "column 'user_id': 1 bad row (line 2: missing)" in error_of(
+    assert "column 'user_id': 1 bad row (row 2: missing)" in error_of(
         Plays(good.with_columns(user_id=pl.Series([1, None]))), tmp_path
     )
-    assert "column 'time': 1 bad row (line 1: -1 is not" in error_of(
+    assert "column 'time': 1 bad row (row 1: -1 is not" in error_of(
         Plays(good.with_columns(time=pl.Series([-1, 2]))), tmp_path
     )
-    assert "plays has no column 'item_id'" in error_of(Plays(good.drop("item_id")), tmp_path)
+    for name in good.columns:
+        assert f"plays has no column {name!r}" in error_of(Plays(good.drop(name)), tmp_path)
+    songs = pl.DataFrame({"item_id": [2, None], "mood": ["sad", "glad"]})
+    assert "songs, column 'item_id': 1 bad row (row 2: missing)" in error_of(Plays(good, songs), tmp_path)
+    assert "songs has no column 'mood'" in error_of(Plays(good, songs.drop("mood")), tmp_path)
+    assert prepare(Plays(good, songs[:1]), tmp_path / "out")["features"]["items"][0]["size"] == 2
 
 
 def test_a_failed_run_leaves_the_old_dataset_as_it_was(tmp_path: Path) -> None:

@@ -19,16 +19,16 @@ from recsys2stage.split import GlobalTime
 Event = tuple[Any, Any, int, float]  # user, item, time, rating
 
 
-def write(folder: Path, events: list[Event], items: str = "") -> Table:
+def write(folder: Path, events: list[Event], items: str = "", form: str = "csv") -> Table:
     folder.mkdir(parents=True, exist_ok=True)
     frame = pl.DataFrame(events, schema=["user_id", "item_id", "timestamp", "rating"], orient="row")
-    frame.write_csv(folder / "events.csv")
+    frame.write_csv(folder / "events.csv") if form == "csv" else frame.write_parquet(folder / "events.parquet")
     side = None
     if items:
         (folder / "items.csv").write_text(items)
         columns = {"tags": Feature("multi"), "price": Feature("numeric"), "colour": Feature("categorical")}
         side = SideTable("items.csv", "id", columns, title="name")
-    return Table(folder / "events.csv", rating="rating", items=side)
+    return Table(folder / f"events.{form}", rating="rating", items=side)
 
 
 class World(NamedTuple):
@@ -50,8 +50,8 @@ def look(folder: Path) -> World:
     return World(json.loads((folder / c.MANIFEST).read_text()), histories, arrays)
 
 
-def prepared(tmp_path: Path, events: list[Event], items: str = "", **options: Any) -> World:
-    manifest = prepare(write(tmp_path / "raw", events, items), tmp_path / "data", **options)
+def prepared(tmp_path: Path, events: list[Event], items: str = "", form: str = "csv", **options: Any) -> World:
+    manifest = prepare(write(tmp_path / "raw", events, items, form), tmp_path / "data", **options)
     world = look(tmp_path / "data")
     assert manifest == world.manifest
     return world
@@ -128,6 +128,12 @@ def test_the_manifest_counts_and_states_the_protocol(tmp_path: Path) -> None:
     assert len(raw["hash"]) == 64
 
 
+def test_ties_are_within_a_user(tmp_path: Path) -> None:
+    events = [(1, 10, 5, 1.0), (1, 20, 6, 1.0), (2, 10, 6, 1.0), (2, 20, 6, 1.0)]
+    assert prepared(tmp_path, events).manifest["ties"] == {"events_share": 0.5, "last_time_share": 0.5}
+    assert prepared(tmp_path, events[:3]).manifest["ties"] == {"events_share": 0, "last_time_share": 0}
+
+
 def test_the_hash_is_that_of_the_split(tmp_path: Path) -> None:
     world = prepared(tmp_path, EVENTS)
     names = (c.USER_OFFSETS, c.EVENT_ITEMS, c.TRAIN_ENDS, c.VAL_ENDS)
@@ -172,6 +178,10 @@ def test_min_rating_drops_events_and_with_them_items_and_users(tmp_path: Path) -
     assert world.manifest["counts"]["removed_by_rating"] == 4
     assert world.manifest["counts"]["items"] == 3  # 300 has no rating of 3 or more
     assert world.arrays[c.EVENT_ITEMS].tolist() == [1, 3, 2, 1, 2]
+
+
+def test_one_event_is_a_dataset(tmp_path: Path) -> None:
+    assert prepared(tmp_path, [(3, 4, 5, 1.0)]).histories == {3: ([4], [], [])}
 
 
 def test_core_goes_on_to_the_fixed_point(tmp_path: Path) -> None:
@@ -276,13 +286,24 @@ def altered(events: list[Event], seed: int) -> list[Event]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cold_items": 0.2}, {"tie_break": "item_id"}, {"min_rating": 1.0, "repeats": "keep"}]
+    "options",
+    [
+        {},
+        {"cold_items": 0.2},
+        {"tie_break": "item_id"},
+        {"min_rating": 1.0, "repeats": "keep"},
+        {"split": GlobalTime(val=10, test=11)},
+        {"split": GlobalTime(val=1 / 12, test=1 / 12), "cold_items": 0.1},
+    ],
 )
-def test_what_the_test_events_are_cannot_be_felt_anywhere_else(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("form", ["csv", "parquet"])  # ids as text and as numbers are numbered in different ways
+def test_what_the_test_events_are_cannot_be_felt_anywhere_else(
+    tmp_path: Path, form: str, options: dict[str, Any]
+) -> None:
     table = "id,name,tags,price,colour\n" + "\n".join(f"{i},N{i},a|b{i % 3},{i},c{i % 4}" for i in range(39))
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, events in zip(folders, (MANY, altered(MANY, 0)), strict=True):
-        prepared(folder, events, table, **options)
+        prepared(folder, events, table, form, **options)
     names = sorted(file.name for file in (folders[0] / "data").iterdir())
     assert names == sorted(file.name for file in (folders[1] / "data").iterdir())
     one, other = (look(folder / "data") for folder in folders)

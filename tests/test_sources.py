@@ -89,7 +89,7 @@ def test_movielens_1m_has_users(tmp_path: Path) -> None:
         assert tables.users is not None
         assert read(tables.users)[0].rows() == [(1, "F", "1", "10", "4"), (2, "M", "56", "16", "7")]
         assert tables.user_features == dict.fromkeys(("gender", "age", "occupation", "zip_prefix"), "categorical")
-    with MovieLens(tmp_path / "ml", users=False).open() as tables:
+    with MovieLens(tmp_path / "ml", user_features=False).open() as tables:
         assert tables.users is None
 
 

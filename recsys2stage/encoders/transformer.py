@@ -55,7 +55,9 @@ class Transformer(Encoder):
         self.time: Time = (time or Time)(shape)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, round(expansion * dim), dropout, dropout if attention_dropout is None else attention_dropout)
+            Block(
+                dim, heads, round(expansion * dim), dropout, dropout if attention_dropout is None else attention_dropout
+            )
             for _ in range(layers)
         )
         self.norm = nn.RMSNorm(dim, eps=EPS)
@@ -75,9 +77,9 @@ class Transformer(Encoder):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         with torch.no_grad():
-            for block in self.blocks:
-                for writer in (block.attention.out, block.feed_forward.w2):
-                    writer.weight /= (2 * len(self.blocks)) ** 0.5
+            for name, weight in self.named_parameters():
+                if name.endswith(("attention.out.weight", "feed_forward.w2.weight")):
+                    weight.div_((2 * len(self.blocks)) ** 0.5)
 
 
 class Block(nn.Module):

@@ -1,5 +1,7 @@
 """Seed 000's interaction-aware MLP."""
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,15 +27,16 @@ class MLP(Scorer):
         self.of_user = nn.Linear(dim, hidden[0], bias=False)
         self.of_candidate = nn.Linear(2 * dim + num_features, hidden[0])
         layers: list[nn.Module] = [nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout)]
-        for width, following in zip(hidden, hidden[1:], strict=False):
+        for width, following in itertools.pairwise(hidden):
             layers += [nn.Linear(width, following), nn.LayerNorm(following), nn.ReLU(), nn.Dropout(dropout)]
-        self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+        last = nn.Linear(hidden[-1], 1)
+        self.rest = nn.Sequential(*layers, last)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.rest[-1].weight)
+        nn.init.zeros_(last.weight)
 
     def forward(
         self, state: Float[Tensor, "B D"], vectors: Float[Tensor, "B C D"], features: Float[Tensor, "B C F"]

@@ -80,10 +80,10 @@ def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
                 raise
             raise ValueError(
                 f"{path} is not a complete zip file ({error}), {path.stat().st_size:,} bytes: "
-                "it may be cut short; fetch it again"
+                "it may be cut short; remove it and fetch it again"
             ) from error
         except Exception as error:  # zlib.error, lzma.LZMAError: a member is damaged
-            raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+            raise ValueError(f"{path} is damaged ({error}); remove it and fetch it again") from error
         yield Path(folder)
 
 

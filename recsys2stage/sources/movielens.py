@@ -30,16 +30,20 @@ class MovieLens(Source):
         path: the unpacked folder, the folder above it, or the zip, taken as it is. Without one the official archive is
             downloaded.
         archive: the name of the official archive: ml-20m, ml-25m, ml-32m, ml-1m, ml-latest, ml-latest-small.
-        users: whether to read the user features, where the archive has them.
+        user_features: whether to read what is known of users, where the archive has it (1M).
         folder: where downloads go.
     """
 
     def __init__(
-        self, path: Path | None = None, archive: str = "ml-20m", users: bool = True, folder: Path = Path("data/raw")
+        self,
+        path: Path | None = None,
+        archive: str = "ml-20m",
+        user_features: bool = True,
+        folder: Path = Path("data/raw"),
     ):
         self.path = path
         self.archive = archive
-        self.users = users
+        self.user_features = user_features
         self.folder = folder
 
     @contextmanager
@@ -52,7 +56,7 @@ class MovieLens(Source):
             if not movies.is_file():
                 raise FileNotFoundError(f"{path} has {ratings.name} but no {movies.name} beside it")
             features: dict[str, Kind] = {"genres": "multi", "decade": "categorical"}
-            with_users = legacy and self.users and users.is_file()
+            with_users = legacy and self.user_features and users.is_file()
             yield Tables(
                 events=_dat_events(ratings) if legacy else csv_rows([ratings], EVENTS),
                 items=_dat(movies, ["movieId", "title", "genres"], ITEMS) if legacy else csv_rows([movies], ITEMS),
@@ -92,7 +96,7 @@ class MovieLens(Source):
 
 def year_of(title: pl.Expr) -> pl.Expr:
     """1995 of "Toy Story (1995)", the last such of several; the first of "(1975-1979)"; null without."""
-    return title.str.extract(r".*\(((?:18|19|20)\d\d)(?:\s*[-–]\s*(?:\d{4})?\s*)?\)", 1).cast(pl.Int32)  # noqa: RUF001
+    return title.str.extract(r".*\(((?:18|19|20)\d\d)(?:\s*[-–]\s*(?:\d{4})?\s*)?\)", 1).cast(pl.Int32)
 
 
 def decade_of(title: pl.Expr) -> pl.Expr:

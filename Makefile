@@ -1,0 +1,92 @@
+# Artifacts are the targets: each rule reads files and writes files, redoes only what changed, and goes on after a kill.
+#   make pipeline DATASET=ml-1m RAW=path/to/ml-1m.zip SEED=1 WITH=request-time
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+DATASET ?= ml-20m
+RAW ?=
+SEED ?=
+WITH ?=
+PYTHON ?= python3
+
+CONFIG := configs/$(DATASET)
+DATA := data/$(DATASET)
+RUN ?= runs/$(DATASET)$(if $(WITH),-$(WITH))$(if $(SEED),-seed$(SEED))
+BIN := .venv/bin
+RECSYS := $(BIN)/recsys
+
+# a stage's config, where the dataset has one
+config = $(wildcard $(CONFIG)/$(1).yaml)
+with_config = $(addprefix --config ,$(call config,$(1)))
+overlay := $(if $(WITH),configs/with/$(WITH).yaml)
+# an interrupted fit goes on from its last checkpoint, unless what it depends on is newer
+resume = $$(if [[ $(@D)/last.ckpt -nt $(1) && $(@D)/last.ckpt -nt $(2) ]]; then echo --ckpt_path $(@D)/last.ckpt; \
+	else rm -f $(@D)/{best,last}.ckpt; fi)
+fit_options = $(addprefix --seed_everything ,$(SEED)) --output $(@D)
+
+.PHONY: help setup demo pipeline test test-slow lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: .venv/ready ## install the package and its tools into .venv
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: ## the whole pipeline on a generated world, in a few minutes
+	@$(MAKE) --no-print-directory pipeline DATASET=demo
+
+pipeline: $(RUN)/report.json $(RUN)/recommendations.parquet ## both stages on DATASET (default ml-20m; RAW=folder or zip)
+	@sed '/^95 %/q' $(RUN)/report.md
+	@echo; echo "Written:"; ls -d $(DATA) $(RUN)/{retriever,index,candidates,ranker,bundle}/ $(RUN)/{report.md,report.json,ranks.parquet,recommendations.parquet} | sed 's/^/  /'
+
+data/raw/demo/ratings.csv: | .venv/ready
+	$(RECSYS) simulate --size demo --output $(@D)
+
+data/demo/manifest.json: data/raw/demo/ratings.csv
+
+$(DATA)/manifest.json: $(CONFIG)/prepare.yaml $(RAW) | .venv/ready
+	$(RECSYS) prepare-data --config $< --output $(@D) $(if $(RAW),--source.path $(RAW))
+
+$(RUN)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlay) $(DATA)/manifest.json | .venv/ready
+	$(RECSYS) fit --config $< $(addprefix --config ,$(overlay)) --data.init_args.path $(DATA) $(fit_options) \
+		$(call resume,$<,$(DATA)/manifest.json)
+
+$(RUN)/index/manifest.json: $(RUN)/retriever/manifest.json $(call config,index)
+	$(RECSYS) export-index $(call with_config,index) --retriever $(RUN)/retriever/best.ckpt --data $(DATA) --output $(@D)
+
+$(RUN)/candidates/manifest.json: $(RUN)/index/manifest.json $(call config,mine)
+	$(RECSYS) mine-negatives $(call with_config,mine) --data $(DATA) --index $(RUN)/index --output $(@D)
+
+$(RUN)/ranker/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/candidates/manifest.json
+	$(RECSYS) fit --config $< --data.init_args.path $(RUN)/candidates $(fit_options) \
+		$(call resume,$<,$(RUN)/candidates/manifest.json)
+
+$(RUN)/bundle/manifest.json: $(RUN)/index/manifest.json $(RUN)/ranker/manifest.json $(call config,bundle)
+	$(RECSYS) export-bundle $(call with_config,bundle) --index $(RUN)/index --ranker $(RUN)/ranker/best.ckpt --output $(@D)
+
+$(RUN)/report.json: $(RUN)/bundle/manifest.json $(call config,evaluate)
+	$(RECSYS) evaluate $(call with_config,evaluate) --bundle $(RUN)/bundle --data $(DATA) --output $(@D) > /dev/null
+
+$(RUN)/recommendations.parquet: $(RUN)/bundle/manifest.json $(call config,recommend)
+	$(RECSYS) recommend $(call with_config,recommend) --bundle $(RUN)/bundle --data $(DATA) --output $@
+
+test: .venv/ready ## the tests
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: .venv/ready ## the tests that take longer
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/ready ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: .venv/ready ## let ruff rewrite the code
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean: ## remove what the pipeline made for DATASET
+	rm -rf $(DATA) $(RUN)

@@ -1,0 +1,36 @@
+"""One thread, one seed, and the small worlds that several test files share."""
+
+import os
+
+# before polars and torch are imported: on a small machine more threads make small work slower, not faster
+os.environ.update(POLARS_MAX_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from worlds import cycle_world
+
+torch.set_num_threads(1)
+
+pytest_plugins = ["pipeline_fixtures"]  # a tiny trained run
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test draws the same numbers wherever it stands, and leaves the run's seed as it was."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  what libraries draw from it
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def cycle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset in which item i is always followed by i + 1; read it, do not write into it."""
+    return cycle_world(tmp_path_factory.mktemp("cycle"))

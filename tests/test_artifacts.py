@@ -1,0 +1,151 @@
+"""Artifacts appear whole or not at all, and say what made them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recsys2stage.artifacts import fingerprint, hash_arrays, read_manifest, whole, write_json, write_manifest
+
+MAKE = "recsys make-it"
+
+
+def dead_process() -> int:
+    """The id of a process that was and is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def make_folder(path: Path, text: str) -> None:
+    with whole(path) as beside:
+        beside.mkdir()
+        (beside / "content").write_text(text)
+
+
+@pytest.mark.parametrize("name", ["index", "index.npy", "a.b.c", ".hidden"])
+def test_a_file_and_a_folder_of_any_name_appear(tmp_path: Path, name: str) -> None:
+    with whole(tmp_path / "files" / name) as beside:
+        beside.write_text("one")
+    assert (tmp_path / "files" / name).read_text() == "one"
+    make_folder(tmp_path / "folders" / name, "two")
+    assert (tmp_path / "folders" / name / "content").read_text() == "two"
+    assert [file.name for file in tmp_path.glob("*/*")] == [name, name]
+
+
+def test_nothing_is_at_the_path_before_it_is_complete(tmp_path: Path) -> None:
+    with whole(tmp_path / "new") as beside:
+        beside.write_text("half")
+        assert not (tmp_path / "new").exists()
+
+
+def test_after_a_failure_nothing_half_written_stays(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="on purpose"), whole(tmp_path / "folder") as beside:
+        beside.mkdir()
+        (beside / "half").write_text("half")
+        raise RuntimeError("on purpose")
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "file") as beside:
+        beside.write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_artifact_survives_a_failure(tmp_path: Path) -> None:
+    make_folder(tmp_path / "folder", "old")
+    write_json(tmp_path / "file.json", "old")
+    for name in ("folder", "file.json"):
+        with pytest.raises(RuntimeError), whole(tmp_path / name):
+            raise RuntimeError
+    assert (tmp_path / "folder" / "content").read_text() == "old"
+    assert json.loads((tmp_path / "file.json").read_text()) == "old"
+
+
+def test_the_new_artifact_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    make_folder(tmp_path / "folder", "old")
+    (tmp_path / "folder" / "left over").touch()
+    make_folder(tmp_path / "folder", "new")
+    assert [(file.name, file.read_text()) for file in (tmp_path / "folder").iterdir()] == [("content", "new")]
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    dead = tmp_path / f".data.{dead_process()}.partial"
+    living = tmp_path / f".data.{os.getppid()}.partial"
+    of_another = tmp_path / f".other.{dead_process()}.partial"
+    for folder in (dead, living, of_another):
+        folder.mkdir()
+        (folder / "half").touch()
+    make_folder(tmp_path / "data", "new")
+    assert not dead.exists()
+    assert living.exists()
+    assert of_another.exists()
+
+
+def test_a_run_killed_between_the_two_renames_has_not_lost_the_old_artifact(tmp_path: Path) -> None:
+    make_folder(tmp_path / "data", "old")
+    (tmp_path / "data").rename(tmp_path / f".data.{dead_process()}.old")  # where the kill struck
+    with pytest.raises(RuntimeError), whole(tmp_path / "data"):
+        raise RuntimeError
+    assert (tmp_path / "data" / "content").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_manifest_says_what_made_it_from_what(tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    parent.mkdir()
+    child.mkdir()
+    write_manifest(parent, "dataset", {"core": 5}, {})
+    write_manifest(child, "index", {"k": 1}, {"data": parent}, items=7)
+    manifest = read_manifest(child, "index", MAKE)
+    assert manifest["items"] == 7
+    assert manifest["options"] == {"k": 1}
+    assert manifest["parents"] == {"data": {"path": str(parent), "hash": fingerprint(parent)}}
+    assert manifest["versions"].keys() == {"recsys2stage", "python", "numpy"}
+    assert manifest["command"] == " ".join(sys.argv)
+
+
+def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/manifest.json does not exist.* run: {MAKE}"):
+        read_manifest(tmp_path, "dataset", MAKE)
+
+
+def test_a_manifest_of_another_kind_says_which(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "index", {}, {})
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds a 'index', expected a 'dataset'; run: {MAKE}"):
+        read_manifest(tmp_path, "dataset", MAKE)
+
+
+@pytest.mark.parametrize("text", ["", '{"kind": "data', "[]", '"dataset"', "\udcff"])
+def test_a_broken_manifest_says_how_to_make_it_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/manifest.json is not .*: {MAKE}"):
+        read_manifest(tmp_path, "dataset", MAKE)
+
+
+def test_a_fingerprint_is_of_a_file_or_of_a_folders_manifest(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert fingerprint(tmp_path / "file") == of_abc
+    assert fingerprint(tmp_path) is None
+    assert fingerprint(tmp_path / "nothing") is None
+    (tmp_path / "manifest.json").write_bytes(b"abc")
+    assert fingerprint(tmp_path) == of_abc
+
+
+def test_a_hash_of_arrays_tells_values_types_shapes_and_order_apart() -> None:
+    a, b = np.arange(6), np.arange(6) + 1
+    different = [
+        hash_arrays(a, b),
+        hash_arrays(b, a),
+        hash_arrays(a),
+        hash_arrays(a.reshape(2, 3)),
+        hash_arrays(a.reshape(2, 3).T),
+        hash_arrays(a.astype(np.int32)),
+    ]
+    assert len(set(different)) == len(different)
+    assert hash_arrays(a, b) == hash_arrays(a.copy(), b.copy())
+    assert hash_arrays(np.repeat(a, 2)[::2]) == hash_arrays(a)  # what it holds, not how it lies in memory

@@ -1,0 +1,45 @@
+"""Small worlds whose answers are known."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from recsys2stage.prepare import prepare
+from recsys2stage.sources import MovieLens
+
+Event = tuple[int, int, float, int]  # user, item, rating, time
+
+
+def write_movielens(folder: Path, events: Iterable[Event], movies: Mapping[int, tuple[str, str]] | None = None) -> Path:
+    """Writes ratings.csv and movies.csv in the layout of MovieLens 20M.
+
+    Args:
+        folder: made where it is missing.
+        events: in the order of the file.
+        movies: item -> (title, genres); what is not named is "Movie <item> (2000)" without genres.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    events, movies = list(events), movies or {}
+    rows = (f"{user},{item},{rating},{time}" for user, item, rating, time in events)
+    (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows, ""]))
+    lines = ["movieId,title,genres"]
+    for item in sorted({event[1] for event in events} | set(movies)):
+        title, genres = movies.get(item, (f"Movie {item} (2000)", "(no genres listed)"))
+        lines.append(f'{item},"{title}",{genres}')
+    (folder / "movies.csv").write_text("\n".join([*lines, ""]))
+    return folder
+
+
+def cycle_world(folder: Path, users: int = 120, items: int = 40, length: int = 12) -> Path:
+    """Users walk the cycle 1, 2, ..., items, 1, ... from different starts, an event a day; gives the dataset.
+
+    The next item is always the newest plus one. Histories are shorter than the cycle, so it is never known already;
+    every item is as popular as any other, so popularity says nothing. Item i is of genre "Even" or "Odd".
+    """
+    events = [
+        (user, (user * 7 + step) % items + 1, 4.0, 1_000_000_000 + user * 1_000 + step * 86_400)
+        for user in range(1, users + 1)
+        for step in range(length)
+    ]
+    movies = {item: (f"Movie {item} ({1970 + item % 40})", ("Even", "Odd")[item % 2]) for item in range(1, items + 1)}
+    prepare(MovieLens(write_movielens(folder / "raw", events, movies)), folder / "data")
+    return folder / "data"
