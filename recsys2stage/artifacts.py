@@ -28,8 +28,8 @@ def whole(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # what a killed run left behind
-        _, pid, state = left.name.rsplit(".", 2)
-        if state in ("partial", "old") and pid.isdigit() and not _alive(int(pid)):
+        owner, pid, state = left.name.rsplit(".", 2)
+        if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not _alive(int(pid)):
             if state == "old" and not path.exists():  # it was killed between the two renames below
                 left.rename(path)
             else:

@@ -1,4 +1,4 @@
-"""What every fit does beside training: it is a function of seed and step, and it signs its work."""
+"""What every fit does beside training: it is a function of seed and step, leaves where to go on, and signs its work."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from recsys2stage.artifacts import write_manifest
 from recsys2stage.data import seed
@@ -17,6 +17,30 @@ class ReseedEveryStep(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         torch.manual_seed((seed() * 1_000_003 + trainer.global_step) * 65_537 + trainer.global_rank)
+
+
+class KeepLast(Checkpoint):
+    """Writes last.ckpt after every epoch, for a killed fit to go on from.
+
+    ModelCheckpoint's own `save_last` writes it only where it writes a new best, so a kill would cost all epochs since,
+    and its `every_n_train_steps` would write the best in mid-epoch, where nothing has been measured.
+
+    Args:
+        dirpath: folder of last.ckpt.
+        every_n_train_steps: write it in mid-epoch too, whenever this many steps are done; None: at ends of epochs only.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int | None = None) -> None:
+        self.path, self.every_n_train_steps = Path(dirpath) / "last.ckpt", every_n_train_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 class SignFit(Callback):

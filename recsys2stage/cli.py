@@ -6,90 +6,20 @@ fit, validate and test are Lightning's verbs; the others carry data from stage t
 
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 
 # short class names in YAML resolve once their module is imported
-from recsys2stage import encoders, losses, mining, objectives, positions, scorers, sources, split, times  # noqa: F401
-from recsys2stage.callbacks import ReseedEveryStep, SignFit
+from recsys2stage import index, mining, sources, split  # noqa: F401
 from recsys2stage.commands import COMMANDS
-from recsys2stage.data import Candidates, Histories  # noqa: F401
-from recsys2stage.ranker import Ranker  # noqa: F401
-from recsys2stage.retriever import Retriever  # noqa: F401
-
-
-class RecsysCLI(LightningCLI):
-    """Trains whatever LightningModule the config names on whatever LightningDataModule it names.
-
-    The folder `output` receives best.ckpt (by checkpoint.monitor), last.ckpt, log/ and, when the fit has come to its
-    end, manifest.json.
-    """
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--output", type=Path, required=True, help="Folder of this run's checkpoints and logs.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "best",
-                "checkpoint.monitor": "val/ndcg@10",
-                "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,
-                "early_stopping.monitor": "val/ndcg@10",
-                "early_stopping.mode": "max",
-                "early_stopping.patience": 5,
-            }
-        )
-        parser.link_arguments("output", "checkpoint.dirpath", compute_fn=str)
-        # the data knows, the model asks; what a model has no argument for is not passed
-        for name in ("num_items", "max_length", "request_time", "vector_dim", "features"):
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        options = self.config[str(self.subcommand)]
-        if options.trainer.logger is None:
-            kwargs["logger"] = CSVLogger(options.output, name="log")
-        if options.trainer.precision is None and torch.cuda.is_available():
-            kwargs["precision"] = "bf16-mixed"
-        return super().instantiate_trainer(**kwargs)
-
-    def before_validate(self) -> None:
-        self._measure_the_best("validate")
-
-    def before_test(self) -> None:
-        self._measure_the_best("test")
-
-    def _measure_the_best(self, verb: str) -> None:
-        options = self.config_init[verb]
-        if options.ckpt_path is None:
-            options.ckpt_path = str(Path(options.output) / "best.ckpt")
-        if not Path(options.ckpt_path).is_file():
-            raise FileNotFoundError(f"{options.ckpt_path} does not exist; run recsys fit first, or name a --ckpt_path")
 
 
 def train(verb: str) -> None:
-    warnings.filterwarnings("ignore", ".*exists and is not empty")  # log/ is there before the first checkpoint
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's use of torch
-    RecsysCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,  # the optimiser is part of the model's own config
-        seed_everything_default=0,
-        trainer_defaults={"callbacks": [ReseedEveryStep(), SignFit()], "num_sanity_val_steps": 0},
-        save_config_callback=SaveConfigCallback if verb == "fit" else None,
-    )
+    from recsys2stage import training  # here, because Lightning is long to import and the other verbs do without
+
+    training.train(verb)
 
 
 def fit() -> None:
@@ -107,7 +37,7 @@ def test() -> None:
     train("test")
 
 
-TRAINING: dict[str, Callable[..., Any]] = {"fit": fit, "validate": validate, "test": test}
+TRAINING: dict[str, Any] = {"fit": fit, "validate": validate, "test": test}
 
 
 def main() -> None:
@@ -122,7 +52,14 @@ def main() -> None:
     except (ValueError, FileNotFoundError, OSError) as error:  # what a user can cause; RECSYS_DEBUG=1 shows where
         if os.environ.get("RECSYS_DEBUG"):
             raise
-        sys.exit(f"recsys {verb}: {error}")
+        sys.exit(f"recsys {verb}: {own_words(error)}")
+
+
+def own_words(error: BaseException) -> BaseException:
+    """What a class of the config had to say: jsonargparse wraps it into an essay on types."""
+    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
+        error = error.__cause__
+    return error
 
 
 def step_out_of_configs(argv: list[str]) -> None:

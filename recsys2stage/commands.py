@@ -1,7 +1,6 @@
 """The verbs that carry data from stage to stage: load, call what does the work, write an artifact."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +246,11 @@ def recommend(
     bundle: Path = RUN / "bundle",
     data: Path | None = None,
     histories: Path | None = None,
-    users: list[str] | Path | None = None,
+    users: list[str | int] | Path | None = None,
     output: Path = RUN / "recommendations.parquet",
     k: int = 10,
     request_time: int | None = None,
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> None:
     """Recommend for users of the data, or for histories in a file.
 
@@ -269,14 +268,18 @@ def recommend(
         batch_size: users at a time.
     """
     recommender = Recommender.load(bundle)
-    chosen = Path(users).read_text(encoding="utf-8").split() if isinstance(users, Path) else users
+    if isinstance(users, Path):
+        users = [line.strip() for line in users.read_text(encoding="utf-8").splitlines() if line.strip()]
+    only = None if users is None else list(map(str, users))
     if histories is not None:
-        people: PreparedUsers | FileUsers = FileUsers(histories, recommender, chosen)
+        people: PreparedUsers | FileUsers = FileUsers(histories, recommender, only)
     else:
         made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
         dataset = Dataset(data or made_from)
         check_split(dataset, bundle)
-        people = PreparedUsers(dataset, recommender, chosen)
+        people = PreparedUsers(dataset, recommender, only)
+    if not len(people.user_ids):
+        raise ValueError("there are no users to recommend for: --users names none")
     item_ids = recommender.catalogue[c.ITEM_ID].to_numpy()
     now = people.newest if request_time is None else request_time
     with whole(output) as beside, ParquetStream(beside) as stream:
@@ -345,9 +348,8 @@ def evaluate(
 def open_both(data: Path, index: Path) -> tuple[Dataset, Recommender]:
     """A dataset and a first stage that was made from it."""
     dataset = Dataset(data)
-    recommender = Recommender.load(index)
     check_split(dataset, index)
-    return dataset, recommender
+    return dataset, Recommender.load(index)
 
 
 def check_split(dataset: Dataset, folder: Path) -> None:
@@ -367,7 +369,7 @@ def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Any] = {
     "simulate": simulate,
     "prepare-data": prepare,
     "export-index": export_index,

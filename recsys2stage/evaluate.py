@@ -99,7 +99,7 @@ def summarise(
     report: dict[str, Any] = {"users": len(users), "models": models}
     if "ranker" in names:
         report["comparison"] = {
-            metric: _paired(table, means, columns.index(("ranker", metric)), columns.index(("retriever", metric)))
+            metric: _paired(values["ranker"][metric], values["retriever"][metric], resamples, seed)
             for metric in metrics
         }
     report["cohorts"] = {
@@ -117,16 +117,16 @@ def summarise(
     return report
 
 
-def _paired(table: np.ndarray, means: np.ndarray, one: int, other: int) -> dict[str, float]:
-    difference = means[:, one] - means[:, other]
-    low, high = interval(difference[:, None])
-    base = table[:, other].mean()
+def _paired(one: np.ndarray, other: np.ndarray, resamples: int, seed: int) -> dict[str, float | None]:
+    """How far one model is above another on the same users; exactly 0 where they are equal."""
+    means = bootstrap((one - other)[:, None], resamples, seed)
+    low, high = interval(means)
     return {
-        "difference": float(table[:, one].mean() - base),
+        "difference": float((one - other).mean()),
         "low": float(low[0]),
         "high": float(high[0]),
-        "ratio": float(table[:, one].mean() / base) if base else float("nan"),
-        "share_of_resamples_above_zero": float((difference > 0).mean()),
+        "ratio": float(one.mean() / other.mean()) if other.any() else None,
+        "share_of_resamples_above_zero": float((means > 0).mean()),
     }
 
 
@@ -210,7 +210,9 @@ def as_markdown(report: dict[str, Any], line: str) -> str:
     if "comparison" in report:
         rows = ["| ranker − retriever | difference | 95 % interval, paired | ratio |", "|---|---|---|---|"]
         rows += [
-            f"| {metric} | {d['difference']:+.4f} | [{d['low']:+.4f}, {d['high']:+.4f}] | {d['ratio']:.3f} |"
+            f"| {metric} | {d['difference']:+.4f} | [{d['low']:+.4f}, {d['high']:+.4f}] | "
+            + ("" if d["ratio"] is None else f"{d['ratio']:.3f}")
+            + " |"
             for metric, d in report["comparison"].items()
             if not metric.startswith("recall")
         ]

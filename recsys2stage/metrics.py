@@ -60,10 +60,11 @@ class RankMetrics(Metric):
     def update(self, ranks: Int[Tensor, " B"]) -> None:
         rank = ranks.double()[:, None]
         hit = (rank <= torch.tensor(self.ks, device=rank.device)).double()
-        self.hits += hit.sum(0)
-        self.gains += (hit / torch.log2(1 + rank)).sum(0)
-        self.reciprocal += (1 / rank).sum()
-        self.users += len(ranks)
+        # not in place: after `trainer.validate` the states are inference tensors, which a fit may not change
+        self.hits = self.hits + hit.sum(0)
+        self.gains = self.gains + (hit / torch.log2(1 + rank)).sum(0)
+        self.reciprocal = self.reciprocal + (1 / rank).sum()
+        self.users = self.users + len(ranks)
 
     def take(self, prefix: str) -> dict[str, Tensor]:
         """The means under prefixed names; starts anew."""

@@ -19,6 +19,8 @@ class Question(NamedTuple):
 
 
 class Objective(nn.Module, ABC):
+    """Turns windows of events into questions and their right answers."""
+
     @abstractmethod
     def forward(self, window: History) -> Question:
         """

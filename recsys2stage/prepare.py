@@ -226,7 +226,7 @@ def number_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
     if isinstance(ids.dtype, pl.Categorical):
         values = ids.unique()
         text = values.cast(pl.String)
-        if untyped and text.str.contains(r"^(0|-?[1-9]\d{0,17})$").all():
+        if untyped and text.str.contains(c.PLAIN_NUMBER).all():
             text = text.cast(pl.Int64)
         order = text.arg_sort()
         physical = values.to_physical().gather(order).to_numpy()

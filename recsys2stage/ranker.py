@@ -50,7 +50,7 @@ class Ranker(LightningModule):
         super().__init__()
         if not 0 <= id_dropout <= 1:
             raise ValueError(f"id_dropout is {id_dropout}, expected a probability between 0 and 1")
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["loss"])
         self.reranker = Reranker(num_items, vector_dim, features, scorer, feature_dim)
         self.loss = loss or Listwise()
         self.id_dropout, self.optimizer, self.warmup_steps = id_dropout, optimizer, warmup_steps

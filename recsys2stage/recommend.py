@@ -7,6 +7,7 @@ recommender.recommend(["1193", "661", "914"], k=10)
 import functools
 import importlib
 import logging
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -137,10 +138,11 @@ class Recommender:
         items, score, retriever_score = (np.take_along_axis(x, order, axis=1) for x in (items, score, retriever_score))
         new = np.asarray(padded.lengths) == 0
         if new.any():
-            best = 1 + np.argsort(-self.popularity[1:], kind="stable")[:k]
             items[new], score[new], retriever_score[new] = -1, -np.inf, np.nan
-            items[new, : len(best)] = best
-            score[new, : len(best)] = self.popularity[best]
+            popular = 1 + np.argsort(-self.popularity[1:], kind="stable")
+            for row in np.flatnonzero(new):
+                best = popular[~np.isin(popular, known.values[known.offsets[row] : known.offsets[row + 1]])][:k]
+                items[row, : len(best)], score[row, : len(best)] = best, self.popularity[best]
         return Ranking(items, score, retriever_score)
 
     def recommend(
@@ -243,10 +245,15 @@ class FileUsers:
     """
 
     def __init__(self, path: Path, recommender: Recommender, only: Sequence[str] | None = None) -> None:
-        log = pl.read_parquet(path) if Path(path).suffix == ".parquet" else pl.read_csv(path, infer_schema_length=None)
+        log = read_log(Path(path))
         needed = [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.request_time != "none" else [])
         if missing := [name for name in needed if name not in log.columns]:
             raise ValueError(f"{path} lacks the columns {missing}; it has {log.columns}")
+        for name in (c.USER_ID, c.ITEM_ID, c.TIME):
+            if name in log.columns and (nulls := log[name].null_count()):
+                raise ValueError(f"{nulls:,} of {len(log):,} rows have no {name} in {path}; fill in or drop them")
+        if c.TIME in log.columns and not log[c.TIME].dtype.is_integer() and len(log):
+            raise ValueError(f"{path} has the time {log[c.TIME][0]!r}; expected whole seconds since 1970")
         if only is not None:
             log = log.filter(pl.col(c.USER_ID).cast(pl.String).is_in(list(only)))
             _all_found(only, log[c.USER_ID].unique(), Path(path))
@@ -281,6 +288,19 @@ class FileUsers:
         return padded, Ragged(self.items[known.values], known.offsets)
 
 
+def read_log(path: Path) -> pl.DataFrame:
+    """A CSV or Parquet file of events. Ids in a CSV stay as they are written: item 0012 is not item 12."""
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path)
+        log = pl.read_csv(path, schema_overrides={c.USER_ID: pl.String, c.ITEM_ID: pl.String}, infer_schema_length=None)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if c.USER_ID in log.columns and log[c.USER_ID].str.contains(c.PLAIN_NUMBER).all():
+        return log.with_columns(pl.col(c.USER_ID).cast(pl.Int64))
+    return log
+
+
 def _all_found(wanted: Sequence[str], found: pl.Series, where: Path) -> None:
     if missing := sorted(set(map(str, wanted)) - set(found.cast(pl.String))):
         raise ValueError(f"{len(missing)} of {len(set(wanted))} user ids are not in {where}, for example {missing[:3]}")
@@ -301,7 +321,10 @@ def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], d
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; run: {make}")
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or not a whole one; make it again: {make}") from error
     weights = {
         name.removeprefix(f"{part}."): value
         for name, value in checkpoint.get("state_dict", {}).items()

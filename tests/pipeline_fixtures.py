@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 RETRIEVER = """
-trainer: {max_epochs: 3, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, log_every_n_steps: 1}
+trainer: {max_epochs: 3, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 model:
   class_path: Retriever
   init_args:
@@ -21,7 +21,7 @@ data:
   init_args: {max_length: 20, batch_size: 32}
 """
 RANKER = """
-trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, log_every_n_steps: 1}
+trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 model:
   class_path: Ranker
   init_args:

@@ -44,13 +44,15 @@ def test_nothing_is_at_the_path_before_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_after_a_failure_nothing_half_written_stays(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="on purpose"), whole(tmp_path / "folder") as beside:
-        beside.mkdir()
-        (beside / "half").write_text("half")
-        raise RuntimeError("on purpose")
-    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "file") as beside:
-        beside.write_text("half")
-        raise KeyboardInterrupt
+    def fail(name: str, error: BaseException) -> None:
+        with whole(tmp_path / name) as beside:
+            beside.mkdir()
+            (beside / "half").write_text("half")
+            raise error
+
+    for name, error in (("folder", RuntimeError()), ("index.npy", KeyboardInterrupt())):
+        with pytest.raises(type(error)):
+            fail(name, error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,14 +77,14 @@ def test_the_new_artifact_takes_the_place_of_the_old(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     dead = tmp_path / f".data.{dead_process()}.partial"
     living = tmp_path / f".data.{os.getppid()}.partial"
-    of_another = tmp_path / f".other.{dead_process()}.partial"
-    for folder in (dead, living, of_another):
+    of_others = [tmp_path / f".{name}.{dead_process()}.partial" for name in ("other", "data.npy")]
+    unlike = [tmp_path / ".data.tar.gz", tmp_path / ".data.1.2.partial"]
+    for folder in (dead, living, *of_others, *unlike):
         folder.mkdir()
         (folder / "half").touch()
     make_folder(tmp_path / "data", "new")
     assert not dead.exists()
-    assert living.exists()
-    assert of_another.exists()
+    assert all(folder.exists() for folder in (living, *of_others, *unlike))
 
 
 def test_a_run_killed_between_the_two_renames_has_not_lost_the_old_artifact(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Seed 000's interaction-aware MLP."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ class MLP(Scorer):
         dropout: after each of them.
     """
 
-    def __init__(self, dim: int, num_features: int, hidden: tuple[int, ...] = (256, 128), dropout: float = 0.2) -> None:
+    def __init__(self, dim: int, num_features: int, hidden: Sequence[int] = (256, 128), dropout: float = 0.2) -> None:
         super().__init__()
         # the first layer acts on the user once and on each candidate: the same sum as over their concatenation
         self.of_user = nn.Linear(dim, hidden[0], bias=False)

@@ -1,0 +1,100 @@
+"""Every stage at the size of MovieLens-20M on the simulated world: time and peak memory of each.
+
+    .venv/bin/python benchmarks/full_size.py --folder runs/full-size
+
+Each stage is its own process. Training is cut to 200 steps a stage, mining to 5,000 users, evaluation to 10,000: this
+shows that each stage fits the machine, not how well the models do. A stage whose result is there is not repeated; rows
+are kept in FOLDER/rows.json and printed as a table.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEPS, MINED, EVALUATED = 200, 5_000, 10_000
+
+
+def stages(folder: Path) -> list[tuple[str, Path, str]]:
+    """Name, result and options of each stage."""
+    raw, data, run = folder / "raw", folder / "data", folder / "run"
+    fit = f"--trainer.max_steps {STEPS} --trainer.limit_val_batches 8 --trainer.enable_progress_bar false"
+    return [
+        ("simulate", raw / "ratings.csv", f"simulate --size ml-20m --output {raw}"),
+        (
+            "prepare-data",
+            data / "manifest.json",
+            f"prepare-data --config configs/ml-20m/prepare.yaml --source.path {raw} --output {data}",
+        ),
+        (
+            f"fit retriever, {STEPS} steps",
+            run / "retriever/manifest.json",
+            f"fit --config configs/ml-20m/retriever.yaml --data.init_args.path {data} --output {run}/retriever {fit} "
+            "--model.init_args.encoder.init_args.attention_dropout 0.0",  # on a CPU the fused kernel has none
+        ),
+        (
+            "export-index",
+            run / "index/manifest.json",
+            f"export-index --retriever {run}/retriever/best.ckpt --data {data} --output {run}/index",
+        ),
+        (
+            f"mine-negatives, {MINED:,} users",
+            run / "candidates/manifest.json",
+            f"mine-negatives --config configs/ml-20m/mine.yaml --data {data} --index {run}/index "
+            f"--output {run}/candidates --users {MINED}",
+        ),
+        (
+            f"fit ranker, {STEPS} steps",
+            run / "ranker/manifest.json",
+            f"fit --config configs/ml-20m/ranker.yaml --data.init_args.path {run}/candidates "
+            f"--output {run}/ranker {fit}",
+        ),
+        (
+            "export-bundle",
+            run / "bundle/manifest.json",
+            f"export-bundle --index {run}/index --ranker {run}/ranker/best.ckpt --output {run}/bundle",
+        ),
+        (
+            f"evaluate, {EVALUATED:,} users",
+            run / "report.json",
+            f"evaluate --bundle {run}/bundle --output {run} --users {EVALUATED}",
+        ),
+        (
+            "recommend, all users",
+            run / "recommendations.parquet",
+            f"recommend --bundle {run}/bundle --output {run}/recommendations.parquet",
+        ),
+    ]
+
+
+def measure(options: str) -> dict[str, float]:
+    """Runs a verb in a process of its own: seconds and peak resident MB."""
+    start = time.monotonic()
+    recsys = Path(sys.executable).with_name("recsys")
+    process = subprocess.Popen([recsys, *options.split()], stdout=subprocess.DEVNULL, stderr=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"recsys {options} ended with status {os.waitstatus_to_exitcode(status)}")
+    return {"seconds": round(time.monotonic() - start, 1), "peak_mb": round(usage.ru_maxrss / 1024)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/full-size"), help="where everything is written")
+    parser.add_argument("--until", type=int, default=None, help="only this many of the stages")
+    folder, until = vars(parser.parse_args()).values()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows_file = folder / "rows.json"
+    rows = json.loads(rows_file.read_text()) if rows_file.is_file() else {}
+    for name, result, options in stages(folder)[:until]:
+        if not (result.is_file() and name in rows):
+            rows[name] = measure(options)
+            rows_file.write_text(json.dumps(rows, indent=2))
+        print(f"| {name} | {rows[name]['seconds']:,} s | {rows[name]['peak_mb']:,} MB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

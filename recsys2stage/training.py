@@ -1,0 +1,90 @@
+"""Lightning's verbs: any LightningModule on any LightningDataModule, both named in the config."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+# short class names in YAML resolve once their module is imported
+from recsys2stage import encoders, losses, objectives, positions, scorers, times  # noqa: F401
+from recsys2stage.callbacks import KeepLast, ReseedEveryStep, SignFit
+from recsys2stage.data import Candidates, Histories  # noqa: F401
+from recsys2stage.ranker import Ranker  # noqa: F401
+from recsys2stage.retriever import Retriever  # noqa: F401
+
+
+class RecsysCLI(LightningCLI):
+    """Trains whatever LightningModule the config names on whatever LightningDataModule it names.
+
+    The folder `output` receives best.ckpt (by checkpoint.monitor), last.ckpt, log/ and, when the fit has come to its
+    end, manifest.json.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=Path, required=True, help="Folder of this run's checkpoints and logs.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(KeepLast, "last")  # after the best, whose score it holds
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.monitor": "val/ndcg@10",
+                "checkpoint.mode": "max",
+                "checkpoint.enable_version_counter": False,
+                "early_stopping.monitor": "val/ndcg@10",
+                "early_stopping.mode": "max",
+                "early_stopping.patience": 5,
+            }
+        )
+        for name in ("checkpoint", "last"):
+            parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
+        # the data knows, the model asks; what a model has no argument for is not passed
+        for name in ("num_items", "max_length", "request_time", "vector_dim", "features"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config[str(self.subcommand)]
+        if options.trainer.logger is None:
+            kwargs["logger"] = CSVLogger(options.output, name="log")
+        if options.trainer.precision is None and torch.cuda.is_available():
+            kwargs["precision"] = "bf16-mixed"
+        return super().instantiate_trainer(**kwargs)
+
+    def before_validate(self) -> None:
+        self._measure_the_best("validate")
+
+    def before_test(self) -> None:
+        if not is_overridden("test_step", self.model):
+            raise ValueError(
+                f"a {type(self.model).__name__} is not tested alone but beside its retriever; run: recsys evaluate"
+            )
+        self._measure_the_best("test")
+
+    def _measure_the_best(self, verb: str) -> None:
+        options = self.config_init[verb]
+        if options.ckpt_path is None:
+            options.ckpt_path = str(Path(options.output) / "best.ckpt")
+        if not Path(options.ckpt_path).is_file():
+            raise FileNotFoundError(f"{options.ckpt_path} does not exist; run recsys fit first, or name a --ckpt_path")
+
+
+def train(verb: str) -> None:
+    warnings.filterwarnings("ignore", ".*exists and is not empty")  # log/ is there before the first checkpoint
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's use of torch
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval")  # what is logged is logged once an epoch
+    RecsysCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,  # the optimiser is part of the model's own config
+        seed_everything_default=0,
+        trainer_defaults={"callbacks": [ReseedEveryStep(), SignFit()], "num_sanity_val_steps": 0},
+        save_config_callback=SaveConfigCallback if verb == "fit" else None,
+    )

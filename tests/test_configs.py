@@ -1,0 +1,121 @@
+"""Every shipped config says what the signatures understand; the files are found, not listed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pipeline_fixtures import recsys
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+VERBS = {
+    "simulate": "simulate",
+    "prepare": "prepare-data",
+    "retriever": "fit",
+    "index": "export-index",
+    "mine": "mine-negatives",
+    "ranker": "fit",
+    "bundle": "export-bundle",
+    "recommend": "recommend",
+    "evaluate": "evaluate",
+}
+DATASETS = {"demo", "ml-20m", "ml-1m", "ml-latest-small", "amazon-beauty"}
+
+shipped = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "with")
+overlays = sorted(path.relative_to(ROOT).as_posix() for path in (CONFIGS / "with").glob("*.yaml"))
+retrievers = [path for path in shipped if path.endswith("/retriever.yaml")]
+
+
+def parsed(verb: str, configs: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What the verb makes of configs, without running."""
+    words = [word for config in configs for word in ("--config", config)]
+    with pytest.raises(SystemExit) as end:
+        recsys(verb, *words, "--print_config")
+    shown = capsys.readouterr()
+    assert end.value.code == 0, shown.err
+    return yaml.safe_load(shown.out)
+
+
+def said(config: Any, understood: Any, path: str = "") -> None:
+    """Everything that a config says is among what was understood."""
+    if not isinstance(config, dict):
+        assert understood == config, path
+        return
+    for key, value in config.items():
+        if key == "class_path":
+            assert understood[key].rpartition(".")[2] == value.rpartition(".")[2], path
+        elif isinstance(understood, dict):
+            said(value, understood[key], f"{path}.{key}")
+        else:
+            pytest.fail(f"{path}: {understood!r}, the config says {config!r}")
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_dataset_has_its_configs() -> None:
+    assert {path.split("/")[1] for path in shipped} >= DATASETS
+    for name in DATASETS:
+        assert {f"configs/{name}/{stage}.yaml" for stage in ("prepare", "retriever", "ranker")} <= set(shipped)
+
+
+@pytest.mark.parametrize("path", shipped)
+def test_every_config_is_understood(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    assert config
+    said(config, parsed(VERBS[Path(path).stem], [path], capsys))
+
+
+@pytest.mark.parametrize("overlay", overlays)
+@pytest.mark.parametrize("base", retrievers)
+def test_every_overlay_goes_on_top_of_every_retriever(
+    base: str, overlay: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(yaml.safe_load(Path(overlay).read_text(encoding="utf-8")), parsed("fit", [base, overlay], capsys))
+
+
+@pytest.mark.parametrize("path", shipped)
+def test_a_config_points_into_the_folders_of_its_dataset(path: str) -> None:
+    """A copied file whose paths were forgotten would overwrite another dataset's work."""
+    name, stage = Path(path).parent.name, Path(path).stem
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    outputs = {"prepare": f"data/{name}", "retriever": f"runs/{name}/retriever", "ranker": f"runs/{name}/ranker"}
+    if stage in outputs:
+        assert config["output"] == outputs[stage]
+    options = config.get("data", {}).get("init_args", {}) if isinstance(config.get("data"), dict) else {}
+    if stage == "retriever":
+        assert options["path"] == f"data/{name}"
+        assert options["prepare"] == f"configs/{name}/prepare.yaml"
+    if stage == "ranker":
+        assert options["path"] == f"runs/{name}/candidates"
+    others = DATASETS - {name}
+    text = " ".join(line.split("#")[0] for line in Path(path).read_text(encoding="utf-8").splitlines())
+    assert not [other for other in others if f"/{other}/" in text or f"data/{other}" in text]
+
+
+def test_a_config_that_says_too_much_would_be_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "ranker.yaml"
+    wrong.write_text(Path("configs/demo/ranker.yaml").read_text().replace("id_dropout", "id_dorpout"))
+    with pytest.raises(SystemExit) as end:
+        recsys("fit", "--config", wrong, "--print_config")
+    assert end.value.code == 2
+    assert "id_dorpout" in capsys.readouterr().err
+
+
+def test_ml_20m_is_seed_000(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed("fit", ["configs/ml-20m/retriever.yaml"], capsys)
+    model = config["model"]["init_args"]
+    encoder = model["encoder"]["init_args"]
+    assert model["dim"] == 256
+    assert {name: encoder[name] for name in ("layers", "heads", "dropout", "expansion")} == {
+        "layers": 4,
+        "heads": 8,
+        "dropout": 0.1,
+        "expansion": 4.0,
+    }
+    assert (model["optimizer"]["init_args"].get("weight_decay", 0.0), model["loss"]) in ((0.0, None),) or (
+        model["loss"]["init_args"]["temperature"] == 0.05
+    )

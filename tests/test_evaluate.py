@@ -1,0 +1,373 @@
+"""Reports against a naive evaluation, one user and one item at a time."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from pipeline_fixtures import K, Run, recsys
+from worlds import Event, write_movielens
+
+from recsys2stage.artifacts import read_manifest
+from recsys2stage.baselines import Markov, Popularity
+from recsys2stage.dataset import Dataset
+from recsys2stage.encoders import Transformer
+from recsys2stage.evaluate import (
+    as_markdown,
+    as_table,
+    history_cohorts,
+    popularity_cohorts,
+    rank_users,
+    second_rank,
+    summarise,
+)
+from recsys2stage.index import Exact
+from recsys2stage.metrics import KS, metrics_of
+from recsys2stage.prepare import prepare
+from recsys2stage.recommend import Recommender
+from recsys2stage.sources import MovieLens
+from recsys2stage.towers import TwoTower
+
+MODELS = ["popularity", "markov", "retriever", "ranker", "ranker_ids_masked"]
+METRICS = [*(f"{name}@{k}" for k in KS for name in ("hr", "ndcg", "recall")), "mrr"]
+
+
+@pytest.fixture(scope="module")
+def dataset(trained: Run) -> Dataset:
+    return Dataset(trained.data)
+
+
+@pytest.fixture(scope="module")
+def recommender(trained: Run) -> Recommender:
+    return Recommender.load(trained.bundle)
+
+
+@pytest.fixture(scope="module")
+def report(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    recsys("evaluate", "--bundle", trained.bundle, "--output", folder, "--resamples", 200)
+    return folder
+
+
+def rank_by_hand(scores: dict[int, float], target: int) -> int:
+    """How many score at least as high as the target, the target included."""
+    return sum(score >= scores[target] for score in scores.values())
+
+
+def ranks_by_hand(dataset: Dataset, recommender: Recommender, user: int) -> dict[str, int]:
+    """The rank of one user's test target by each model, from the definitions."""
+    start, place = int(dataset.offsets[user]), int(dataset.val_ends[user])
+    history, target = dataset.items[start:place].tolist(), int(dataset.items[place])
+    unmet = sorted(set(range(1, dataset.num_items + 1)) - set(history))
+    ranks = {}
+    for name, baseline in (("popularity", Popularity(dataset)), ("markov", Markov(dataset))):
+        scores = baseline.scores(np.array(history[-1:]))[0]
+        ranks[name] = rank_by_hand({item: float(scores[item]) for item in unmet}, target)
+
+    one = np.array([user])
+    padded = dataset.histories(one, "test", recommender.towers.max_length)
+    query = recommender.queries(padded, dataset.request_times(one, "test"))
+    similar = (query @ recommender.index.vectors.T)[0]
+    first = {item: float(similar[item - 1]) for item in unmet}
+    ranks["retriever"] = rank_by_hand(first, target)
+
+    order = sorted(unmet, key=lambda item: -first[item])
+    listed, rest = order[:K], order[K:]
+    assert recommender.reranker is not None
+    for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
+        with torch.inference_mode():
+            logits = recommender.reranker(
+                torch.from_numpy(query),
+                torch.tensor([listed]),
+                torch.tensor([[first[item] for item in listed]]),
+                torch.arange(1, len(listed) + 1)[None],
+                torch.full((1, len(listed)), masked),
+            )
+        second = dict(zip(listed, logits[0].tolist(), strict=True))
+        ranks[name] = rank_by_hand(second, target) if target in second else len(listed) + 1 + rest.index(target)
+    return ranks
+
+
+def test_every_rank_is_that_of_a_naive_evaluation(dataset: Dataset, recommender: Recommender) -> None:
+    users = dataset.users("test")[::2]
+    ranks = rank_users(dataset, recommender, users, "test", batch_size=32)
+    assert list(ranks) == [*MODELS, "found"]
+    for row, user in enumerate(users.tolist()):
+        assert {name: int(ranks[name][row]) for name in MODELS} == ranks_by_hand(dataset, recommender, user), user
+    assert 0.2 < ranks["found"].mean() < 0.9  # both sides are put to the test
+    assert (ranks["ranker"] != ranks["retriever"]).any()
+    assert (ranks["ranker"] != ranks["ranker_ids_masked"]).any()
+
+
+def test_a_target_outside_the_candidates_keeps_the_retrievers_rank(dataset: Dataset, recommender: Recommender) -> None:
+    users = dataset.users("test")
+    ranks = rank_users(dataset, recommender, users, "test")
+    outside = ~ranks["found"]
+    assert outside.any()
+    for name in ("ranker", "ranker_ids_masked"):
+        assert (ranks[name][outside] == ranks["retriever"][outside]).all()
+        assert (ranks[name][~outside] <= K).all()
+
+
+def test_ranks_do_not_depend_on_who_else_is_ranked(dataset: Dataset, recommender: Recommender) -> None:
+    users = dataset.users("test")
+    whole, parts = (rank_users(dataset, recommender, users, "test", size) for size in (256, 7))
+    some = rank_users(dataset, recommender, users[5::10], "test")
+    for name in MODELS:
+        assert np.array_equal(whole[name], parts[name])
+        assert np.array_equal(whole[name][5::10], some[name])
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "first", "before", "expected"),
+    [
+        ([0.5, 0.9, 0.1], 5, 1, 0, 2),
+        ([0.5, 0.9, 0.1], 3, 2, 1, 1),
+        ([0.5, 0.9, 0.1], 9, 3, 2, 3),
+        ([0.5, 0.5, 0.1], 5, 1, 0, 2),  # a tie counts against the target
+        ([0.5, 0.5, 0.5], 9, 3, 2, 3),
+        ([0.5, 0.9, 0.1], 7, 4, 3, 4),  # the best of those outside
+        ([0.5, 0.9, 0.1], 7, 6, 3, 6),
+        ([0.5, 0.9, 0.1], 7, 6, 1, 8),  # an approximate index missed better ones: now all candidates are above it
+    ],
+)
+def test_the_second_rank_by_hand(logits: list[float], target: int, first: int, before: int, expected: int) -> None:
+    """Candidates 5, 3, 9 of an index that found three."""
+    items, padded = np.array([[5, 3, 9, -1]]), np.array([[*logits, -np.inf]], dtype=np.float32)
+    rank = second_rank(items, padded, np.array([target]), np.array([first]), np.array([before]))
+    assert rank.tolist() == [expected]
+
+
+def test_the_second_ranks_of_all_items_are_a_permutation(rng: np.random.Generator) -> None:
+    count, k = 30, 8
+    retrieved = rng.permutation(count) + 1  # in the retriever's order
+    listed = retrieved[[0, 1, 3, 4, 5, 8, 9, 20]]  # as an approximate index finds them
+    logits = rng.standard_normal(k).astype(np.float32)
+    ranks = []
+    for place, item in enumerate(retrieved):
+        before = sum(candidate in retrieved[:place] for candidate in listed)
+        rank = second_rank(listed[None], logits[None], np.array([item]), np.array([place + 1]), np.array([before]))
+        ranks.append(int(rank[0]))
+    assert sorted(ranks) == list(range(1, count + 1))
+    assert sorted(ranks[list(retrieved).index(item)] for item in listed) == list(range(1, k + 1))
+
+
+# the report
+
+
+def test_the_report_has_its_shape(report: Path, dataset: Dataset) -> None:
+    content = json.loads((report / "report.json").read_text())
+    assert list(content) == ["protocol", "users", "models", "comparison", "cohorts", "candidates"]
+    assert content["users"] == len(dataset.users("test")) == 150
+    assert list(content["models"]) == MODELS
+    for metrics in content["models"].values():
+        assert sorted(metrics) == sorted(METRICS)
+        for value in metrics.values():
+            assert list(value) == ["value", "low", "high"]
+            assert 0 <= value["low"] <= value["value"] <= value["high"] <= 1
+    assert sorted(content["comparison"]) == sorted(METRICS)
+    assert {"difference", "low", "high", "ratio"} < content["comparison"]["ndcg@10"].keys()
+    assert content["cohorts"].keys() == {"history_length", "target_popularity"}
+
+
+def test_the_report_names_its_protocol(report: Path, dataset: Dataset) -> None:
+    protocol = json.loads((report / "report.json").read_text())["protocol"]
+    assert dataset.protocol.items() <= protocol.items()
+    for key in ("split", "tie_break", "repeats", "candidates", "evaluated", "ranking", "seen_filter", "request_time"):
+        assert protocol[key]
+    assert protocol["split_hash"] == dataset.manifest["split_hash"]
+
+
+def test_the_values_are_the_means_over_the_ranks_that_lie_beside(report: Path, dataset: Dataset) -> None:
+    content = json.loads((report / "report.json").read_text())
+    ranks = pl.read_parquet(report / "ranks.parquet")
+    assert ranks.columns == ["user", *MODELS]
+    assert ranks["user"].to_list() == dataset.users("test").tolist()
+    for name in MODELS:
+        rank = ranks[name].to_numpy()
+        expected = {f"hr@{k}": np.mean(rank <= k) for k in KS} | {"mrr": np.mean(1 / rank)}
+        expected |= {f"ndcg@{k}": np.mean((rank <= k) / np.log2(1 + rank)) for k in KS}
+        for metric, value in expected.items():
+            assert content["models"][name][metric]["value"] == pytest.approx(value), (name, metric)
+    found = content["candidates"]
+    assert found["k"] == K
+    assert found["recall"] == pytest.approx(np.mean(ranks["ranker"].to_numpy() <= K))
+
+
+def test_the_table_is_printed_between_the_protocol_and_the_paths(
+    trained: Run, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--resamples", 200)
+    printed = capsys.readouterr().out.strip()
+    content = json.loads((report / "report.json").read_text())
+    table = as_table(content)
+    assert table in printed
+    before, after = printed.split(table)
+    assert before.startswith("protocol: LeaveOneOut split, test targets of 150 users; full ranking of 120 items")
+    assert after.split() == [str(tmp_path / name) for name in ("report.json", "report.md", "ranks.parquet")]
+    assert table in (report / "report.md").read_text()
+    head = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    assert head == ["model", "HR@10", "NDCG@10", "MRR", "Recall@100"]
+    value = content["models"]["ranker"]["ndcg@10"]
+    assert f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]" in table
+    assert json.loads((tmp_path / "report.json").read_text()) == content  # the same seed, the same intervals
+
+
+def test_the_retriever_is_measured_as_it_was_in_training(trained: Run, tmp_path: Path) -> None:
+    recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--split", "val", "--resamples", 10)
+    value = json.loads((tmp_path / "report.json").read_text())["models"]["retriever"]["ndcg@10"]["value"]
+    best = read_manifest(trained.retriever.parent, "retriever", "")["best"]
+    assert value == pytest.approx(best, abs=1e-6)
+
+
+def test_the_first_stage_alone_is_measured_too(trained: Run, report: Path, tmp_path: Path) -> None:
+    recsys("evaluate", "--bundle", trained.index, "--output", tmp_path, "--resamples", 200)
+    alone, both = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, report))
+    assert list(alone["models"]) == MODELS[:3]
+    assert "comparison" not in alone
+    for name in MODELS[:3]:
+        values = {metric: value["value"] for metric, value in alone["models"][name].items()}
+        assert values == {metric: value["value"] for metric, value in both["models"][name].items()}
+    assert "NDCG@10" in (tmp_path / "report.md").read_text()
+
+
+def test_some_users_are_a_seeded_draw(trained: Run, report: Path, tmp_path: Path) -> None:
+    recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--users", 20, "--resamples", 10)
+    some, every = (pl.read_parquet(folder / "ranks.parquet") for folder in (tmp_path, report))
+    assert len(some) == 20
+    assert some.equals(every.filter(pl.col("user").is_in(some["user"].to_list())))
+
+
+def test_a_dataset_of_another_split_is_refused(trained: Run, raw: Path, tmp_path: Path) -> None:
+    other = Run(tmp_path)
+    other.prepare(raw, "--tie_break", "item_id", "--core", 2)
+    assert Dataset(other.data).manifest["split_hash"] != Dataset(trained.data).manifest["split_hash"]
+    for verb in ("evaluate", "recommend"):
+        with pytest.raises(
+            SystemExit, match=f"recsys {verb}: .* split hash .* may have been trained on; make .* again"
+        ):
+            recsys(verb, "--bundle", trained.bundle, "--data", other.data, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_split_elsewhere_is_welcome(trained: Run, tmp_path: Path) -> None:
+    moved = shutil.copytree(trained.data, tmp_path / "moved")
+    recsys("evaluate", "--bundle", trained.bundle, "--data", moved, "--output", tmp_path, "--resamples", 10)
+    assert (tmp_path / "report.json").is_file()
+
+
+# intervals and cohorts
+
+
+def summary(dataset: Dataset, ranks: dict[str, np.ndarray], resamples: int = 500) -> dict[str, Any]:
+    users = dataset.users("test")
+    return summarise(dataset, ranks, users, "test", resamples, seed=0)
+
+
+def test_an_interval_is_where_95_percent_of_resampled_means_lie(dataset: Dataset, rng: np.random.Generator) -> None:
+    users = len(dataset.users("test"))
+    ranks = rng.integers(1, 30, users)
+    found = summary(dataset, {"retriever": ranks}, 2000)["models"]["retriever"]["ndcg@10"]
+    gain = (ranks <= 10) / np.log2(1 + ranks)
+    low, high = np.quantile([rng.choice(gain, users).mean() for _ in range(2000)], [0.025, 0.975])
+    assert found == pytest.approx({"value": gain.mean(), "low": low, "high": high}, abs=0.006)
+
+
+def test_the_comparison_is_paired(dataset: Dataset, rng: np.random.Generator) -> None:
+    """Users differ wildly, but each gains: only a paired interval is clear of zero."""
+    users = len(dataset.users("test"))
+    retriever = rng.choice([2, 40, 160], users)
+    report = summary(dataset, {"retriever": retriever, "ranker": retriever - 1})
+    gain = report["comparison"]["mrr"]
+    expected = np.mean(1 / (retriever - 1) - 1 / retriever)
+    assert gain["difference"] == pytest.approx(expected)
+    assert gain["ratio"] == pytest.approx(np.mean(1 / (retriever - 1)) / np.mean(1 / retriever))
+    assert 0 < gain["low"] < gain["difference"] < gain["high"]
+    one, other = (report["models"][name]["mrr"] for name in ("retriever", "ranker"))
+    assert gain["high"] - gain["low"] < (other["high"] - other["low"])
+    unpaired = np.hypot(one["high"] - one["low"], other["high"] - other["low"])
+    assert gain["high"] - gain["low"] < 0.7 * unpaired
+    same = summary(dataset, {"retriever": retriever, "ranker": retriever})["comparison"]["mrr"]
+    assert (same["difference"], same["low"], same["high"], same["ratio"]) == (0, 0, 0, 1)
+
+
+def test_a_retriever_that_never_hits_has_no_ratio(dataset: Dataset) -> None:
+    never = np.full(len(dataset.users("test")), 1000)
+    report = summary(dataset, {"retriever": never, "ranker": never})
+    assert report["comparison"]["ndcg@10"]["ratio"] is None  # NaN is no JSON
+    assert "| ndcg@10 | +0.0000 | [+0.0000, +0.0000] |  |" in as_markdown(
+        report | {"candidates": {"recall": 0.0, "k": 9}}, "protocol"
+    )
+
+
+def test_cohorts_partition_the_users(dataset: Dataset, rng: np.random.Generator) -> None:
+    users = dataset.users("test")
+    ranks = rng.integers(1, 30, len(users))
+    report = summary(dataset, {"retriever": ranks})
+    for cohorts in (history_cohorts, popularity_cohorts):
+        assert (sum(member.astype(int) for _, member in cohorts(dataset, users, "test")) == 1).all()
+    for groups in report["cohorts"].values():
+        assert sum(group["users"] for group in groups.values()) == len(users)
+        mean = sum(group["users"] * group["retriever"]["ndcg@10"] for group in groups.values()) / len(users)
+        assert mean == pytest.approx(metrics_of(ranks)["ndcg@10"].mean())
+
+
+def test_cohorts_are_named_after_what_is_in_them(dataset: Dataset) -> None:
+    users = dataset.users("test")
+    lengths = dataset.target_places("test")[users] - dataset.offsets[users]
+    for label, member in history_cohorts(dataset, users, "test"):
+        low, high = map(int, label.removesuffix(" events").split("-"))
+        assert member.any()
+        assert lengths[member].min() >= low
+        assert lengths[member].max() <= high
+    counts = dataset.train_counts[dataset.targets(users, "test")]
+    for label, member in popularity_cohorts(dataset, users, "test"):
+        if member.any() and "-" in label:
+            low, high = map(int, label.removesuffix(" events").split("-"))
+            assert low <= counts[member].min() <= counts[member].max() <= high
+
+
+def test_users_of_one_length_are_one_cohort(cycle: Path) -> None:
+    dataset = Dataset(cycle)
+    users = dataset.users("test")
+    ((label, member),) = history_cohorts(dataset, users, "test")
+    assert label == "11 events"
+    assert member.all()
+
+
+# repeats
+
+
+def test_with_repeats_kept_a_repeated_target_stays_in_its_ranking(tmp_path: Path) -> None:
+    """User u has met items 1, 2, ... and comes back to the first of them."""
+    events: list[Event] = []
+    for user in range(1, 13):
+        items = [(user + step) % 6 + 1 for step in range(4)]
+        events += [(user, item, 4.0, 1_000_000_000 + place) for place, item in enumerate([*items, items[0]])]
+    raw = write_movielens(tmp_path / "raw", events)
+    prepare(MovieLens(raw), tmp_path / "keep", repeats="keep")
+    dataset = Dataset(tmp_path / "keep")
+    users = dataset.users("test")
+    assert len(users) == 12
+    torch.manual_seed(0)
+    towers = TwoTower(6, 8, 8, partial(Transformer, layers=1))
+    index = Exact()
+    index.build(towers.every_item().detach().numpy())
+    catalogue = pl.read_parquet(dataset.path / "items.parquet")
+    served = Recommender(towers, index, None, catalogue, np.append(0, np.ones(6)), "none", candidates=6)
+    ranks = rank_users(dataset, served, users, "test")
+    for name in ("popularity", "markov", "retriever"):
+        assert ranks[name].max() <= 3  # three of the six are known and filtered, the target is not
+        assert ranks[name].min() >= 1
+    assert ranks["found"].all()
+
+    prepare(MovieLens(raw), tmp_path / "first", repeats="first")
+    first = Dataset(tmp_path / "first")
+    known = first.known(first.users("test"), "test")
+    targets = first.targets(first.users("test"), "test")
+    assert not (known.values == targets[known.rows]).any()

@@ -1,0 +1,298 @@
+"""The ranker reads mined lists, starts at the retriever's level, and learns a world in which genre and user decide."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from lightning import Trainer
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import write_manifest
+from recsys2stage.cli import main
+from recsys2stage.data import Candidates, Lists
+from recsys2stage.dataset import Dataset
+from recsys2stage.index import VECTORS
+from recsys2stage.losses import BCE, BPR, ListLoss, Listwise
+from recsys2stage.mining import CANDIDATES, STATES
+from recsys2stage.optim import RecsysAdamW
+from recsys2stage.ranker import NOWHERE, Ranker
+from recsys2stage.scorers import MLP
+
+D, USERS = 8, 120
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mined lists in which the answer is known: even users take the one even item, odd users the one odd item.
+
+    The retriever's scores are noise, so its target stands anywhere among 13 to 21 candidates. Items have the genre Even
+    or Odd; the first number of a user's state says which sort the user is. Every seventh list lacks its target.
+    """
+    rng, folder = np.random.default_rng(11), tmp_path_factory.mktemp("checkerboard")
+    dataset = Dataset(cycle)
+    genre = next(feature["values"] for feature in dataset.features() if feature["name"] == "genres")[:, 0]
+    sorts = {sort: np.flatnonzero(genre == sort) for sort in (1, 2)}
+    states = rng.normal(size=(USERS, D))
+    rows: list[dict[str, Any]] = []
+    for user in range(USERS):
+        sort = 1 + user % 2
+        states[user, 0] = 3 * (2 * sort - 3)
+        others = rng.permutation(sorts[3 - sort])[: rng.integers(12, 21)]
+        target = [] if user % 7 == 6 else [rng.choice(sorts[sort])]
+        items = rng.permutation(np.concatenate([others, target]).astype(int))
+        scores = -np.sort(-rng.uniform(-1, 1, size=len(items)))
+        for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1):
+            rows.append(
+                {
+                    c.USER: user,
+                    c.ITEM: item,
+                    c.LABEL: int(item in target),
+                    c.RETRIEVER_SCORE: score,
+                    c.RETRIEVER_RANK: rank,
+                    c.ORIGIN: "candidate",
+                    c.FOLD: "select" if user % 5 == 4 else "train",
+                }
+            )
+    types = {
+        c.USER: pl.Int32,
+        c.ITEM: pl.Int32,
+        c.LABEL: pl.Int8,
+        c.RETRIEVER_SCORE: pl.Float32,
+        c.RETRIEVER_RANK: pl.Int32,
+    }
+    (folder / "index").mkdir()
+    (folder / "candidates").mkdir()
+    pl.DataFrame(rows).cast(types).write_parquet(folder / "candidates" / CANDIDATES)
+    states /= np.linalg.norm(states, axis=1, keepdims=True)
+    np.save(folder / "candidates" / STATES, states.astype(np.float32))
+    vectors = rng.normal(size=(dataset.num_items, D))
+    np.save(folder / "index" / VECTORS, (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
+    parents = {"index": folder / "index", "data": cycle}
+    write_manifest(folder / "candidates", "candidates", options={}, parents=parents, vector_dim=D)
+    return folder / "candidates"
+
+
+def ranker_for(data: Candidates, **options: Any) -> Ranker:
+    settings = {"scorer": partial(MLP, hidden=(32,)), "optimizer": partial(RecsysAdamW, lr=5e-3), "warmup_steps": 0}
+    return Ranker(data.num_items, data.vector_dim, data.features, **(settings | options))
+
+
+def fitted(model: Ranker, data: Candidates, epochs: int = 15) -> dict[str, float]:
+    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, **QUIET)
+    trainer.fit(model, data)
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+# --- the lists
+
+
+def test_batches_equal_a_loop(checkerboard: Path) -> None:
+    data = Candidates(checkerboard, batch_size=7)
+    data.setup("fit")
+    table = pl.read_parquet(checkerboard / CANDIDATES)
+    states = np.load(checkerboard / STATES)
+    naive = {user[0]: own for user, own in table.group_by(c.USER, maintain_order=True)}
+    found: dict[str, list[int]] = {"train": [], "select": []}
+    for fold, loader in (("train", data.train_dataloader()), ("select", data.val_dataloader())):
+        for batch in loader:
+            for row in range(len(batch.items)):
+                user = int((np.abs(states - batch.state[row].numpy()).sum(1)).argmin())
+                own = naive[user]
+                n = len(own)
+                assert batch.items[row, :n].tolist() == own[c.ITEM].to_list()
+                assert not batch.items[row, n:].any()
+                assert batch.score[row, :n].tolist() == own[c.RETRIEVER_SCORE].to_list()
+                assert batch.rank[row, :n].tolist() == own[c.RETRIEVER_RANK].to_list()
+                labels = own[c.LABEL].to_list()
+                assert batch.positive[row] == (labels.index(1) if 1 in labels else -1)
+                found[fold].append(user)
+            assert (batch.items != 0).any(0).all(), "cut to the longest"
+    assert sorted(found["train"]) == [u for u in range(USERS) if u % 5 != 4 and u % 7 != 6], (
+        "lists without target train not"
+    )
+    assert found["select"] == [u for u in range(USERS) if u % 5 == 4], "but they count in selection"
+
+
+def test_item_vectors_have_a_row_for_padding(checkerboard: Path) -> None:
+    vectors = Candidates(checkerboard).item_vectors()
+    assert vectors.shape == (41, D)
+    assert not vectors[0].any()
+    torch.testing.assert_close(vectors[1:].norm(dim=1), torch.ones(40))
+
+
+# --- training
+
+
+def test_it_starts_at_the_retrievers_level(checkerboard: Path) -> None:
+    """After an epoch at rate 0, calibrated: the same ranks for every user."""
+    metrics = fitted(
+        ranker_for(data := Candidates(checkerboard), optimizer=partial(RecsysAdamW, lr=0.0)), data, epochs=1
+    )
+    for name in ("hr@10", "ndcg@10", "mrr"):
+        assert metrics[f"val/{name}"] == metrics[f"val/retriever_{name}"]
+    assert 0.1 < metrics["val/ndcg@10"] < 0.6
+
+
+@pytest.mark.parametrize("loss", [Listwise(), BCE(), BPR()], ids=lambda loss: type(loss).__name__)
+def test_the_checkerboard_is_learned(checkerboard: Path, loss: ListLoss) -> None:
+    """Every found target comes first, with ids and without: what decides is genre and user. Chance is far below."""
+    data = Candidates(checkerboard, batch_size=16)
+    metrics = fitted(ranker_for(data, loss=loss, id_dropout=0.3), data)
+    found = sum(user % 7 != 6 for user in range(4, USERS, 5)) / len(range(4, USERS, 5))  # the rest cannot be found
+    assert metrics["val/mrr"] == pytest.approx(found, abs=0.05)
+    assert metrics["val/masked_mrr"] == pytest.approx(found, abs=0.05)
+    assert metrics["val/retriever_mrr"] < 0.5 * found
+
+
+def test_without_the_genre_there_is_nothing_to_learn_with_ids_masked(checkerboard: Path) -> None:
+    """The counterpart: the win above does come from the features."""
+    data = Candidates(checkerboard, batch_size=16)
+
+    class Blind(Candidates):
+        features = property(lambda self: [])  # type: ignore[assignment]
+
+    blind = Blind(checkerboard, batch_size=16)
+    blind.dataset.features = lambda: []  # type: ignore[method-assign]
+    assert data.features
+    metrics = fitted(ranker_for(blind, id_dropout=0.3), blind)
+    assert metrics["val/masked_mrr"] < 0.5
+
+
+def test_metrics_are_those_of_a_naive_ranking(checkerboard: Path) -> None:
+    data = Candidates(checkerboard, batch_size=16)
+    model = ranker_for(data)
+    metrics = fitted(model, data, epochs=2)
+    model.eval()
+    for prefix, masks in (("", False), ("masked_", True)):
+        reciprocal = []
+        for user in range(4, USERS, 5):
+            lists = data.read(np.array([user]))
+            mask = torch.full_like(lists.items, masks, dtype=torch.bool)
+            with torch.no_grad():
+                logits = model.reranker(lists.state, lists.items, lists.score, lists.rank, mask)[0]
+            place = int(lists.positive[0])
+            reciprocal.append(0.0 if place < 0 else 1 / int((logits >= logits[place]).sum()))
+        assert metrics[f"val/{prefix}mrr"] == pytest.approx(np.mean(reciprocal), abs=1e-6)
+
+
+def test_a_target_outside_the_candidates_is_nowhere(checkerboard: Path) -> None:
+    data = Candidates(checkerboard)
+    data.setup("fit")
+    lost = data.read(np.array([34]))  # 34 % 5 == 4 and 34 % 7 == 6
+    assert lost.positive.tolist() == [-1]
+    model = ranker_for(data).eval()
+    model.validation_step(lost, 0)
+    for metric in (model.metrics, model.retriever_metrics, model.masked_metrics):
+        assert metric.compute()["hr@200"] == 0
+        assert metric.compute()["mrr"].item() == pytest.approx(1 / NOWHERE)
+
+
+# --- ID dropout
+
+
+def batch_of(data: Candidates) -> Lists:
+    data.setup("fit")
+    return data.read(np.arange(0, 40))
+
+
+def test_id_dropout_masks_whole_lists_at_its_rate(checkerboard: Path) -> None:
+    data = Candidates(checkerboard)
+    model, lists = ranker_for(data, id_dropout=0.25), batch_of(data)
+    masks = torch.stack([model.drop_ids(lists) for _ in range(400)])
+    assert masks.shape[1:] == lists.items.shape
+    assert (masks.all(-1) == masks.any(-1)).all()
+    assert masks[..., 0].float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_id_dropout_drops_the_very_set_that_evaluation_masks(checkerboard: Path, rate: float) -> None:
+    """At rate 1 the training loss is that of ids masked, at rate 0 that of ids known; the two differ."""
+    data = Candidates(checkerboard)
+    model, lists = ranker_for(data, id_dropout=rate, scorer=partial(MLP, hidden=(32,), dropout=0.0)), batch_of(data)
+    lists = Lists(*(part[lists.positive >= 0] for part in lists))
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+        trained = model.training_step(lists, 0)
+        real = lists.items != c.PAD
+        masked, known = (
+            model.loss(
+                model.reranker(
+                    lists.state, lists.items, lists.score, lists.rank.clamp(min=1), torch.full_like(real, mask)
+                ),
+                lists.positive,
+                real,
+            )
+            for mask in (True, False)
+        )
+    assert trained == (masked if rate else known)
+    assert abs(masked - known) > 1e-3
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5])
+def test_id_dropout_is_a_probability(rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"id_dropout is {rate}, expected a probability"):
+        Ranker(3, 4, [], id_dropout=rate)
+
+
+# --- through the command line
+
+
+def test_recsys_fit_leaves_a_checkpoint_that_stands_alone(
+    checkerboard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, output = tmp_path / "ranker.yaml", tmp_path / "ranker"
+    config.write_text(f"""
+output: {output}
+trainer:
+  {{max_epochs: 3, accelerator: cpu, log_every_n_steps: 1, enable_progress_bar: false, enable_model_summary: false}}
+model:
+  class_path: Ranker
+  init_args:
+    loss: {{class_path: BCE}}
+    scorer: {{class_path: MLP, init_args: {{hidden: [16]}}}}
+    optimizer: {{class_path: RecsysAdamW, init_args: {{lr: 0.01}}}}
+data: {{class_path: Candidates, init_args: {{path: {checkerboard}, batch_size: 16}}}}
+""")
+    monkeypatch.setattr(sys, "argv", ["recsys", "fit", "--config", str(config)])
+    main()
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["kind"] == "ranker"
+    assert manifest["parents"]["candidates"]["path"] == str(checkerboard)
+
+    model = Ranker.load_from_checkpoint(output / "best.ckpt", weights_only=True, map_location="cpu").eval()
+    data = Candidates(checkerboard)
+    data.setup("fit")
+    torch.testing.assert_close(model.reranker.vectors, data.item_vectors())
+    for row in data.val_dataloader():
+        model.validation_step(row, 0)
+    assert model.metrics.compute()["ndcg@10"].item() == pytest.approx(manifest["best"], abs=1e-5)
+
+
+def test_lists_that_cannot_train_or_select_say_so(checkerboard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Candidates(checkerboard)
+    data.setup("fit")
+    lists = data.lists
+    data.lists = lists._replace(fold=np.full_like(lists.fold, "train"))
+    with pytest.raises(ValueError, match=r"keeps no users to select the ranker on; mine with select above 0"):
+        data.val_dataloader()
+    data.lists = lists._replace(positive=np.full_like(lists.positive, -1))
+    with pytest.raises(ValueError, match=r"no list in .* holds its user's target"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match=r"run recsys evaluate"):
+        data.test_dataloader()

@@ -1,0 +1,386 @@
+"""What is served: never a known item, the same for a user whoever else asks, and from the bundle alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from pipeline_fixtures import K, Run, recsys
+
+from recsys2stage.dataset import Dataset, RequestTime
+from recsys2stage.encoders import Transformer
+from recsys2stage.index import Exact
+from recsys2stage.recommend import FileUsers, PreparedUsers, Recommender, factory, read_checkpoint
+from recsys2stage.times import RequestGap
+from recsys2stage.towers import TwoTower
+
+COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]
+
+
+@pytest.fixture(scope="module")
+def recommender(trained: Run) -> Recommender:
+    return Recommender.load(trained.bundle)
+
+
+@pytest.fixture(scope="module")
+def dataset(trained: Run) -> Dataset:
+    return Dataset(trained.data)
+
+
+@pytest.fixture(scope="module")
+def everybody(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    output = tmp_path_factory.mktemp("everybody") / "recommendations.parquet"
+    recsys("recommend", "--bundle", trained.bundle, "--output", output)
+    return pl.read_parquet(output)
+
+
+@pytest.fixture(scope="module")
+def log(raw: Path) -> pl.DataFrame:
+    """The raw events in order, as a user of `--histories` would have them."""
+    ratings = pl.read_csv(raw / "ratings.csv").sort("userId", "timestamp", maintain_order=True)
+    return ratings.select(user_id="userId", item_id="movieId", time="timestamp")
+
+
+def untrained(
+    item_ids: Sequence[Any], request_time: RequestTime = "none", titles: Sequence[str] | None = None
+) -> Recommender:
+    """A first stage with random weights over items of these ids, the first the most popular."""
+    torch.manual_seed(0)
+    encoder = partial(Transformer, layers=1, time=None if request_time == "none" else RequestGap)
+    towers = TwoTower(len(item_ids), 8, 8, encoder)
+    index = Exact()
+    index.build(towers.every_item().detach().numpy())
+    catalogue = {"item": np.arange(1, len(item_ids) + 1), "item_id": item_ids} | ({"title": titles} if titles else {})
+    popularity = np.append(0, np.arange(len(item_ids), 0, -1))
+    return Recommender(towers, index, None, pl.DataFrame(catalogue), popularity, request_time)
+
+
+# for the users of the data
+
+
+def test_everybody_gets_k_items_best_first(everybody: pl.DataFrame, dataset: Dataset) -> None:
+    assert everybody.columns == COLUMNS
+    users = pl.read_parquet(dataset.path / "users.parquet")["user_id"]
+    assert set(everybody["user_id"]) == set(users)
+    for _, rows in everybody.group_by("user_id"):
+        assert rows["rank"].to_list() == list(range(1, 11))
+        assert rows["score"].to_list() == sorted(rows["score"], reverse=True)
+        assert rows["item_id"].is_unique().all()
+
+
+def test_nobody_gets_a_known_item(everybody: pl.DataFrame, log: pl.DataFrame) -> None:
+    """Of all events: who asks now has seen the test item, too."""
+    assert len(everybody.join(log, on=["user_id", "item_id"])) == 0
+
+
+def test_the_second_stage_has_its_say(everybody: pl.DataFrame) -> None:
+    orders = [rows["retriever_score"].is_sorted(descending=True) for _, rows in everybody.group_by("user_id")]
+    assert not all(orders)
+
+
+def test_a_user_gets_the_same_whoever_else_asks(trained: Run, everybody: pl.DataFrame, tmp_path: Path) -> None:
+    def ask(*words: object) -> pl.DataFrame:
+        recsys("recommend", "--bundle", trained.bundle, "--output", tmp_path / "some.parquet", *words)
+        return pl.read_parquet(tmp_path / "some.parquet")
+
+    users = everybody["user_id"].unique().sort()[::10].to_list()
+    expected = everybody.filter(pl.col("user_id").is_in(users))
+    few = ask("--users", json.dumps([str(user) for user in users]))
+    assert few.select("user_id", "item_id", "rank").equals(expected.select("user_id", "item_id", "rank"))
+    assert few["score"].to_numpy() == pytest.approx(expected["score"].to_numpy(), abs=1e-5)
+    ragged = ask("--batch_size", 7)
+    assert ragged.select("user_id", "item_id", "rank").equals(everybody.select("user_id", "item_id", "rank"))
+
+
+def test_users_may_be_named_in_numbers_or_in_a_file(trained: Run, everybody: pl.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "users.txt").write_text("3\n\n  7  \n")
+    for users in ("[3, 7]", "[3, '7']", tmp_path / "users.txt"):
+        recsys("recommend", "--bundle", trained.bundle, "--output", tmp_path / "few.parquet", "--users", users)
+        few = pl.read_parquet(tmp_path / "few.parquet")
+        assert few["user_id"].unique().sort().to_list() == [3, 7]
+    assert few["item_id"].to_list() == everybody.filter(pl.col("user_id").is_in([3, 7]))["item_id"].to_list()
+
+
+def test_one_user_gets_the_same_in_python_and_from_the_verb(
+    recommender: Recommender, everybody: pl.DataFrame, log: pl.DataFrame
+) -> None:
+    for user in (1, 40, 150):
+        history = log.filter(pl.col("user_id") == user)["item_id"].to_list()
+        rows = recommender.recommend(history, k=10)
+        expected = everybody.filter(pl.col("user_id") == user)
+        assert [row["item_id"] for row in rows] == expected["item_id"].to_list()
+        assert [row["rank"] for row in rows] == list(range(1, 11))
+        for name in ("score", "retriever_score"):
+            assert [row[name] for row in rows] == pytest.approx(expected[name].to_list(), abs=1e-5)
+
+
+def test_the_first_stage_alone_serves_from_the_index(trained: Run, log: pl.DataFrame, tmp_path: Path) -> None:
+    recsys("recommend", "--bundle", trained.index, "--output", tmp_path / "first.parquet", "--k", 5)
+    first = pl.read_parquet(tmp_path / "first.parquet")
+    assert len(first) == 5 * log["user_id"].n_unique()
+    assert first["score"].equals(first["retriever_score"])
+    assert len(first.join(log, on=["user_id", "item_id"])) == 0
+
+
+def test_more_items_than_there_are_gives_all_that_are_not_known(
+    trained: Run, log: pl.DataFrame, tmp_path: Path
+) -> None:
+    recsys("recommend", "--bundle", trained.bundle, "--output", tmp_path / "all.parquet", "--k", 500)
+    counts = pl.read_parquet(tmp_path / "all.parquet").group_by("user_id").len().sort("user_id")
+    known = log.group_by("user_id").agg(pl.col("item_id").n_unique()).sort("user_id")
+    assert (counts["len"] + known["item_id"]).unique().to_list() == [log["item_id"].n_unique()]
+
+
+# for histories in a file
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_histories_in_a_file_give_what_the_data_give(
+    trained: Run, everybody: pl.DataFrame, log: pl.DataFrame, tmp_path: Path, kind: str
+) -> None:
+    shuffled = log.sample(fraction=1, shuffle=True, seed=0)  # the times say the order, not the rows
+    ties = log.group_by("user_id").agg(pl.col("time").is_duplicated().any())
+    clear = ties.filter(~pl.col("time"))["user_id"].to_list()
+    path = tmp_path / f"histories.{kind}"
+    shuffled.write_csv(path) if kind == "csv" else shuffled.write_parquet(path)
+    recsys("recommend", "--bundle", trained.bundle, "--histories", path, "--output", tmp_path / "out.parquet")
+    out = pl.read_parquet(tmp_path / "out.parquet")
+    assert out.columns == COLUMNS
+    assert set(out["user_id"]) == set(log["user_id"])
+    one, other = (table.filter(pl.col("user_id").is_in(clear)) for table in (out, everybody))
+    assert len(one) > 100
+    assert one.select("user_id", "item_id", "rank").equals(other.select("user_id", "item_id", "rank"))
+
+
+def test_users_never_seen_are_served(
+    trained: Run, recommender: Recommender, log: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = log["item_id"].unique().sort().to_list()
+    rows = [("ann lee", items[3]), ("ann lee", items[8]), ("bob", 10**9), ("ann lee", 10**9 + 1), ("zoë", items[1])]
+    pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row").write_csv(tmp_path / "new.csv")
+    recsys(
+        "recommend",
+        "--bundle",
+        trained.bundle,
+        "--histories",
+        tmp_path / "new.csv",
+        "--output",
+        tmp_path / "o",
+        "--k",
+        7,
+    )
+    out = pl.read_parquet(tmp_path / "o")
+    assert out["user_id"].unique().sort().to_list() == ["ann lee", "bob", "zoë"]
+    assert out.group_by("user_id").len()["len"].unique().to_list() == [7]
+    assert "2 of 5 events are of items the model does not know" in caplog.text
+    ann = out.filter(pl.col("user_id") == "ann lee")
+    assert ann["item_id"].to_list() == [row["item_id"] for row in recommender.recommend([items[3], items[8]], k=7)]
+    bob = out.filter(pl.col("user_id") == "bob")  # of whom nothing is known
+    assert bob["item_id"].to_list() == [row["item_id"] for row in recommender.recommend([], k=7)]
+    (tmp_path / "users.txt").write_text("ann lee\nzoë\n")
+    some = ("--users", tmp_path / "users.txt")
+    recsys(
+        "recommend", "--bundle", trained.bundle, "--histories", tmp_path / "new.csv", "--output", tmp_path / "o", *some
+    )
+    assert pl.read_parquet(tmp_path / "o")["user_id"].unique().sort().to_list() == ["ann lee", "zoë"]
+
+
+def test_ids_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
+    served = untrained(["0012", "012", "12", "B7"])
+    (tmp_path / "new.csv").write_text("user_id,item_id\n007,0012\n007,12\n8,012\n")
+    people = FileUsers(tmp_path / "new.csv", served)
+    assert people.user_ids.tolist() == ["007", "8"]
+    padded, known = people.read(slice(0, 2))
+    assert padded.items.tolist() == [[1, 3], [2, 0]]
+    assert known.values.tolist() == [1, 3, 2]
+    ranking = served.rank(padded, known, None, 4)
+    assert sorted(ranking.items[0].tolist()) == [-1, -1, 2, 4]
+    assert sorted(ranking.items[1].tolist()) == [-1, 1, 3, 4]
+
+
+def test_a_long_history_in_a_file_filters_all_of_it_and_is_read_by_its_newest_part(tmp_path: Path) -> None:
+    served = untrained(list(range(1, 31)))
+    order = list(range(20, 0, -1))
+    path = tmp_path / "long.csv"
+    path.write_text("user_id,item_id\n" + "".join(f"1,{item}\n" for item in order))
+    padded, known = FileUsers(path, served).read(slice(0, 1))
+    assert padded.items.tolist() == [order[-8:]]  # max_length is 8
+    assert sorted(known.values.tolist()) == sorted(order)
+    ranking = served.rank(padded, known, None, 30)
+    assert sorted(ranking.items[ranking.items > 0].tolist()) == list(range(21, 31))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user,item_id\n1,2\n", "lacks the columns ['user_id']; it has ['user', 'item_id']"),
+        ("user_id,item_id\n", "holds no events"),
+        ("user_id,item_id\n1,a\n2,b\n", "none of the 2 item ids in"),
+        ("user_id,item_id\n1,1\n,2\n", "1 of 2 rows have no user_id"),
+        ("user_id,item_id,time\n1,1,10\n1,2,\n", "1 of 2 rows have no time"),
+        ("user_id,item_id,time\n1,1,yesterday\n", "expected whole seconds"),
+        ("", "cannot be read: empty CSV"),
+    ],
+)
+def test_bad_histories_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.csv") as error:
+        FileUsers(tmp_path / "bad.csv", untrained([1, 2, 3]))
+    assert message in str(error.value)
+
+
+def test_a_file_that_is_no_parquet_says_so(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_text("user_id,item_id\n1,1\n")
+    with pytest.raises(ValueError, match=r"bad\.parquet cannot be read"):
+        FileUsers(tmp_path / "bad.parquet", untrained([1, 2, 3]))
+
+
+def test_unknown_users_say_which(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 of 3 user ids are not in .*, for example \['nobody', 'x'\]"):
+        PreparedUsers(dataset, recommender, ["1", "nobody", "x"])
+    (tmp_path / "new.csv").write_text("user_id,item_id\n1,1\n")
+    with pytest.raises(ValueError, match="1 of 1 user ids are not in"):
+        FileUsers(tmp_path / "new.csv", untrained([1, 2, 3]), ["2"])
+
+
+def test_recommending_for_nobody_is_an_error(trained: Run, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no users"):
+        recsys("recommend", "--bundle", trained.bundle, "--output", tmp_path / "out.parquet", "--users", "[]")
+    assert list(tmp_path.iterdir()) == []
+
+
+# for one user, in Python
+
+
+def test_an_empty_history_gets_what_is_popular(recommender: Recommender, dataset: Dataset) -> None:
+    ids = pl.read_parquet(dataset.path / "items.parquet").sort("item")["item_id"].to_list()
+    best = np.argsort(-dataset.train_counts[1:], kind="stable")[:10]
+    for history in ([], ["an id", "of another world"]):
+        rows = recommender.recommend(history, k=10)
+        assert [row["item_id"] for row in rows] == [ids[item] for item in best]
+        assert [row["score"] for row in rows] == dataset.train_counts[1:][best].tolist()
+
+
+def test_what_is_excluded_is_not_recommended(recommender: Recommender) -> None:
+    for history in ([], [recommender.catalogue["item_id"][0]]):
+        first = [row["item_id"] for row in recommender.recommend(history, k=10)]
+        then = [row["item_id"] for row in recommender.recommend(history, k=8, exclude=[first[0], first[3]])]
+        assert then == [item for item in first if item not in (first[0], first[3])]
+
+
+def test_items_come_with_their_titles_where_there_are_any(recommender: Recommender) -> None:
+    row = recommender.recommend([], k=1)[0]
+    assert list(row) == ["item_id", "title", "score", "rank", "retriever_score"]
+    titles = dict(recommender.catalogue.select("item_id", "title").iter_rows())
+    assert row["title"] == titles[row["item_id"]]
+    assert list(untrained([1, 2]).recommend([1], k=1)[0]) == ["item_id", "score", "rank", "retriever_score"]
+
+
+def test_ids_compare_as_text(recommender: Recommender) -> None:
+    ids = recommender.catalogue["item_id"][:5].to_list()
+    assert recommender.recommend(ids) == recommender.recommend([str(item) for item in ids])
+    assert recommender.recommend(ids) == recommender.recommend(tuple(ids))
+    assert recommender.recommend(ids) != recommender.recommend(ids[::-1])
+
+
+def test_unknown_items_are_passed_over(recommender: Recommender) -> None:
+    ids = recommender.catalogue["item_id"][:5].to_list()
+    assert recommender.recommend([*ids[:2], "?", *ids[2:], -1]) == recommender.recommend(ids)
+
+
+def test_a_text_is_not_a_history(recommender: Recommender) -> None:
+    with pytest.raises(ValueError, match="expected a sequence of item ids"):
+        recommender.recommend("1193")
+
+
+def test_a_model_that_is_told_the_time_needs_times(tmp_path: Path) -> None:
+    served = untrained(list(range(1, 21)), "target")
+    now = 1_000_000_000
+    times = [now - 500, now - 100]
+    with pytest.raises(ValueError, match="needs times"):
+        served.recommend([1, 2], request_time=now)
+    with pytest.raises(ValueError, match="history has 2 events but times has 1"):
+        served.recommend([1, 2], times=[now], request_time=now)
+    soon, late = (served.recommend([1, 2], times=times, request_time=now + gap) for gap in (0, 10**8))
+    assert soon != late
+    assert len(served.recommend([])) == 10
+    (tmp_path / "timeless.csv").write_text("user_id,item_id\n1,1\n")
+    with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
+        FileUsers(tmp_path / "timeless.csv", served)
+
+
+def test_a_model_that_is_not_told_the_time_does_not_heed_it() -> None:
+    served = untrained(list(range(1, 21)))
+    assert served.recommend([1, 2], times=[5, 10**9], request_time=2 * 10**9) == served.recommend([1, 2])
+
+
+# the bundle
+
+
+def test_another_process_serves_from_the_bundle_alone(trained: Run, recommender: Recommender, tmp_path: Path) -> None:
+    """Without the training data, the runs it was made from, and Lightning."""
+    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for parent in manifest["parents"].values():
+        parent["path"] = "/nowhere"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    history = recommender.catalogue["item_id"][:6].to_list()
+    code = f"""
+import json, sys
+from recsys2stage.recommend import Recommender
+rows = Recommender.load("bundle").recommend({history}, k=5)
+assert not [name for name in ("lightning", "faiss", "jsonargparse") if name in sys.modules]
+print(json.dumps(rows))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows, expected = json.loads(done.stdout), recommender.recommend(history, k=5)
+    assert [row["item_id"] for row in rows] == [row["item_id"] for row in expected]
+    assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected], abs=1e-5)
+
+
+def test_the_bundle_serves_as_many_candidates_as_it_was_made_for(recommender: Recommender) -> None:
+    assert recommender.num_candidates == K
+
+
+def test_a_folder_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"run: recsys export-bundle"):
+        Recommender.load(tmp_path)
+
+
+def test_a_checkpoint_is_read_by_part(trained: Run, tmp_path: Path) -> None:
+    options, weights = read_checkpoint(trained.retriever, "towers", "make")
+    assert options["dim"] == 16
+    assert all(not name.startswith("towers.") for name in weights)
+    with pytest.raises(ValueError, match=r"holds no reranker; expected a checkpoint made by: make"):
+        read_checkpoint(trained.retriever, "reranker", "make")
+    with pytest.raises(FileNotFoundError, match="run: make"):
+        read_checkpoint(tmp_path / "none.ckpt", "towers", "make")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text\.ckpt is not a checkpoint"):
+        read_checkpoint(tmp_path / "text.ckpt", "towers", "make")
+
+
+def test_a_factory_is_made_from_its_description() -> None:
+    made = factory(
+        {
+            "class_path": "recsys2stage.encoders.Transformer",
+            "init_args": {
+                "layers": 1,
+                "time": {"class_path": "recsys2stage.times.RequestGap", "init_args": {"buckets": 5}},
+            },
+        }
+    )(8, 4)
+    assert isinstance(made, Transformer)
+    assert made.time.table.weight.shape == (5, 8)  # type: ignore[union-attr]
+    assert factory(3) == 3
+    assert factory({"plain": 1}) == {"plain": 1}
+    assert factory({"class_path": "recsys2stage.encoders.Transformer"}).func is Transformer

@@ -1,0 +1,207 @@
+"""The retriever learns a world whose answer is known, ranks fully, and leaves a checkpoint that stands alone."""
+
+import csv
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+
+from recsys2stage.cli import main
+from recsys2stage.data import Histories
+from recsys2stage.encoders import Transformer
+from recsys2stage.metrics import metrics_of
+from recsys2stage.optim import RecsysAdamW, with_warmup
+from recsys2stage.retriever import Retriever
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def model_for(data: Histories, **options: Any) -> Retriever:
+    settings = {
+        "dim": 32,
+        "encoder": partial(Transformer, dropout=0.0),
+        "optimizer": partial(RecsysAdamW, lr=1e-2),
+        "warmup_steps": 10,
+    }
+    return Retriever(data.num_items, data.max_length, data.request_time, **(settings | options))
+
+
+def naive_ranks(model: Retriever, data: Histories, split: str) -> np.ndarray:
+    """Users one by one, candidates one by one: known items are no candidates, ties count against the target."""
+    dataset, ranks = data.dataset, []
+    vectors = torch.nn.functional.normalize(model.towers.items.table.weight.detach(), dim=-1)
+    for user in range(dataset.num_users):
+        start, train, val = int(dataset.offsets[user]), int(dataset.train_ends[user]), int(dataset.val_ends[user])
+        place = train if split == "val" else val
+        met, target = dataset.items[start:place].tolist(), int(dataset.items[place])
+        read = data.read_queries(np.array([user]), "val" if split == "val" else "test").history
+        with torch.no_grad():
+            query = model.towers(read)[0, min(len(met), data.max_length) - 1]
+        scores = (vectors @ query).tolist()
+        others = [item for item in range(1, data.num_items + 1) if item not in met and item != target]
+        ranks.append(1 + sum(scores[item] >= scores[target] for item in others))
+    return np.array(ranks)
+
+
+def test_the_cycle_is_learned(cycle: Path) -> None:
+    """Item i is always followed by i + 1: hit@1, and so hit@10, must come to 1.0, from about chance."""
+    data = Histories(cycle, max_length=12, batch_size=16)
+    model = model_for(data)
+    trainer = Trainer(max_epochs=12, check_val_every_n_epoch=12, **QUIET)
+    [before] = trainer.validate(model, data, verbose=False)
+    trainer.fit(model, data)
+    [after] = trainer.validate(model, data, verbose=False)
+    [test] = trainer.test(model, data, verbose=False)
+    assert before["val/hr@10"] < 0.7, "30 of the 40 items are unknown to a user: chance is 1/3"
+    assert after["val/hr@10"] == 1.0
+    assert test["test/hr@10"] == 1.0
+    assert after["val/ndcg@10"] > 0.9
+    assert (naive_ranks(model, data, "test") <= 10).all()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_metrics_are_those_of_a_naive_full_ranking(cycle: Path, split: str) -> None:
+    data = Histories(cycle, max_length=6, eval_batch_size=17)
+    model = model_for(data).eval()
+    trainer = Trainer(**QUIET)
+    [got] = (trainer.validate if split == "val" else trainer.test)(model, data, verbose=False)
+    values = metrics_of(naive_ranks(model, data, split))
+    for name in ("hr@10", "ndcg@10", "mrr", "ndcg@200"):
+        assert got[f"{split}/{name}"] == pytest.approx(values[name].mean(), rel=1e-5), name
+    assert 0 < got[f"{split}/hr@10"] < 1
+
+
+def test_known_items_are_filtered(cycle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that puts all that is known first and the target next is perfect once they are filtered."""
+    data = Histories(cycle, max_length=12, eval_batch_size=200)
+    model = model_for(data, dim=data.num_items).eval()
+    [batch] = data.val_dataloader()
+    scores = torch.zeros(len(batch.users), data.num_items)
+    scores[batch.known_rows, batch.known_items - 1] = 1.0
+    scores[torch.arange(len(scores)), batch.target - 1] = 0.5  # below all known, above all unknown
+    monkeypatch.setattr(model.towers, "queries", lambda history: scores)
+    monkeypatch.setattr(model.towers, "every_item", lambda: torch.eye(data.num_items))
+    [got] = Trainer(**QUIET).validate(model, data, verbose=False)
+    assert got["val/mrr"] == 1.0
+
+
+class Fit(NamedTuple):
+    output: Path
+    metrics: list[dict[str, str]]  # validation rows of metrics.csv
+    manifest: dict[str, Any]
+
+    def checkpoint(self, name: str) -> dict[str, Any]:
+        return torch.load(self.output / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def fit(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """`recsys fit` of 6 epochs, of which the last two begin with ruined item vectors."""
+    output = tmp_path_factory.mktemp("fit") / "retriever"
+    config = output.parent / "retriever.yaml"
+    config.write_text(f"""
+output: {output}
+trainer:
+  {{max_epochs: 6, accelerator: cpu, log_every_n_steps: 8, enable_progress_bar: false, enable_model_summary: false}}
+early_stopping: {{patience: 10}}
+model:
+  class_path: Retriever
+  init_args:
+    dim: 32
+    warmup_steps: 10
+    encoder: {{class_path: Transformer, init_args: {{layers: 1, dropout: 0.1}}}}
+    optimizer: {{class_path: RecsysAdamW, init_args: {{lr: 0.0007}}}}
+data: {{class_path: Histories, init_args: {{path: {cycle}, max_length: 12, batch_size: 16}}}}
+""")
+
+    def ruin(model: Retriever) -> None:
+        if model.current_epoch >= 4:
+            with torch.no_grad():
+                model.towers.items.table.weight[1:].normal_()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Retriever, "on_train_epoch_start", ruin)
+        run_recsys(patch, "fit", "--config", str(config))
+    with next((output / "log").glob("*/metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/ndcg@10"]]
+    return Fit(output, rows, json.loads((output / "manifest.json").read_text()))
+
+
+def run_recsys(patch: pytest.MonkeyPatch, *argv: str) -> None:
+    patch.setattr(sys, "argv", ["recsys", *argv])
+    main()
+
+
+def test_the_kept_checkpoint_is_the_best_and_not_the_last(fit: Fit) -> None:
+    values = [float(row["val/ndcg@10"]) for row in fit.metrics]
+    assert len(values) == 6
+    best = int(np.argmax(values))
+    assert best < 4, values
+    assert values[best] < 0.99, "too easy to tell the best from another"
+    assert values[-1] < values[best] - 0.1
+    assert fit.checkpoint("best.ckpt")["epoch"] == best
+    assert fit.checkpoint("last.ckpt")["epoch"] == 5
+    assert fit.manifest["best"] == pytest.approx(values[best])
+    assert (fit.manifest["kind"], fit.manifest["monitor"], fit.manifest["epochs"]) == ("retriever", "val/ndcg@10", 6)
+    assert fit.manifest["steps"] == 6 * 8  # 120 windows in batches of 16
+
+
+def test_a_checkpoint_stands_alone(fit: Fit, cycle: Path, tmp_path: Path) -> None:
+    """It loads with weights_only=True from a folder of its own, and measures what the fit measured."""
+    alone = tmp_path / "alone.ckpt"
+    alone.write_bytes((fit.output / "best.ckpt").read_bytes())
+    model = Retriever.load_from_checkpoint(alone, weights_only=True, map_location="cpu")
+    assert model.towers.items.num_items == 40
+    assert len(model.towers.encoder.blocks) == 1
+    assert model.hparams["request_time"] == "none"
+    ranks = naive_ranks(model.eval(), Histories(cycle, max_length=12), "val")
+    assert metrics_of(ranks)["ndcg@10"].mean() == pytest.approx(fit.manifest["best"], abs=1e-4)
+
+
+def test_recsys_validate_measures_the_best(fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    config = next((fit.output / "log").glob("*/config.yaml"))
+    run_recsys(monkeypatch, "validate", "--config", str(config))
+    printed = capsys.readouterr().out
+    [line] = [line for line in printed.splitlines() if "val/ndcg@10 " in line]
+    [value] = re.findall(r"\d\.\d+", line)
+    assert float(value) == pytest.approx(fit.manifest["best"], abs=1e-6)
+
+
+def test_popularity_of_training_is_in_the_checkpoint(fit: Fit, cycle: Path) -> None:
+    kept = fit.checkpoint("best.ckpt")["state_dict"]["log_popularity"]
+    torch.testing.assert_close(kept, Histories(cycle).log_popularity())
+
+
+# --- the optimiser
+
+
+def test_the_rate_warms_up_linearly_and_stays() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    both = with_warmup(RecsysAdamW([weight], lr=0.5), 4)
+    optimizer, schedule = both["optimizer"], both["lr_scheduler"]
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule["scheduler"].step()
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+    assert schedule["interval"] == "step"
+
+
+def test_the_optimiser_is_that_of_the_seed() -> None:
+    group = RecsysAdamW([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.9, 0.98), 1e-8, 0.0)
