@@ -43,6 +43,16 @@ class KeepLast(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
+class MeasureTheEnd(Callback):
+    """Has the weights measured, so that there is a best.ckpt, where `max_steps` ends a fit in mid-epoch."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # Lightning measures before it stops, but not where it only runs out of steps
+
+
 class SignFit(Callback):
     """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end."""
 

@@ -106,7 +106,8 @@ class Recommender:
 
     def candidates(self, queries: np.ndarray, known: Ragged, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores and items of the k nearest items that are not known, (B, k) each; −inf and −1 past the last."""
-        return self.index.search(queries, k or self.num_candidates, exclude=(known.values, known.offsets))
+        depth = self.num_candidates if k is None else k
+        return self.index.search(queries, depth, exclude=(known.values, known.offsets))
 
     @torch.inference_mode()
     def rerank(
@@ -347,5 +348,8 @@ def factory(value: Any) -> Any:
     if not (isinstance(value, dict) and "class_path" in value):
         return value
     module, _, name = value["class_path"].rpartition(".")
-    bound = {key: factory(option) for key, option in (value.get("init_args") or {}).items()}
-    return functools.partial(getattr(importlib.import_module(module), name), **bound)
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{value['class_path']} cannot be imported ({error}); put its module on PYTHONPATH") from error
+    return functools.partial(kind, **{key: factory(option) for key, option in (value.get("init_args") or {}).items()})

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage import encoders, losses, objectives, positions, scorers, times  # noqa: F401
-from recsys2stage.callbacks import KeepLast, ReseedEveryStep, SignFit
+from recsys2stage.callbacks import KeepLast, MeasureTheEnd, ReseedEveryStep, SignFit
 from recsys2stage.data import Candidates, Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
 from recsys2stage.retriever import Retriever  # noqa: F401
@@ -54,7 +54,12 @@ class RecsysCLI(LightningCLI):
             kwargs["logger"] = CSVLogger(options.output, name="log")
         if options.trainer.precision is None and torch.cuda.is_available():
             kwargs["precision"] = "bf16-mixed"
+        if options.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=20))  # a step takes milliseconds
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        self._load_weights_only("fit")
 
     def before_validate(self) -> None:
         self._measure_the_best("validate")
@@ -67,11 +72,17 @@ class RecsysCLI(LightningCLI):
         self._measure_the_best("test")
 
     def _measure_the_best(self, verb: str) -> None:
+        self._load_weights_only(verb)
         options = self.config_init[verb]
         if options.ckpt_path is None:
             options.ckpt_path = str(Path(options.output) / "best.ckpt")
         if not Path(options.ckpt_path).is_file():
             raise FileNotFoundError(f"{options.ckpt_path} does not exist; run recsys fit first, or name a --ckpt_path")
+
+    def _load_weights_only(self, verb: str) -> None:
+        """Never unpickles code from a checkpoint, unless told to."""
+        if self.config_init[verb].weights_only is None:
+            self.config_init[verb].weights_only = True
 
 
 def train(verb: str) -> None:
@@ -85,6 +96,6 @@ def train(verb: str) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,  # the optimiser is part of the model's own config
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [ReseedEveryStep(), SignFit()], "num_sanity_val_steps": 0},
+        trainer_defaults={"callbacks": [ReseedEveryStep(), MeasureTheEnd(), SignFit()], "num_sanity_val_steps": 0},
         save_config_callback=SaveConfigCallback if verb == "fit" else None,
     )

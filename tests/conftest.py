@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from worlds import cycle_world
+from worlds import cycle_world, ragged_world
 
 torch.set_num_threads(1)
 
@@ -34,3 +34,9 @@ def rng() -> np.random.Generator:
 def cycle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset in which item i is always followed by i + 1; read it, do not write into it."""
     return cycle_world(tmp_path_factory.mktemp("cycle"))
+
+
+@pytest.fixture(scope="session")
+def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset with histories of all lengths; read it, do not write into it."""
+    return ragged_world(tmp_path_factory.mktemp("ragged"))

@@ -215,6 +215,20 @@ def test_a_ranker_is_not_tested_alone(trained: Run, capsys: pytest.CaptureFixtur
     assert "run: recsys evaluate" in one_line([*words, "--output", trained.folder / "ranker"], capsys)
 
 
+@pytest.mark.parametrize("steps", [3, 10**6])
+def test_a_fit_that_runs_out_of_steps_in_mid_epoch_is_measured_and_signed(
+    trained: Run, tmp_path: Path, steps: int
+) -> None:
+    of = ("--config", trained.folder / "retriever.yaml", "--data.path", trained.data, "--output", tmp_path)
+    recsys("fit", *of, "--trainer.max_steps", steps, "--trainer.max_epochs", 2)
+    manifest = read_manifest(tmp_path, "retriever", "")
+    batches = len(Histories(trained.data, max_length=20, batch_size=32).train_dataloader())
+    assert batches > 3
+    assert manifest["steps"] == min(steps, 2 * batches)
+    assert manifest["best"] > 0
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] in (manifest["steps"], batches)
+
+
 PREPARE = "source: {class_path: MovieLens, init_args: {path: raw}}\noutput: data/mini\n"
 
 

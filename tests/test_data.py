@@ -17,19 +17,6 @@ from recsys2stage.sources import MovieLens, Table
 LENGTH = 5
 
 
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Histories of 1 to 24 events, every item more than once."""
-    rng, folder = np.random.default_rng(7), tmp_path_factory.mktemp("ragged")
-    events = [
-        (user, int(item) + 1, 4.0, 10**9 + int(time))
-        for user in range(30)
-        for item, time in zip(rng.permutation(25)[: rng.integers(1, 25)], rng.integers(0, 10**6, size=25), strict=False)
-    ]
-    prepare(MovieLens(write_movielens(folder / "raw", events)), folder / "data")
-    return folder / "data"
-
-
 def small(path: Path, **options: Any) -> Histories:
     return Histories(path, **{"max_length": LENGTH, "batch_size": 4, "eval_batch_size": 7, **options})
 

@@ -133,6 +133,22 @@ def test_the_gradient_is_scaled_by_what_follows() -> None:
     torch.testing.assert_close(thrice[2], 3 * once[2])
 
 
+def test_under_bf16_autocast_it_is_near() -> None:
+    """The products are rough, sums and gradients are kept in float32."""
+    answers, table, queries = torch.randint(1, V + 1, (200,)), unit(V + 1, D).float(), unit(200, D).float()
+    uniform = torch.zeros(V + 1)
+
+    def rough(q: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return InfoNCE()(q, answers, lambda items: v[items], uniform)
+
+    exact = of_both(lambda q, v: InfoNCE()(q, answers, lambda items: v[items], uniform), queries, table)
+    near = of_both(rough, queries, table)
+    assert all(part.dtype == torch.float32 for part in near)
+    for ours, other in zip(near, exact, strict=True):
+        assert 0 < (ours - other).norm() / other.norm() < 0.02
+
+
 def test_large_logits_do_not_overflow() -> None:
     queries, columns, *rest = problem()
     arguments = [part.float() if part.is_floating_point() else part for part in (queries * 1e3, columns, *rest)]

@@ -253,10 +253,8 @@ def test_id_dropout_is_a_probability(rate: float) -> None:
 # --- through the command line
 
 
-def test_recsys_fit_leaves_a_checkpoint_that_stands_alone(
-    checkerboard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, output = tmp_path / "ranker.yaml", tmp_path / "ranker"
+def fit(checkerboard: Path, output: Path, *options: str) -> None:
+    config = output.with_suffix(".yaml")
     config.write_text(f"""
 output: {output}
 trainer:
@@ -264,13 +262,20 @@ trainer:
 model:
   class_path: Ranker
   init_args:
+    id_dropout: 0.3
     loss: {{class_path: BCE}}
     scorer: {{class_path: MLP, init_args: {{hidden: [16]}}}}
     optimizer: {{class_path: RecsysAdamW, init_args: {{lr: 0.01}}}}
 data: {{class_path: Candidates, init_args: {{path: {checkerboard}, batch_size: 16}}}}
 """)
-    monkeypatch.setattr(sys, "argv", ["recsys", "fit", "--config", str(config)])
-    main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["recsys", "fit", "--config", str(config), *options])
+        main()
+
+
+def test_recsys_fit_leaves_a_checkpoint_that_stands_alone(checkerboard: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ranker"
+    fit(checkerboard, output)
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["kind"] == "ranker"
     assert manifest["parents"]["candidates"]["path"] == str(checkerboard)
@@ -284,7 +289,31 @@ data: {{class_path: Candidates, init_args: {{path: {checkerboard}, batch_size: 1
     assert model.metrics.compute()["ndcg@10"].item() == pytest.approx(manifest["best"], abs=1e-5)
 
 
-def test_lists_that_cannot_train_or_select_say_so(checkerboard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_off_and_resumed_equals_unbroken(checkerboard: Path, tmp_path: Path) -> None:
+    """Scale, center, ID dropout and all: tests/test_resume.py has the real kill."""
+
+    class Broken(Exception):
+        pass
+
+    def break_off(model: Ranker, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if model.global_step == 9:
+            raise Broken
+
+    fit(checkerboard, tmp_path / "unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranker, "on_train_batch_end", break_off)
+        with pytest.raises(Broken):
+            fit(checkerboard, tmp_path / "broken", "--last.every_n_train_steps=4")
+    broken, unbroken = tmp_path / "broken/last.ckpt", tmp_path / "unbroken/last.ckpt"
+    assert torch.load(broken, weights_only=True)["global_step"] == 8  # 6 steps an epoch
+    fit(checkerboard, tmp_path / "broken", f"--ckpt_path={broken}")
+    ours, theirs = (torch.load(path, weights_only=True) for path in (broken, unbroken))
+    assert ours["global_step"] == theirs["global_step"] == 18
+    for name, weight in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], weight), name
+
+
+def test_lists_that_cannot_train_or_select_say_so(checkerboard: Path) -> None:
     data = Candidates(checkerboard)
     data.setup("fit")
     lists = data.lists

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import MovieLens
 
@@ -42,4 +44,18 @@ def cycle_world(folder: Path, users: int = 120, items: int = 40, length: int = 1
     ]
     movies = {item: (f"Movie {item} ({1970 + item % 40})", ("Even", "Odd")[item % 2]) for item in range(1, items + 1)}
     prepare(MovieLens(write_movielens(folder / "raw", events, movies)), folder / "data")
+    return folder / "data"
+
+
+def ragged_world(folder: Path, users: int = 30, items: int = 25) -> Path:
+    """Users of 1 to 24 events in random order, no item twice; returns the prepared dataset."""
+    rng = np.random.default_rng(7)
+    events = [
+        (user, int(item) + 1, 4.0, 10**9 + int(time))
+        for user in range(users)
+        for item, time in zip(
+            rng.permutation(items)[: 1 + 7 * user % 24], rng.integers(10**6, size=items), strict=False
+        )
+    ]
+    prepare(MovieLens(write_movielens(folder / "raw", events)), folder / "data")
     return folder / "data"

@@ -1,0 +1,229 @@
+"""The verbs between the trainings: what they write, what they refuse, and that nothing half-made stays."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pipeline_fixtures import K, Run, recsys
+
+from recsys2stage import commands
+from recsys2stage.artifacts import fingerprint, read_manifest
+from recsys2stage.commands import ParquetStream, check_split, some
+from recsys2stage.dataset import Dataset
+from recsys2stage.index import Exact, Faiss, Index
+from recsys2stage.recommend import Recommender, read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def alien(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Other events: one item fewer."""
+    run = Run(tmp_path_factory.mktemp("alien"))
+    ratings = pl.read_csv(raw / "ratings.csv")
+    fewer = run.folder / "raw"
+    fewer.mkdir()
+    ratings.filter(pl.col("movieId") != ratings["movieId"].max()).write_csv(fewer / "ratings.csv")
+    shutil.copy(raw / "movies.csv", fewer)
+    run.prepare(fewer)
+    return run
+
+
+def refused(message: str, *words: object) -> None:
+    with pytest.raises(SystemExit, match=message):
+        recsys(*words)
+
+
+# the index
+
+
+def test_an_index_holds_all_that_the_first_stage_needs(trained: Run) -> None:
+    names = {"manifest.json", "index.json", "index.npy", "towers.pt", "popularity.npy", "items.parquet"}
+    assert {file.name for file in trained.index.iterdir()} == names
+    dataset, manifest = Dataset(trained.data), read_manifest(trained.index, "index", "")
+    assert manifest["items"] == dataset.num_items
+    assert manifest["split_hash"] == dataset.manifest["split_hash"]
+    assert manifest["parents"]["retriever"] == {"path": str(trained.retriever), "hash": fingerprint(trained.retriever)}
+    assert manifest["parents"]["data"] == {"path": str(trained.data), "hash": fingerprint(trained.data)}
+    assert np.array_equal(np.load(trained.index / "popularity.npy"), dataset.train_counts)
+
+
+def test_an_index_measures_itself(trained: Run, tmp_path: Path) -> None:
+    measured = read_manifest(trained.index, "index", "")["measured"]
+    assert measured["recall@100"] == 1.0  # it is exact
+    assert measured["queries"] == len(Dataset(trained.data).users("val"))
+    assert 0 < measured["median_ms"] <= measured["p95_ms"]
+    of = ("--retriever", trained.retriever, "--data", trained.data)
+    recsys("export-index", *of, "--output", tmp_path / "some", "--measured", 7)
+    assert read_manifest(tmp_path / "some", "index", "")["measured"]["queries"] == 7
+    recsys("export-index", *of, "--output", tmp_path / "none", "--measured", 0)
+    assert "measured" not in read_manifest(tmp_path / "none", "index", "")
+
+
+def test_the_vectors_are_those_of_the_checkpoint(trained: Run) -> None:
+    _, weights = read_checkpoint(trained.retriever, "towers", "")
+    table = weights["items.table.weight"][1:]
+    expected = table / table.norm(dim=1, keepdim=True)
+    assert np.load(trained.index / "index.npy") == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+def test_a_faiss_index_serves_in_place_of_the_exact_one(trained: Run, tmp_path: Path) -> None:
+    of = ("--retriever", trained.retriever, "--data", trained.data, "--output", tmp_path / "index")
+    recsys("export-index", *of, "--index", "Faiss", "--index.factory", "Flat")
+    exact, other = Recommender.load(trained.index), Recommender.load(tmp_path / "index")
+    assert isinstance(exact.index, Exact)
+    assert isinstance(other.index, Faiss)
+    history = exact.catalogue["item_id"][:7].to_list()
+    one, two = (served.recommend(history) for served in (exact, other))
+    assert [row["item_id"] for row in one] == [row["item_id"] for row in two]
+    run = Run(tmp_path)
+    recsys(
+        *("mine-negatives", "--data", trained.data, "--index", run.index, "--output", run.candidates, "--k", K),
+        *("--users", 30),
+    )
+    recsys("export-bundle", "--index", run.index, "--ranker", trained.ranker, "--output", run.bundle)
+    assert isinstance(Recommender.load(run.bundle).index, Faiss)
+    assert Recommender.load(run.bundle).num_candidates == 200
+
+
+def test_a_retriever_of_other_data_is_refused(trained: Run, alien: Run, tmp_path: Path) -> None:
+    assert Dataset(alien.data).num_items == Dataset(trained.data).num_items - 1
+    of = ("--retriever", trained.retriever, "--data", alien.data, "--output", tmp_path / "index")
+    refused("knows 120 items but .* has 119; it was trained on other data", "export-index", *of)
+    assert list(tmp_path.iterdir()) == []
+
+
+# mining
+
+
+def test_what_is_mined_says_how(trained: Run) -> None:
+    manifest = read_manifest(trained.candidates, "candidates", "")
+    assert manifest["options"]["k"] == K
+    parts = manifest["options"]["miner"]["init_args"]["miners"]
+    assert [part["class_path"].rpartition(".")[2] for part in parts] == ["RankBand", "Uniform", "Popular"]
+    assert manifest["parents"].keys() == {"index", "data"}
+    assert manifest["vector_dim"] == 16
+
+
+def test_mining_refuses_what_cannot_be(trained: Run, alien: Run, tmp_path: Path) -> None:
+    out = ("--output", tmp_path / "candidates")
+    refused("split hash", "mine-negatives", "--data", alien.data, "--index", trained.index, *out)
+    of = ("--data", trained.data, "--index", trained.index)
+    refused("select is 1.0, expected a share", "mine-negatives", *of, *out, "--select", 1.0)
+    refused("k is 0, expected at least 1", "mine-negatives", *of, *out, "--k", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_without_a_validation_target_have_nothing_to_mine(trained: Run, tmp_path: Path) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    np.save(data / "users.train_end.npy", np.load(data / "users.val_end.npy"))
+    of = ("--data", data, "--index", trained.index, "--output", tmp_path / "candidates")
+    refused("has no user with a validation target; see the counts", "mine-negatives", *of)
+
+
+def test_without_anyone_to_select_on_training_says_so(trained: Run, tmp_path: Path) -> None:
+    of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "candidates")
+    recsys("mine-negatives", *of, "--select", 0.0, "--k", K)
+    run = Run(tmp_path)
+    with pytest.raises(SystemExit, match="keeps no users to select the ranker on; mine with select above 0"):
+        run.fit_ranker()
+
+
+# the bundle
+
+
+def test_a_bundle_is_the_index_and_the_second_stage(trained: Run) -> None:
+    shared = {file.name for file in trained.index.iterdir()} - {"manifest.json"}
+    assert {file.name for file in trained.bundle.iterdir()} == shared | {"manifest.json", "reranker.pt"}
+    for name in shared:
+        assert (trained.bundle / name).read_bytes() == (trained.index / name).read_bytes()
+    manifest = read_manifest(trained.bundle, "bundle", "")
+    assert manifest["candidates"] == K
+    assert {name: parent["path"] for name, parent in manifest["parents"].items()} == {
+        "index": str(trained.index),
+        "ranker": str(trained.ranker),
+        "data": str(trained.data),
+    }
+    assert torch.load(trained.bundle / "reranker.pt", weights_only=True)["vectors"].shape == (121, 16)
+
+
+def test_a_ranker_of_another_index_is_refused(trained: Run, tmp_path: Path) -> None:
+    index = shutil.copytree(trained.index, tmp_path / "index")
+    np.save(index / "index.npy", np.load(index / "index.npy") * 0.5)
+    of = ("--index", index, "--ranker", trained.ranker, "--output", tmp_path / "bundle")
+    refused("was trained beside other item vectors than those of .*; mine and fit again", "export-bundle", *of)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_two_checkpoints_are_not_confused(trained: Run, tmp_path: Path) -> None:
+    out = ("--output", tmp_path / "out")
+    refused("holds no towers", "export-index", "--retriever", trained.ranker, "--data", trained.data, *out)
+    refused("holds no reranker", "export-bundle", "--index", trained.index, "--ranker", trained.retriever, *out)
+
+
+def test_a_failure_leaves_the_old_artifact_and_nothing_half_made(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = shutil.copytree(trained.index, tmp_path / "index")
+    before = (index / "manifest.json").read_bytes()
+
+    def fail(*arguments: object, **facts: object) -> None:
+        raise ValueError("the disk is full, say")
+
+    monkeypatch.setattr(commands, "write_manifest", fail)
+    of = ("--retriever", trained.retriever, "--data", trained.data, "--output", index)
+    refused("the disk is full", "export-index", *of)
+    assert [file.name for file in tmp_path.iterdir()] == ["index"]
+    assert (index / "manifest.json").read_bytes() == before
+
+
+def test_an_artifact_made_again_replaces_the_old(trained: Run, tmp_path: Path) -> None:
+    index = shutil.copytree(trained.index, tmp_path / "index")
+    (index / "index.faiss").touch()  # of an earlier index of another kind
+    recsys("export-index", "--retriever", trained.retriever, "--data", trained.data, "--output", index)
+    assert not (index / "index.faiss").exists()
+    assert isinstance(Index.load(index), Exact)
+
+
+# small parts
+
+
+def test_some_users_are_drawn_by_the_seed_and_stay_in_order() -> None:
+    users = np.arange(100, 200)
+    assert some(users, None, 0) is users
+    assert some(users, 100, 0) is users
+    drawn = some(users, 10, 0)
+    assert len(set(drawn.tolist())) == 10
+    assert drawn.tolist() == sorted(drawn)
+    assert drawn.tolist() == some(users, 10, 0).tolist() != some(users, 10, 1).tolist()
+
+
+def test_a_stream_of_tables_is_one_table(tmp_path: Path) -> None:
+    with ParquetStream(tmp_path / "table") as stream:
+        stream.write({"a": np.arange(3), "b": np.array(["x", "y", "z"])})
+        stream.write({"a": np.arange(2), "b": np.array(["u", "v"])})
+    table = pq.read_table(tmp_path / "table")
+    assert table.to_pydict() == {"a": [0, 1, 2, 0, 1], "b": ["x", "y", "z", "u", "v"]}
+
+
+def test_the_same_split_is_recognised_by_its_hash(trained: Run, alien: Run) -> None:
+    for folder in (trained.index, trained.bundle):
+        check_split(Dataset(trained.data), folder)
+        with pytest.raises(ValueError, match=r"its test events may have been trained on; make .* again"):
+            check_split(Dataset(alien.data), folder)
+
+
+def test_every_manifest_names_its_parents_by_what_they_were(trained: Run) -> None:
+    """So that anyone can follow a report back to the raw file."""
+    folders = {"data": "dataset", "retriever": "retriever", "index": "index"}
+    folders |= {"candidates": "candidates", "ranker": "ranker", "bundle": "bundle"}
+    for name, kind in folders.items():
+        manifest = json.loads((trained.folder / name / "manifest.json").read_text())
+        assert manifest["kind"] == kind
+        assert manifest["parents"]
+        for parent in manifest["parents"].values():
+            assert parent["hash"] == fingerprint(parent["path"])
+            assert parent["hash"] is not None
