@@ -86,6 +86,14 @@ def test_the_second_stage_has_its_say(everybody: pl.DataFrame) -> None:
     assert not all(orders)
 
 
+def test_a_short_list_is_the_head_of_a_long_one(trained: Run, everybody: pl.DataFrame, tmp_path: Path) -> None:
+    """All candidates are ranked anew, however few are asked for."""
+    recsys("recommend", "--bundle", trained.bundle, "--output", tmp_path / "long.parquet", "--k", K)
+    long = pl.read_parquet(tmp_path / "long.parquet")
+    assert len(long) > 2 * len(everybody)
+    assert long.filter(pl.col("rank") <= 10).equals(everybody)
+
+
 def test_a_user_gets_the_same_whoever_else_asks(trained: Run, everybody: pl.DataFrame, tmp_path: Path) -> None:
     def ask(*words: object) -> pl.DataFrame:
         recsys("recommend", "--bundle", trained.bundle, "--output", tmp_path / "some.parquet", *words)
