@@ -43,6 +43,7 @@ TRAINING: dict[str, Any] = {"fit": fit, "validate": validate, "test": test}
 def main() -> None:
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     step_out_of_configs(sys.argv)
+    sys.path.insert(0, os.getcwd())  # classes of one's own, named in a config, may lie beside it
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     try:
         if verb in TRAINING:

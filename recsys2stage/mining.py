@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys2stage import columns as c
+from recsys2stage.hashing import splitmix64
 
 CANDIDATES, STATES = "candidates.parquet", "states.npy"  # files of a mined folder
 NONE = -1  # "no item" in a row that is not full
@@ -198,12 +199,8 @@ def specify_miner(miner: Miner) -> dict[str, Any]:
 
 
 def select_fold(users: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which users are kept to select the ranker, by a seeded hash (splitmix64) of their number."""
-    x = users.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    x ^= x >> np.uint64(31)
-    return x < np.uint64(int(share * (2**64 - 1)))
+    """Which users are kept to select the ranker, by a seeded hash of their number."""
+    return splitmix64(users, seed) < np.uint64(int(share * (2**64 - 1)))
 
 
 class CandidateLists(NamedTuple):

@@ -15,6 +15,7 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.artifacts import hash_arrays, read_manifest, whole, write_manifest
 from recsys2stage.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
+from recsys2stage.hashing import splitmix64
 from recsys2stage.sources.base import Kind, Source, Tables
 from recsys2stage.split import LeaveOneOut, Split
 
@@ -285,13 +286,9 @@ def sort(events: Events, tie_break: TieBreak, seed: int) -> Events:
 
 
 def mix(user: np.ndarray, item: np.ndarray, seed: int) -> np.ndarray:
-    """A pseudo-random 32-bit number for each (user, item), whatever the other events are: splitmix64."""
-    with np.errstate(over="ignore"):
-        x = (user.astype(np.uint64) << np.uint64(32)) | item.astype(np.uint64)
-        x += np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(32)).astype(np.int64)
+    """A pseudo-random 32-bit number for each (user, item), whatever the other events are."""
+    pair = (user.astype(np.uint64) << np.uint64(32)) | item.astype(np.uint64)
+    return (splitmix64(pair, seed) >> np.uint64(32)).astype(np.int64)
 
 
 def drop_repeats(events: Events, repeats: Repeats, counts: dict[str, int]) -> Events:

@@ -69,7 +69,11 @@ class Recommender:
     def load(cls, path: str | Path) -> "Recommender":
         """Loads a bundle (both stages) or an index folder (the first stage alone)."""
         path, kind = Path(path), cls.kind(path)
-        manifest = read_manifest(path, kind, f"recsys export-bundle --output {path}")
+        if not (path / c.MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"{path} holds neither a bundle nor an index; run: recsys export-bundle --output {path}"
+            )
+        manifest = read_manifest(path, kind, f"recsys export-{kind} --output {path}")
         return cls(
             towers=build(TwoTower, manifest["towers"], torch.load(path / TOWERS, weights_only=True)),
             index=Index.load(path),
