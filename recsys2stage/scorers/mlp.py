@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from recsys2stage.scorers.base import Scorer
 
+WIDE_SCALE = 10.0  # AdamW moves all weights alike; a few direct ones can and should learn faster than many layered ones
+
 
 class MLP(Scorer):
     """User state, item vector, their product and the features, through Linear → LayerNorm → ReLU → Dropout layers.
 
-    LayerNorm stands where the seed has BatchNorm: it treats a masked candidate alike whatever else is in the batch.
+    The features also act on the score directly, as in wide & deep learning (Cheng et al. 2016): main effects such as
+    popularity are learned before the layers begin to know the lists by heart. LayerNorm stands where the seed has
+    BatchNorm: it treats a masked candidate alike whatever else is in the batch.
 
     Args:
         dim: width D of states and item vectors.
@@ -30,6 +34,7 @@ class MLP(Scorer):
         layers: list[nn.Module] = [nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout)]
         for width, following in itertools.pairwise(hidden):
             layers += [nn.Linear(width, following), nn.LayerNorm(following), nn.ReLU(), nn.Dropout(dropout)]
+        self.wide = nn.Linear(num_features, 1, bias=False)
         last = nn.Linear(hidden[-1], 1)
         self.rest = nn.Sequential(*layers, last)
         for module in self.modules():
@@ -38,6 +43,7 @@ class MLP(Scorer):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(last.weight)
+        nn.init.zeros_(self.wide.weight)
 
     def forward(
         self, state: Float[Tensor, "B D"], vectors: Float[Tensor, "B C D"], features: Float[Tensor, "B C F"]
@@ -45,4 +51,5 @@ class MLP(Scorer):
         state = state * state.size(-1) ** 0.5  # unit vectors to unit variance
         vectors = vectors * vectors.size(-1) ** 0.5
         candidate = torch.cat([vectors, state[:, None] * vectors, features], dim=-1)
-        return self.rest(self.of_user(state)[:, None] + self.of_candidate(candidate)).squeeze(-1)
+        deep = self.rest(self.of_user(state)[:, None] + self.of_candidate(candidate))
+        return (deep + WIDE_SCALE * self.wide(features)).squeeze(-1)
