@@ -20,10 +20,22 @@ RECSYS := $(BIN)/recsys
 # a stage's config, where the dataset has one
 config = $(wildcard $(CONFIG)/$(1).yaml)
 with_config = $(addprefix --config ,$(call config,$(1)))
+ifeq ($(strip $(DATASET)),)
+$(error DATASET is empty; name a folder of configs/, for example DATASET=ml-1m)
+endif
+ifneq ($(RAW),)
+ifeq ($(wildcard $(RAW)),)
+$(error RAW=$(RAW) does not exist; name the folder or zip with the raw data, without spaces in its path)
+endif
+endif
+# changes when RAW does, whatever the dates of the files: another archive is another dataset
+raw := $(if $(RAW),data/.$(DATASET).raw)
+$(if $(RAW),$(shell mkdir -p data; [ "$$(cat $(raw) 2>&1)" = "$(RAW)" ] || echo "$(RAW)" > $(raw)))
+
 overlay := $(if $(WITH),configs/with/$(WITH).yaml)
-# an interrupted fit goes on from its last checkpoint, unless what it depends on is newer
-resume = $$(if [[ $(@D)/last.ckpt -nt $(1) && $(@D)/last.ckpt -nt $(2) ]]; then echo --ckpt_path $(@D)/last.ckpt; \
-	else rm -f $(@D)/{best,last}.ckpt; fi)
+# an interrupted fit goes on from its last checkpoint, unless anything it depends on is newer
+resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $(@D)/{best,last}.ckpt; exit; }; done; \
+	echo --ckpt_path $(@D)/last.ckpt)
 fit_options = $(addprefix --seed_everything ,$(SEED)) --output $(@D)
 
 .PHONY: help setup demo pipeline test test-slow lint format clean
@@ -50,22 +62,22 @@ data/raw/demo/ratings.csv: | .venv/ready
 
 data/demo/manifest.json: data/raw/demo/ratings.csv
 
-$(DATA)/manifest.json: $(CONFIG)/prepare.yaml $(RAW) | .venv/ready
+$(DATA)/manifest.json: $(CONFIG)/prepare.yaml $(RAW) $(raw) | .venv/ready
 	$(RECSYS) prepare-data --config $< --output $(@D) $(if $(RAW),--source.path $(RAW))
 
 $(RUN)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlay) $(DATA)/manifest.json | .venv/ready
 	$(RECSYS) fit --config $< $(addprefix --config ,$(overlay)) --data.init_args.path $(DATA) $(fit_options) \
-		$(call resume,$<,$(DATA)/manifest.json)
+		$(resume)
 
 $(RUN)/index/manifest.json: $(RUN)/retriever/manifest.json $(call config,index)
 	$(RECSYS) export-index $(call with_config,index) --retriever $(RUN)/retriever/best.ckpt --data $(DATA) --output $(@D)
 
 $(RUN)/candidates/manifest.json: $(RUN)/index/manifest.json $(call config,mine)
-	$(RECSYS) mine-negatives $(call with_config,mine) --data $(DATA) --index $(RUN)/index --output $(@D)
+	$(RECSYS) mine-negatives $(call with_config,mine) $(addprefix --seed ,$(SEED)) --data $(DATA) --index $(RUN)/index --output $(@D)
 
 $(RUN)/ranker/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/candidates/manifest.json
 	$(RECSYS) fit --config $< --data.init_args.path $(RUN)/candidates $(fit_options) \
-		$(call resume,$<,$(RUN)/candidates/manifest.json)
+		$(resume)
 
 $(RUN)/bundle/manifest.json: $(RUN)/index/manifest.json $(RUN)/ranker/manifest.json $(call config,bundle)
 	$(RECSYS) export-bundle $(call with_config,bundle) --index $(RUN)/index --ranker $(RUN)/ranker/best.ckpt --output $(@D)

@@ -19,12 +19,18 @@ from recsys2stage.columns import MANIFEST
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def whole(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     """Gives a free name beside `path`, for a folder or a file; on success what was made there takes the name `path`.
 
     On failure it is removed. What stood at `path` before stays untouched until the new artifact is complete.
+
+    Args:
+        path: where the artifact shall be.
+        kind: of a folder: what it will hold. A folder that holds anything else is not replaced.
     """
     path = Path(path)
+    if kind is not None:
+        _refuse_to_replace_another(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # what a killed run left behind
@@ -46,6 +52,18 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.replace(beside, path)
     finally:
         _remove(beside)
+
+
+def _refuse_to_replace_another(path: Path, kind: str) -> None:
+    if path.is_file():
+        raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    manifest = path / MANIFEST
+    held = json.loads(manifest.read_text(encoding="utf-8")).get("kind") if manifest.is_file() else None
+    if held != kind:
+        what = "other things" if held is None else f"a {held}"
+        raise ValueError(f"{path} holds {what} and would be lost; name another folder for the new {kind}")
 
 
 def _alive(pid: int) -> bool:

@@ -16,7 +16,7 @@ class ReseedEveryStep(Callback):
     """Makes dropout a function of (seed, step), so that a resumed run ends with the weights of an unbroken one."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed((seed() * 1_000_003 + trainer.global_step) * 65_537 + trainer.global_rank)
+        torch.manual_seed(((seed() * 1_000_003 + trainer.global_step) * 65_537 + trainer.global_rank) % 2**63)
 
 
 class KeepLast(Checkpoint):
@@ -37,10 +37,10 @@ class KeepLast(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)  # with the optimiser, that is
 
 
 class MeasureTheEnd(Callback):
@@ -51,6 +51,14 @@ class MeasureTheEnd(Callback):
     ) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True  # Lightning measures before it stops, but not where it only runs out of steps
+
+
+class StayStopped(Callback):
+    """Trains no further where a fit is resumed that early stopping had ended, and only its signature was missing."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(stopping.wait_count >= stopping.patience for stopping in trainer.early_stopping_callbacks):
+            trainer.should_stop = True
 
 
 class SignFit(Callback):

@@ -28,7 +28,7 @@ def as_is(raw: pl.Expr) -> pl.Expr:
     return raw
 
 
-def whole(raw: pl.Expr) -> pl.Expr:
+def whole_number(raw: pl.Expr) -> pl.Expr:
     """Text or number -> whole number, null where it is none; "978300760.0", as pandas likes to write it, is one."""
     text = raw.cast(pl.String).str.strip_chars()
     number = text.cast(pl.Float64, strict=False)
@@ -81,7 +81,7 @@ def rating_column(name: str, low: float | int = -1e30, high: float | int = 1e30)
 
 def time_column(name: str, per_second: int = 1) -> Column:
     unit = {1: "seconds", 1000: "milliseconds"}[per_second]
-    return Column(name, f"{unit} from 1970 to 2100", whole, pl.Int64(), 0, YEAR_2100 * per_second)
+    return Column(name, f"{unit} from 1970 to 2100", whole_number, pl.Int64(), 0, YEAR_2100 * per_second)
 
 
 @dataclass(frozen=True)

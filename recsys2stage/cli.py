@@ -69,7 +69,7 @@ def step_out_of_configs(argv: list[str]) -> None:
     So `recsys fit --config retriever.yaml` means the same in `configs/ml-1m/` as its full name does outside.
     """
     here = Path.cwd()
-    root = next((folder.parent for folder in (here, *here.parents) if folder.name == "configs"), None)
+    root = next((folder.parent for folder in (here, here.parent) if folder.name == "configs"), None)
     if root is None:
         return
     for place, word in enumerate(argv[1:], start=1):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest, whole, write_json, write_manifest
-from recsys2stage.dataset import Dataset, Split
+from recsys2stage.dataset import Dataset, Part
 from recsys2stage.evaluate import as_markdown, as_table, describe, protocol_line, rank_users, summarise
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.mining import (
@@ -49,7 +49,7 @@ DATA = Path("data/ml-20m")
 def export_index(
     retriever: Path = RUN / "retriever/best.ckpt",
     data: Path = DATA,
-    output: Path = RUN / "index",
+    output: Path | None = None,
     index: Index | None = None,
     measured: int = 1000,
 ) -> None:
@@ -60,11 +60,11 @@ def export_index(
     Args:
         retriever: checkpoint of a retriever.
         data: prepared dataset.
-        output: folder to write.
+        output: folder to write; None: index, beside the retriever's folder.
         index: how to search, exactly (Exact) or by a faiss factory string (Faiss); None: Exact.
         measured: how many users to measure recall and latency on; 0: none.
     """
-    dataset = Dataset(data)
+    dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
     if options["num_items"] != dataset.num_items:
         raise ValueError(
@@ -82,7 +82,7 @@ def export_index(
         "split_hash": dataset.manifest["split_hash"],
         "towers": towers,
     }
-    with whole(output) as folder:
+    with whole(output, "index") as folder:
         folder.mkdir()
         index.save(folder)
         torch.save(weights, folder / TOWERS)
@@ -95,8 +95,15 @@ def export_index(
         users = np.random.default_rng(0).permutation(users)[:measured]
         if len(users):
             recommender = Recommender.load(folder)
-            padded = dataset.histories(users, "val", recommender.towers.max_length)
-            queries = recommender.queries(padded, dataset.request_times(users, "val"))
+            queries = np.concatenate(
+                [
+                    recommender.queries(
+                        dataset.histories(users[part], "val", recommender.towers.max_length),
+                        dataset.request_times(users[part], "val"),
+                    )
+                    for part in in_chunks(len(users), 64)
+                ]
+            )
             known = dataset.known(users, "val")
             facts["measured"] = measure(index, queries, min(100, dataset.num_items), (known.values, known.offsets))
             write_manifest(folder, "index", made, parents, **facts)
@@ -106,7 +113,7 @@ def export_index(
 def mine_negatives(
     data: Path = DATA,
     index: Path = RUN / "index",
-    output: Path = RUN / "candidates",
+    output: Path | None = None,
     miner: Miner | None = None,
     k: int = 200,
     select: float = 0.2,
@@ -123,7 +130,7 @@ def mine_negatives(
     Args:
         data: prepared dataset.
         index: folder written by export-index.
-        output: folder to write.
+        output: folder to write; None: candidates, beside the index.
         miner: which negatives a training list gets; None: every candidate, 10 uniform and 10 popular items.
         k: candidates of each user.
         select: share of the users, by seeded hash, that select the ranker and do not train it.
@@ -131,17 +138,22 @@ def mine_negatives(
         batch_size: users at a time.
         seed: of the draws.
     """
+    output = output or index.parent / "candidates"
     dataset, recommender = open_both(data, index)
     if not 0 <= select < 1:
         raise ValueError(f"select is {select}, expected a share of the users from 0 to below 1")
     miner = miner or Mixture([RankBand(), Uniform(10), Popular(10)])
-    mined = some(dataset.users("val"), users, seed)
+    met = dataset.users("val")
+    met = met[dataset.target_places("val")[met] > dataset.offsets[met]]  # without a history there is nothing to rank by
+    mined = some(met, users, seed)
     if not len(mined):
-        raise ValueError(f"{data} has no user with a validation target; see the counts in {data / c.MANIFEST}")
+        raise ValueError(
+            f"{data} has no user with a validation target and events before it; see the counts in {data / c.MANIFEST}"
+        )
     vectors = np.concatenate([np.zeros((1, recommender.index.vectors.shape[1]), np.float32), recommender.index.vectors])
     rng = np.random.default_rng(seed)
     counts = {"users": len(mined), "train_users": 0, "select_users": 0, "target_outside_candidates": 0, "rows": 0}
-    with whole(output) as folder:
+    with whole(output, "candidates") as folder:
         folder.mkdir()
         states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), vectors.shape[1]))
         with ParquetStream(folder / CANDIDATES) as stream:
@@ -156,6 +168,11 @@ def mine_negatives(
                 every = queries @ vectors.T  # (B, V + 1)
                 every[:, 0] = every[known.rows, known.values] = -np.inf
                 table = lists(request, scores, miner.choose(request, rng), every, selects)
+                if len(empty := np.setdiff1d(np.arange(len(batch)), table["row"])):
+                    raise ValueError(
+                        f"the miner left the lists of {len(empty)} of {len(batch)} users empty; with k = {k}, "
+                        "skip_top must be lower or k higher"
+                    )
                 found = (items == target[:, None]).any(1)
                 counts["train_users"] += int((~selects & found).sum())
                 counts["select_users"] += int(selects.sum())
@@ -205,22 +222,23 @@ class ParquetStream:
 def export_bundle(
     index: Path = RUN / "index",
     ranker: Path = RUN / "ranker/best.ckpt",
-    output: Path = RUN / "bundle",
-    candidates: int = 200,
+    output: Path | None = None,
+    candidates: int | None = None,
 ) -> None:
     """Put both stages into one folder that another process serves from.
 
     Args:
         index: folder written by export-index.
         ranker: checkpoint of a ranker.
-        output: folder to write.
-        candidates: how many candidates the ranker orders at each request.
+        output: folder to write; None: bundle, beside the index.
+        candidates: how many candidates the ranker orders at each request; None: as many as it was trained to.
     """
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
+    output, candidates = output or index.parent / "bundle", candidates or options["num_candidates"]
     first = read_manifest(index, "index", f"recsys export-index --output {index}")
     if not np.array_equal(weights["vectors"][1:].numpy(), np.load(index / VECTORS)):
         raise ValueError(f"{ranker} was trained beside other item vectors than those of {index}; mine and fit again")
-    with whole(output) as folder:
+    with whole(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
             if file.name != c.MANIFEST:
@@ -247,7 +265,7 @@ def recommend(
     data: Path | None = None,
     histories: Path | None = None,
     users: list[str | int] | Path | None = None,
-    output: Path = RUN / "recommendations.parquet",
+    output: Path | None = None,
     k: int = 10,
     request_time: int | None = None,
     batch_size: int = 64,
@@ -262,13 +280,15 @@ def recommend(
         histories: CSV or Parquet with user_id, item_id and, where the model is told the request time, time in seconds;
             oldest first where there is no time. These users need not be in the data.
         users: only these user ids, as a list or as a text file with one a line; None: all.
-        output: Parquet file to write.
+        output: Parquet file to write; None: recommendations.parquet, beside the bundle.
         k: how many items a user.
         request_time: seconds at which the recommendations are asked for; None: the newest event of the log.
         batch_size: users at a time.
     """
-    recommender = Recommender.load(bundle)
+    recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
     if isinstance(users, Path):
+        if not users.is_file():
+            raise ValueError(f"--users {users} is not a file; give one with an id a line, or a list: --users '[5, 7]'")
         users = [line.strip() for line in users.read_text(encoding="utf-8").splitlines() if line.strip()]
     only = None if users is None else list(map(str, users))
     if histories is not None:
@@ -302,8 +322,8 @@ def recommend(
 def evaluate(
     bundle: Path = RUN / "bundle",
     data: Path | None = None,
-    output: Path = RUN,
-    split: Split = "test",
+    output: Path | None = None,
+    split: Part = "test",
     users: int | None = None,
     resamples: int = 1000,
     batch_size: int = 256,
@@ -314,14 +334,14 @@ def evaluate(
     Args:
         bundle: folder written by export-bundle (or by export-index: the first stage alone).
         data: prepared dataset; None: the one the bundle was made from.
-        output: folder of the report.
+        output: folder of the report; None: the one that holds the bundle.
         split: which targets to rank. Choose by val, report test once.
         users: how many users, drawn at random; None: all.
         resamples: bootstrap samples of users.
         batch_size: users at a time.
         seed: of the draws and the bootstrap.
     """
-    recommender = Recommender.load(bundle)
+    recommender, output = Recommender.load(bundle), output or bundle.parent
     made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
     dataset = Dataset(data or made_from)
     check_split(dataset, bundle)

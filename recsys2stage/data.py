@@ -15,8 +15,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_manifest
-from recsys2stage.dataset import Dataset, Padded, RequestTime, Split, places, requests, windows
+from recsys2stage.artifacts import fingerprint, read_manifest
+from recsys2stage.dataset import Dataset, Padded, Part, RequestTime, places, requests, windows
 from recsys2stage.index import VECTORS
 from recsys2stage.mining import CANDIDATES, STATES, read_candidates
 from recsys2stage.shapes import History
@@ -187,7 +187,7 @@ class Histories(_DataModule):
     def test_dataloader(self) -> BatchLoader:
         return self._queries("test")
 
-    def _queries(self, split: Split) -> BatchLoader:
+    def _queries(self, split: Part) -> BatchLoader:
         users = self.dataset.users(split)
         if not len(users):
             raise ValueError(f"{self.path} has no user with a {split} target; see counts in {self.path / c.MANIFEST}")
@@ -197,7 +197,7 @@ class Histories(_DataModule):
         padded = self.dataset.events(self.window_starts[batch], self.window_ends[batch])
         return as_history(padded, None, self.request_time)
 
-    def read_queries(self, users: np.ndarray, split: Split) -> Queries:
+    def read_queries(self, users: np.ndarray, split: Part) -> Queries:
         padded = self.dataset.histories(users, split, self.max_length)
         known = self.dataset.known(users, split)
         return Queries(
@@ -246,6 +246,12 @@ class Candidates(_DataModule):
         super().__init__()
         self.path, self.batch_size = Path(path), batch_size
         self.manifest = read_manifest(path, "candidates", f"recsys mine-negatives --output {path}")
+        for name, parent in self.manifest["parents"].items():
+            if fingerprint(parent["path"]) != parent["hash"]:
+                raise ValueError(
+                    f"{path} was mined from another {name} than the one now in {parent['path']}; mine again: "
+                    f"recsys mine-negatives --output {path}"
+                )
         self.dataset = Dataset(self.manifest["parents"]["data"]["path"])
 
     @property
@@ -255,6 +261,11 @@ class Candidates(_DataModule):
     @property
     def vector_dim(self) -> int:
         return int(self.manifest["vector_dim"])
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates of each user were looked at: what the ranker should order when it serves."""
+        return int(self.manifest["options"]["k"])
 
     @property
     def parents(self) -> dict[str, Path]:
@@ -281,6 +292,7 @@ class Candidates(_DataModule):
     def setup(self, stage: str) -> None:
         self.lists = read_candidates(self.path / CANDIDATES)
         self.states = np.load(self.path / STATES, mmap_mode="r")
+        assert len(self.states) == len(self.lists.user), "each state belongs to the list of the same number"
 
     def train_dataloader(self) -> BatchLoader:
         train = np.flatnonzero((self.lists.fold == "train") & (self.lists.positive >= 0))

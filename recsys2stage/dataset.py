@@ -9,7 +9,7 @@ import numpy as np
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
 
-Split = Literal["val", "test"]
+Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
 
 
@@ -107,12 +107,12 @@ class Dataset:
         train = spans(self.offsets[:-1], self.train_ends)
         return np.bincount(self.items[train.values], minlength=self.num_items + 1)
 
-    def users(self, split: Split) -> np.ndarray:
+    def users(self, split: Part) -> np.ndarray:
         """Users that have a target in this split, ascending, (B,) int64."""
         ends = self.val_ends if split == "val" else self.offsets[1:]
         return np.flatnonzero(self.target_places(split) < ends)
 
-    def target_places(self, split: Split) -> np.ndarray:
+    def target_places(self, split: Part) -> np.ndarray:
         """Index of each user's target among all events; valid for `users(split)` only, (U,) int64."""
         return np.asarray(self.train_ends if split == "val" else self.val_ends)
 
@@ -120,12 +120,12 @@ class Dataset:
         """Events starts[b] .. ends[b] - 1 of each row, left-aligned."""
         return left_aligned(self.items, self.times, starts, ends)
 
-    def histories(self, users: np.ndarray, split: Split | Literal["all"], max_length: int) -> Padded:
+    def histories(self, users: np.ndarray, split: Part | Literal["all"], max_length: int) -> Padded:
         """The newest events before each user's target in `split` (all events for "all"), at most `max_length`."""
         ends = np.asarray(self.offsets[users + 1]) if split == "all" else self.target_places(split)[users]
         return self.events(np.maximum(ends - max_length, self.offsets[users]), ends)
 
-    def known(self, users: np.ndarray, split: Split | Literal["all"]) -> Ragged:
+    def known(self, users: np.ndarray, split: Part | Literal["all"]) -> Ragged:
         """Every item a user has met before the target: what is filtered from its ranking.
 
         With `repeats: keep` the target itself stays in the ranking even when it was met before.
@@ -139,11 +139,11 @@ class Dataset:
         kept = np.bincount(known.rows[other], minlength=len(users))
         return Ragged(known.values[other], np.concatenate([[0], np.cumsum(kept)]))
 
-    def targets(self, users: np.ndarray, split: Split) -> np.ndarray:
+    def targets(self, users: np.ndarray, split: Part) -> np.ndarray:
         """The item each user takes next, (B,) int64."""
         return self.items[self.target_places(split)[users]].astype(np.int64)
 
-    def request_times(self, users: np.ndarray, split: Split) -> np.ndarray:
+    def request_times(self, users: np.ndarray, split: Part) -> np.ndarray:
         """When each user's target happened, (B,) int64 seconds."""
         return np.asarray(self.times[self.target_places(split)[users]])
 

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from recsys2stage.baselines import Markov, Popularity
-from recsys2stage.dataset import Dataset, Ragged, RequestTime, Split
+from recsys2stage.dataset import Dataset, Part, Ragged, RequestTime
 from recsys2stage.metrics import bootstrap, interval, metrics_of, rank_of
 from recsys2stage.recommend import Recommender, in_chunks
 
@@ -23,7 +23,7 @@ TITLES = {
 
 
 def rank_users(
-    dataset: Dataset, recommender: Recommender, users: np.ndarray, split: Split, batch_size: int = 256
+    dataset: Dataset, recommender: Recommender, users: np.ndarray, split: Part, batch_size: int = 256
 ) -> dict[str, np.ndarray]:
     """Rank of each user's target by every model, from 1, (n,) int64.
 
@@ -45,7 +45,8 @@ def rank_users(
         queries = recommender.queries(padded, dataset.request_times(batch, split))
         scores = torch.from_numpy(queries) @ vectors.T  # (B, V)
         first = _filtered_rank(scores, known, target)
-        parts["retriever"].append(first)
+        new = padded.lengths == 0  # served by popularity
+        parts["retriever"].append(np.where(new, parts["popularity"][-1], first))
         retriever_score, items = recommender.candidates(queries, known)
         parts["found"].append((items == target[:, None]).any(1))
         if recommender.reranker:
@@ -54,7 +55,8 @@ def rank_users(
             before = ((listed >= own).numpy() & (items > 0) & (items != target[:, None])).sum(1)
             for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
                 logits = recommender.rerank(queries, items, retriever_score, ids_masked=masked)
-                parts[name].append(second_rank(items, logits, target, first, before))
+                second = second_rank(items, logits, target, first, before)
+                parts[name].append(np.where(new, parts["popularity"][-1], second))
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
@@ -83,7 +85,7 @@ def second_rank(
 
 
 def summarise(
-    dataset: Dataset, ranks: dict[str, np.ndarray], users: np.ndarray, split: Split, resamples: int, seed: int
+    dataset: Dataset, ranks: dict[str, np.ndarray], users: np.ndarray, split: Part, resamples: int, seed: int
 ) -> dict[str, Any]:
     """Means with 95 % bootstrap intervals, the paired difference of the two stages, and cohorts."""
     names = [name for name in TITLES if name in ranks]
@@ -130,7 +132,7 @@ def _paired(one: np.ndarray, other: np.ndarray, resamples: int, seed: int) -> di
     }
 
 
-def history_cohorts(dataset: Dataset, users: np.ndarray, split: Split) -> Iterator[tuple[str, np.ndarray]]:
+def history_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Iterator[tuple[str, np.ndarray]]:
     """Users by quarter of the number of events before the target."""
     length = dataset.target_places(split)[users] - dataset.offsets[users]
     cuts = np.unique(np.quantile(length, [0, 0.25, 0.5, 0.75, 1]).astype(int))
@@ -144,7 +146,7 @@ def history_cohorts(dataset: Dataset, users: np.ndarray, split: Split) -> Iterat
         yield f"{cuts[0]} events", np.ones(len(users), dtype=bool)
 
 
-def popularity_cohorts(dataset: Dataset, users: np.ndarray, split: Split) -> Iterator[tuple[str, np.ndarray]]:
+def popularity_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Iterator[tuple[str, np.ndarray]]:
     """Users by the training events of their target."""
     count = dataset.train_counts[dataset.targets(users, split)]
     for low, high in ((0, 1), (1, 10), (10, 100), (100, 1000), (1000, 1 << 62)):
@@ -152,7 +154,7 @@ def popularity_cohorts(dataset: Dataset, users: np.ndarray, split: Split) -> Ite
         yield label, (count >= low) & (count < high)
 
 
-def describe(dataset: Dataset, request_time: RequestTime, split: Split) -> dict[str, Any]:
+def describe(dataset: Dataset, request_time: RequestTime, split: Part) -> dict[str, Any]:
     """Everything a reader must know to compare numbers."""
     return {
         **dataset.protocol,

@@ -14,7 +14,7 @@ class ItemTable(nn.Module):
         num_items: V.
         dim: D.
         std: of the initial vectors. Under a cosine only directions count, and AdamW turns a short vector sooner than a
-            long one: N(0, 1), PyTorch's and seed 000's, learns several times slower than N(0, 0.02²).
+            long one: N(0, 1), PyTorch's and nanoRecSys's, learns several times slower than N(0, 0.02²).
     """
 
     def __init__(self, num_items: int, dim: int, std: float = 0.02) -> None:

@@ -99,9 +99,10 @@ def cross_entropy(
     if block is None:
         budget = BLOCK_LOGITS if queries.device.type == "cpu" else GPU_BLOCK_LOGITS
         block = max(1, budget // max(1, len(columns)))
-    return _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch does not type it
-        queries, columns, answer, column_bias, answer_bias, block
-    )
+    with torch.autocast(queries.device.type, enabled=False):  # bf16 would round logits of ±20 to steps of 1/8
+        return _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch does not type it
+            queries, columns, answer, column_bias, answer_bias, block
+        )
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -124,7 +125,7 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, rows, block):
             part = slice(start, start + block)
             query, right = queries[part], answer[part, None]
-            logits = (query @ columns.T).to(queries.dtype)
+            logits = query @ columns.T
             own = logits.gather(1, right) + answer_bias[part, None]
             logits += column_bias
             logits.scatter_(1, right, own)

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class RecsysAdamW(torch.optim.AdamW):
-    """AdamW as in seed 000: a quick second moment and no weight decay.
+    """AdamW as in nanoRecSys: a quick second moment and no weight decay.
 
     Args:
         params: parameters or parameter groups.

@@ -62,11 +62,9 @@ def prepare(
     """
     if not 0 <= cold_items < 1:
         raise ValueError(f"cold_items is {cold_items}, expected a share of the items: at least 0 and below 1")
-    if output.is_dir() and any(output.iterdir()) and not (output / c.MANIFEST).is_file():
-        raise ValueError(f"{output} holds other things than a dataset (no {c.MANIFEST}); name a new folder to write")
     options = {**locals(), "source": source.describe(), "split": split.describe()}
-    with whole(output) as folder:
-        folder.mkdir(exist_ok=True)
+    with whole(output, "dataset") as folder:
+        folder.mkdir()
         with source.open() as tables:
             if split.needs_time and not tables.has_time:
                 raise ValueError(

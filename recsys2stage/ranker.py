@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from lightning import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -27,6 +28,7 @@ class Ranker(LightningModule):
         num_items: number of items V (set by the data).
         vector_dim: width D of the retriever's vectors (set by the data).
         features: declared item features (set by the data).
+        num_candidates: how many candidates to order when it serves (set by the data, kept for serving).
         scorer: built with (D, number of features).
         loss: how a list is judged.
         feature_dim: width of the embedding of a categorical or multi-valued feature.
@@ -40,6 +42,7 @@ class Ranker(LightningModule):
         num_items: int,
         vector_dim: int,
         features: list[dict[str, Any]],
+        num_candidates: int = 200,
         scorer: ScorerFactory = MLP,
         loss: ListLoss | None = None,
         feature_dim: int = 16,
@@ -68,6 +71,17 @@ class Ranker(LightningModule):
             for name in ("score", "items")
         )
         self.reranker.calibrate(score, torch.cat([b.positive for b in lists]), items != PAD)
+
+    def on_train_start(self) -> None:
+        """Measures step 0, the retriever's own order, so that best.ckpt is at least as good on the selecting users."""
+        checkpoint = self.trainer.checkpoint_callback
+        if self.global_step or not isinstance(checkpoint, ModelCheckpoint):
+            return
+        checkpoint._last_global_step_saved = -1  # else it takes step 0 for saved
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        self.trainer.training = True
+        self.train()
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
         masked = self.drop_ids(lists)

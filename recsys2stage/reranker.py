@@ -48,13 +48,13 @@ class Reranker(nn.Module):
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.embeddings = nn.ModuleDict()
         width = 4  # score, log rank, is_unknown, popularity
-        for feature in features:
-            name, rows = feature["name"], num_items + 1
+        for number, feature in enumerate(features):
+            name, rows = f"feature{number}", num_items + 1  # by number: a module cannot hold parts named type or a.b
             if feature["kind"] == "numeric":
-                self.register_buffer(f"values_{name}", torch.zeros(rows, 2))  # standardised value, "is known"
+                self.register_buffer(f"values_of_{name}", torch.zeros(rows, 2))  # standardised value, "is known"
                 width += 2
             else:
-                self.register_buffer(f"values_{name}", torch.zeros(rows, feature["values"], dtype=torch.int32))
+                self.register_buffer(f"values_of_{name}", torch.zeros(rows, feature["values"], dtype=torch.int32))
                 padding = UNKNOWN if feature["kind"] == "multi" else None
                 self.embeddings[name] = nn.EmbeddingBag(feature["size"], feature_dim, mode="mean", padding_idx=padding)
                 width += feature_dim
@@ -90,9 +90,9 @@ class Reranker(nn.Module):
         """What is known of items beside their ids."""
         distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
         columns = [self.popularity[distinct, None]]
-        for feature in self.features:
-            values = self.get_buffer(f"values_{feature['name']}")[distinct]
-            columns.append(values if feature["kind"] == "numeric" else self.embeddings[feature["name"]](values))
+        for number, feature in enumerate(self.features):
+            values = self.get_buffer(f"values_of_feature{number}")[distinct]
+            columns.append(values if feature["kind"] == "numeric" else self.embeddings[f"feature{number}"](values))
         return torch.cat(columns, dim=-1)[place]
 
     def look_up(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
@@ -106,14 +106,14 @@ class Reranker(nn.Module):
         self.vectors.copy_(vectors)
         log_share = np.log((counts[1:] + 1) / (counts[1:].sum() + len(counts) - 1))
         self.popularity[1:] = torch.from_numpy((log_share - log_share.mean()) / (log_share.std() + 1e-6))
-        for feature in features:
+        for number, feature in enumerate(features):
             values = torch.from_numpy(np.asarray(feature["values"]))
             if feature["kind"] == "numeric":
                 known = values.isfinite()
                 real = values[known].double()
                 standard = (values - real.mean()) / (real.std(correction=0) + 1e-6) if len(real) else values
                 values = torch.stack([torch.where(known, standard, 0), known], dim=-1)
-            self.get_buffer(f"values_{feature['name']}").copy_(values.view(len(values), -1))
+            self.get_buffer(f"values_of_feature{number}").copy_(values.view(len(values), -1))
 
     def calibrate(self, score: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]) -> None:
         """Sets scale and center so that the softmax of the base logits fits the positives of some lists best.

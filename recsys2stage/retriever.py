@@ -81,7 +81,9 @@ class Retriever(LightningModule):
 
     def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
         """Rank of each target in the whole catalogue, known items filtered."""
-        scores = self.towers.queries(batch.history) @ self.towers.every_item().T  # (B, V)
+        queries, items = self.towers.queries(batch.history), self.towers.every_item()
+        with torch.autocast(queries.device.type, enabled=False):  # in bf16 many scores would tie
+            scores = queries @ items.T  # (B, V)
         scores[batch.known_rows, batch.known_items - 1] = -torch.inf
         return rank_of(scores, batch.target - 1)
 

@@ -51,7 +51,7 @@ class RequestGap(Time):
         if request is None:
             raise ValueError(
                 "RequestGap needs to know when a recommendation is asked for, but request_time is 'none'; "
-                "set data.init_args.request_time to 'target' or 'last_event', or leave out the time encoding"
+                "set data.init_args.request_time to 'target', or leave out the time encoding"
             )
         gap = (request - times).clamp(min=0).double()  # float32 would round gaps of years
         bucket = torch.log2(1 + gap).long().clamp(max=self.table.num_embeddings - 1)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage import encoders, losses, objectives, positions, scorers, times  # noqa: F401
-from recsys2stage.callbacks import KeepLast, MeasureTheEnd, ReseedEveryStep, SignFit
+from recsys2stage.callbacks import KeepLast, MeasureTheEnd, ReseedEveryStep, SignFit, StayStopped
 from recsys2stage.data import Candidates, Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
 from recsys2stage.retriever import Retriever  # noqa: F401
@@ -45,7 +45,7 @@ class RecsysCLI(LightningCLI):
         for name in ("checkpoint", "last"):
             parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
         # the data knows, the model asks; what a model has no argument for is not passed
-        for name in ("num_items", "max_length", "request_time", "vector_dim", "features"):
+        for name in ("num_items", "max_length", "request_time", "vector_dim", "features", "num_candidates"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -96,6 +96,9 @@ def train(verb: str) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,  # the optimiser is part of the model's own config
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [ReseedEveryStep(), MeasureTheEnd(), SignFit()], "num_sanity_val_steps": 0},
+        trainer_defaults={
+            "callbacks": [ReseedEveryStep(), MeasureTheEnd(), SignFit(), StayStopped()],
+            "num_sanity_val_steps": 0,
+        },
         save_config_callback=SaveConfigCallback if verb == "fit" else None,
     )

@@ -269,7 +269,7 @@ def test_fit_leaves_prepared_data_as_they_are(configs: Path) -> None:
 
 
 def test_words_that_name_files_inside_configs_still_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "configs" / "mini" / "deep"
+    folder = tmp_path / "configs" / "mini"
     folder.mkdir(parents=True)
     (folder / "a.yaml").touch()
     monkeypatch.chdir(folder)
@@ -282,7 +282,7 @@ def test_words_that_name_files_inside_configs_still_do(tmp_path: Path, monkeypat
         "--output",
         "runs/x",
         "-c",
-        "../deep/a.yaml",
+        "../mini/a.yaml",
         "--k=3",
     ]
     cli.step_out_of_configs(argv)
@@ -292,9 +292,9 @@ def test_words_that_name_files_inside_configs_still_do(tmp_path: Path, monkeypat
     assert argv[6] == "runs/x"
     assert Path(argv[8]).samefile(folder / "a.yaml")
     assert argv[9] == "--k=3"
-    outside = ["recsys", "fit", "--config", "configs/mini/deep/a.yaml"]
+    outside = ["recsys", "fit", "--config", "configs/mini/a.yaml"]
     cli.step_out_of_configs(outside)
-    assert outside[3] == "configs/mini/deep/a.yaml"
+    assert outside[3] == "configs/mini/a.yaml"
     assert Path.cwd() == tmp_path
 
 
@@ -343,14 +343,22 @@ def test_a_real_process_ends_with_code_1_and_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        f"recsys evaluate: {tmp_path}/manifest.json does not exist, so there is no index in {tmp_path}; "
+        f"recsys evaluate: {tmp_path} holds neither a bundle nor an index; "
         f"run: recsys export-bundle --output {tmp_path}"
     ]
 
 
+def test_further_inside_configs_nothing_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "configs" / "mini" / "deep"  # whoever works there has a project of his own
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    cli.step_out_of_configs(["recsys", "fit"])
+    assert Path.cwd() == folder
+
+
 def test_where_an_error_came_from_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RECSYS_DEBUG", "1")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="neither a bundle nor an index"):
         recsys("evaluate", "--bundle", tmp_path)
 
 

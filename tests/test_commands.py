@@ -14,6 +14,7 @@ from pipeline_fixtures import K, Run, recsys
 from recsys2stage import commands
 from recsys2stage.artifacts import fingerprint, read_manifest
 from recsys2stage.commands import ParquetStream, check_split, some
+from recsys2stage.data import Candidates
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import Exact, Faiss, Index
 from recsys2stage.recommend import Recommender, read_checkpoint
@@ -86,7 +87,7 @@ def test_a_faiss_index_serves_in_place_of_the_exact_one(trained: Run, tmp_path: 
     )
     recsys("export-bundle", "--index", run.index, "--ranker", trained.ranker, "--output", run.bundle)
     assert isinstance(Recommender.load(run.bundle).index, Faiss)
-    assert Recommender.load(run.bundle).num_candidates == 200
+    assert Recommender.load(run.bundle).num_candidates == K  # as many as the ranker was trained on
 
 
 def test_a_retriever_of_other_data_is_refused(trained: Run, alien: Run, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_data_without_a_validation_target_have_nothing_to_mine(trained: Run, tmp
     data = shutil.copytree(trained.data, tmp_path / "data")
     np.save(data / "users.train_end.npy", np.load(data / "users.val_end.npy"))
     of = ("--data", data, "--index", trained.index, "--output", tmp_path / "candidates")
-    refused("has no user with a validation target; see the counts", "mine-negatives", *of)
+    refused("has no user with a validation target and events before it", "mine-negatives", *of)
 
 
 def test_without_anyone_to_select_on_training_says_so(trained: Run, tmp_path: Path) -> None:
@@ -227,3 +228,45 @@ def test_every_manifest_names_its_parents_by_what_they_were(trained: Run) -> Non
         for parent in manifest["parents"].values():
             assert parent["hash"] == fingerprint(parent["path"])
             assert parent["hash"] is not None
+
+
+# what must not be lost or mixed up
+
+
+def test_a_folder_of_another_kind_is_not_replaced(trained: Run, tmp_path: Path) -> None:
+    of = ("--index", trained.index, "--ranker", trained.ranker)
+    shutil.copytree(trained.retriever.parent, tmp_path / "retriever")
+    refused("holds a retriever and would be lost", "export-bundle", *of, "--output", tmp_path / "retriever")
+    refused("holds other things and would be lost", "export-bundle", *of, "--output", tmp_path)
+    assert (tmp_path / "retriever/best.ckpt").is_file()
+    recsys("export-bundle", *of, "--output", tmp_path / "bundle")
+    recsys("export-bundle", *of, "--output", tmp_path / "bundle")  # its own kind is
+
+
+def test_what_is_written_stands_beside_what_was_read(trained: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    shutil.copytree(trained.bundle, run.bundle)
+    recsys("evaluate", "--bundle", run.bundle, "--users", 20, "--resamples", 10)
+    recsys("recommend", "--bundle", run.bundle, "--users", json.dumps(some_ids(trained)))
+    assert {file.name for file in tmp_path.iterdir()} >= {"report.json", "report.md", "recommendations.parquet"}
+
+
+def some_ids(run: Run) -> list[int]:
+    return pl.read_parquet(run.data / "users.parquet")["user_id"].head(3).to_list()
+
+
+def test_candidates_are_not_trained_on_beside_another_index(trained: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    shutil.copytree(trained.index, run.index)
+    of = ("--data", trained.data, "--index", run.index, "--output", run.candidates)
+    recsys("mine-negatives", *of, "--k", K, "--users", 30)
+    Candidates(run.candidates)
+    (run.index / "manifest.json").write_text((run.index / "manifest.json").read_text() + "\n")
+    with pytest.raises(ValueError, match="mined from another index than the one now in"):
+        Candidates(run.candidates)
+
+
+def test_a_miner_that_leaves_lists_empty_is_refused(trained: Run, tmp_path: Path) -> None:
+    of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "c")
+    refused("lists of .* empty", "mine-negatives", *of, "--k", 20, "--miner", "RankBand", "--miner.skip_top", 20)
+    assert not (tmp_path / "c").exists()

@@ -11,7 +11,7 @@ from worlds import Event, write_movielens
 
 from recsys2stage.baselines import Markov, Popularity
 from recsys2stage.data import Histories
-from recsys2stage.dataset import Dataset, Split
+from recsys2stage.dataset import Dataset, Part
 
 USERS, ITEMS = 90, 40
 DAY = 86_400
@@ -92,14 +92,14 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def same_targets(one: Run, other: Run, split: Split) -> np.ndarray:
+def same_targets(one: Run, other: Run, split: Part) -> np.ndarray:
     first, second = Dataset(one.data), Dataset(other.data)
     users = first.users(split)
     assert len(users) == USERS
     return first.targets(users, split) == second.targets(users, split)
 
 
-def before(run: Run, split: Split) -> list[bytes]:
+def before(run: Run, split: Part) -> list[bytes]:
     """Every event before the targets of a split: items, times and ratings."""
     dataset = Dataset(run.data)
     ends = dataset.target_places(split)

@@ -461,7 +461,7 @@ def test_options_that_do_not_fit_are_named(tmp_path: Path, options: dict[str, An
 
 def test_only_a_dataset_is_ever_replaced(tmp_path: Path) -> None:
     source = write(tmp_path / "raw", EVENTS)
-    with pytest.raises(ValueError, match=r"raw holds other things than a dataset"):
+    with pytest.raises(ValueError, match=r"raw holds other things and would be lost"):
         prepare(source, tmp_path / "raw")
     assert (tmp_path / "raw" / "events.csv").is_file()
     prepare(source, tmp_path / "data")

@@ -82,7 +82,7 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = rng.normal(size=(dataset.num_items, D))
     np.save(folder / "index" / VECTORS, (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
     parents = {"index": folder / "index", "data": cycle}
-    write_manifest(folder / "candidates", "candidates", options={}, parents=parents, vector_dim=D)
+    write_manifest(folder / "candidates", "candidates", options={"k": 20}, parents=parents, vector_dim=D)
     return folder / "candidates"
 
 
@@ -287,6 +287,36 @@ def test_recsys_fit_leaves_a_checkpoint_that_stands_alone(checkerboard: Path, tm
     for row in data.val_dataloader():
         model.validation_step(row, 0)
     assert model.metrics.compute()["ndcg@10"].item() == pytest.approx(manifest["best"], abs=1e-5)
+
+
+def test_the_best_is_never_worse_than_step_0(checkerboard: Path, tmp_path: Path) -> None:
+    """Where no step improves on it, the best is the retriever's own order, from before the first step."""
+    output = tmp_path / "ranker"
+    fit(checkerboard, output, "--model.optimizer.lr", "0")
+    manifest = json.loads((output / "manifest.json").read_text())
+    data = Candidates(checkerboard)
+    data.setup("fit")
+    model = Ranker.load_from_checkpoint(output / "best.ckpt", weights_only=True, map_location="cpu").eval()
+    for row in data.val_dataloader():
+        model.validation_step(row, 0)
+    assert torch.load(output / "best.ckpt", weights_only=True)["global_step"] == 0
+    assert manifest["best"] == pytest.approx(model.retriever_metrics.compute()["ndcg@10"].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", ["1234567890", "4294967295"])
+def test_any_seed_will_do(checkerboard: Path, tmp_path: Path, seed: str) -> None:
+    fit(checkerboard, tmp_path / "ranker", "--seed_everything", seed, "--trainer.max_epochs", "1")
+
+
+def test_a_fit_that_had_stopped_early_stays_stopped(checkerboard: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ranker"
+    options = ("--model.optimizer.lr", "0", "--trainer.max_epochs", "9", "--early_stopping.patience", "2")
+    fit(checkerboard, output, *options)
+    signed = json.loads((output / "manifest.json").read_text())
+    (output / "manifest.json").unlink()  # killed before it was signed
+    fit(checkerboard, output, *options, "--ckpt_path", str(output / "last.ckpt"))
+    again = json.loads((output / "manifest.json").read_text())
+    assert (again["steps"], again["best"]) == (signed["steps"], signed["best"])
 
 
 def test_broken_off_and_resumed_equals_unbroken(checkerboard: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_masked_ids_leave_no_trace(rng: np.random.Generator) -> None:
     assert by_rank.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("buffer", ["popularity", "values_genres", "values_decade", "values_price"])
+@pytest.mark.parametrize("buffer", ["popularity", "values_of_feature0", "values_of_feature1", "values_of_feature2"])
 @pytest.mark.parametrize("mask", [NONE, ALL], ids=["known", "masked"])
 def test_popularity_and_features_stay(buffer: str, mask: Tensor, rng: np.random.Generator) -> None:
     reranker, (state, items, score, rank) = built(rng), lists(rng)
@@ -195,7 +195,7 @@ def test_numeric_features_are_standardised_with_a_flag() -> None:
     feature = {"name": "price", "kind": "numeric", "size": 1, "values": 1}
     reranker = Reranker(5, D, [feature], MLP)
     reranker.look_up(torch.zeros(6, D), np.ones(6, int), [{**feature, "values": price}])
-    value, known = reranker.values_price.T
+    value, known = reranker.values_of_feature0.T
     assert known.tolist() == [0, 1, 0, 1, 1, 0]
     assert value[known == 0].tolist() == [0, 0, 0]
     mean, std = 30, np.sqrt((20**2 + 10**2 + 30**2) / 3)
@@ -207,16 +207,16 @@ def test_a_numeric_feature_that_is_never_known_says_nothing() -> None:
     feature = {"name": "price", "kind": "numeric", "size": 1, "values": 1}
     reranker = Reranker(2, D, [feature], MLP)
     reranker.look_up(torch.zeros(3, D), np.ones(3, int), [{**feature, "values": np.full(3, np.nan, np.float32)}])
-    assert not reranker.values_price.any()
+    assert not reranker.values_of_feature0.any()
 
 
 def test_genres_are_averaged_and_unknown_ones_say_nothing(rng: np.random.Generator) -> None:
     reranker = built(rng)
-    values = reranker.values_genres
+    values = reranker.values_of_feature0
     values[1] = torch.tensor([2, 3, 0])
     values[2] = torch.tensor([0, 0, 0])
     features = reranker.item_features(torch.tensor([[1, 2]]))[0, :, 1:17]
-    table = reranker.embeddings["genres"].weight
+    table = reranker.embeddings["feature0"].weight
     torch.testing.assert_close(features[0], (table[2] + table[3]) / 2)
     assert not features[1].any()
 

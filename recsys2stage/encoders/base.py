@@ -16,7 +16,7 @@ class Encoder(nn.Module, ABC):
     stands at padded places is undefined and never read.
     """
 
-    causal: ClassVar[bool] = True
+    causal: ClassVar[bool] = True  # whether a place sees only itself and what came before: the tests hold it to that
 
     @abstractmethod
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:

@@ -1,11 +1,11 @@
-"""The modern transformer of seed 000: RoPE, SwiGLU, RMSNorm before each branch, a final norm and projection.
+"""The modern transformer: RoPE, SwiGLU, RMSNorm before each branch, a final norm and projection.
 
     x = x + dropout(Attention(RMSNorm(x)))      fused biased q, k, v; rotary on q and k; causal; output projection
     x = x + dropout(W2(dropout(SiLU(W1 h) * W3 h))),  h = RMSNorm(x)      no biases
     out = Linear(RMSNorm(x))
 
-Initialised with Xavier-uniform weights and zero biases; what writes into the residual stream (attention output, W2) is
-scaled by 1/sqrt(2 · layers), as in GPT-2.
+This is the architecture of nanoRecSys (github.com/zheliu17/nanoRecSys). Weights are Xavier-uniform at first and biases
+zero; what writes into the residual stream (attention output, W2) is scaled by 1/sqrt(2 · layers), as in GPT-2.
 """
 
 import torch

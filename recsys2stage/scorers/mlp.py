@@ -1,4 +1,4 @@
-"""Seed 000's interaction-aware MLP."""
+"""The interaction-aware MLP of nanoRecSys (github.com/zheliu17/nanoRecSys)."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class MLP(Scorer):
     """User state, item vector, their product and the features, through Linear → LayerNorm → ReLU → Dropout layers.
 
     The features also act on the score directly, as in wide & deep learning (Cheng et al. 2016): main effects such as
-    popularity are learned before the layers begin to know the lists by heart. LayerNorm stands where the seed has
+    popularity are learned before the layers begin to know the lists by heart. LayerNorm stands where nanoRecSys has
     BatchNorm: it treats a masked candidate alike whatever else is in the batch.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from recsys2stage.checks import FILE, LINE, Column, Rows, rating_column, time_column, whole
+from recsys2stage.checks import FILE, LINE, Column, Rows, rating_column, time_column, whole_number
 from recsys2stage.columns import ITEM_ID, RATING, TIME, TITLE, USER_ID
 from recsys2stage.download import download
 from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, unpacked
@@ -111,7 +111,7 @@ def genres_of(raw: pl.Expr) -> pl.Expr:
 
 
 def _number(name: str) -> Column:
-    return Column(name, "a whole number", whole, pl.Int32())
+    return Column(name, "a whole number", whole_number, pl.Int32())
 
 
 EVENTS = {

@@ -22,7 +22,7 @@ from recsys2stage.checks import (
     real,
     require,
     time_column,
-    whole,
+    whole_number,
 )
 from recsys2stage.columns import ACTION, ITEM_ID, RATING, TIME, TITLE, USER_ID
 from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
@@ -155,7 +155,7 @@ class Table(Source):
                     self.time, "an ISO time from 1970 to 2100", iso, low=0, high=YEAR_2100 * TICKS["iso"]
                 )
             elif self.time_unit == "order":
-                columns[TIME] = Column(self.time, "a whole number", whole, pl.Int64())
+                columns[TIME] = Column(self.time, "a whole number", whole_number, pl.Int64())
             else:
                 columns[TIME] = time_column(self.time, TICKS[self.time_unit])
         if self.rating is not None:
@@ -250,6 +250,6 @@ def _fit(name: str, column: Column, dtype: Any) -> Column:
         return dataclasses.replace(column, parse=lambda raw: raw.dt.epoch("ms") * per_second // 1000)
     if isinstance(dtype, (pl.Categorical, pl.Enum)):
         return dataclasses.replace(column, parse=lambda raw: column.parse(raw.cast(pl.String)))
-    if dtype.is_integer() or dtype.is_nested() or (dtype.is_float() and column.parse is not whole):
+    if dtype.is_integer() or dtype.is_nested() or (dtype.is_float() and column.parse is not whole_number):
         return dataclasses.replace(column, parse=as_is)
     return column

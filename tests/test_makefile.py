@@ -1,0 +1,125 @@
+"""Make's rules, with a stand-in for `recsys` that only touches what each verb would write."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAND_IN = """#!/usr/bin/env bash
+echo "$@" >> calls.txt
+verb=$1; output=; while [ $# -gt 0 ]; do [ "$1" = --output ] && output=$2; shift; done
+case $verb in
+    simulate) mkdir -p "$output"; touch "$output/ratings.csv" ;;
+    recommend) touch "$output" ;;
+    evaluate) touch "$output/report.md" "$output/ranks.parquet" "$output/report.json" ;;
+    fit) mkdir -p "$output"; touch "$output/best.ckpt" "$output/last.ckpt"
+         [ -e kill ] && exit 1; touch "$output/manifest.json" ;;
+    *) mkdir -p "$output"; touch "$output/manifest.json" ;;
+esac
+"""
+
+
+class Project:
+    """A copy of the Makefile and the configs with the stand-in installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copy(ROOT / "Makefile", folder)
+        shutil.copytree(ROOT / "configs", folder / "configs")
+        for name in ("pyproject.toml", "constraints.txt", "raw.zip"):
+            (folder / name).touch()
+        recsys = folder / ".venv/bin/recsys"
+        recsys.parent.mkdir(parents=True)
+        recsys.write_text(STAND_IN)
+        recsys.chmod(0o755)
+        for path in folder.rglob("*"):
+            os.utime(path, (1, 1))
+        (folder / ".venv/ready").touch()
+
+    def make(self, *words: str) -> list[str]:
+        """The verbs make called, each with its options."""
+        (self.folder / "calls.txt").write_text("")
+        time.sleep(0.01)  # a later touch must have a later date
+        done = subprocess.run(["make", *words], cwd=self.folder, capture_output=True, text=True)
+        self.said = done.stdout + done.stderr
+        return (self.folder / "calls.txt").read_text().splitlines()
+
+    def touch(self, name: str) -> None:
+        time.sleep(0.01)
+        (self.folder / name).touch()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def verbs(calls: list[str]) -> list[str]:
+    return [call.split()[0] for call in calls]
+
+
+ALL = ["fit", "export-index", "mine-negatives", "fit", "export-bundle", "evaluate", "recommend"]
+
+
+def test_the_pipeline_runs_every_stage_once(project: Project) -> None:
+    assert verbs(project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")) == ["prepare-data", *ALL]
+    assert project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip") == []
+
+
+def test_the_demo_makes_its_own_world(project: Project) -> None:
+    assert verbs(project.make("demo")) == ["simulate", "prepare-data", *ALL]
+
+
+def test_touching_a_config_redoes_only_what_depends_on_it(project: Project) -> None:
+    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
+    project.touch("configs/ml-1m/ranker.yaml")
+    assert verbs(project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")) == ALL[3:]
+
+
+def test_another_archive_is_another_dataset_however_old(project: Project) -> None:
+    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
+    (project.folder / "other.zip").touch()
+    os.utime(project.folder / "other.zip", (1, 1))
+    assert "--source.path other.zip" in project.make("pipeline", "DATASET=ml-1m", "RAW=other.zip")[0]
+
+
+def test_a_killed_fit_goes_on_from_its_last_checkpoint(project: Project) -> None:
+    (project.folder / "kill").touch()
+    assert verbs(project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")) == ["prepare-data", "fit"]
+    (project.folder / "kill").unlink()
+    calls = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
+    assert verbs(calls) == ALL
+    assert "--ckpt_path runs/ml-1m/retriever/last.ckpt" in calls[0]
+
+
+@pytest.mark.parametrize("touched", ["configs/ml-1m/retriever.yaml", "configs/with/request-time.yaml"])
+def test_a_fit_whose_config_changed_starts_anew(project: Project, touched: str) -> None:
+    words = ("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "WITH=request-time")
+    project.make(*words)
+    project.touch(touched)
+    calls = project.make(*words)
+    assert verbs(calls) == ALL
+    assert "--config configs/with/request-time.yaml" in calls[0]
+    assert "--ckpt_path" not in calls[0]
+
+
+def test_a_seed_has_runs_of_its_own(project: Project) -> None:
+    calls = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "SEED=3")
+    assert "--seed_everything 3 --output runs/ml-1m-seed3/retriever" in calls[1]
+    assert "--seed 3" in calls[3]
+
+
+@pytest.mark.parametrize("words", [("pipeline", "RAW=nowhere.zip"), ("clean", "DATASET=")])
+def test_a_wrong_word_stops_at_once(project: Project, words: tuple[str, ...]) -> None:
+    assert project.make(*words) == []
+    assert "nowhere.zip does not exist" in project.said or "DATASET is empty" in project.said
+
+
+def test_help_lists_every_target_that_has_a_comment(project: Project) -> None:
+    project.make("help")
+    for target in ("setup", "demo", "pipeline", "test", "lint", "clean"):
+        assert f"\n{target} " in "\n" + project.said
