@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/full_size.py --folder runs/full-size
 
 Each stage is its own process. Training is cut to 200 steps a stage (the retriever's in batches of 32, not 128), mining
-to 5,000 users, evaluation to 10,000: this shows that each stage fits the machine, not how well the models do. A stage
-whose result is there is not repeated; rows are kept in FOLDER/rows.json and printed as a table.
+and recommending to 5,000 users, evaluation to 10,000: this shows that each stage fits the machine, not how well the
+models do. A stage whose result is there is not repeated; rows are kept in FOLDER/rows.json and printed as a table.
 """
 
 import argparse
@@ -64,9 +64,9 @@ def stages(folder: Path) -> list[tuple[str, Path, str]]:
             f"evaluate --bundle {run}/bundle --output {run} --users {EVALUATED}",
         ),
         (
-            "recommend, all users",
+            f"recommend, {MINED:,} users",
             run / "recommendations.parquet",
-            f"recommend --bundle {run}/bundle --output {run}/recommendations.parquet",
+            f"recommend --bundle {run}/bundle --output {run}/recommendations.parquet --users {folder}/users.txt",
         ),
     ]
 
@@ -90,6 +90,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows_file = folder / "rows.json"
     rows = json.loads(rows_file.read_text()) if rows_file.is_file() else {}
+    (folder / "users.txt").write_text("\n".join(map(str, range(1, MINED + 1))))
     for name, result, options in stages(folder)[:until]:
         if not (result.is_file() and name in rows):
             rows[name] = measure(options)

@@ -268,7 +268,7 @@ def recommend(
     output: Path | None = None,
     k: int = 10,
     request_time: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> None:
     """Recommend for users of the data, or for histories in a file.
 
@@ -301,11 +301,12 @@ def recommend(
     if not len(people.user_ids):
         raise ValueError("there are no users to recommend for: --users names none")
     item_ids = recommender.catalogue[c.ITEM_ID].to_numpy()
-    now = people.newest if request_time is None else request_time
+    if request_time is None:  # only looked up where it counts: it reads all times
+        request_time = 0 if recommender.request_time == "none" else people.newest
     with whole(output) as beside, ParquetStream(beside) as stream:
         for part in tqdm(list(in_chunks(len(people.user_ids), batch_size)), desc="recommend", unit="batch"):
             padded, known = people.read(part)
-            ranking = recommender.rank(padded, known, np.full(len(padded.lengths), now), k)
+            ranking = recommender.rank(padded, known, np.full(len(padded.lengths), request_time), k)
             row, place = np.nonzero(ranking.items > 0)
             stream.write(
                 {

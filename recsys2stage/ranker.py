@@ -82,6 +82,7 @@ class Ranker(LightningModule):
         self.trainer.fit_loop.epoch_loop.val_loop.run()
         self.trainer.training = True
         self.train()
+        checkpoint.on_train_epoch_end(self.trainer, self)  # it saves at ends of epochs
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
         masked = self.drop_ids(lists)
