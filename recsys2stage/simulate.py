@@ -38,7 +38,7 @@ DRIFT = 0.3  # share of a taste that is new in each session
 POWER, HEAD = 1.7, 30  # popularity is (rank + items / HEAD) ** -POWER
 FOLLOW = 0.6  # how often the next movie follows a recent one, where it can
 FOLLOW_TRIES, TASTE_TRIES = 3, 8  # what is drawn may be seen or not out yet; then once more, then something else
-FROM_LAST = 0.8  # ... and then the last one rather than the one before
+FROM_LAST = 0.5
 SUCCESSORS = np.array([0.45, 0.25, 0.15, 0.1, 0.05])  # how often each of a movie's successors is the one
 
 FORMS = (
@@ -70,7 +70,7 @@ class Counts(NamedTuple):
     shortest: int  # events of a user at least
 
 
-SIZES = {"demo": Counts(2_000, 800, 90_000, 10), "ml-20m": Counts(138_493, 26_744, 20_000_263, 20)}
+SIZES = {"demo": Counts(3_000, 900, 135_000, 10), "ml-20m": Counts(138_493, 26_744, 20_000_263, 20)}
 
 
 def simulate(
@@ -85,7 +85,7 @@ def simulate(
 
     Args:
         output: folder to write; an earlier simulation there is replaced, anything else is not.
-        size: demo (2,000 users, 800 movies, 90,000 ratings) or ml-20m (138,493, 26,744, 20,000,263).
+        size: demo (3,000 users, 900 movies, 135,000 ratings) or ml-20m (138,493, 26,744, 20,000,263).
         users: number of users instead of the size's.
         items: number of rated movies instead of the size's; movies.csv has 2 % more, which nobody rated.
         events: number of ratings; by default as many for each user as in the size.
