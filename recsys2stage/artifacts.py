@@ -150,3 +150,26 @@ def hash_arrays(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+class ParquetStream:
+    """Writes tables of like columns one after the other into one Parquet file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.writer: Any = None
+
+    def __enter__(self) -> "ParquetStream":
+        return self
+
+    def write(self, table: dict[str, np.ndarray]) -> None:
+        import pyarrow as pa  # here, because training writes manifests and needs no Parquet
+        import pyarrow.parquet as pq
+
+        arrow = pa.table(table)
+        self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
+        self.writer.write_table(arrow)
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer:
+            self.writer.close()

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_manifest, whole, write_json, write_manifest
+from recsys2stage.artifacts import ParquetStream, read_manifest, whole, write_json, write_manifest
 from recsys2stage.dataset import Dataset, Part
 from recsys2stage.evaluate import as_markdown, as_table, describe, protocol_line, rank_users, summarise
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
@@ -194,29 +194,6 @@ def mine_negatives(
         f"{output}: {counts['rows']:,} rows of {counts['users']:,} users ({counts['train_users']:,} train the ranker, "
         f"{counts['select_users']:,} select it); the target of {outside:,} lies outside the {k} candidates"
     )
-
-
-class ParquetStream:
-    """Writes tables of like columns one after the other into one Parquet file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.writer: Any = None
-
-    def __enter__(self) -> "ParquetStream":
-        return self
-
-    def write(self, table: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        arrow = pa.table(table)
-        self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
-        self.writer.write_table(arrow)
-
-    def __exit__(self, *error: object) -> None:
-        if self.writer:
-            self.writer.close()
 
 
 def export_bundle(

@@ -212,7 +212,7 @@ def test_bad_rows_of_parquet_are_named_by_row(tmp_path: Path) -> None:
 def test_impossible_times_of_a_table(tmp_path: Path, unit: str, value: str) -> None:
     good = {"iso": "2020-12-01", "milliseconds": "1"}[unit]
     (tmp_path / "e.csv").write_text(f"user_id,item_id,timestamp\n1,1,{good}\n1,2,{value}\n")
-    message = error_of(Table(tmp_path / "e.csv", time_unit=unit), tmp_path)  # type: ignore[arg-type]
+    message = error_of(Table(tmp_path / "e.csv", time_unit=unit), tmp_path)
     assert f"e.csv, column 'timestamp': 1 bad row (line 3: {value} is not" in message
 
 

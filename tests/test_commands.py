@@ -12,8 +12,8 @@ import torch
 from pipeline_fixtures import K, Run, recsys
 
 from recsys2stage import commands
-from recsys2stage.artifacts import fingerprint, read_manifest
-from recsys2stage.commands import ParquetStream, check_split, some
+from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
+from recsys2stage.commands import check_split, some
 from recsys2stage.data import Candidates
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import Exact, Faiss, Index

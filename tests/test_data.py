@@ -143,7 +143,7 @@ def test_processes_share_an_epoch_in_equal_parts(ragged: Path) -> None:
     parts = []
     for rank in range(3):
         data = small(ragged)
-        data.trainer = SimpleNamespace(current_epoch=2, global_rank=rank, world_size=3)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(current_epoch=2, global_rank=rank, world_size=3)
         parts.append([tuple(batch.tolist()) for batch in data.train_dataloader().plan()])
     alone = shuffled(np.asarray(data.window_ends - data.window_starts), 4, 2)
     assert len({len(part) for part in parts}) == 1

@@ -221,8 +221,8 @@ def test_request_time_needs_real_times(tmp_path: Path, dataset: Dataset) -> None
     timeless.check_request_time("none")
     for wish in ("last_event", "target"):
         with pytest.raises(ValueError, match=f"request_time is '{wish}' but .* has an order and no"):
-            timeless.check_request_time(wish)  # type: ignore[arg-type]
-        dataset.check_request_time(wish)  # type: ignore[arg-type]
+            timeless.check_request_time(wish)
+        dataset.check_request_time(wish)
 
 
 # --- the gathers themselves

@@ -181,7 +181,7 @@ def test_a_class_outside_the_package_is_loaded_by_its_path(tmp_path: Path, monke
         "        return super().search(self.sign * queries, k, exclude)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    from their_index import Backwards  # type: ignore[import-not-found]
+    from their_index import Backwards
 
     index = Backwards(sign=-1.0)
     index.build(normal(0, 30, 4))

@@ -223,7 +223,7 @@ def test_next_item_keeps_the_request_of_each_place() -> None:
 def test_padding_is_never_a_column() -> None:
     """Whatever items stand in the padding and however long it is, the training loss and its gradient are the same."""
     model = Retriever(num_items=V, max_length=8, dim=8).eval()  # without dropout
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None
     model.log_popularity[:] = torch.randn(V + 1)
 
     def step(history: History) -> tuple[float, Tensor]:

@@ -163,10 +163,10 @@ def test_without_the_genre_there_is_nothing_to_learn_with_ids_masked(checkerboar
     data = Candidates(checkerboard, batch_size=16)
 
     class Blind(Candidates):
-        features = property(lambda self: [])  # type: ignore[assignment]
+        features = property(lambda self: [])
 
     blind = Blind(checkerboard, batch_size=16)
-    blind.dataset.features = lambda: []  # type: ignore[method-assign]
+    blind.dataset.features = lambda: []
     assert data.features
     metrics = fitted(ranker_for(blind, id_dropout=0.3), blind)
     assert metrics["val/masked_mrr"] < 0.5
@@ -224,7 +224,7 @@ def test_id_dropout_drops_the_very_set_that_evaluation_masks(checkerboard: Path,
     data = Candidates(checkerboard)
     model, lists = ranker_for(data, id_dropout=rate, scorer=partial(MLP, hidden=(32,), dropout=0.0)), batch_of(data)
     lists = Lists(*(part[lists.positive >= 0] for part in lists))
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)

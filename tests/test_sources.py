@@ -282,7 +282,7 @@ def test_iso_reads_what_people_write() -> None:
 def test_parquet_dates_are_times_whatever_their_precision(tmp_path: Path, unit: Any) -> None:
     moments = [datetime(1970, 1, 1, 0, 0, second) for second in (1, 2, 3)]
     for precision in ("ms", "us", "ns"):
-        LOG.with_columns(when=pl.Series(moments, dtype=pl.Datetime(precision))).write_parquet(tmp_path / "log.parquet")  # type: ignore[arg-type]
+        LOG.with_columns(when=pl.Series(moments, dtype=pl.Datetime(precision))).write_parquet(tmp_path / "log.parquet")
         with Table(tmp_path / "log.parquet", time_unit=unit, **WORDS).open() as tables:
             assert (read(tables.events)[0]["time"] // tables.ticks).to_list() == [1, 2, 3]
 
