@@ -1,6 +1,7 @@
 """Names that every stage shares: columns of tables, files of a prepared dataset, the padding item."""
 
 PAD = 0  # item 0 is padding; real items are numbered 1..V
+MASK = -1  # an event that is hidden from the model
 UNKNOWN = 0  # feature value 0 is "not known"; real values are numbered from 1
 PLAIN_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # ids in text that are all such are whole numbers; 007 is a text
 

@@ -1,5 +1,6 @@
 """The verbs that carry data from stage to stage: load, call what does the work, write an artifact."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,13 @@ def export_index(
             f"{retriever} knows {options['num_items']} items but {data} has {dataset.num_items}; "
             "it was trained on other data, fit again"
         )
-    towers = {name: options[name] for name in ("num_items", "max_length", "dim", "encoder", "items")}
+    towers = {name: options[name] for name in inspect.signature(TwoTower).parameters if name in options}
     index = index or Exact()
     with torch.inference_mode():
-        index.build(build(TwoTower, towers, weights).every_item().numpy())
+        vectors = build(TwoTower, towers, weights).every_item().numpy()
+    index.build(vectors)
     facts = {
-        "vector_dim": options["dim"],
+        "vector_dim": vectors.shape[1],
         "items": dataset.num_items,
         "request_time": options["request_time"],
         "split_hash": dataset.manifest["split_hash"],

@@ -1,12 +1,13 @@
 """What a history is asked in training."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from recsys2stage.columns import MASK
 from recsys2stage.shapes import History, Items
 
 
@@ -20,6 +21,8 @@ class Question(NamedTuple):
 
 class Objective(nn.Module, ABC):
     """Turns windows of events into questions and their right answers."""
+
+    causal: ClassVar[bool] = True  # whether it is meant for encoders that see only what came before a place
 
     @abstractmethod
     def forward(self, window: History) -> Question:
@@ -39,6 +42,39 @@ class NextItem(Objective):
         )
         places = visible(history.items, history.lengths)
         return Question(history, places, items[:, 1:][places])
+
+
+class Cloze(Objective):
+    """Events hidden behind a mask, to be told from those on both sides (Sun et al. 2019, section 3.6).
+
+    Each event is hidden with probability `rate`, and the newest in any row that would hide none. In a share of the rows
+    only the newest is hidden, which is how the model will be asked. A hidden event's time is what a request for it
+    would tell of it: with `request_time: target` its own time, otherwise that of the event before it.
+
+    Args:
+        rate: probability that an event is hidden; the paper's best was 0.2 on MovieLens and 0.6 on Amazon Beauty.
+        newest: share of the rows in which only the newest event is hidden; the authors' code makes one such row for
+            every ten others.
+    """
+
+    causal = False
+
+    def __init__(self, rate: float = 0.2, newest: float = 1 / 11) -> None:
+        super().__init__()
+        if not (0 < rate < 1 and 0 <= newest <= 1):
+            raise ValueError(f"rate is {rate} and newest {newest}; expected shares between 0 and 1, rate above 0")
+        self.rate, self.newest = rate, newest
+
+    def forward(self, window: History) -> Question:
+        items, lengths, times, request = window
+        place, last = torch.arange(items.size(1), device=items.device), (lengths - 1)[:, None]
+        hidden = (torch.rand(items.shape, device=items.device) < self.rate) & (place <= last)
+        only_newest = (torch.rand(len(items), 1, device=items.device) < self.newest) | ~hidden.any(1, keepdim=True)
+        hidden = torch.where(only_newest, place == last, hidden)
+        asked = times if request is None else request  # at place i for the event at i + 1
+        times = torch.where(hidden, torch.cat([times[:, :1], asked[:, :-1]], dim=1), times)
+        history = History(items.masked_fill(hidden, MASK), lengths, times, None if request is None else times)
+        return Question(history, hidden, items[hidden])
 
 
 def visible(items: Items, lengths: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:

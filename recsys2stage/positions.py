@@ -1,21 +1,21 @@
-"""Where an event stands in its history. Every hook has a neutral default, so attention calls them all, unasked.
+"""Where an event stands in its history. Every hook has a neutral default, so encoders call them all, unasked.
 
 `Position` itself is the encoding that says nothing.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from recsys2stage.shapes import Embedded, Shape
-
-Heads = Float[Tensor, "B H L K"]
+from recsys2stage.shapes import Embedded, Heads, Shape
 
 
 class Position(nn.Module):
-    """No position; the base of all encodings. Subclasses override one hook."""
+    """No position; the base of all encodings. Subclasses override the hooks they need."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -27,6 +27,15 @@ class Position(nn.Module):
     def rotate(self, q: Heads) -> Heads:
         """Applied to queries and to keys, in each layer."""
         return q
+
+    def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"] | None:
+        """Joins the attention logit of place i (row) and place j (column), in each layer."""
+        return None
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether it acts inside attention, so that an encoder without attention would not hear it."""
+        return type(self).rotate is not Position.rotate or type(self).bias is not Position.bias
 
 
 PositionFactory = Callable[[Shape], Position]
@@ -42,6 +51,28 @@ class Learned(Position):
 
     def embed(self, x: Embedded) -> Embedded:
         return x + self.table[: x.size(1)]
+
+
+class Sinusoidal(Position):
+    """Fixed waves (Vaswani et al. 2017, section 3.5): sin(i / 10000^(2d/D)) in even dimensions, cos in odd ones.
+
+    Args:
+        shape: sizes of the encoder.
+        scale: of the waves. Item vectors start at a standard deviation of 0.02, beside which waves of height 1, the
+            paper's, would leave nothing of the items; encoders that multiply their input by √D want 1.
+    """
+
+    waves: Tensor
+
+    def __init__(self, shape: Shape, scale: float = 0.02) -> None:
+        super().__init__(shape)
+        frequency = 10_000.0 ** -(torch.arange(0, shape.dim, 2) / shape.dim)
+        angle = torch.outer(torch.arange(shape.max_length), frequency)
+        waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, : shape.dim]  # (L, D)
+        self.register_buffer("waves", scale * waves, persistent=False)
+
+    def embed(self, x: Embedded) -> Embedded:
+        return x + self.waves[: x.size(1)]
 
 
 class Rotary(Position):
@@ -73,3 +104,98 @@ class Rotary(Position):
         one, two = q.chunk(2, dim=-1)
         turned = torch.cat([-two, one], dim=-1)
         return (q * self.cos[:length] + turned * self.sin[:length]).to(q.dtype)
+
+
+class PerDistance(Position):
+    """A learned number for each distance i − j, joined to the attention logit (HSTU, Zhai et al. 2024).
+
+    Args:
+        shape: sizes of the encoder.
+        shared: one table for all layers, instead of one each.
+        per_head: one number for each head, instead of one for all.
+    """
+
+    def __init__(self, shape: Shape, shared: bool = False, per_head: bool = False) -> None:
+        super().__init__(shape)
+        self.shared, self.ahead = shared, 0 if shape.causal else shape.max_length - 1  # distances below 0
+        layers, heads = 1 if shared else shape.layers, shape.heads if per_head else 1
+        self.tables = nn.Parameter(torch.empty(layers, heads, self.ahead + shape.max_length))
+        nn.init.normal_(self.tables, std=0.02)
+
+    def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"]:
+        table = self.tables[0 if self.shared else layer]
+        if self.ahead:
+            diagonals = table[:, self.ahead - length + 1 : self.ahead + length]
+        else:
+            diagonals = F.pad(table[:, :length], (length - 1, 0))  # nobody looks ahead
+        return diagonals.unfold(-1, length, 1).flip(-1)  # row i: distances i, i − 1, ..., i − length + 1
+
+
+class T5Buckets(Position):
+    """T5's relative bias (Raffel et al. 2020, section 2.1): a number for each bucket of distance and each head.
+
+    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`, and the last takes
+    whatever lies beyond. All layers share it. An encoder that sees both sides has half of all buckets for each side.
+
+    Args:
+        shape: sizes of the encoder.
+        buckets: number of buckets N.
+        max_distance: where the last bucket begins.
+    """
+
+    bucket: Tensor
+
+    def __init__(self, shape: Shape, buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__(shape)
+        sides = 1 if shape.causal else 2
+        if buckets % (2 * sides) or max_distance <= buckets // sides // 2:
+            raise ValueError(
+                f"T5Buckets got {buckets} buckets and max_distance {max_distance}; expected a multiple of {2 * sides} "
+                f"buckets and a max_distance above {buckets // sides // 2}"
+            )
+        self.table = nn.Parameter(torch.empty(shape.heads, buckets))
+        nn.init.normal_(self.table, std=0.02)
+        place = torch.arange(shape.max_length)
+        back = place[:, None] - place  # distance i − j
+        own = buckets // sides
+        exact, distance = own // 2, back.abs() if sides == 2 else back.clamp(min=0)
+        growth = (distance.double() / exact).log() / math.log(max_distance / exact)
+        far = (exact + growth * (own - exact)).clamp(max=own - 1)
+        bucket = torch.where(distance < exact, distance, far.long().clamp(min=0))
+        if sides == 2:
+            bucket = bucket + own * (back < 0)
+        self.register_buffer("bucket", bucket, persistent=False)  # (L, L)
+
+    def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"]:
+        return self.table[:, self.bucket[:length, :length]]
+
+
+class Combined(Position):
+    """Several encodings at once, such as rotary and learned: each hook is applied in turn, biases add up.
+
+    Args:
+        shape: sizes of the encoder.
+        parts: the encodings.
+    """
+
+    def __init__(self, shape: Shape, parts: list[PositionFactory]) -> None:
+        super().__init__(shape)
+        self.parts: Sequence[Position] = nn.ModuleList(part(shape) for part in parts)  # type: ignore[assignment]
+
+    def embed(self, x: Embedded) -> Embedded:
+        for part in self.parts:
+            x = part.embed(x)
+        return x
+
+    def rotate(self, q: Heads) -> Heads:
+        for part in self.parts:
+            q = part.rotate(q)
+        return q
+
+    def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"] | None:
+        found = [bias for part in self.parts if (bias := part.bias(layer, length)) is not None]
+        return sum(found[1:], start=found[0]) if found else None
+
+    @property
+    def in_attention(self) -> bool:
+        return any(part.in_attention for part in self.parts)

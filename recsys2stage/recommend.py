@@ -349,6 +349,8 @@ def build(kind: type, options: dict[str, Any], weights: dict[str, torch.Tensor])
 
 def factory(value: Any) -> Any:
     """A description with a class_path becomes that class with its options bound; anything else stays as it is."""
+    if isinstance(value, list):
+        return [factory(part) for part in value]
     if not (isinstance(value, dict) and "class_path" in value):
         return value
     module, _, name = value["class_path"].rpartition(".")

@@ -1,7 +1,5 @@
 """The first stage in training: a two-tower model that learns which item comes next."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Int
 from lightning import LightningModule
@@ -15,10 +13,10 @@ from recsys2stage.encoders import EncoderFactory, Transformer
 from recsys2stage.items import ItemTable
 from recsys2stage.losses import InfoNCE, Loss
 from recsys2stage.metrics import RankMetrics, rank_of
-from recsys2stage.objectives import NextItem, Objective
+from recsys2stage.objectives import Cloze, NextItem, Objective
 from recsys2stage.optim import RecsysAdamW, with_warmup
 from recsys2stage.shapes import History
-from recsys2stage.towers import TwoTower
+from recsys2stage.towers import ItemsFactory, TwoTower
 
 
 class Retriever(LightningModule):
@@ -31,7 +29,9 @@ class Retriever(LightningModule):
         dim: width D of item vectors and states.
         encoder: the sequence encoder, built with (dim, max_length).
         items: the item table, built with (num_items, dim).
-        objective: what a history is asked.
+        tied: whether candidates are the vectors that histories are read with.
+        item_bias: whether each item has a bias, added to its cosine.
+        objective: what a history is asked; None: the next item, or Cloze where the encoder sees both sides.
         loss: how answers are compared with other items.
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
@@ -46,7 +46,9 @@ class Retriever(LightningModule):
         request_time: RequestTime = "none",
         dim: int = 64,
         encoder: EncoderFactory = Transformer,
-        items: Callable[[int, int], ItemTable] = ItemTable,
+        items: ItemsFactory = ItemTable,
+        tied: bool = True,
+        item_bias: bool = False,
         objective: Objective | None = None,
         loss: Loss | None = None,
         optimizer: OptimizerCallable = RecsysAdamW,
@@ -54,8 +56,14 @@ class Retriever(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["objective", "loss"])
-        self.towers = TwoTower(num_items, max_length, dim, encoder, items)
-        self.objective = objective or NextItem()
+        self.towers = TwoTower(num_items, max_length, dim, encoder, items, tied, item_bias)
+        causal, name = self.towers.encoder.causal, type(self.towers.encoder).__name__
+        self.objective = objective or (NextItem() if causal else Cloze())
+        if self.objective.causal != causal:
+            raise ValueError(
+                f"{name} sees {'only what came before' if causal else 'both sides, and with them the answers'}, and "
+                f"{type(self.objective).__name__} does not suit it; leave the objective out"
+            )
         self.loss = loss or InfoNCE()
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()

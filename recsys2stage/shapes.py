@@ -1,7 +1,7 @@
 """The alphabet of shapes, used by every module, and the types that cross module borders.
 
 B batch, L history, D width, H heads, K width of a head, V items (tables have V + 1 rows: row 0 is padding),
-M answered places, U distinct items, C candidates, F numeric features.
+M answered places, U distinct items, C candidates, F numeric features, N buckets of a relative bias.
 
 Histories are left-aligned: the oldest event first, padding at the end, with explicit lengths.
 """
@@ -16,6 +16,7 @@ Items = Int[Tensor, "B L"]  # item numbers, 0 after the end of the history
 Times = Int[Tensor, "B L"]  # seconds
 Lengths = Int[Tensor, " B"]
 Embedded = Float[Tensor, "B L D"]
+Heads = Float[Tensor, "B H L K"]
 
 
 class History(NamedTuple):
@@ -36,4 +37,6 @@ class Shape:
 
     dim: int
     max_length: int
-    heads: int
+    heads: int = 1
+    layers: int = 1
+    causal: bool = True  # whether a place sees only itself and what came before

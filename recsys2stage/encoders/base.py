@@ -16,7 +16,8 @@ class Encoder(nn.Module, ABC):
     stands at padded places is undefined and never read.
     """
 
-    causal: ClassVar[bool] = True  # whether a place sees only itself and what came before: the tests hold it to that
+    causal: ClassVar[bool] = True  # whether a place sees only itself and what came before: the tests hold it to that.
+    # An encoder that sees both sides is asked in a place of its own: it must take max_length + 1 places.
 
     @abstractmethod
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
@@ -25,7 +26,8 @@ class Encoder(nn.Module, ABC):
             x: embedded items, zero at padding.
             lengths: number of real places in each row.
             times: seconds of each event.
-            request: seconds at which the event after each place is asked for; None when the model is not told.
+            request: seconds at which each place is asked: by a causal encoder for the event after it, by one that sees
+                both sides for its own; None when the model is not told.
         """
 
 

@@ -1,0 +1,77 @@
+"""BERT4Rec (Sun et al. 2019, arXiv 1904.06690).
+
+    x = dropout(LayerNorm(E + P + T))
+    x = LayerNorm(x + dropout(Attention(x)));  x = LayerNorm(x + dropout(W2 GELU(W1 x + b1) + b2))
+    out = LayerNorm(GELU(Wp x + bp))
+
+Every place sees all real places. It learns by filling in what was hidden (`objectives.Cloze`) and recommends what it
+would fill in after the newest event. The last line is BERT's masked head; what follows, the product with the item table
+and a bias for each item, is the towers' part (`item_bias: true`). Weights are N(0, 0.02²) cut at two deviations, biases
+zero.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from recsys2stage.encoders.blocks import AttentiveEncoder, PostNorm, blocks, initialise
+from recsys2stage.layers import GELU, Dropout, FeedForwardFactory, LayerNorm
+from recsys2stage.positions import Learned, PositionFactory
+from recsys2stage.shapes import Embedded, Lengths, Shape, Times
+from recsys2stage.times import TimeFactory
+
+EPS = 1e-12
+
+
+class BERT4Rec(AttentiveEncoder):
+    """A bidirectional transformer over histories with hidden events.
+
+    Args:
+        dim: width D, a multiple of `heads`.
+        max_length: longest history L; the question after it takes one place more.
+        layers: number of blocks.
+        heads: attention heads.
+        dropout: on the input, on both branches and inside the feed-forward.
+        attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
+        type_embedding: whether BERT's segment vector is added, one for all places since a history is one segment.
+        feed_forward: GELU or another.
+        position: where an event stands.
+        time: when it happened; None: the model has no clock.
+    """
+
+    causal = False
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.2,
+        attention_dropout: float | None = None,
+        type_embedding: bool = False,
+        feed_forward: FeedForwardFactory = GELU,
+        position: PositionFactory = Learned,
+        time: TimeFactory | None = None,
+    ) -> None:
+        shape = Shape(dim=dim, max_length=max_length + 1, heads=heads, layers=layers, causal=False)
+        super().__init__(shape, position, time)
+        norm = partial(LayerNorm, eps=EPS)
+        self.register_parameter("segment", nn.Parameter(torch.empty(dim)) if type_embedding else None)
+        self.input_norm, self.dropout = norm(dim), Dropout(dropout)
+        self.blocks = blocks(shape, PostNorm, feed_forward, norm, dropout, attention_dropout)
+        self.dense, self.norm = nn.Linear(dim, dim), norm(dim)
+        initialise(self, partial(nn.init.trunc_normal_, std=0.02, a=-0.04, b=0.04))
+        if self.segment is not None:
+            nn.init.trunc_normal_(self.segment, std=0.02, a=-0.04, b=0.04)
+
+    def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
+        x = self.embed(x, times, request)
+        if self.segment is not None:
+            x = x + self.segment
+        x = self.dropout(self.input_norm(x))
+        for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
+            x = block(x, lengths, self.position, bias)
+        return self.norm(F.gelu(self.dense(x)))

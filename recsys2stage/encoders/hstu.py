@@ -1,0 +1,129 @@
+"""HSTU, whose attention weighs by SiLU instead of a softmax and whose gate stands in the place of a feed-forward.
+
+    U, V, Q, K = SiLU(Linear(LayerNorm(x)))
+    x = x + Linear(dropout(LayerNorm(SiLU(q_i·k_j + b_ij) / N · v_j) * U))      causal; N is the longest history
+
+Zhai et al. 2024 (arXiv 2402.17152, eq. 1-3): weights that do not sum to 1 tell how much of a taste is in a history. The
+defaults are the authors' public code; other published forms are a matter of options:
+
+                                             scaling  input_norm  affine  bias  scale_input  final_norm
+    generative-recommenders (Meta)           length   True        False   out   True         False
+    RecML                                    length   True        True    none  False        True
+    a TAAC 2025 finalist: positions.Learned  width    False       True    all   False        False
+    alone, times.LogSpaced
+
+Weights start as in the authors' code: U, V, Q, K from N(0, 0.02), outputs Xavier-uniform, biases zero.
+"""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from recsys2stage.encoders.attention import Bias, pointwise_attention
+from recsys2stage.encoders.blocks import AttentiveEncoder, initialise
+from recsys2stage.layers import Dropout, LayerNorm
+from recsys2stage.positions import Combined, Learned, PerDistance, Position, PositionFactory
+from recsys2stage.shapes import Embedded, Lengths, Shape, Times
+from recsys2stage.times import TimeFactory
+
+
+class LearnedAndPerDistance(Combined):
+    """The published positions of HSTU and FuXi-α: a vector for each place, and a bias for each distance and layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, [Learned, PerDistance])
+
+
+class HSTU(AttentiveEncoder):
+    """A causal stack of hierarchical sequential transduction units.
+
+    Args:
+        dim: width D, a multiple of `heads`.
+        max_length: longest history L, the N by which weights are divided, however long a batch is.
+        layers: number of blocks.
+        heads: attention heads.
+        width: of a head, K, of queries, keys and values; None: dim / heads.
+        dropout: on the input and before each output map.
+        scaling: weights are divided by N ("length"), or products by √K ("width"), or both.
+        input_norm: whether each block begins with a LayerNorm.
+        affine: whether LayerNorms have weights and biases.
+        bias: which linear maps have biases: "none", "out" (that back to D alone) or "all".
+        scale_input: whether items are multiplied by √D before positions are added.
+        final_norm: whether a LayerNorm ends the stack.
+        position: where an event stands.
+        time: when it happened; published with times.LogBuckets. None: the model has no clock.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        layers: int = 2,
+        heads: int = 2,
+        width: int | None = None,
+        dropout: float = 0.2,
+        scaling: Literal["length", "width", "both"] = "length",
+        input_norm: bool = True,
+        affine: bool = False,
+        bias: Literal["none", "out", "all"] = "out",
+        scale_input: bool = True,
+        final_norm: bool = False,
+        position: PositionFactory = LearnedAndPerDistance,
+        time: TimeFactory | None = None,
+    ) -> None:
+        shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
+        super().__init__(shape, position, time)
+        width = width or dim // heads
+        head = torch.empty(1, heads, 1, dim // heads)
+        if width != dim // heads and self.position.rotate(head) is not head:
+            raise ValueError(
+                f"the position turns heads of dim / heads = {dim // heads} dimensions but width is {width}; leave out "
+                "width or choose a position that turns nothing"
+            )
+        self.scale = dim**0.5 if scale_input else 1.0
+        self.dropout = Dropout(dropout)
+        scale = 1.0 if scaling == "length" else width**-0.5
+        divisor = 1.0 if scaling == "width" else float(max_length)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, width, dropout, scale, divisor, input_norm, affine, bias) for _ in range(layers)
+        )
+        self.norm = LayerNorm(dim, affine=affine) if final_norm else nn.Identity()
+
+    def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
+        x = self.dropout(self.embed(self.scale * x, times, request))
+        for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
+            x = block(x, self.position, bias)
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        width: int,
+        dropout: float,
+        scale: float,
+        divisor: float,
+        input_norm: bool,
+        affine: bool,
+        bias: Literal["none", "out", "all"],
+    ) -> None:
+        super().__init__()
+        self.heads, self.scale, self.divisor = heads, scale, divisor
+        self.norm = LayerNorm(dim, affine=affine) if input_norm else nn.Identity()
+        self.uvqk = nn.Linear(dim, 4 * heads * width, bias=bias == "all")
+        self.mixed_norm = LayerNorm(heads * width, affine=affine)
+        self.dropout = Dropout(dropout)
+        self.out = nn.Linear(heads * width, dim, bias=bias != "none")
+        initialise(self, nn.init.xavier_uniform_)
+        nn.init.normal_(self.uvqk.weight, std=0.02)
+
+    def forward(self, x: Embedded, position: Position, bias: Bias) -> Embedded:
+        B, L, _ = x.shape
+        u, *vqk = F.silu(self.uvqk(self.norm(x))).chunk(4, dim=-1)
+        v, q, k = (part.view(B, L, self.heads, -1).transpose(1, 2) for part in vqk)  # each (B, H, L, K)
+        mixed = pointwise_attention(position.rotate(q), position.rotate(k), v, bias, self.scale, self.divisor)
+        return x + self.out(self.dropout(self.mixed_norm(mixed.transpose(1, 2).flatten(2)) * u))
