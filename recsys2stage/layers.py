@@ -1,13 +1,29 @@
 """Layers that several encoders are made of: norms, feed-forwards, and a dropout that is quick on a CPU."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+IN_CACHE = 1 << 16  # numbers at a time, 256 KB
+
+
+def in_cache(x: Tensor) -> bool:
+    """Whether to work through a tensor in parts that stay in cache, as memory bandwidth is what binds a CPU.
+
+    Elsewhere, and under torch.compile, whole expressions are better, for the compiler to fuse.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors (..., D) together, as blocks of rows (r, D) that stay in cache."""
+    widest = max(x.size(-1) for x in tensors)
+    return zip(*(x.reshape(-1, x.size(-1)).split(max(1, IN_CACHE // widest)) for x in tensors), strict=True)
 
 
 class Dropout(nn.Module):
@@ -28,7 +44,7 @@ class Dropout(nn.Module):
     def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         if not (self.training and self.p):
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not in_cache(x):
             return F.dropout(x, self.p)
         return _Drop.apply(x, self.p)  # type: ignore[no-untyped-call]
 
@@ -92,7 +108,34 @@ class RMSNorm(Norm):
     """x / sqrt(mean(x²) + eps) * weight (Zhang & Sennrich 2019, eq. 4)."""
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
-        return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        if self.weight is None or self.weight.dtype != x.dtype or not in_cache(x):
+            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        scale = x.new_empty(*x.shape[:-1], 1)
+        for xs, ss, ys in row_blocks(x, scale, out):
+            torch.linalg.vector_norm(xs, dim=-1, keepdim=True, out=ss)
+            ss.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+            torch.mul(xs, ss, out=ys).mul_(weight)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        d_weight = torch.zeros_like(weight)
+        for xs, ss, gs, ds in row_blocks(x, scale, gradients[0], d_x):
+            normal, pull = xs * ss, gs * weight
+            d_weight += (gs * normal).sum(0)
+            along = (pull * normal).mean(-1, keepdim=True)
+            torch.mul(pull.sub_(normal.mul_(along)), ss, out=ds)
+        return d_x, d_weight, None
 
 
 class LayerNorm(Norm):

@@ -54,9 +54,7 @@ class InfoNCE(Loss):
 
     def __init__(self, temperature: float = 0.05) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}, expected a number above 0; 0.05 suits cosine similarity")
-        self.temperature = temperature
+        self.temperature = _positive(temperature)
 
     def forward(
         self,
@@ -74,6 +72,37 @@ class InfoNCE(Loss):
             column_bias=correction + count.to(correction.dtype).log(),
             answer_bias=correction[column],
         )
+
+
+class FullSoftmax(Loss):
+    """Softmax cross entropy against the whole catalogue: logit_ij = q_i·v_j / τ over all items j.
+
+    Args:
+        temperature: τ.
+    """
+
+    def __init__(self, temperature: float = 0.05) -> None:
+        super().__init__()
+        self.temperature = _positive(temperature)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "M D"],
+        answers: Int[Tensor, " M"],
+        item_vectors: Callable[[Tensor], Tensor],
+        log_popularity: Float[Tensor, " W"],
+    ) -> Float[Tensor, ""]:
+        nothing = torch.zeros_like(log_popularity)[1:]
+        every = torch.arange(1, len(log_popularity), device=answers.device)
+        return cross_entropy(
+            queries / self.temperature, item_vectors(every), answers - 1, nothing, nothing[answers - 1]
+        )
+
+
+def _positive(temperature: float) -> float:
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0; 0.05 suits cosine similarity")
+    return temperature
 
 
 def cross_entropy(

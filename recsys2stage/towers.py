@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from recsys2stage.columns import MASK, PAD
 from recsys2stage.encoders import EncoderFactory
 from recsys2stage.items import ItemTable
-from recsys2stage.shapes import Embedded, History
+from recsys2stage.shapes import History
 
 ItemsFactory = Callable[[int, int], ItemTable]  # (num_items, dim) -> ItemTable
 

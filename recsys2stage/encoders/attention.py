@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys2stage.layers import kept
+from recsys2stage.layers import in_cache, kept
 from recsys2stage.shapes import Heads, Lengths
 
 TILE = 32  # queries at a time
@@ -52,7 +52,7 @@ def softmax_attention(
     if not causal:
         assert lengths is not None, "attention to both sides needs to know what is padding"
         lengths = lengths.clamp(min=1)  # an empty history sees its padding rather than nothing, which were 0 / 0
-    if _in_blocks(q) and (bias or dropout):
+    if in_cache(q) and (bias or dropout):
         return _blocks(q, k, v, bias, lengths, _Kind("softmax", causal, q.size(-1) ** -0.5, 1.0, dropout))
     if causal and not bias:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -76,7 +76,7 @@ def pointwise_attention(
         divisor: of the weights.
         dropout: share of weights dropped.
     """
-    if _in_blocks(q):
+    if in_cache(q):
         return _blocks(q, k, v, bias, None, _Kind("silu", True, scale, divisor, dropout))
     logits = scale * q @ k.mT
     if bias:
@@ -91,15 +91,11 @@ def bias_attention(v: Heads, bias: Bias) -> Heads:
     heads = v.size(1)
     if shared:  # heads that share their weights are one wide head
         v = v.transpose(1, 2).flatten(2)[:, None]
-    if _in_blocks(v):
+    if in_cache(v):
         mixed = _blocks(None, None, v, bias, None, _Kind("identity", True, 1.0, 1.0, 0.0))
     else:
         mixed = _whole(bias, v.dtype).masked_fill(~_seen(v.size(2), True, None, v.device), 0) @ v
     return mixed[:, 0].view(len(v), v.size(2), heads, -1).transpose(1, 2) if shared else mixed
-
-
-def _in_blocks(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _seen(length: int, causal: bool, lengths: Tensor | None, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ class BERT4Rec(AttentiveEncoder):
         shape = Shape(dim=dim, max_length=max_length + 1, heads=heads, layers=layers, causal=False)
         super().__init__(shape, position, time)
         norm = partial(LayerNorm, eps=EPS)
-        self.register_parameter("segment", nn.Parameter(torch.empty(dim)) if type_embedding else None)
+        self.segment = nn.Parameter(torch.empty(dim)) if type_embedding else None
         self.input_norm, self.dropout = norm(dim), Dropout(dropout)
         self.blocks = blocks(shape, PostNorm, feed_forward, norm, dropout, attention_dropout)
         self.dense, self.norm = nn.Linear(dim, dim), norm(dim)

@@ -4,8 +4,8 @@
     x = x + dropout(σ(Wa x + ba) * Attention(LayerNorm(x)))
     x = x + dropout(σ(Wf x + bf) * W2 dropout(SiLU(W1 h) * W3 h)),  h = LayerNorm(x)
 
-with gates from the stream as it is, a feed-forward of four times the width in all three matrices and without biases, and
-no norm at the end. Weights are Xavier-normal at first, biases zero.
+with gates from the stream as it is, a feed-forward of four times the width in all three matrices, without biases, and no
+norm at the end. Weights are Xavier-normal at first, biases zero.
 """
 
 from torch import nn

@@ -1,0 +1,243 @@
+"""Encoders beside each other, at equal width, depth, loss and CPU time; each row is kept when it is done.
+
+    python benchmarks/encoders.py ml-1m                 all encoders, request time none, last_event and target
+    python benchmarks/encoders.py ml-latest-small       the parts of a transformer, three seeds each
+    python benchmarks/encoders.py ml-1m --show          only print the table
+
+Run again, it goes on with the rows that are missing. Every row is a fit by `recsys fit` that ends when its process has
+used its CPU time, or by early stopping, and `recsys test` of its best checkpoint by validation.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning import Callback, LightningModule, Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+ENCODER = "--model.init_args.encoder.init_args"
+
+
+class Table(NamedTuple):
+    """Rows of a table: label -> what is added to the dataset's retriever config."""
+
+    minutes: float
+    seeds: tuple[int, ...]
+    rows: dict[str, list[str]]
+
+
+def overlays(*names: str) -> list[str]:
+    return [word for name in names for word in ("--config", f"configs/with/{name}.yaml")]
+
+
+def part(**options: object) -> list[str]:
+    """Options of the encoder; a part without options is its class name."""
+    return [f"{ENCODER}.{name}={json.dumps(value)}" for name, value in options.items()]
+
+
+def kind(name: str, **options: object) -> dict[str, object]:
+    return {"class_path": name, "init_args": options}
+
+
+def told(name: object) -> list[str]:
+    """A time encoding that is told the request time."""
+    return [*part(time=name), "--data.init_args.request_time=target"]
+
+
+TABLES = {
+    "ml-1m": Table(
+        minutes=8,
+        seeds=(0,),
+        rows={
+            "Transformer": [],
+            "SASRec": overlays("sasrec"),
+            "SASRec, original": overlays("sasrec-original"),
+            "LiGR": overlays("ligr"),
+            "BERT4Rec": overlays("bert4rec"),
+            "Mamba4Rec": overlays("mamba4rec"),
+            "HSTU": overlays("hstu", "no-time"),
+            "FuXi": overlays("fuxi", "no-time"),
+            "Transformer, time bias, last_event": overlays("log-buckets", "last-event"),
+            "Transformer, time bias, target": overlays("log-buckets"),
+            "HSTU, last_event": overlays("hstu", "last-event"),
+            "HSTU, target": overlays("hstu"),
+            "FuXi, last_event": overlays("fuxi", "last-event"),
+            "FuXi, target": overlays("fuxi"),
+        },
+    ),
+    "ml-latest-small": Table(
+        minutes=1.25,
+        seeds=(0, 1, 2),
+        rows={
+            "base: rotary, RMSNorm first, SwiGLU 4, serial, no time": [],
+            "position: none": part(position="Position"),
+            "position: learned": part(position="Learned"),
+            "position: sinusoidal": part(position="Sinusoidal"),
+            "position: rotary and learned": part(position=kind("Combined", parts=["Rotary", "Learned"])),
+            "position: a bias for each distance": part(position="PerDistance"),
+            "position: T5's buckets": part(position="T5Buckets"),
+            "norm: LayerNorm": part(norm="LayerNorm"),
+            "norm: after each branch": part(block="PostNorm"),
+            "feed-forward: GELU": part(feed_forward="GELU"),
+            "feed-forward: SwiGLU at GELU's parameters": part(feed_forward=kind("SwiGLU", equal_parameters=True)),
+            "feed-forward: GeGLU": part(feed_forward="GeGLU"),
+            "feed-forward: SwiGLU with biases": part(feed_forward=kind("SwiGLU", bias=True)),
+            "feed-forward: SwiGLU 2": part(feed_forward=kind("SwiGLU", expansion=2.0)),
+            "attention and feed-forward: parallel": part(block="Parallel"),
+            "attention and feed-forward: gated": part(block="Gated"),
+            "time: calendar of the event": [*part(time="Calendar")],
+            "time: gap to the request": told("RequestGap"),
+            "time: log buckets": told("LogBuckets"),
+            "time: log-spaced to 30 days": told("LogSpaced"),
+            "time: hybrid timestamp": told("HybridTimestamp"),
+        },
+    ),
+}
+
+
+class CpuBudget(Callback):
+    """Ends a fit when its process has used its CPU time, and writes what it has cost.
+
+    Args:
+        minutes: of CPU time, from the start of the fit.
+        output: file for what was used.
+    """
+
+    def __init__(self, minutes: float, output: str) -> None:
+        self.minutes, self.output = minutes, Path(output)
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.start = time.process_time()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if time.process_time() - self.start > 60 * self.minutes:
+            trainer.should_stop = True
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        used = time.process_time() - self.start
+        steps = trainer.global_step / trainer.num_training_batches
+        facts = {
+            "parameters": sum(weight.numel() for weight in module.parameters()),
+            "cpu_seconds": round(used, 1),
+            "epochs": round(steps, 2),
+            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        self.output.write_text(json.dumps(facts))
+
+
+def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
+    """One fit and its test."""
+    output = ROOT / "runs/encoders" / name / f"{''.join(c if c.isalnum() else '-' for c in label)}-{seed}"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    words = ["--config", f"configs/{name}/retriever.yaml", *table.rows[label], "--output", str(output / "retriever")]
+    words += ["--trainer.enable_progress_bar=false"]
+    budget = ["--trainer.callbacks+=encoders.CpuBudget", f"--trainer.callbacks.minutes={table.minutes}"]
+    budget += [f"--trainer.callbacks.output={output / 'used.json'}"]
+    recsys("fit", *words, f"--seed_everything={seed}", *budget, log=output / "fit.log")
+    recsys("test", *words, f"--trainer.logger={json.dumps(csv_logger(output))}", log=output / "test.log")
+    fit = read(output / "retriever/log/version_0/metrics.csv")
+    validated = [(float(row["val/ndcg@10"]), int(row["epoch"])) for row in fit if row.get("val/ndcg@10")]
+    best = max(validated)
+    test = read(output / "test/version_0/metrics.csv")[-1]
+    used = json.loads((output / "used.json").read_text())
+    return {
+        "label": label,
+        "seed": seed,
+        "commit": commit(),
+        "minutes": table.minutes,
+        "best_epoch": best[1] + 1,
+        "val_ndcg@10": round(best[0], 4),
+        "test_hr@10": round(float(test["test/hr@10"]), 4),
+        "test_ndcg@10": round(float(test["test/ndcg@10"]), 4),
+        **used,
+    }
+
+
+def csv_logger(output: Path) -> dict[str, Any]:
+    return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(output), "name": "test"}}
+
+
+def recsys(*words: str, log: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    with log.open("w") as file:
+        command = [Path(sys.executable).with_name("recsys"), *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"recsys {words[0]} failed; see {log}")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    table = TABLES[name]
+    print("| model | val NDCG@10 | test HR@10 | test NDCG@10 | parameters | epochs (best) | CPU s an epoch | peak MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for label in table.rows:
+        mine = sorted((row for row in rows if row["label"] == label), key=lambda row: row["seed"])
+        if not mine:
+            continue
+
+        def mean(key: str, digits: int = 4, mine: list[dict[str, Any]] = mine) -> str:
+            each = [row[key] for row in mine]
+            spread = f" ± {(max(each) - min(each)) / 2:.{digits}f}" if len(each) > 1 else ""
+            return f"{sum(each) / len(each):.{digits}f}{spread}"
+
+        epochs = "; ".join(f"{row['epochs']:.1f} ({row['best_epoch']})" for row in mine)
+        pace = sum(row["cpu_seconds"] / row["epochs"] for row in mine) / len(mine)
+        print(
+            f"| {label} | {mean('val_ndcg@10')} | {mean('test_hr@10')} | {mean('test_ndcg@10')} "
+            f"| {mine[0]['parameters']:,} | {epochs} | {pace:.1f} | {max(row['peak_mb'] for row in mine):,} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--workers", type=int, default=2, help="fits at a time, one thread each")
+    parser.add_argument("--only", nargs="*", help="labels of the rows to measure; all by default")
+    parser.add_argument("--show", action="store_true", help="print what has been measured, and measure nothing")
+    options = parser.parse_args()
+    name, table = options.table, TABLES[options.table]
+    file = ROOT / f"docs/measured/encoders-{name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(row["label"], row["seed"]) for row in rows}
+    wanted = [(label, seed) for seed in table.seeds for label in options.only or table.rows]
+    missing = [] if options.show else [row for row in wanted if row not in done]
+
+    def work(row: tuple[str, int]) -> None:
+        try:
+            found = measure(name, *row, table)
+        except RuntimeError as error:
+            print(f"{row}: {error}", file=sys.stderr, flush=True)
+            return
+        rows.append(found)
+        with file.open("a") as out:
+            out.write(json.dumps(found) + "\n")
+        print(json.dumps(found), file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(work, missing))
+    show(name, rows)
+
+
+if __name__ == "__main__":
+    main()
