@@ -168,7 +168,7 @@ def csv_logger(output: Path) -> dict[str, Any]:
 
 
 def recsys(*words: str, log: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     with log.open("w") as file:
         command = [Path(sys.executable).with_name("recsys"), *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)

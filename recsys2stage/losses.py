@@ -92,11 +92,9 @@ class FullSoftmax(Loss):
         item_vectors: Callable[[Tensor], Tensor],
         log_popularity: Float[Tensor, " W"],
     ) -> Float[Tensor, ""]:
-        nothing = torch.zeros_like(log_popularity)[1:]
-        every = torch.arange(1, len(log_popularity), device=answers.device)
-        return cross_entropy(
-            queries / self.temperature, item_vectors(every), answers - 1, nothing, nothing[answers - 1]
-        )
+        columns = item_vectors(torch.arange(1, len(log_popularity), device=answers.device))
+        none, answer = columns.new_zeros(len(columns)), answers - 1
+        return cross_entropy(queries / self.temperature, columns, answer, none, none[answer])
 
 
 def _positive(temperature: float) -> float:

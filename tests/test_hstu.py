@@ -55,7 +55,7 @@ def naive(x: Tensor, weights: Weights, heads: int, factor: float, divisor: float
         for i, place in enumerate(x):
             mixed = []
             for head in range(heads):
-                u, v, q, k = (slice((part * heads + head) * width, (part * heads + head + 1) * width) for part in range(4))
+                v, q, k = (slice(start := (part * heads + head) * width, start + width) for part in (1, 2, 3))
                 total = torch.zeros(width, dtype=x.dtype)
                 for j in range(i + 1):
                     logit = factor * sum(silu[i][q] * silu[j][k]) + bias(n, head, i, j)
@@ -140,32 +140,29 @@ def test_the_form_of_the_finalist() -> None:
 
 
 def test_both_scalings_at_once_and_a_turning_position() -> None:
-    """Queries and keys turn, values and gates do not; without heads of two dimensions there is one pair to turn."""
-    built = enlarged(HSTU(D, N, layers=1, heads=3, scaling="both", position=Rotary))
-
-    def expected(x: Tensor, weights: Weights) -> Tensor:
-        def turned(part: Tensor, place: int) -> Tensor:
-            cos, sin = math.cos(place), math.sin(place)
-            return torch.stack([part[0] * cos - part[1] * sin, part[1] * cos + part[0] * sin])
-
-        silu = [torch.nn.functional.silu(weights["blocks.0.uvqk.weight"] @ norm(place * D**0.5, weights, "")) for place in x]
-        states = []
-        for i, place in enumerate(x):
-            mixed = torch.zeros(D, dtype=x.dtype)
-            for head in range(3):
-                at = slice(2 * head, 2 * head + 2)
-                for j in range(i + 1):
-                    _, v, q, k = silu[j].view(4, D)
-                    logit = turned(silu[i].view(4, D)[2, at], i) @ turned(k[at], j) / math.sqrt(2)
-                    mixed[at] += logit * torch.sigmoid(logit) / N * v[at]
-            gated = norm(mixed, weights, "") * silu[i][:D]
-            states.append(place * D**0.5 + weights["blocks.0.out.weight"] @ gated + weights["blocks.0.out.bias"])
-        return torch.stack(states)
-
-    # the angles of Rotary are kept in float32
+    """Queries and keys turn, values and gates do not; a head of two dimensions turns by one radian a place."""
+    heads = 3
+    built = enlarged(HSTU(D, N, layers=1, heads=heads, scaling="both", position=Rotary))
     x, happened, asked = history()
-    got = built(x[None], torch.tensor([L]), happened[None], asked[None])[0]
-    torch.testing.assert_close(got, expected(x, dict(built.named_parameters())), rtol=1e-6, atol=1e-6)
+    weights = dict(built.named_parameters())
+
+    def turned(pair: Tensor, place: int) -> Tensor:
+        cos, sin = math.cos(place), math.sin(place)
+        return torch.stack([pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin])
+
+    scaled = math.sqrt(D) * x
+    linear = [weights["blocks.0.uvqk.weight"] @ norm(place, weights, "") for place in scaled]
+    uvqk = [(place * torch.sigmoid(place)).view(4, heads, 2) for place in linear]
+    for i in range(L):
+        mixed = torch.zeros(heads, 2, dtype=x.dtype)
+        for head in range(heads):
+            for j in range(i + 1):
+                logit = turned(uvqk[i][2, head], i) @ turned(uvqk[j][3, head], j) / math.sqrt(2)
+                mixed[head] += logit * torch.sigmoid(logit) / N * uvqk[j][1, head]
+        gated = norm(mixed.flatten(), weights, "") * uvqk[i][0].flatten()
+        want = scaled[i] + weights["blocks.0.out.weight"] @ gated + weights["blocks.0.out.bias"]
+        got = built(x[None], torch.tensor([L]), happened[None], asked[None])[0, i]
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # Rotary keeps its angles in float32
 
 
 # --- sizes
@@ -209,35 +206,34 @@ def test_sizes_that_do_not_fit_are_named() -> None:
 def test_the_time_of_a_request_reaches_its_own_place_only(time: type, place: int) -> None:
     built = enlarged(HSTU(D, N, layers=1, time=time))
     x, happened, asked = history()
-    later = asked.clone()
-    later[place] += 3 * 3_600
+    sooner = asked.clone()
+    sooner[place] = happened[place] + 60
     with torch.no_grad():
         before, after = (
-            built(x[None], torch.tensor([L]), happened[None], request[None])[0] for request in (asked, later)
+            built(x[None], torch.tensor([L]), happened[None], request[None])[0] for request in (asked, sooner)
         )
     moves = (before - after).abs().amax(1) > 1e-4
-    # the last request is far in the future of all events, where three hours stay within a bucket
-    assert moves.tolist() == [i == place != L - 1 for i in range(L)]
+    assert moves.tolist() == [i == place for i in range(L)]
 
 
 def test_tables_of_each_layer_or_of_all() -> None:
-    shared = Position, functools.partial(LogBuckets, shared=True)
-    each = Position, LogBuckets
     x, happened, asked = history()
-    inputs = x[None], torch.tensor([L]), happened[None], asked[None]
-    one, many = (enlarged(HSTU(D, N, layers=3, position=where, time=when)) for where, when in (shared, each))
+    batch = x[None], torch.tensor([L]), happened[None], asked[None]
+    one, each = (
+        enlarged(HSTU(D, N, layers=3, position=Position, time=functools.partial(LogBuckets, shared=shared)))
+        for shared in (True, False)
+    )
     assert one.time.tables.shape == (1, 1, 129)
-    assert many.time.tables.shape == (3, 1, 129)
+    assert each.time.tables.shape == (3, 1, 129)
     with torch.no_grad():
-        rest = {name: weight for name, weight in one.state_dict().items() if name != "time.tables"}
-        many.load_state_dict(rest, strict=False)
-        many.time.tables.copy_(one.time.tables.expand(3, 1, 129))
-        torch.testing.assert_close(one(*inputs), many(*inputs))
+        each.blocks.load_state_dict(one.blocks.state_dict())
+        each.time.tables.copy_(one.time.tables.expand(3, 1, 129))
+        torch.testing.assert_close(each(*batch), one(*batch))
         for layer in range(3):
-            moved = many.time.tables.clone()
-            many.time.tables[layer] += torch.randn(1, 129)
-            assert (one(*inputs) - many(*inputs)).abs().max() > 1e-3
-            many.time.tables.copy_(moved)
+            same = each.time.tables[layer].clone()
+            each.time.tables[layer] += torch.randn(1, 129)
+            assert (each(*batch) - one(*batch)).abs().max() > 1e-3
+            each.time.tables[layer] = same
 
 
 def test_default_positions_are_the_published_ones() -> None:
@@ -265,3 +261,18 @@ def test_it_starts_as_its_docstring_says(bias: str) -> None:
     norms = [module for module in built.modules() if isinstance(module, LayerNorm)]
     assert len(norms) == 2 * 2 + 1
     assert all((norm.weight == 1).all() and not norm.bias.any() and norm.eps == 1e-6 for norm in norms)
+
+
+def test_dropout_is_on_the_input_and_before_the_output_map() -> None:
+    """The share of zeros in what enters the first norm, the attention and the output map."""
+    built = HSTU(64, 50, layers=1, heads=2, dropout=0.75).train()
+    entered: dict[str, Tensor] = {}
+    block = built.blocks[0]
+    for name, module in {"stream": block.norm, "mixed": block.mixed_norm, "out": block.out}.items():
+        module.register_forward_pre_hook(lambda module, args, name=name: entered.update({name: args[0].detach()}))
+    nothing = torch.zeros(8, 50, dtype=torch.long)
+    built(torch.randn(8, 50, 64), torch.full((8,), 50), nothing, None)
+    shares = {name: (seen == 0).float().mean().item() for name, seen in entered.items()}
+    assert shares == {
+        name: pytest.approx(share, abs=0.02) for name, share in (("stream", 0.75), ("mixed", 0.0), ("out", 0.75))
+    }

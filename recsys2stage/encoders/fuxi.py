@@ -66,7 +66,7 @@ class FuXi(AttentiveEncoder):
 class Block(nn.Module):
     def __init__(self, dim: int, max_length: int, heads: int, channels: int, expansion: float, dropout: float) -> None:
         super().__init__()
-        self.max_length, self.heads = max_length, heads
+        self.divisor, self.heads = float(max_length), heads
         self.norm = RMSNorm(dim, affine=False)
         self.uvqk = nn.Linear(dim, (channels + 3) * dim, bias=False)
         self.mixed_norm = RMSNorm(channels * dim, affine=False)
@@ -82,7 +82,7 @@ class Block(nn.Module):
         u, *vqk = torch.split(F.silu(self.uvqk(self.norm(x))), [self.out.in_features, D, D, D], dim=-1)
         v, q, k = (part.view(B, L, self.heads, -1).transpose(1, 2) for part in vqk)  # each (B, H, L, K)
         channels = [bias_attention(v, own) for own in (Bias(bias.position), bias._replace(position=None)) if own]
-        channels.append(pointwise_attention(position.rotate(q), position.rotate(k), v, Bias(), divisor=self.max_length))
+        channels.append(pointwise_attention(position.rotate(q), position.rotate(k), v, Bias(), divisor=self.divisor))
         mixed = torch.cat(channels, dim=-1)  # (B, H, L, channels · K)
         x = x + self.out(self.dropout(self.mixed_norm(mixed.transpose(1, 2).flatten(2)) * u))
         return x + self.feed_forward(self.dropout(self.feed_forward_norm(x)))

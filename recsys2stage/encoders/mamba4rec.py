@@ -30,7 +30,9 @@ from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 from recsys2stage.times import Time, TimeFactory
 
 EPS = 1e-12  # of LayerNorms, as in both papers' code
-FAINT = -60.0  # e^-60 is lost beside anything in float32; smaller yet are denormals, which a CPU multiplies 80 times slower
+FAINT = (
+    -60.0
+)  # e^-60 is lost beside anything in float32; smaller yet are denormals, which a CPU multiplies 80 times slower
 
 Values = Float[Tensor, "B L H K"]
 PerHead = Float[Tensor, "B L H"]
@@ -101,7 +103,9 @@ class Mamba4Rec(Encoder):
         self.dropout = Dropout(dropout)
         self.norm = LayerNorm(dim, EPS)
         self.blocks = nn.ModuleList(
-            Block(Mamba2(dim, state, expand * dim, heads, conv_width, chunk, skip), GELU(dim, dropout, expansion), dropout)
+            Block(
+                Mamba2(dim, state, expand * dim, heads, conv_width, chunk, skip), GELU(dim, dropout, expansion), dropout
+            )
             for _ in range(layers)
         )
         initialise(self, nn.init.xavier_uniform_)
@@ -187,56 +191,69 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, rate, B, C, n):
-        b,L,H,P=x.shape;N=B.size(-1);c=L//n
-        u=(x*dt[...,None]).view(b*n,c,H,P);B=B.reshape(b*n,c,N);C=C.reshape(b*n,c,N)
-        s=(dt*rate).view(b*n,c,H).cumsum(1)
-        left=(s[:,-1:]-s).clamp_(min=FAINT).exp_()[...,None]
-        since=s.clamp(min=FAINT).exp_()[...,None]
-        S=(B.mT@(u*left).flatten(2)).view(b,n,N,H,P)
-        carry(S,since.view(b,n,c,H,1)[:,:,-1:],range(n))
-        y=(C@S.view(b*n,N,H*P)).view(b*n,c,H,P).mul_(since)
-        G=(C@B.mT).tril_()
+        b, L, H, P = x.shape
+        N = B.size(-1)
+        c = L // n
+        u = (x * dt[..., None]).view(b * n, c, H, P)
+        B = B.reshape(b * n, c, N)
+        C = C.reshape(b * n, c, N)
+        s = (dt * rate).view(b * n, c, H).cumsum(1)
+        left = (s[:, -1:] - s).clamp_(min=FAINT).exp_()[..., None]
+        since = s.clamp(min=FAINT).exp_()[..., None]
+        S = (B.mT @ (u * left).flatten(2)).view(b, n, N, H, P)
+        carry(S, since.view(b, n, c, H, 1)[:, :, -1:], range(n))
+        y = (C @ S.view(b * n, N, H * P)).view(b * n, c, H, P).mul_(since)
+        G = (C @ B.mT).tril_()
         for h in range(H):
-            y[:,:,h].add_(decay(s[:,:,h]).mul_(G)@u[:,:,h])
-        y=y.view(b,L,H,P)
-        ctx.save_for_backward(x,dt,rate,B,C,s,S,y);ctx.n=n
+            y[:, :, h].add_(decay(s[:, :, h]).mul_(G) @ u[:, :, h])
+        y = y.view(b, L, H, P)
+        ctx.save_for_backward(x, dt, rate, B, C, s, S, y)
+        ctx.n = n
         return y
+
     @staticmethod
     @once_differentiable
-    def backward(ctx,gy):
-        x,dt,rate,B,C,s,S,y=ctx.saved_tensors;n=ctx.n
-        b,L,H,P=x.shape;N=B.size(-1);c=L//n
-        gy=gy.contiguous()
-        u=(x*dt[...,None]).view(b*n,c,H,P)
-        left=(s[:,-1:]-s).clamp_(min=FAINT).exp_()[...,None]
-        since=s.clamp(min=FAINT).exp_()[...,None]
-        g5=gy.view(b*n,c,H,P)
-        gd=(g5*since).flatten(2)
-        gS=(C.mT@gd).view(b,n,N,H,P)
-        carry(gS,since.view(b,n,c,H,1)[:,:,-1:],range(n-1,-1,-1))
-        gS=gS.view(b*n,N,H*P)
-        gC=gd@S.view(b*n,N,H*P).mT
-        gB=torch.mul(u,left,out=gd.view(b*n,c,H,P)).flatten(2)@gS.mT
-        gu=(B@gS).view(b*n,c,H,P).mul_(left)
-        G=(C@B.mT).tril_()
-        gG=torch.zeros_like(G)
+    def backward(ctx, gy):
+        x, dt, rate, B, C, s, S, y = ctx.saved_tensors
+        n = ctx.n
+        b, L, H, P = x.shape
+        N = B.size(-1)
+        c = L // n
+        gy = gy.contiguous()
+        u = (x * dt[..., None]).view(b * n, c, H, P)
+        left = (s[:, -1:] - s).clamp_(min=FAINT).exp_()[..., None]
+        since = s.clamp(min=FAINT).exp_()[..., None]
+        g5 = gy.view(b * n, c, H, P)
+        gd = (g5 * since).flatten(2)
+        gS = (C.mT @ gd).view(b, n, N, H, P)
+        carry(gS, since.view(b, n, c, H, 1)[:, :, -1:], range(n - 1, -1, -1))
+        gS = gS.view(b * n, N, H * P)
+        gC = gd @ S.view(b * n, N, H * P).mT
+        gB = torch.mul(u, left, out=gd.view(b * n, c, H, P)).flatten(2) @ gS.mT
+        gu = (B @ gS).view(b * n, c, H, P).mul_(left)
+        G = (C @ B.mT).tril_()
+        gG = torch.zeros_like(G)
         for h in range(H):
-            E=decay(s[:,:,h])
-            gG.addcmul_(E,g5[:,:,h]@u[:,:,h].mT)
-            gu[:,:,h].add_(E.mul_(G).mT@g5[:,:,h])
+            E = decay(s[:, :, h])
+            gG.addcmul_(E, g5[:, :, h] @ u[:, :, h].mT)
+            gu[:, :, h].add_(E.mul_(G).mT @ g5[:, :, h])
         gG.tril_()
-        gC.baddbmm_(gG,B)
-        gB.baddbmm_(gG.mT,C)
-        gu=gu.view(b,L,H,P)
-        gdt=(x*gu).sum(-1)
-        gs=(gy*y).sum(-1)-dt*gdt
-        ga=gs.flip(1).cumsum(1).flip(1)
-        return gu.mul_(dt[...,None]),gdt+ga*rate,(ga*dt).sum((0,1)),gB.view(b,L,N),gC.view(b,L,N),None
+        gC.baddbmm_(gG, B)
+        gB.baddbmm_(gG.mT, C)
+        gu = gu.view(b, L, H, P)
+        gdt = (x * gu).sum(-1)
+        gs = (gy * y).sum(-1) - dt * gdt
+        ga = gs.flip(1).cumsum(1).flip(1)
+        return gu.mul_(dt[..., None]), gdt + ga * rate, (ga * dt).sum((0, 1)), gB.view(b, L, N), gC.view(b, L, N), None
 
-def decay(s): return (s[:,:,None]-s[:,None]).clamp_(FAINT,0).exp_()
-def carry(S,dec,order):
-    state=torch.zeros_like(S[:,0])
+
+def decay(s):
+    return (s[:, :, None] - s[:, None]).clamp_(FAINT, 0).exp_()
+
+
+def carry(S, dec, order):
+    state = torch.zeros_like(S[:, 0])
     for k in order:
-        after=torch.addcmul(S[:,k],state,dec[:,k])
-        S[:,k]=state
-        state=after
+        after = torch.addcmul(S[:, k], state, dec[:, k])
+        S[:, k] = state
+        state = after
