@@ -1,5 +1,5 @@
 # Artifacts are the targets: each rule reads files and writes files, redoes only what changed, and goes on after a kill.
-#   make pipeline DATASET=ml-1m RAW=path/to/ml-1m.zip SEED=1 WITH=request-time
+#   make pipeline DATASET=ml-1m RAW=path/to/ml-1m.zip SEED=1 WITH="hstu no-time"
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -13,7 +13,8 @@ PYTHON ?= python3
 
 CONFIG := configs/$(DATASET)
 DATA := data/$(DATASET)
-RUN ?= runs/$(DATASET)$(if $(WITH),-$(WITH))$(if $(SEED),-seed$(SEED))
+space := $(subst ,, )
+RUN ?= runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))$(if $(SEED),-seed$(SEED))
 BIN := .venv/bin
 RECSYS := $(BIN)/recsys
 
@@ -32,7 +33,7 @@ endif
 raw := $(if $(RAW),data/.$(DATASET).raw)
 $(if $(RAW),$(shell mkdir -p data; [ "$$(cat $(raw) 2>&1)" = "$(RAW)" ] || echo "$(RAW)" > $(raw)))
 
-overlay := $(if $(WITH),configs/with/$(WITH).yaml)
+overlays := $(WITH:%=configs/with/%.yaml)
 # an interrupted fit goes on from its last checkpoint, unless anything it depends on is newer
 resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $(@D)/{best,last}.ckpt; exit; }; done; \
 	echo --ckpt_path $(@D)/last.ckpt)
@@ -65,8 +66,8 @@ data/demo/manifest.json: data/raw/demo/ratings.csv
 $(DATA)/manifest.json: $(CONFIG)/prepare.yaml $(RAW) $(raw) | .venv/ready
 	$(RECSYS) prepare-data --config $< --output $(@D) $(if $(RAW),--source.path $(RAW))
 
-$(RUN)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlay) $(DATA)/manifest.json | .venv/ready
-	$(RECSYS) fit --config $< $(addprefix --config ,$(overlay)) --data.init_args.path $(DATA) $(fit_options) \
+$(RUN)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlays) $(DATA)/manifest.json | .venv/ready
+	$(RECSYS) fit --config $< $(addprefix --config ,$(overlays)) --data.init_args.path $(DATA) $(fit_options) \
 		$(resume)
 
 $(RUN)/index/manifest.json: $(RUN)/retriever/manifest.json $(call config,index)

@@ -22,8 +22,8 @@ def in_cache(x: Tensor) -> bool:
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors (..., D) together, as blocks of rows (r, D) that stay in cache."""
-    widest = max(x.size(-1) for x in tensors)
-    return zip(*(x.reshape(-1, x.size(-1)).split(max(1, IN_CACHE // widest)) for x in tensors), strict=True)
+    size = max(1, IN_CACHE // max(x.size(-1) for x in tensors))
+    return zip(*(torch.split(x.reshape(-1, x.size(-1)), size) for x in tensors), strict=True)
 
 
 class Dropout(nn.Module):

@@ -35,6 +35,7 @@ class Retriever(LightningModule):
         loss: how answers are compared with other items.
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
+        compiled: whether the encoder goes through torch.compile, which pays on a GPU.
     """
 
     log_popularity: Tensor
@@ -53,6 +54,7 @@ class Retriever(LightningModule):
         loss: Loss | None = None,
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 100,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["objective", "loss"])
@@ -68,6 +70,8 @@ class Retriever(LightningModule):
         self.optimizer, self.warmup_steps = optimizer, warmup_steps
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         self.register_buffer("log_popularity", torch.zeros(num_items + 1))
+        if compiled:
+            self.towers.encoder.compile(dynamic=True)  # histories are as long as their batch needs
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

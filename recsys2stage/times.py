@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from recsys2stage.shapes import Embedded, Shape, Times
@@ -35,7 +35,7 @@ class Time(nn.Module):
         """
         return x
 
-    def buckets(self, times: Times, request: Times | None) -> Int[Tensor, "B L L"] | None:
+    def buckets(self, times: Times, request: Times | None) -> Integer[Tensor, "B L L"] | None:
         """The bucket of the time from event j (column) to the request at place i (row); once for all layers."""
         return None
 
@@ -109,7 +109,7 @@ class _Between(Time):
         self.tables = nn.Parameter(torch.empty(layers, heads, len(boundaries) + 1))
         nn.init.normal_(self.tables, std=0.02)
 
-    def buckets(self, times: Times, request: Times | None) -> Int[Tensor, "B L L"]:
+    def buckets(self, times: Times, request: Times | None) -> Integer[Tensor, "B L L"]:
         request, (rows, length) = told(request, self), times.shape
         kind = torch.uint8 if len(self.boundaries) < 256 else torch.int16
         found = torch.empty(rows, length, length, dtype=kind, device=times.device)
@@ -221,7 +221,7 @@ class HybridTimestamp(Time):
         return x + torch.cat([self.of_time(time.to(x.dtype)), self.of_gap(until.to(x.dtype))], dim=-1)
 
 
-def waves(seconds: Times, periods: Float[Tensor, " P"]) -> Float[Tensor, "B L 2P"]:
+def waves(seconds: Times, periods: Float[Tensor, " P"]) -> Float[Tensor, "B L 2*P"]:
     """sin and cos, in double: a float32 cannot tell two seconds of this century apart."""
     phase = 2 * math.pi * (seconds[..., None].double() / periods).frac()
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
@@ -249,7 +249,7 @@ class Combined(Time):
             x = part.embed(x, times, request)
         return x
 
-    def buckets(self, times: Times, request: Times | None) -> Int[Tensor, "B L L"] | None:
+    def buckets(self, times: Times, request: Times | None) -> Integer[Tensor, "B L L"] | None:
         return self.inside.buckets(times, request) if self.inside else None
 
     def table(self, layer: int) -> Float[Tensor, "#H N"] | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.encoders.hstu import HSTU, LearnedAndPerDistance
+from recsys2stage.encoders.hstu import HSTU
 from recsys2stage.layers import LayerNorm
 from recsys2stage.positions import Combined, Learned, PerDistance, Position, Rotary
 from recsys2stage.times import LogBuckets, LogSpaced
@@ -238,7 +238,7 @@ def test_tables_of_each_layer_or_of_all() -> None:
 
 def test_default_positions_are_the_published_ones() -> None:
     built = HSTU(D, N, layers=3)
-    assert isinstance(built.position, LearnedAndPerDistance)
+    assert [type(part) for part in built.position.parts] == [Learned, PerDistance]
     assert built.position.parts[0].table.shape == (N, D)
     assert built.position.parts[1].tables.shape == (3, 1, N)
 

@@ -107,6 +107,13 @@ def test_a_fit_whose_config_changed_starts_anew(project: Project, touched: str) 
     assert "--ckpt_path" not in calls[0]
 
 
+def test_overlays_stack_in_their_order(project: Project) -> None:
+    (project.folder / "configs/with/other.yaml").touch()
+    calls = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "WITH=request-time other")
+    assert "--config configs/with/request-time.yaml --config configs/with/other.yaml" in calls[1]
+    assert "--output runs/ml-1m-request-time-other/retriever" in calls[1]
+
+
 def test_a_seed_has_runs_of_its_own(project: Project) -> None:
     calls = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "SEED=3")
     assert "--seed_everything 3 --output runs/ml-1m-seed3/retriever" in calls[1]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ class Bias(NamedTuple):
     """What joins the logit of query i and key j: position[i, j] + table[buckets[i, j]], as far as they are given."""
 
     position: Float[Tensor, "#H L L"] | None = None
-    buckets: Int[Tensor, "B L L"] | None = None
+    buckets: Integer[Tensor, "B L L"] | None = None
     table: Float[Tensor, "#H N"] | None = None
 
     def __bool__(self) -> bool:
@@ -49,7 +49,9 @@ def softmax_attention(
         lengths: number of real places, for attention that is not causal.
         dropout: share of weights dropped.
     """
-    if not causal:
+    if causal:
+        lengths = None  # what is padded comes after whatever is real, and is not seen
+    else:
         assert lengths is not None, "attention to both sides needs to know what is padding"
         lengths = lengths.clamp(min=1)  # an empty history sees its padding rather than nothing, which were 0 / 0
     if in_cache(q) and (bias or dropout):
@@ -164,29 +166,30 @@ class _Blocks(torch.autograd.Function):
         d_v = torch.zeros_like(v)
         d_q, d_k, d_position, d_table = (None if x is None else torch.zeros_like(x) for x in (q, k, position, table))
         draws = torch.Generator().manual_seed(ctx.seed)
-        for rows, tile, keys in _plan(v, kind.causal):
-            logits, weights, keep = _weights(given, rows, tile, keys, draws)
-            d_mixed = d_out[rows, :, tile]
-            d_v[rows, :, keys] += (weights if keep is None else weights * keep).mT @ d_mixed
-            d_weights = d_mixed @ v[rows, :, keys].mT
-            if keep is not None:
-                d_weights *= keep
-            if kind.activation == "softmax":
-                d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            elif kind.activation == "silu":
-                d_logits = _hide_ahead(torch.ops.aten.silu_backward(d_weights, logits).div_(kind.divisor), tile)
-            else:
-                d_logits = _hide_ahead(d_weights, tile)
-            if q is not None and k is not None and d_q is not None and d_k is not None:
-                d_q[rows, :, tile] = (d_logits @ k[rows, :, keys]).mul_(kind.scale)
-                d_k[rows, :, keys] += d_logits.mT @ (kind.scale * q[rows, :, tile])
-            if position is not None and d_position is not None:
-                d_position[:, tile, keys] += d_logits.sum_to_size(1, *position[:, tile, keys].shape)[0]
-            if table is not None and d_table is not None:
-                d_bias = d_logits.sum_to_size(len(d_logits), len(table), *d_logits.shape[2:])
-                bucket = buckets[rows, tile, keys].reshape(-1).long()
-                for head in range(len(table)):
-                    d_table[head].scatter_add_(0, bucket, d_bias[:, head].reshape(-1))
+        with torch.autocast("cpu", enabled=False):  # a backward within autocast would turn it on
+            for rows, tile, keys in _plan(v, kind.causal):
+                logits, weights, keep = _weights(given, rows, tile, keys, draws)
+                d_mixed = d_out[rows, :, tile]
+                d_v[rows, :, keys] += (weights if keep is None else weights * keep).mT @ d_mixed
+                d_weights = d_mixed @ v[rows, :, keys].mT
+                if keep is not None:
+                    d_weights *= keep
+                if kind.activation == "softmax":
+                    d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                elif kind.activation == "silu":
+                    d_logits = _hide_ahead(torch.ops.aten.silu_backward(d_weights, logits).div_(kind.divisor), tile)
+                else:
+                    d_logits = _hide_ahead(d_weights, tile)
+                if q is not None and k is not None and d_q is not None and d_k is not None:
+                    d_q[rows, :, tile] = (d_logits @ k[rows, :, keys]).mul_(kind.scale)
+                    d_k[rows, :, keys] += d_logits.mT @ (kind.scale * q[rows, :, tile])
+                if position is not None and d_position is not None:
+                    d_position[:, tile, keys] += d_logits.sum_to_size(1, *position[:, tile, keys].shape)[0]
+                if table is not None and d_table is not None:
+                    d_bias = d_logits.sum_to_size(len(d_logits), len(table), *d_logits.shape[2:])
+                    bucket = buckets[rows, tile, keys].reshape(-1).long()
+                    for head in range(len(table)):
+                        d_table[head].scatter_add_(0, bucket, d_bias[:, head].reshape(-1))
         return d_q, d_k, d_v, d_position, d_table, None, None, None
 
 
@@ -227,7 +230,8 @@ def _weights(
         between = torch.stack([head.index_select(0, flat).view(shape) for head in table.unbind()], dim=1)
         logits = between if logits is None else logits.add_(between)
     if position is not None:
-        logits = position[None, :, tile, keys].clone() if logits is None else logits.add_(position[:, tile, keys])
+        own = position[None, :, tile, keys]
+        logits = own.clone() if logits is None else logits.add_(own) if q is not None else logits + own
     assert logits is not None
     if kind.activation == "softmax":
         if lengths is None:

@@ -36,8 +36,8 @@ class BERT4Rec(AttentiveEncoder):
         dropout: on the input, on both branches and inside the feed-forward.
         attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
         type_embedding: whether BERT's segment vector is added, one for all places since a history is one segment.
-        feed_forward: GELU or another.
-        position: where an event stands.
+        feed_forward: GELU or another; None: GELU.
+        position: where an event stands; None: Learned.
         time: when it happened; None: the model has no clock.
     """
 
@@ -52,16 +52,16 @@ class BERT4Rec(AttentiveEncoder):
         dropout: float = 0.2,
         attention_dropout: float | None = None,
         type_embedding: bool = False,
-        feed_forward: FeedForwardFactory = GELU,
-        position: PositionFactory = Learned,
+        feed_forward: FeedForwardFactory | None = None,
+        position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
         shape = Shape(dim=dim, max_length=max_length + 1, heads=heads, layers=layers, causal=False)
-        super().__init__(shape, position, time)
+        super().__init__(shape, position or Learned, time)
         norm = partial(LayerNorm, eps=EPS)
         self.segment = nn.Parameter(torch.empty(dim)) if type_embedding else None
         self.input_norm, self.dropout = norm(dim), Dropout(dropout)
-        self.blocks = blocks(shape, PostNorm, feed_forward, norm, dropout, attention_dropout)
+        self.blocks = blocks(shape, PostNorm, feed_forward or GELU, norm, dropout, attention_dropout)
         self.dense, self.norm = nn.Linear(dim, dim), norm(dim)
         initialise(self, partial(nn.init.trunc_normal_, std=0.02, a=-0.04, b=0.04))
         if self.segment is not None:

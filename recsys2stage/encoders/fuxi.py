@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from recsys2stage.encoders.attention import Bias, bias_attention, pointwise_attention
 from recsys2stage.encoders.blocks import AttentiveEncoder, initialise
-from recsys2stage.encoders.hstu import LearnedAndPerDistance
+from recsys2stage.encoders.hstu import learned_and_per_distance
 from recsys2stage.layers import Dropout, RMSNorm, SwiGLU
 from recsys2stage.positions import Position, PositionFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
@@ -32,8 +32,8 @@ class FuXi(AttentiveEncoder):
         heads: attention heads.
         expansion: hidden width of the feed-forward as a multiple of `dim`; published: 1 on ML-1M, 4 on ML-20M.
         dropout: on the input, before each map back to D and before each feed-forward.
-        scale_input: whether items are multiplied by √D before positions are added.
-        position: where an event stands.
+        scale_input: whether items are multiplied by √D before positions are added; None: yes.
+        position: where an event stands; None: Learned and PerDistance.
         time: when it happened; published with times.LogBuckets. None: the model has no clock.
     """
 
@@ -43,15 +43,15 @@ class FuXi(AttentiveEncoder):
         max_length: int,
         layers: int = 2,
         heads: int = 2,
-        expansion: float = 1.0,
+        expansion: float = 4.0,
         dropout: float = 0.2,
-        scale_input: bool = True,
-        position: PositionFactory = LearnedAndPerDistance,
+        scale_input: bool | None = None,
+        position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
         shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
-        super().__init__(shape, position, time)
-        self.scale = dim**0.5 if scale_input else 1.0
+        super().__init__(shape, position or learned_and_per_distance, time)
+        self.scale = 1.0 if scale_input is False else dim**0.5
         self.dropout = Dropout(dropout)
         channels = 1 + sum(bias is not None for bias in (self.position.bias(0, 1), self.time.table(0)))
         self.blocks = nn.ModuleList(Block(dim, max_length, heads, channels, expansion, dropout) for _ in range(layers))

@@ -15,6 +15,7 @@ defaults are the authors' public code; other published forms are a matter of opt
 Weights start as in the authors' code: U, V, Q, K from N(0, 0.02), outputs Xavier-uniform, biases zero.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,12 +29,7 @@ from recsys2stage.positions import Combined, Learned, PerDistance, Position, Pos
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 from recsys2stage.times import TimeFactory
 
-
-class LearnedAndPerDistance(Combined):
-    """The published positions of HSTU and FuXi-α: a vector for each place, and a bias for each distance and layer."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape, [Learned, PerDistance])
+learned_and_per_distance = partial(Combined, parts=[Learned, PerDistance])  # the published positions, also of FuXi-α
 
 
 class HSTU(AttentiveEncoder):
@@ -50,9 +46,9 @@ class HSTU(AttentiveEncoder):
         input_norm: whether each block begins with a LayerNorm.
         affine: whether LayerNorms have weights and biases.
         bias: which linear maps have biases: "none", "out" (that back to D alone) or "all".
-        scale_input: whether items are multiplied by √D before positions are added.
+        scale_input: whether items are multiplied by √D before positions are added; None: yes.
         final_norm: whether a LayerNorm ends the stack.
-        position: where an event stands.
+        position: where an event stands; None: Learned and PerDistance.
         time: when it happened; published with times.LogBuckets. None: the model has no clock.
     """
 
@@ -68,13 +64,13 @@ class HSTU(AttentiveEncoder):
         input_norm: bool = True,
         affine: bool = False,
         bias: Literal["none", "out", "all"] = "out",
-        scale_input: bool = True,
+        scale_input: bool | None = None,
         final_norm: bool = False,
-        position: PositionFactory = LearnedAndPerDistance,
+        position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
         shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
-        super().__init__(shape, position, time)
+        super().__init__(shape, position or learned_and_per_distance, time)
         width = width or dim // heads
         head = torch.empty(1, heads, 1, dim // heads)
         if width != dim // heads and self.position.rotate(head) is not head:
@@ -82,7 +78,7 @@ class HSTU(AttentiveEncoder):
                 f"the position turns heads of dim / heads = {dim // heads} dimensions but width is {width}; leave out "
                 "width or choose a position that turns nothing"
             )
-        self.scale = dim**0.5 if scale_input else 1.0
+        self.scale = 1.0 if scale_input is False else dim**0.5
         self.dropout = Dropout(dropout)
         scale = 1.0 if scaling == "length" else width**-0.5
         divisor = 1.0 if scaling == "width" else float(max_length)

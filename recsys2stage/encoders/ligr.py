@@ -4,8 +4,8 @@
     x = x + dropout(σ(Wa x + ba) * Attention(LayerNorm(x)))
     x = x + dropout(σ(Wf x + bf) * W2 dropout(SiLU(W1 h) * W3 h)),  h = LayerNorm(x)
 
-with gates from the stream as it is, a feed-forward of four times the width in all three matrices, without biases, and no
-norm at the end. Weights are Xavier-normal at first, biases zero.
+with gates from the stream as it is, a feed-forward of four times the width in all three matrices, without biases, and
+no norm at the end. Weights are Xavier-normal at first, biases zero.
 """
 
 from torch import nn
@@ -27,8 +27,8 @@ class LiGR(AttentiveEncoder):
         heads: attention heads.
         dropout: on the input, on both branches and inside the feed-forward.
         attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
-        feed_forward: SwiGLU, GeGLU, GELU or ReLU.
-        position: where an event stands.
+        feed_forward: SwiGLU, GeGLU, GELU or ReLU; None: SwiGLU.
+        position: where an event stands; None: Learned.
         time: when it happened; None: the model has no clock.
     """
 
@@ -37,17 +37,17 @@ class LiGR(AttentiveEncoder):
         dim: int,
         max_length: int,
         layers: int = 2,
-        heads: int = 1,
+        heads: int = 2,
         dropout: float = 0.2,
         attention_dropout: float | None = None,
-        feed_forward: FeedForwardFactory = SwiGLU,
-        position: PositionFactory = Learned,
+        feed_forward: FeedForwardFactory | None = None,
+        position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
         shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
-        super().__init__(shape, position, time)
+        super().__init__(shape, position or Learned, time)
         self.dropout = Dropout(dropout)
-        self.blocks = blocks(shape, Gated, feed_forward, LayerNorm, dropout, attention_dropout)
+        self.blocks = blocks(shape, Gated, feed_forward or SwiGLU, LayerNorm, dropout, attention_dropout)
         initialise(self, nn.init.xavier_normal_)
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:

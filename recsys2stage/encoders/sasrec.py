@@ -28,10 +28,10 @@ class SASRec(AttentiveEncoder):
         heads: attention heads.
         dropout: on the input, on both branches and inside the feed-forward.
         attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
-        scale_input: whether items are multiplied by √D before positions are added.
+        scale_input: whether items are multiplied by √D before positions are added; None: no.
         input_norm: whether there is a LayerNorm on the input.
-        feed_forward: GELU or ReLU.
-        position: where an event stands.
+        feed_forward: GELU or ReLU; None: GELU.
+        position: where an event stands; None: Learned.
         time: when it happened; None: the model has no clock.
     """
 
@@ -40,21 +40,21 @@ class SASRec(AttentiveEncoder):
         dim: int,
         max_length: int,
         layers: int = 2,
-        heads: int = 1,
+        heads: int = 2,
         dropout: float = 0.2,
         attention_dropout: float | None = None,
-        scale_input: bool = False,
+        scale_input: bool | None = None,
         input_norm: bool = True,
-        feed_forward: FeedForwardFactory = GELU,
-        position: PositionFactory = Learned,
+        feed_forward: FeedForwardFactory | None = None,
+        position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
         shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
-        super().__init__(shape, position, time)
+        super().__init__(shape, position or Learned, time)
         self.scale = dim**0.5 if scale_input else 1.0
         self.input_norm = LayerNorm(dim) if input_norm else nn.Identity()
         self.dropout = Dropout(dropout)
-        self.blocks = blocks(shape, PreNorm, feed_forward, LayerNorm, dropout, attention_dropout)
+        self.blocks = blocks(shape, PreNorm, feed_forward or GELU, LayerNorm, dropout, attention_dropout)
         self.norm = LayerNorm(dim)
         initialise(self, nn.init.xavier_uniform_)
 

@@ -31,8 +31,8 @@ class Transformer(AttentiveEncoder):
         attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
         block: how attention and feed-forward are arranged: PreNorm, PostNorm, Parallel or Gated.
         norm: RMSNorm or LayerNorm.
-        feed_forward: SwiGLU, GeGLU, GELU or ReLU.
-        position: where an event stands.
+        feed_forward: SwiGLU, GeGLU, GELU or ReLU; None: SwiGLU.
+        position: where an event stands; None: Rotary.
         time: when it happened; None: the model has no clock.
     """
 
@@ -42,18 +42,18 @@ class Transformer(AttentiveEncoder):
         max_length: int,
         layers: int = 2,
         heads: int = 2,
-        dropout: float = 0.1,
+        dropout: float = 0.2,
         attention_dropout: float | None = None,
         block: BlockFactory = PreNorm,
         norm: NormFactory = RMSNorm,
-        feed_forward: FeedForwardFactory = SwiGLU,
-        position: PositionFactory = Rotary,
+        feed_forward: FeedForwardFactory | None = None,
+        position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
         shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
-        super().__init__(shape, position, time)
+        super().__init__(shape, position or Rotary, time)
         self.dropout = Dropout(dropout)
-        self.blocks = blocks(shape, block, feed_forward, norm, dropout, attention_dropout)
+        self.blocks = blocks(shape, block, feed_forward or SwiGLU, norm, dropout, attention_dropout)
         self.norm = norm(dim)
         self.projection = nn.Linear(dim, dim)
         initialise(self, nn.init.xavier_uniform_)
