@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IN_CACHE = 1 << 16  # numbers at a time, 256 KB
@@ -32,7 +33,7 @@ class Dropout(nn.Module):
     One 64-bit draw decides four elements, so that the probability is a multiple of 2^-16.
 
     Args:
-        p: share of elements that are set to zero in training; the others are raised by 1 / (1 − p).
+        p: share of elements that are set to zero in training; the others are multiplied by 1 / (1 − p).
     """
 
     def __init__(self, p: float) -> None:
@@ -67,7 +68,7 @@ class _Drop(torch.autograd.Function):
 
 
 def kept(shape: torch.Size, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
-    """Which elements dropout keeps, drawn on the CPU, and by how much those are raised.
+    """Which elements dropout keeps, drawn on the CPU, and the factor of those.
 
     Args:
         shape: of the elements.
@@ -109,7 +110,8 @@ class RMSNorm(Norm):
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
         if self.weight is None or self.weight.dtype != x.dtype or not in_cache(x):
-            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+            weight = None if self.weight is None else self.weight.to(x.dtype)
+            return F.rms_norm(x, (self.dim,), weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
 
 
@@ -126,6 +128,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -183,7 +186,7 @@ FeedForwardFactory = Callable[[int, float], FeedForward]
 
 
 class ReLU(FeedForward):
-    """ReLU(W1 x), as in the original transformer and SASRec (Kang & McAuley 2018, eq. 6)."""
+    """ReLU(W1 x), as in the original transformer and SASRec (Kang & McAuley 2018, section III.B)."""
 
     def hidden(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S W"]:
         return F.relu(self.w1(x))
@@ -215,14 +218,14 @@ class _Gated(FeedForward):
 
 
 class SwiGLU(_Gated):
-    """SiLU(W1 x) * W3 x (Shazeer 2020, eq. 6)."""
+    """SiLU(W1 x) * W3 x (Shazeer 2020, section 2)."""
 
     def hidden(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S W"]:
         return F.silu(self.w1(x)) * self.w3(x)
 
 
 class GeGLU(_Gated):
-    """GELU(W1 x) * W3 x (Shazeer 2020, eq. 5)."""
+    """GELU(W1 x) * W3 x (Shazeer 2020, section 2)."""
 
     def hidden(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S W"]:
         return F.gelu(self.w1(x)) * self.w3(x)

@@ -80,7 +80,7 @@ class Rotary(Position):
 
     Args:
         shape: sizes of the encoder.
-        base: the slowest wave has a period of about 2π·base places; histories are short, hence not 10,000.
+        base: waves have periods from 2π to nearly 2π·base places; histories are short, hence not 10,000.
     """
 
     cos: Tensor
@@ -128,19 +128,25 @@ class PerDistance(Position):
             diagonals = table[:, self.ahead - length + 1 : self.ahead + length]
         else:
             diagonals = F.pad(table[:, :length], (length - 1, 0))  # nobody looks ahead
-        return diagonals.unfold(-1, length, 1).flip(-1)  # row i: distances i, i − 1, ..., i − length + 1
+        return by_distance(diagonals)
+
+
+def by_distance(diagonals: Float[Tensor, "#H P"]) -> Float[Tensor, "#H L L"]:
+    """A matrix whose (i, j) is the value of the distance i − j, from the values of distances −L + 1 to L − 1."""
+    length = (diagonals.size(-1) + 1) // 2
+    return diagonals.unfold(-1, length, 1).flip(-1)  # row i: distances i, i − 1, ..., i − L + 1
 
 
 class T5Buckets(Position):
     """T5's relative bias (Raffel et al. 2020, section 2.1): a number for each bucket of distance and each head.
 
-    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`, and the last takes
+    Half of the buckets hold one distance each, the rest grow logarithmically, and the last takes `max_distance` and
     whatever lies beyond. All layers share it. An encoder that sees both sides has half of all buckets for each side.
 
     Args:
         shape: sizes of the encoder.
         buckets: number of buckets N.
-        max_distance: where the last bucket begins.
+        max_distance: distance from which on none is told from another.
     """
 
     bucket: Tensor
@@ -148,15 +154,14 @@ class T5Buckets(Position):
     def __init__(self, shape: Shape, buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__(shape)
         sides = 1 if shape.causal else 2
-        if buckets % (2 * sides) or max_distance <= buckets // sides // 2:
+        if buckets < 2 * sides or buckets % (2 * sides) or max_distance <= buckets // sides // 2:
             raise ValueError(
                 f"T5Buckets got {buckets} buckets and max_distance {max_distance}; expected a multiple of {2 * sides} "
                 f"buckets and a max_distance above {buckets // sides // 2}"
             )
         self.table = nn.Parameter(torch.empty(shape.heads, buckets))
         nn.init.normal_(self.table, std=0.02)
-        place = torch.arange(shape.max_length)
-        back = place[:, None] - place  # distance i − j
+        back = torch.arange(1 - shape.max_length, shape.max_length)  # distance i − j
         own = buckets // sides
         exact, distance = own // 2, back.abs() if sides == 2 else back.clamp(min=0)
         growth = (distance.double() / exact).log() / math.log(max_distance / exact)
@@ -164,10 +169,11 @@ class T5Buckets(Position):
         bucket = torch.where(distance < exact, distance, far.long().clamp(min=0))
         if sides == 2:
             bucket = bucket + own * (back < 0)
-        self.register_buffer("bucket", bucket, persistent=False)  # (L, L)
+        self.register_buffer("bucket", bucket, persistent=False)  # (2 max_length − 1)
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"]:
-        return self.table[:, self.bucket[:length, :length]]
+        middle = len(self.bucket) // 2
+        return by_distance(self.table[:, self.bucket[middle - length + 1 : middle + length]])
 
 
 class Combined(Position):

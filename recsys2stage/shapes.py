@@ -22,7 +22,8 @@ Heads = Float[Tensor, "B H L K"]
 class History(NamedTuple):
     """What a user did before a request, and when each place's request happens.
 
-    `request` at place i is the moment at which the event after place i is asked for; None when the model is not told.
+    `request` at place i is the moment at which the event after place i is asked for, or, where an event is hidden and
+    asked for in its own place, that place's own; None when the model is not told.
     """
 
     items: Items
@@ -40,3 +41,7 @@ class Shape:
     heads: int = 1
     layers: int = 1
     causal: bool = True  # whether a place sees only itself and what came before
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them")

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
+from recsys2stage.layers import in_cache
 from recsys2stage.shapes import Embedded, Shape, Times
 
-HOUR, DAY = 3_600, 86_400
+DAY = 86_400
 WEEK, YEAR = 7 * DAY, 365.2425 * DAY
 BUCKETS_IN_FLIGHT = 1 << 18  # pairs of places whose time between them is looked at together: they stay in cache
 
@@ -75,6 +76,8 @@ class RequestGap(Time):
 
     def __init__(self, shape: Shape, buckets: int = 32) -> None:
         super().__init__(shape)
+        if buckets < 1:
+            raise ValueError(f"RequestGap got {buckets} buckets, expected at least 1; 32 reach 68 years")
         if not shape.causal:
             raise ValueError(
                 "RequestGap is the gap between an event and the request that follows it, but in an encoder that sees "
@@ -113,7 +116,7 @@ class _Between(Time):
         request, (rows, length) = told(request, self), times.shape
         kind = torch.uint8 if len(self.boundaries) < 256 else torch.int16
         found = torch.empty(rows, length, length, dtype=kind, device=times.device)
-        block = max(1, BUCKETS_IN_FLIGHT // length**2) if times.device.type == "cpu" else rows
+        block = max(1, BUCKETS_IN_FLIGHT // length**2) if in_cache(times) else rows
         for start in range(0, rows, block):
             part = slice(start, start + block)
             between = (request[part, :, None] - times[part, None, :]).abs()
@@ -135,6 +138,10 @@ class LogBuckets(_Between):
     """
 
     def __init__(self, shape: Shape, buckets: int = 129, shared: bool = False, per_head: bool = False) -> None:
+        if not 2 <= buckets <= 146:
+            raise ValueError(
+                f"LogBuckets got {buckets} buckets, expected 2 to 146, which is as long as a clock can tell"
+            )
         begins = [math.ceil(math.exp(0.301 * n)) for n in range(1, buckets)]
         super().__init__(shape, torch.tensor(begins), shared, per_head)
 
@@ -144,7 +151,7 @@ class LogSpaced(_Between):
 
     Args:
         shape: sizes of the encoder.
-        buckets: bounds that are asked for; equal ones are merged, so that there are fewer.
+        buckets: number of bounds; those that round to the same second are merged, which leaves 93 buckets of 100.
         days: where the last bucket begins.
         shared: one table for all layers, as published, instead of one each.
         per_head: one number for each head, instead of one for all.
@@ -153,6 +160,8 @@ class LogSpaced(_Between):
     def __init__(
         self, shape: Shape, buckets: int = 100, days: float = 30.0, shared: bool = True, per_head: bool = False
     ) -> None:
+        if days * DAY <= 2:
+            raise ValueError(f"LogSpaced got {days} days, expected more than two seconds")
         bounds = torch.logspace(0, math.log10(days * DAY), buckets, dtype=torch.float64).round().long()
         super().__init__(
             shape, torch.unique(bounds)[1:], shared, per_head
@@ -172,6 +181,8 @@ class Calendar(Time):
 
     def __init__(self, shape: Shape, of: Literal["event", "request"] = "event") -> None:
         super().__init__(shape)
+        if of not in ("event", "request"):
+            raise ValueError(f"of is {of!r}, expected 'event' or 'request'")
         self.of = of
         self.linear = nn.Linear(4, shape.dim, bias=False)
         nn.init.normal_(self.linear.weight, std=0.02)
@@ -180,9 +191,9 @@ class Calendar(Time):
         when = times if self.of == "event" else told(request, self)
         hour = when.remainder(DAY) / DAY
         weekday = (when.div(DAY, rounding_mode="floor") + 4).remainder(7) / 7
-        circles = 2 * math.pi * torch.stack([hour, weekday], dim=-1).to(x.dtype)  # (B, L, 2)
-        waves = torch.stack([circles.sin(), circles.cos()], dim=-1).flatten(-2)
-        return x + self.linear(waves)
+        circles = 2 * math.pi * torch.stack([hour, weekday], dim=-1)  # (B, L, 2)
+        points = torch.stack([circles.sin(), circles.cos()], dim=-1).flatten(-2)
+        return x + self.linear(points.to(x.dtype))
 
 
 class HybridTimestamp(Time):
@@ -197,17 +208,13 @@ class HybridTimestamp(Time):
         periods: number of relative periods.
     """
 
-    absolute: Tensor
-    relative: Tensor
-
     def __init__(self, shape: Shape, periods: int = 16) -> None:
         super().__init__(shape)
-        absolute = torch.tensor([DAY, WEEK, YEAR / 12, YEAR], dtype=torch.float64)
-        relative = torch.logspace(math.log10(60), math.log10(10 * YEAR), periods, dtype=torch.float64)
-        self.register_buffer("absolute", absolute, persistent=False)
-        self.register_buffer("relative", relative, persistent=False)
+        # plain numbers: a buffer would be rounded with the weights, and a day in bf16 is 86,528 seconds
+        self.absolute = [DAY, WEEK, YEAR / 12, YEAR]
+        self.relative = torch.logspace(math.log10(60), math.log10(10 * YEAR), periods, dtype=torch.float64).tolist()
         half = shape.dim // 2
-        self.of_time = nn.Linear(2 * len(absolute) + 1, half)
+        self.of_time = nn.Linear(2 * len(self.absolute) + 1, half)
         self.of_gap = nn.Linear(2 * periods + 1, shape.dim - half)
         for linear in (self.of_time, self.of_gap):
             nn.init.normal_(linear.weight, std=0.02)
@@ -215,15 +222,16 @@ class HybridTimestamp(Time):
 
     def embed(self, x: Embedded, times: Times, request: Times | None) -> Embedded:
         gap = (told(request, self) - times).clamp(min=0)
-        trend = (times - 1_577_836_800) / YEAR
+        trend = (times - 1_577_836_800).double() / YEAR
         time = torch.cat([waves(times, self.absolute), trend[..., None]], dim=-1)
         until = torch.cat([waves(gap, self.relative), gap[..., None].double().log1p()], dim=-1)
         return x + torch.cat([self.of_time(time.to(x.dtype)), self.of_gap(until.to(x.dtype))], dim=-1)
 
 
-def waves(seconds: Times, periods: Float[Tensor, " P"]) -> Float[Tensor, "B L 2*P"]:
-    """sin and cos, in double: a float32 cannot tell two seconds of this century apart."""
-    phase = 2 * math.pi * (seconds[..., None].double() / periods).frac()
+def waves(seconds: Times, periods: list[float]) -> Float[Tensor, "B L P"]:
+    """sin and cos of each period, in double: a float32 cannot tell two seconds of this century apart."""
+    turns = seconds[..., None].double() / torch.tensor(periods, dtype=torch.float64, device=seconds.device)
+    phase = 2 * math.pi * turns.frac()
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 
@@ -242,7 +250,10 @@ class Combined(Time):
         if len(inside) > 1:
             names = ", ".join(type(part).__name__ for part in inside)
             raise ValueError(f"{names} all bias attention by the same gaps; keep one of them")
-        self.inside = inside[0] if inside else None
+
+    @property
+    def inside(self) -> Time | None:
+        return next((part for part in self.parts if part.in_attention), None)
 
     def embed(self, x: Embedded, times: Times, request: Times | None) -> Embedded:
         for part in self.parts:

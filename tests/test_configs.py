@@ -1,5 +1,6 @@
 """Every shipped config says what the signatures understand; the files are found, not listed."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from pipeline_fixtures import recsys
 
+from recsys2stage import encoders
 from recsys2stage.losses import InfoNCE
 
 ROOT = Path(__file__).parent.parent
@@ -78,12 +80,37 @@ def test_every_config_is_understood(path: str, capsys: pytest.CaptureFixture[str
     said(config, parsed(VERBS[Path(path).stem], [path], capsys))
 
 
-@pytest.mark.parametrize("overlay", overlays)
-@pytest.mark.parametrize("base", retrievers)
-def test_every_overlay_goes_on_top_of_every_retriever(
+# every overlay and every base at least once; all pairs would take minutes of parsing
+PAIRS = [(retrievers[number % len(retrievers)], overlay) for number, overlay in enumerate(overlays)]
+
+
+@pytest.mark.parametrize(("base", "overlay"), PAIRS)
+def test_an_overlay_changes_what_it_says_and_nothing_else(
     base: str, overlay: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said(yaml.safe_load(Path(overlay).read_text(encoding="utf-8")), parsed("fit", [base, overlay], capsys))
+    """Where a class is swapped, like-named options that nobody set are the new class's own, not the old one's."""
+    understood = parsed("fit", [base, overlay], capsys)
+    words = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in (base, overlay)]
+    said(words[1], understood)
+    encoder, set_by_somebody = understood["model"]["init_args"]["encoder"], set()
+    for word in words:
+        part = word.get("model", {}).get("init_args", {}).get("encoder", {})
+        set_by_somebody |= set(part.get("init_args", {})) if isinstance(part, dict) else set()
+    kind = getattr(encoders, encoder["class_path"].rpartition(".")[2])
+    for name, option in inspect.signature(kind).parameters.items():
+        if name in encoder["init_args"] and name not in set_by_somebody:
+            got = encoder["init_args"][name]
+            got = got["class_path"].rpartition(".")[2] if isinstance(got, dict) else got
+            assert got == getattr(option.default, "__name__", option.default), name
+
+
+def test_overlays_stack(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last word wins, in whichever encoder it finds."""
+    words = [f"configs/with/{name}.yaml" for name in ("hstu", "request-time", "last-event")]
+    config = parsed("fit", ["configs/ml-1m/retriever.yaml", *words], capsys)
+    assert config["model"]["init_args"]["encoder"]["class_path"].endswith(".HSTU")
+    assert config["model"]["init_args"]["encoder"]["init_args"]["time"]["class_path"].endswith(".RequestGap")
+    assert config["data"]["init_args"]["request_time"] == "last_event"
 
 
 @pytest.mark.parametrize("path", shipped)
@@ -118,7 +145,8 @@ def test_ml_20m_is_seed_000(capsys: pytest.CaptureFixture[str]) -> None:
     model = parsed("fit", ["configs/ml-20m/retriever.yaml"], capsys)["model"]["init_args"]
     encoder = model["encoder"]["init_args"]
     assert model["dim"] == 256
-    assert [encoder[name] for name in ("layers", "heads", "dropout", "expansion")] == [4, 8, 0.1, 4.0]
+    assert [encoder[name] for name in ("layers", "heads", "dropout")] == [4, 8, 0.1]
+    assert encoder["feed_forward"] is None  # SwiGLU of four times the width
     assert model["optimizer"]["init_args"].get("weight_decay", 0) == 0
     loss = model["loss"] or {"init_args": vars(InfoNCE())}
     assert loss["init_args"]["temperature"] == 0.05

@@ -1,4 +1,4 @@
-"""Attention with relative biases, in blocks that fit into cache: nothing of size (B, H, L, L) is ever in memory.
+"""Attention with relative biases, on a CPU in blocks that fit into cache: nothing of size (B, H, L, L) is in memory.
 
     softmax_attention     softmax_j(q_i·k_j / √K + b_ij) v_j              Vaswani et al. 2017, with a bias
     pointwise_attention   SiLU(s · q_i·k_j + b_ij) / n · v_j              HSTU: Zhai et al. 2024, eq. 2
@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recsys2stage.layers import in_cache, kept
@@ -32,6 +33,7 @@ class Bias(NamedTuple):
     table: Float[Tensor, "#H N"] | None = None
 
     def __bool__(self) -> bool:
+        """Whether there is anything to join."""
         return self.position is not None or self.table is not None
 
 
@@ -53,7 +55,7 @@ def softmax_attention(
         lengths = None  # what is padded comes after whatever is real, and is not seen
     else:
         assert lengths is not None, "attention to both sides needs to know what is padding"
-        lengths = lengths.clamp(min=1)  # an empty history sees its padding rather than nothing, which were 0 / 0
+        lengths = lengths.clamp(min=1)  # an empty history sees one padded place, not nothing, which were 0 / 0
     if in_cache(q) and (bias or dropout):
         return _blocks(q, k, v, bias, lengths, _Kind("softmax", causal, q.size(-1) ** -0.5, 1.0, dropout))
     if causal and not bias:
@@ -158,6 +160,7 @@ class _Blocks(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, *saved = ctx.saved_tensors
         q, k, position, table, buckets, lengths = saved

@@ -25,8 +25,6 @@ class AttentiveEncoder(Encoder):
 
     def __init__(self, shape: Shape, position: PositionFactory, time: TimeFactory | None) -> None:
         super().__init__()
-        if shape.dim % shape.heads:
-            raise ValueError(f"dim {shape.dim} is not a multiple of heads {shape.heads}; change one of them")
         self.layers = shape.layers
         self.position: Position = position(shape)
         self.time: Time = (time or Time)(shape)
