@@ -211,7 +211,7 @@ class HybridTimestamp(Time):
     def __init__(self, shape: Shape, periods: int = 16) -> None:
         super().__init__(shape)
         # plain numbers: a buffer would be rounded with the weights, and a day in bf16 is 86,528 seconds
-        self.absolute = [DAY, WEEK, YEAR / 12, YEAR]
+        self.absolute = [float(DAY), float(WEEK), YEAR / 12, YEAR]
         self.relative = torch.logspace(math.log10(60), math.log10(10 * YEAR), periods, dtype=torch.float64).tolist()
         half = shape.dim // 2
         self.of_time = nn.Linear(2 * len(self.absolute) + 1, half)
