@@ -75,7 +75,7 @@ TABLES = {
         },
     ),
     "ml-latest-small": Table(
-        minutes=1.25,
+        minutes=1,
         seeds=(0, 1, 2),
         rows={
             "base: rotary, RMSNorm first, SwiGLU 4, serial, no time": [],
