@@ -28,11 +28,12 @@ ENCODER = "--model.init_args.encoder.init_args"
 
 
 class Table(NamedTuple):
-    """Rows of a table: label -> what is added to the dataset's retriever config."""
+    """Rows of a table: label -> what is added to the dataset's retriever config, beside what all rows add."""
 
     minutes: float
     seeds: tuple[int, ...]
     rows: dict[str, list[str]]
+    common: tuple[str, ...] = ()
 
 
 def overlays(*names: str) -> list[str]:
@@ -41,7 +42,9 @@ def overlays(*names: str) -> list[str]:
 
 def part(**options: object) -> list[str]:
     """Options of the encoder; a part without options is its class name."""
-    return [f"{ENCODER}.{name}={json.dumps(value)}" for name, value in options.items()]
+    return [
+        f"{ENCODER}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
+    ]
 
 
 def kind(name: str, **options: object) -> dict[str, object]:
@@ -77,6 +80,7 @@ TABLES = {
     "ml-latest-small": Table(
         minutes=1,
         seeds=(0, 1, 2),
+        common=("--model.init_args.optimizer.init_args.lr=2e-3",),  # the config's 1e-3 would not get far in a minute
         rows={
             "base: rotary, RMSNorm first, SwiGLU 4, serial, no time": [],
             "position: none": part(position="Position"),
@@ -139,7 +143,14 @@ def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
     output = ROOT / "runs/encoders" / name / f"{''.join(c if c.isalnum() else '-' for c in label)}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    words = ["--config", f"configs/{name}/retriever.yaml", *table.rows[label], "--output", str(output / "retriever")]
+    words = [
+        "--config",
+        f"configs/{name}/retriever.yaml",
+        *table.rows[label],
+        *table.common,
+        "--output",
+        str(output / "retriever"),
+    ]
     words += ["--trainer.enable_progress_bar=false"]
     budget = ["--trainer.callbacks+=encoders.CpuBudget", f"--trainer.callbacks.minutes={table.minutes}"]
     budget += [f"--trainer.callbacks.output={output / 'used.json'}"]
