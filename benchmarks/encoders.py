@@ -181,7 +181,7 @@ def csv_logger(output: Path) -> dict[str, Any]:
 def recsys(*words: str, log: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     with log.open("w") as file:
-        command = [Path(sys.executable).with_name("recsys"), *words]
+        command = [str(Path(sys.executable).with_name("recsys")), *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise RuntimeError(f"recsys {words[0]} failed; see {log}")

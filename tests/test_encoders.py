@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from recsys2stage import encoders, positions, times
-from recsys2stage.data import Histories, Queries
+from recsys2stage.data import Histories
 from recsys2stage.encoders import Encoder
 from recsys2stage.encoders.blocks import AttentiveEncoder
-from recsys2stage.positions import Learned, Position, Rotary, Sinusoidal
+from recsys2stage.positions import Learned, PerDistance, Position, Rotary, Sinusoidal
 from recsys2stage.retriever import Retriever
 from recsys2stage.shapes import Shape
 from recsys2stage.times import Calendar, HybridTimestamp, LogBuckets, RequestGap, Time
@@ -44,7 +44,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
 }
 POSITIONS: dict[str, Callable[[Shape], Position]] = {
     **{position.__name__: position for position in family(Position) if position is not positions.Combined},
-    "Rotary+Learned": partial(positions.Combined, parts=[Rotary, Learned]),
+    "Rotary+Learned+PerDistance": partial(positions.Combined, parts=[Rotary, Learned, PerDistance]),
     "Learned+Sinusoidal": partial(positions.Combined, parts=[Learned, Sinusoidal]),
 }
 TIMES: dict[str, Callable[[Shape], Time]] = {
@@ -95,13 +95,12 @@ class Case(NamedTuple):
 
 def covering(cases: Iterable[Case]) -> list[Case]:
     """A few of the cases in which every pair of parts that stands together in any still does."""
-    cases, covered, chosen = list(cases), set(), []
-    while best := max(cases, key=lambda case: len(pairs(case) - covered)):
-        if pairs(best) <= covered:
-            return chosen
-        covered |= pairs(best)
-        chosen.append(best)
-    raise AssertionError
+    cases = list(cases)
+    missing, chosen = set().union(*map(pairs, cases)), []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs(case) & missing)))  # the first of those that add most
+        missing -= pairs(chosen[-1])
+    return chosen
 
 
 def pairs(case: Case) -> set[tuple[tuple[str, str], ...]]:
@@ -116,9 +115,7 @@ COVERING = covering(TAKEN)
 def parameters(cases: Iterable[Case]) -> list[Any]:
     """Those of the covering design, and the others as slow."""
     design = set(COVERING)
-    return [
-        pytest.param(case, id="-".join(case), marks=[] if case in design else [pytest.mark.slow]) for case in cases
-    ]
+    return [pytest.param(case, id="-".join(case), marks=[] if case in design else [pytest.mark.slow]) for case in cases]
 
 
 every_case = pytest.mark.parametrize("case", parameters(TAKEN))
@@ -154,6 +151,8 @@ def test_the_families_are_found() -> None:
     assert {"Transformer", "SASRec", "LiGR", "BERT4Rec"} <= set(ENCODERS)
     assert {"Position", "Learned", "Sinusoidal", "Rotary", "PerDistance", "T5Buckets"} <= set(POSITIONS)
     assert {"Time", "RequestGap", "LogBuckets", "LogSpaced", "Calendar", "HybridTimestamp"} <= set(TIMES)
+    asking = {time for time in TIMES if Case("Transformer", "Position", time).asks}
+    assert asking == set(TIMES) - {"Time", "Calendar"}, "of the published clocks, only these need no request time"
     exported = {part for part in vars(encoders).values() if inspect.isclass(part) and issubclass(part, Encoder)}
     assert exported - {Encoder} == set(ENCODERS.values()), "recsys2stage.encoders must export every encoder"
 
@@ -177,10 +176,10 @@ def test_what_an_encoder_cannot_do_is_refused(case: Case) -> None:
 
 
 def test_there_is_something_to_refuse() -> None:
-    refused = {case[:2] if "RequestGap" not in case.time else case[::2] for case in EVERY if case.refusal}
-    assert ("BERT4Rec", "RequestGap") in refused
-    assert ("BERT4Rec", "RequestGap+LogBuckets") in refused
-    assert not {case for case in EVERY if case.refusal and case.encoder in ("Transformer", "SASRec", "LiGR", "HSTU")}
+    refused = {case for case in EVERY if case.refusal}
+    assert Case("BERT4Rec", "Position", "RequestGap") in refused
+    assert Case("BERT4Rec", "Position", "RequestGap+LogBuckets") in refused
+    assert not {case.encoder for case in refused} & {"Transformer", "SASRec", "LiGR", "HSTU", "FuXi"}
 
 
 # --- the contract
@@ -336,7 +335,7 @@ def test_bf16_is_finite_and_near(case: Case) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = built(*batch)
     assert rough.isfinite().all()
-    assert ((rough.float() - exact).norm() / exact.norm()).item() < 0.05
+    assert ((rough.float() - exact).norm() / exact.norm()).item() < 0.1
     assert not torch.equal(rough.float(), exact), "autocast must have reached the encoder"
 
 
@@ -383,8 +382,8 @@ def test_a_state_dict_says_all(case: Case) -> None:
 
 
 def compiled_case(encoder: str) -> Case:
-    """With a bias of position and of time, where the encoder has attention."""
-    rich = Case(encoder, "T5Buckets", "LogBuckets")
+    """With all that positions and times can do, where the encoder has attention."""
+    rich = Case(encoder, "Rotary+Learned+PerDistance", "LogBuckets")
     return rich if rich in TAKEN else Case(encoder, "Learned", "Calendar")
 
 
@@ -409,10 +408,10 @@ def compare_compiled(encoder: str) -> None:
         x = x.double().requires_grad_()
         leaves, mass = [x, *built.parameters()], torch.randn_like(x)
         outs = [run(x, *rest) for run in (built, compiled)]
-        torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)  # hours are float32, which a compiler may round later
         gradients = [torch.autograd.grad((out * mass).sum(), leaves) for out in outs]
         for one, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 # --- a world whose answer is known
@@ -420,25 +419,27 @@ def compare_compiled(encoder: str) -> None:
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_cycle_is_learned(encoder: str, cycle: Path) -> None:
-    """Item i is always followed by i + 1: the target comes to be among the ten best, and mostly the best."""
-    data = Histories(cycle, max_length=12, eval_batch_size=500)
+    """Item i is always followed by i + 1: the target comes to be among the ten best, and mostly the best.
+
+    Histories are cut shorter than those of training, so that the places at which they are asked have been learned.
+    """
+    data = Histories(cycle, max_length=6, eval_batch_size=500)
     build = partial(ENCODERS[encoder], layers=1, heads=HEADS, dropout=0.0)
-    model = Retriever(data.num_items, data.max_length, dim=16, encoder=build)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    model = Retriever(data.num_items, data.max_length, dim=32, encoder=build)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     [val], [test] = data.val_dataloader(), data.test_dataloader()
 
-    def hits(batch: Queries, k: int) -> float:
+    def hits(k: int) -> list[float]:
         with torch.no_grad():
-            return (model.ranks(batch) <= k).float().mean().item()
+            return [(model.ranks(batch) <= k).double().mean().item() for batch in (val, test)]
 
-    assert hits(val, 10) < 0.7, "30 of the 40 items are unknown to a user: chance is 1/3"
-    windows = torch.arange(len(data.window_starts))
-    for _ in range(60 if ENCODERS[encoder].causal else 500):  # hiding a fifth teaches more slowly than asking for all
-        question = model.objective(data.read_windows(windows[torch.randperm(len(windows))[:40]].numpy()))
+    assert max(hits(10)) < 0.7, "30 of the 40 items are unknown to a user: chance is 1/3"
+    count = len(data.window_starts)
+    for _ in range(80 if model.towers.encoder.causal else 300):  # what is hidden is a fifth of what comes next
+        question = model.objective(data.read_windows(torch.randperm(count)[:60].numpy()))
         queries = model.towers(question.history)[question.places]
         optimizer.zero_grad()
         model.loss(queries, question.answers, model.towers.item_vectors, model.log_popularity).backward()
         optimizer.step()
-    print(encoder, [hits(b, k) for b in (val, test) for k in (1, 10)])
-    assert [hits(batch, 10) for batch in (val, test)] == [1.0, 1.0]
-    assert min(hits(batch, 1) for batch in (val, test)) > 0.9
+    assert hits(10) == [1.0, 1.0]
+    assert min(hits(1)) > 0.9

@@ -68,7 +68,7 @@ class Mamba4Rec(Encoder):
         skip: whether each layer adds D v to its output, as in Mamba-2.
         expansion: hidden width of the feed-forward as a multiple of `dim`.
         dropout: on the input, on both branches and inside the feed-forward.
-        position: where an event stands, as a term of the input.
+        position: where an event stands, as a term of the input; None: the model counts nothing.
         time: when it happened, as a term of the input; None: the model has no clock.
     """
 
@@ -85,16 +85,16 @@ class Mamba4Rec(Encoder):
         skip: bool = False,
         expansion: float = 4.0,
         dropout: float = 0.2,
-        position: PositionFactory = Position,
+        position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
         super().__init__()
         width = expand * dim
         if width % heads:
             raise ValueError(f"expand · dim = {width} is not a multiple of heads {heads}; change one of them")
-        shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
+        shape = Shape(dim=dim, max_length=max_length, layers=layers)
         self.max_length = max_length
-        self.position: Position = position(shape)
+        self.position: Position = (position or Position)(shape)
         self.time: Time = (time or Time)(shape)
         _refuse_attention(self.position, "Learned, Sinusoidal or no position")
         _refuse_attention(self.time, "RequestGap, Calendar, HybridTimestamp or no time")
@@ -133,9 +133,10 @@ class Mamba4Rec(Encoder):
         place = x[:, None]
         if type(self.position) is not Position:
             if state.events >= self.max_length:
+                name = type(self.position).__name__
                 raise ValueError(
-                    f"{type(self.position).__name__} knows {self.max_length} places and this is event {state.events + 1} "
-                    "of a history; raise max_length, or start anew with its last events"
+                    f"{name} knows {self.max_length} places and this is event {state.events + 1} of a history; raise "
+                    "max_length, or start anew with its last events"
                 )
             place = self.position.embed(F.pad(place, (0, 0, state.events, 0)))[:, -1:]
         if time is not None:
@@ -198,17 +199,17 @@ class Mamba2(nn.Module):
         self.into = nn.Linear(dim, sum(self.parts), bias=False)
         self.taps = nn.Parameter(torch.empty(channels, conv_width).uniform_(-1, 1) / conv_width**0.5)
         self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
-        dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+        dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(dt + (-torch.expm1(-dt)).log())  # softplus of it is dt
         self.skip = nn.Parameter(torch.ones(heads)) if skip else None
         self.norm = RMSNorm(width, 1e-5)
         self.out = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Embedded) -> Embedded:
-        length, places = x.size(1), self.chunk
-        if in_cache(x):
-            places = -(-length // -(-length // places))  # no fewer chunks than needed, but all of a size
-        extra = (length + places - 1) // places * places - length  # places after the end: with a dt of 0 they change nothing
+        length = x.size(1)
+        chunks = (length + self.chunk - 1) // self.chunk
+        places = -(-length // chunks) if in_cache(x) else self.chunk  # no wider than needed, where that is cheap to say
+        extra = chunks * places - length  # places after the end, which no other sees
         z, vbc, dt = self._project(x)
         dt = F.pad(dt, (0, 0, 0, extra))
         vbc = F.silu(self._convolve(F.pad(vbc, (0, 0, self.taps.size(1) - 1, extra)))).to(dt.dtype)
@@ -237,7 +238,7 @@ class Mamba2(nn.Module):
         z, vbc, dt = (F.linear(x, weight) for weight in torch.split(self.into.weight, self.parts))
         return z, vbc, F.softplus(dt + self.dt_bias)
 
-    def _convolve(self, vbc: Float[Tensor, "B L+W-1 C"]) -> Float[Tensor, "B L C"]:
+    def _convolve(self, vbc: Float[Tensor, "B longer C"]) -> Float[Tensor, "B L C"]:
         """Each channel by itself. In memory the history is a picture, one pixel high, with its channels last; that
         convolution is the fastest that a CPU has."""
         picture = vbc.transpose(1, 2).unsqueeze(2)
@@ -359,8 +360,8 @@ class _Chunks:
         return (self.s[head, :, :, None] - self.s[head, :, None]).clamp_(FAINTEST, 0).exp_()
 
     def carry(self, states: Tensor, order: range) -> None:
-        """Replaces what each chunk adds to the state by the state that it finds, where chunks follow in that `order`."""
-        kept = self.since_start[:, -1:].unflatten(0, (-1, self.chunks))  # (B, n, 1, H, 1)
+        """Replaces what each chunk adds to the state by the state that it finds; chunks follow in `order`."""
+        kept = self.since_start[:, -1].view(-1, self.chunks, 1, self.u.size(2), 1)
         added = states.view(-1, self.chunks, states.size(1), *self.u.shape[2:])  # (B, n, S, H, K)
         state = torch.zeros_like(added[:, 0])
         for chunk in order:
