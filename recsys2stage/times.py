@@ -189,8 +189,8 @@ class Calendar(Time):
 
     def embed(self, x: Embedded, times: Times, request: Times | None) -> Embedded:
         when = times if self.of == "event" else told(request, self)
-        hour = when.remainder(DAY) / DAY
-        weekday = (when.div(DAY, rounding_mode="floor") + 4).remainder(7) / 7
+        hour = when.remainder(DAY).double() / DAY
+        weekday = (when.div(DAY, rounding_mode="floor") + 4).remainder(7).double() / 7
         circles = 2 * math.pi * torch.stack([hour, weekday], dim=-1)  # (B, L, 2)
         points = torch.stack([circles.sin(), circles.cos()], dim=-1).flatten(-2)
         return x + self.linear(points.to(x.dtype))

@@ -16,7 +16,7 @@ LENGTH = 8
 
 def build(**options: object) -> Mamba4Rec:
     """A small one in float64, whose states are felt and forgotten at a middling pace."""
-    built = enlarged(Mamba4Rec(D, LENGTH, state=S, heads=H, **{"chunk": 3, **options}).double())
+    built = enlarged(Mamba4Rec(D, LENGTH, state=S, ssm_heads=H, **{"chunk": 3, **options}).double())
     with torch.no_grad():
         for block in built.blocks:
             block.mamba.dt_bias += 3
@@ -183,7 +183,7 @@ def test_what_cannot_be_stepped_is_refused() -> None:
 def test_long_histories_keep_their_gradients(whole: bool, faster: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite and near those in float64, whether little is forgotten or, with a dt of 5 and more, everything at once."""
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: whole)
-    built = Mamba4Rec(16, 1000, state=8, heads=4, dropout=0.0)
+    built = Mamba4Rec(16, 1000, state=8, ssm_heads=4, dropout=0.0)
     with torch.no_grad():
         for block in built.blocks:
             block.mamba.dt_bias += faster
@@ -234,7 +234,7 @@ def test_parameters_of_recml() -> None:
 
 
 def test_it_starts_as_its_docstring_says() -> None:
-    built = Mamba4Rec(64, 10, layers=4, heads=128, skip=True)
+    built = Mamba4Rec(64, 10, layers=4, ssm_heads=128, skip=True)
     mambas = [block.mamba for block in built.blocks]
     rate = torch.cat([mamba.log_rate for mamba in mambas]).exp()
     assert 1 <= rate.min() < 1.2
@@ -272,5 +272,5 @@ def test_times_inside_attention_are_refused() -> None:
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expand · dim = 20 is not a multiple of heads 8; change one of them"):
+    with pytest.raises(ValueError, match=r"expand · dim = 20 is not a multiple of ssm_heads 8; change one of them"):
         Mamba4Rec(10, 5)

@@ -62,7 +62,7 @@ class Mamba4Rec(Encoder):
         layers: number of blocks.
         state: width S of the state of each channel.
         expand: width E of a state space layer as a multiple of `dim`.
-        heads: groups of channels, each with its own rate of forgetting; they divide E.
+        ssm_heads: groups of channels, each with its own rate of forgetting; they divide E.
         conv_width: number of events that the convolution sees, W.
         chunk: places that are computed at once, at most; it changes nothing but the time.
         skip: whether each layer adds D v to its output, as in Mamba-2.
@@ -79,7 +79,7 @@ class Mamba4Rec(Encoder):
         layers: int = 2,
         state: int = 64,
         expand: int = 2,
-        heads: int = 8,
+        ssm_heads: int = 8,
         conv_width: int = 4,
         chunk: int = 40,
         skip: bool = False,
@@ -90,8 +90,8 @@ class Mamba4Rec(Encoder):
     ) -> None:
         super().__init__()
         width = expand * dim
-        if width % heads:
-            raise ValueError(f"expand · dim = {width} is not a multiple of heads {heads}; change one of them")
+        if width % ssm_heads:
+            raise ValueError(f"expand · dim = {width} is not a multiple of ssm_heads {ssm_heads}; change one of them")
         shape = Shape(dim=dim, max_length=max_length, layers=layers)
         self.max_length = max_length
         self.position: Position = (position or Position)(shape)
@@ -101,7 +101,7 @@ class Mamba4Rec(Encoder):
         self.dropout = Dropout(dropout)
         self.norm = LayerNorm(dim, EPS)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(Mamba2(dim, width, state, heads, conv_width, chunk, skip), GELU(dim, dropout, expansion), dropout)
+            Block(Mamba2(dim, width, state, ssm_heads, conv_width, chunk, skip), GELU(dim, dropout, expansion), dropout)
             for _ in range(layers)
         )
         initialise(self, nn.init.xavier_uniform_)
@@ -208,7 +208,7 @@ class Mamba2(nn.Module):
     def forward(self, x: Embedded) -> Embedded:
         length = x.size(1)
         chunks = (length + self.chunk - 1) // self.chunk
-        places = -(-length // chunks) if in_cache(x) else self.chunk  # no wider than needed, where that is cheap to say
+        places = -(-length // chunks) if in_cache(x) else self.chunk  # a compiler wants to know it
         extra = chunks * places - length  # places after the end, which no other sees
         z, vbc, dt = self._project(x)
         dt = F.pad(dt, (0, 0, 0, extra))
@@ -285,7 +285,7 @@ def _whole_scan(v: Tensor, b: Tensor, c: Tensor, dt: Tensor, rate: Tensor, place
     s = s.cumsum(2).transpose(2, 3)  # (B, n, H, P)
     inside = (c @ b.mT).tril()[:, :, None] * (s[..., None] - s[..., None, :]).clamp(max=0).exp()
     y = (inside @ u.transpose(2, 3)).transpose(2, 3)
-    added = torch.einsum("bnps,bnhp,bnphk->bnshk", b, (s[..., -1:] - s).exp(), u)
+    added = torch.einsum("bnphk,bnhp,bnps->bnshk", u, (s[..., -1:] - s).exp(), b)
     past = s[..., -1].cumsum(1)  # (B, n, H)
     between = (F.pad(past[:, :-1], (0, 0, 1, 0))[:, :, None] - past[:, None]).clamp(max=0).exp()  # (B, n, n, H)
     earlier = torch.ones_like(between[0, :, :, 0]).tril(-1)
