@@ -199,7 +199,8 @@ class Combined(Position):
         return q
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"] | None:
-        found = [bias for part in self.parts if (bias := part.bias(layer, length)) is not None]
+        biases = [part.bias(layer, length) for part in self.parts]
+        found = [bias for bias in biases if bias is not None]
         return sum(found[1:], start=found[0]) if found else None
 
     @property

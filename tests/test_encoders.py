@@ -122,10 +122,14 @@ every_case = pytest.mark.parametrize("case", parameters(TAKEN))
 every_causal_case = pytest.mark.parametrize("case", parameters(case for case in TAKEN if case.causal))
 
 
+def few_heads(encoder: str) -> dict[str, int]:
+    return {"heads": HEADS} if "heads" in inspect.signature(ENCODERS[encoder]).parameters else {}
+
+
 def build(case: Case, **options: Any) -> Encoder:
     """In evaluation mode, with its weights enlarged so that no effect hides behind a small initial value."""
-    encoder = ENCODERS[case.encoder]
-    built = encoder(DIM, LENGTH, heads=HEADS, position=POSITIONS[case.position], time=TIMES[case.time], **options)
+    options = {**few_heads(case.encoder), **options, "position": POSITIONS[case.position], "time": TIMES[case.time]}
+    built = ENCODERS[case.encoder](DIM, LENGTH, **options)
     with torch.no_grad():
         for weight in built.parameters():
             weight += 0.3 * torch.randn_like(weight)
@@ -164,9 +168,6 @@ def test_the_design_covers_every_pair() -> None:
     assert covering(TAKEN) == COVERING, "the design must be the same wherever it is made"
     most = len(POSITIONS) * len(TIMES)
     assert len(COVERING) < 1.4 * most < len(TAKEN) / 2
-    # what no case has is refused whatever the third part is
-    for first, second in {pair for case in EVERY for pair in pairs(case)} - wanted:
-        assert all(case.refusal for case in EVERY if {first, second} <= set(zip(Case._fields, case, strict=True)))
 
 
 @pytest.mark.parametrize("case", [case for case in EVERY if case.refusal], ids="-".join)
@@ -408,10 +409,10 @@ def compare_compiled(encoder: str) -> None:
         x = x.double().requires_grad_()
         leaves, mass = [x, *built.parameters()], torch.randn_like(x)
         outs = [run(x, *rest) for run in (built, compiled)]
-        torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)  # hours are float32, which a compiler may round later
+        torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
         gradients = [torch.autograd.grad((out * mass).sum(), leaves) for out in outs]
         for one, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 # --- a world whose answer is known
@@ -424,7 +425,7 @@ def test_the_cycle_is_learned(encoder: str, cycle: Path) -> None:
     Histories are cut shorter than those of training, so that the places at which they are asked have been learned.
     """
     data = Histories(cycle, max_length=6, eval_batch_size=500)
-    build = partial(ENCODERS[encoder], layers=1, heads=HEADS, dropout=0.0)
+    build = partial(ENCODERS[encoder], layers=1, dropout=0.0, **few_heads(encoder))
     model = Retriever(data.num_items, data.max_length, dim=32, encoder=build)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     [val], [test] = data.val_dataloader(), data.test_dataloader()
