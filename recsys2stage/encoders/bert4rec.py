@@ -5,10 +5,10 @@
     out = LayerNorm(GELU(Wp x + bp))
 
 Every place sees all real places. It learns by filling in what was hidden (`objectives.Cloze`) and recommends what it
-would fill in after the newest event. With learned positions, histories as long as those it will be asked about must be
-among those it learns from: a place that no window reached keeps its first, random vector. The last line is BERT's masked head; what follows, the product with the item table
-and a bias for each item, is the towers' part (`item_bias: true`). Weights are N(0, 0.02²) cut at two deviations, biases
-zero.
+would fill in after the newest event. With learned positions, some of the histories it learns from must be as long as
+those it is asked about: a place that no window reached keeps its first, random vector. The last line is BERT's masked
+head; what follows, the product with the item table and a bias for each item, is the towers' part (`item_bias: true`).
+Weights are N(0, 0.02²) cut at two deviations, biases zero.
 """
 
 from functools import partial
