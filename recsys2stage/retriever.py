@@ -1,11 +1,12 @@
 """The first stage in training: a two-tower model that learns which item comes next."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.data import Histories, Queries
 from recsys2stage.dataset import RequestTime
@@ -36,6 +37,8 @@ class Retriever(LightningModule):
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         compiled: whether the encoder goes through torch.compile, which pays on a GPU.
+        recompute_rows: so many histories at a time keep their activations, which are computed again for the gradient:
+            much less memory for a fifth of the time. None: all keep them.
     """
 
     log_popularity: Tensor
@@ -55,6 +58,7 @@ class Retriever(LightningModule):
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 100,
         compiled: bool = False,
+        recompute_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["objective", "loss"])
@@ -67,9 +71,11 @@ class Retriever(LightningModule):
                 f"{type(self.objective).__name__} does not suit it; leave the objective out"
             )
         self.loss = loss or InfoNCE()
-        self.optimizer, self.warmup_steps = optimizer, warmup_steps
+        self.optimizer, self.warmup_steps, self.recompute_rows = optimizer, warmup_steps, recompute_rows
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         self.register_buffer("log_popularity", torch.zeros(num_items + 1))
+        if recompute_rows is not None and recompute_rows < 1:
+            raise ValueError(f"recompute_rows is {recompute_rows}, expected at least 1, or null to keep everything")
         if compiled:
             self.towers.encoder.compile(dynamic=True)  # histories are as long as their batch needs
 
@@ -80,10 +86,22 @@ class Retriever(LightningModule):
 
     def training_step(self, window: History, batch_idx: int) -> Tensor:
         question = self.objective(window)
-        queries = self.towers(question.history)[question.places]
+        queries = self.states(question.history)[question.places]
         loss = self.loss(queries, question.answers, self.towers.item_vectors, self.log_popularity)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(queries))
         return loss
+
+    def states(self, history: History) -> Float[Tensor, "B L E"]:
+        """What the towers say at every place, with activations kept for all rows or for some at a time."""
+        if self.recompute_rows is None:
+            return self.towers(history)
+        items, lengths, times, request = history
+        states = []
+        for start in range(0, len(items), self.recompute_rows):
+            rows = slice(start, start + self.recompute_rows)
+            part = History(items[rows], lengths[rows], times[rows], None if request is None else request[rows])
+            states.append(checkpoint(self.towers, part, use_reentrant=False))
+        return torch.cat(states)
 
     def validation_step(self, batch: Queries, batch_idx: int) -> None:
         self.val_metrics.update(self.ranks(batch))

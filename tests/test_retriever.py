@@ -241,3 +241,29 @@ def test_the_rate_warms_up_linearly_and_stays() -> None:
 def test_the_optimiser_is_that_of_the_seed() -> None:
     group = RecsysAdamW([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.9, 0.98), 1e-8, 0.0)
+
+
+@pytest.mark.parametrize("request_time", ["none", "target"])
+def test_recomputed_activations_change_nothing(ragged: Path, request_time: str) -> None:
+    """Value and gradient, dropout included: what is drawn for a few rows is drawn again for their gradient."""
+    data = Histories(ragged, max_length=10, batch_size=7, request_time=request_time)  # type: ignore[arg-type]
+    window = data.read_windows(data.train_dataloader().plan()[0])
+
+    def gradients(dropout: float, rows: int | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = model_for(data, encoder=partial(Transformer, dropout=dropout), recompute_rows=rows).double()
+        model.log = lambda *_, **__: None  # type: ignore[method-assign]
+        torch.manual_seed(1)
+        loss = model.training_step(window, 0)
+        loss.backward()
+        return [loss.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)]
+
+    for one, other in zip(gradients(0.0, None), gradients(0.0, 3), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    for one, other in zip(gradients(0.5, None), gradients(0.5, len(window.items)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_recompute_rows_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="recompute_rows is 0, expected at least 1, or null to keep everything"):
+        Retriever(5, 5, recompute_rows=0)

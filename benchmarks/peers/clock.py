@@ -18,6 +18,7 @@ class Job:
     Args:
         data: prepared dataset.
         loss: of ours a class of recsys2stage.losses, of RecTools `softmax` or a number of sampled negatives.
+        recompute_rows: of ours, how many histories at a time keep their activations; None: all.
         bucketed: whether the encoder of RePlay takes a batch in buckets of like length.
         width: of item vectors and states, D.
         heads: of attention.
@@ -50,6 +51,7 @@ class Job:
     loss: str = "softmax"
     bucketed: bool = False
     steps: int = 1
+    recompute_rows: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -86,7 +86,8 @@ class Training:
     def __init__(self, job: Job, encoder: EncoderFactory, num_items: int) -> None:
         warnings.filterwarnings("ignore", ".*self.trainer. reference is not registered.*")  # nobody listens to its logs
         loss = getattr(losses, job.loss)()
-        self.job, self.retriever = job, Retriever(num_items, job.length, dim=job.width, encoder=encoder, loss=loss)
+        sizes = {"dim": job.width, "recompute_rows": job.recompute_rows}
+        self.job, self.retriever = job, Retriever(num_items, job.length, encoder=encoder, loss=loss, **sizes)
         self.retriever.to(job.device).train()
         if job.compile:
             self.retriever.towers.encoder.compile(dynamic=True)
