@@ -34,6 +34,10 @@ raw := $(if $(RAW),data/.$(DATASET).raw)
 $(if $(RAW),$(shell mkdir -p data; [ "$$(cat $(raw) 2>&1)" = "$(RAW)" ] || echo "$(RAW)" > $(raw)))
 
 overlays := $(WITH:%=configs/with/%.yaml)
+unknown := $(filter-out $(wildcard $(overlays)),$(overlays))
+ifneq ($(unknown),)
+$(error $(unknown) does not exist; WITH takes $(notdir $(basename $(wildcard configs/with/*.yaml))))
+endif
 # an interrupted fit goes on from its last checkpoint, unless anything it depends on is newer
 resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $(@D)/{best,last}.ckpt; exit; }; done; \
 	echo --ckpt_path $(@D)/last.ckpt)

@@ -30,9 +30,9 @@ class Loss(nn.Module, ABC):
     ) -> Float[Tensor, ""]:
         """
         Args:
-            queries: unit vectors, one for each answered place; padding is not among them.
+            queries: one for each answered place; padding is not among them.
             answers: item numbers.
-            item_vectors: item numbers (U,) -> unit vectors (U, D).
+            item_vectors: item numbers (U,) -> vectors (U, D) whose products with queries are scores.
             log_popularity: (V + 1,) log of each item's share of the training targets.
         """
 
@@ -92,9 +92,9 @@ class FullSoftmax(Loss):
         item_vectors: Callable[[Tensor], Tensor],
         log_popularity: Float[Tensor, " W"],
     ) -> Float[Tensor, ""]:
-        columns = item_vectors(torch.arange(1, len(log_popularity), device=answers.device))
-        none, answer = columns.new_zeros(len(columns)), answers - 1
-        return cross_entropy(queries / self.temperature, columns, answer, none, none[answer])
+        columns = item_vectors(torch.arange(1, len(log_popularity), device=answers.device))  # of padding and all items
+        no_bias, answer = columns.new_zeros(len(columns)), answers - 1
+        return cross_entropy(queries / self.temperature, columns, answer, no_bias, no_bias[answer])
 
 
 def _positive(temperature: float) -> float:

@@ -42,12 +42,17 @@ PositionFactory = Callable[[Shape], Position]
 
 
 class Learned(Position):
-    """A learned vector for each place, counted from the oldest event in sight (Kang & McAuley 2018)."""
+    """A learned vector for each place, counted from the oldest event in sight (Kang & McAuley 2018).
 
-    def __init__(self, shape: Shape) -> None:
+    Args:
+        shape: sizes of the encoder.
+        std: of the initial vectors, by default as short as those of items.
+    """
+
+    def __init__(self, shape: Shape, std: float = 0.02) -> None:
         super().__init__(shape)
         self.table = nn.Parameter(torch.empty(shape.max_length, shape.dim))
-        nn.init.normal_(self.table, std=0.02)
+        nn.init.normal_(self.table, std=std)
 
     def embed(self, x: Embedded) -> Embedded:
         return x + self.table[: x.size(1)]

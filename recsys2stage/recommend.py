@@ -65,6 +65,11 @@ class Recommender:
         self.catalogue, self.popularity = catalogue.sort(c.ITEM), popularity
         self.request_time, self.num_candidates = request_time, candidates
 
+    @property
+    def needs_times(self) -> bool:
+        """Whether the model looks at when events and requests happen."""
+        return self.request_time != "none" or self.towers.encoder.reads_times
+
     @classmethod
     def load(cls, path: str | Path) -> "Recommender":
         """Loads a bundle (both stages) or an index folder (the first stage alone)."""
@@ -93,7 +98,7 @@ class Recommender:
 
     @torch.inference_mode()
     def queries(self, padded: Padded, request: np.ndarray | None) -> np.ndarray:
-        """Unit query vectors of histories, (B, D) float32.
+        """Query vectors of histories, whose products with item vectors are scores, (B, D) float32.
 
         Args:
             padded: histories, newest `max_length` events at most.
@@ -163,7 +168,7 @@ class Recommender:
         Args:
             history: item ids as in the raw data, oldest first. Ids the model does not know are passed over.
             k: how many.
-            times: seconds of each event; needed where the model is told the time of the request.
+            times: seconds of each event; needed where the model has a clock.
             request_time: seconds of the request; None: now.
             exclude: further item ids not to recommend.
 
@@ -172,10 +177,8 @@ class Recommender:
         """
         if isinstance(history, str):
             raise ValueError(f"history is the text {history!r}, expected a sequence of item ids, oldest first")
-        if self.request_time == "target" and times is None and len(history):
-            raise ValueError(
-                "this model is told the time of the request, so it needs times: seconds, one for each event"
-            )
+        if self.needs_times and times is None and len(history):
+            raise ValueError("this model has a clock, so it needs times: seconds, one for each event")
         if times is not None and len(times) != len(history):
             raise ValueError(f"history has {len(history)} events but times has {len(times)}; give one time for each")
         numbers = self.numbers(history)
@@ -251,7 +254,7 @@ class FileUsers:
 
     def __init__(self, path: Path, recommender: Recommender, only: Sequence[str] | None = None) -> None:
         log = read_log(Path(path))
-        needed = [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.request_time != "none" else [])
+        needed = [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else [])
         if missing := [name for name in needed if name not in log.columns]:
             raise ValueError(f"{path} lacks the columns {missing}; it has {log.columns}")
         for name in (c.USER_ID, c.ITEM_ID, c.TIME):

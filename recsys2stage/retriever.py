@@ -37,8 +37,8 @@ class Retriever(LightningModule):
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         compiled: whether the encoder goes through torch.compile, which pays on a GPU.
-        recompute_rows: so many histories at a time keep their activations, which are computed again for the gradient:
-            much less memory for a fifth of the time. None: all keep them.
+        recompute_rows: so many histories at a time keep their activations, the others' are computed again for the
+            gradient: much less memory, about a fifth more time. None: all keep them.
     """
 
     log_popularity: Tensor
@@ -82,6 +82,11 @@ class Retriever(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             histories: Histories = self.trainer.datamodule  # type: ignore[attr-defined]
+            if self.towers.encoder.reads_times and not histories.dataset.has_time:
+                raise ValueError(
+                    f"the encoder has a clock ({type(self.towers.encoder).__name__} with a time encoding), but "
+                    f"{histories.path} has an order and no times; put configs/with/no-time.yaml on top"
+                )
             self.log_popularity.copy_(histories.log_popularity())
 
     def training_step(self, window: History, batch_idx: int) -> Tensor:

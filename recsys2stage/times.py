@@ -63,6 +63,15 @@ def told(request: Times | None, who: Time) -> Times:
     return request
 
 
+def _follows(shape: Shape, who: Time) -> None:
+    """Refuses an encoding of the gap to the request where there is none."""
+    if not shape.causal:
+        raise ValueError(
+            f"{type(who).__name__} looks at the gap between an event and the request that follows it, but an encoder "
+            "that sees both sides is asked in each place at its own time; choose LogBuckets, LogSpaced or Calendar"
+        )
+
+
 class RequestGap(Time):
     """A learned vector for the gap between an event and the request that follows it, in log2 buckets.
 
@@ -78,11 +87,7 @@ class RequestGap(Time):
         super().__init__(shape)
         if buckets < 1:
             raise ValueError(f"RequestGap got {buckets} buckets, expected at least 1; 32 reach 68 years")
-        if not shape.causal:
-            raise ValueError(
-                "RequestGap is the gap between an event and the request that follows it, but in an encoder that sees "
-                "both sides each place is asked at its own time; choose LogBuckets, LogSpaced, Calendar or no time"
-            )
+        _follows(shape, self)
         self.vectors = nn.Embedding(buckets, shape.dim)
         nn.init.normal_(self.vectors.weight, std=0.02)
 
@@ -160,8 +165,8 @@ class LogSpaced(_Between):
     def __init__(
         self, shape: Shape, buckets: int = 100, days: float = 30.0, shared: bool = True, per_head: bool = False
     ) -> None:
-        if days * DAY <= 2:
-            raise ValueError(f"LogSpaced got {days} days, expected more than two seconds")
+        if buckets < 2 or days * DAY <= 2:
+            raise ValueError(f"LogSpaced got {buckets} buckets and {days} days, expected 2 and more, and some seconds")
         bounds = torch.logspace(0, math.log10(days * DAY), buckets, dtype=torch.float64).round().long()
         super().__init__(
             shape, torch.unique(bounds)[1:], shared, per_head
@@ -210,6 +215,11 @@ class HybridTimestamp(Time):
 
     def __init__(self, shape: Shape, periods: int = 16) -> None:
         super().__init__(shape)
+        _follows(shape, self)
+        if periods < 1:
+            raise ValueError(
+                f"HybridTimestamp got {periods} periods, expected at least 1; 16 reach from a minute to years"
+            )
         # plain numbers: a buffer would be rounded with the weights, and a day in bf16 is 86,528 seconds
         self.absolute = [float(DAY), float(WEEK), YEAR / 12, YEAR]
         self.relative = torch.logspace(math.log10(60), math.log10(10 * YEAR), periods, dtype=torch.float64).tolist()

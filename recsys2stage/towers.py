@@ -1,4 +1,4 @@
-"""The retriever's two towers: histories to queries, items to vectors, compared by cosine. Knows nothing of training."""
+"""The retriever's two towers: histories to queries, items to vectors; a score is their cosine, and perhaps a bias."""
 
 from collections.abc import Callable
 

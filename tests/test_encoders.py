@@ -88,8 +88,9 @@ class Case(NamedTuple):
             for part in (POSITIONS[self.position](shape), TIMES[self.time](shape)):
                 if part.in_attention:
                     return rf"{type(part).__name__} acts inside attention, and {self.encoder} has none; choose "
-        if not self.causal and "RequestGap" in self.time:
-            return r"RequestGap is the gap .* sees both sides each place is asked at its own time; choose LogBuckets"
+        for name in ("RequestGap", "HybridTimestamp"):
+            if not self.causal and name in self.time:
+                return rf"{name} looks at the gap .* sees both sides is asked in each place at its own time; choose Log"
         return None
 
 

@@ -63,7 +63,7 @@ def naive(x: Tensor, weights: Weights, layers: int, channels: list[Channel]) -> 
                     logit = q[i][head] @ k[j][head]
                     semantic = semantic + logit * torch.sigmoid(logit) / N * v[j][head]
                 mixed.append(semantic)
-            one = place + own["out"] @ (norm(torch.cat(mixed)) * u[i])
+            one = place + own["out"] @ (norm(torch.cat(mixed)) * u[i]) + weights[f"blocks.{n}.out.bias"]
             gate = w1 @ norm(one)
             after.append(one + w2 @ (gate * torch.sigmoid(gate) * (w3 @ norm(one))))
         x = torch.stack(after)
@@ -121,7 +121,7 @@ def test_a_turning_position_acts_on_the_semantic_channel() -> None:
         turn = torch.tensor([[math.cos(apart), -math.sin(apart)], [math.sin(apart), math.cos(apart)]]).double()
         logit = (turn @ q[1]) @ k[j]
         total += logit * torch.sigmoid(logit) / N * v[j]
-    one = x[0, 1] + weights["blocks.0.out.weight"] @ (norm(total) * u[1])
+    one = x[0, 1] + weights["blocks.0.out.weight"] @ (norm(total) * u[1]) + weights["blocks.0.out.bias"]
     w1, w2, w3 = (weights[f"blocks.0.feed_forward.w{number}.weight"] for number in (1, 2, 3))
     gate = w1 @ norm(one)
     want = one + w2 @ (gate * torch.sigmoid(gate) * (w3 @ norm(one)))
@@ -134,10 +134,10 @@ def test_a_turning_position_acts_on_the_semantic_channel() -> None:
 @pytest.mark.parametrize(
     ("dim", "layers", "heads", "expansion", "expected"),
     [
-        (256, 2, 4, 4.0, 2_752_512),  # ML-20M
-        (256, 8, 8, 4.0, 11_010_048),  # ML-20M, large
-        (50, 2, 1, 1.0, 60_000),  # ML-1M
-        (50, 8, 2, 1.0, 240_000),  # ML-1M, large
+        (256, 2, 4, 4.0, 2_753_024),  # ML-20M
+        (256, 8, 8, 4.0, 11_012_096),  # ML-20M, large
+        (50, 2, 1, 1.0, 60_100),  # ML-1M
+        (50, 8, 2, 1.0, 240_400),  # ML-1M, large
     ],
 )
 def test_the_published_sizes(dim: int, layers: int, heads: int, expansion: float, expected: int) -> None:
@@ -145,7 +145,8 @@ def test_the_published_sizes(dim: int, layers: int, heads: int, expansion: float
     built = FuXi(dim, length, layers=layers, heads=heads, expansion=expansion, time=LogBuckets)
     sizes = {name: weight.numel() for name, weight in built.named_parameters()}
     projections = dim * 3 * dim + 3 * dim * dim  # U is as wide as three channels; V, Q and K
-    block = projections + 3 * dim * dim + 3 * expansion * dim * dim  # norms have no weights, linear maps no biases
+    back = 3 * dim * dim + dim
+    block = projections + back + 3 * expansion * dim * dim  # norms have no weights, other linear maps no biases
     assert sizes.pop("position.parts.0.table") == length * dim
     assert sizes.pop("position.parts.1.tables") == layers * length  # the published 2N − 1 hold distances nobody sees
     assert sizes.pop("time.tables") == layers * buckets

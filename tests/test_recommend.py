@@ -388,7 +388,7 @@ def test_a_factory_is_made_from_its_description() -> None:
         }
     )(8, 4)
     assert isinstance(made, Transformer)
-    assert made.time.table.weight.shape == (5, 8)
+    assert made.time.vectors.weight.shape == (5, 8)
     assert factory(3) == 3
     assert factory({"plain": 1}) == {"plain": 1}
     assert factory({"class_path": "recsys2stage.encoders.Transformer"}).func is Transformer

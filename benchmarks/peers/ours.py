@@ -86,11 +86,9 @@ class Training:
     def __init__(self, job: Job, encoder: EncoderFactory, num_items: int) -> None:
         warnings.filterwarnings("ignore", ".*self.trainer. reference is not registered.*")  # nobody listens to its logs
         loss = getattr(losses, job.loss)()
-        sizes = {"dim": job.width, "recompute_rows": job.recompute_rows}
-        self.job, self.retriever = job, Retriever(num_items, job.length, encoder=encoder, loss=loss, **sizes)
+        options = {"dim": job.width, "recompute_rows": job.recompute_rows, "compiled": job.compile}
+        self.job, self.retriever = job, Retriever(num_items, job.length, encoder=encoder, loss=loss, **options)
         self.retriever.to(job.device).train()
-        if job.compile:
-            self.retriever.towers.encoder.compile(dynamic=True)
         configured = self.retriever.configure_optimizers()
         self.optimizer, self.schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
 

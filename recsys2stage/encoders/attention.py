@@ -234,7 +234,12 @@ def _weights(
         logits = between if logits is None else logits.add_(between)
     if position is not None:
         own = position[None, :, tile, keys]
-        logits = own.clone() if logits is None else logits.add_(own) if q is not None else logits + own
+        if logits is None:
+            logits = own.clone()  # what lies ahead is filled in in place
+        elif q is None:
+            logits = logits + own  # it may have more heads than the table
+        else:
+            logits.add_(own)
     assert logits is not None
     if kind.activation == "softmax":
         if lengths is None:

@@ -19,6 +19,11 @@ class Encoder(nn.Module, ABC):
     causal: ClassVar[bool] = True  # whether a place sees only itself and what came before: the tests hold it to that.
     # An encoder that sees both sides is asked in a place of its own: it must take max_length + 1 places.
 
+    @property
+    def reads_times(self) -> bool:
+        """Whether it looks at the times of events, and so cannot do without them."""
+        return False
+
     @abstractmethod
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         """

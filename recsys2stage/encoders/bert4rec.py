@@ -34,7 +34,7 @@ class BERT4Rec(AttentiveEncoder):
         max_length: longest history L; the question after it takes one place more.
         layers: number of blocks.
         heads: attention heads.
-        dropout: on the input, on both branches and inside the feed-forward.
+        dropout: on the input and on both branches, but not inside the feed-forward.
         attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
         type_embedding: whether BERT's segment vector is added, one for all places since a history is one segment.
         feed_forward: GELU or another; None: GELU.
@@ -62,9 +62,11 @@ class BERT4Rec(AttentiveEncoder):
         norm = partial(LayerNorm, eps=EPS)
         self.segment = nn.Parameter(torch.empty(dim)) if type_embedding else None
         self.input_norm, self.dropout = norm(dim), Dropout(dropout)
-        self.blocks = blocks(shape, PostNorm, feed_forward or GELU, norm, dropout, attention_dropout)
+        self.blocks = blocks(
+            shape, PostNorm, feed_forward or GELU, norm, dropout, attention_dropout, hidden_dropout=0.0
+        )
         self.dense, self.norm = nn.Linear(dim, dim), norm(dim)
-        initialise(self, partial(nn.init.trunc_normal_, std=0.02, a=-0.04, b=0.04))
+        initialise(partial(nn.init.trunc_normal_, std=0.02, a=-0.04, b=0.04), self.blocks, self.dense)
         if self.segment is not None:
             nn.init.trunc_normal_(self.segment, std=0.02, a=-0.04, b=0.04)
 

@@ -29,6 +29,10 @@ class AttentiveEncoder(Encoder):
         self.position: Position = position(shape)
         self.time: Time = (time or Time)(shape)
 
+    @property
+    def reads_times(self) -> bool:
+        return type(self.time) is not Time
+
     def embed(self, x: Embedded, times: Times, request: Times | None) -> Embedded:
         """The input with what positions and times add to it."""
         return self.time.embed(self.position.embed(x), times, request)
@@ -136,13 +140,15 @@ def blocks(
     norm: NormFactory,
     dropout: float,
     attention_dropout: float | None,
+    hidden_dropout: float | None = None,
 ) -> nn.ModuleList:
-    """The blocks of an encoder; `attention_dropout` None: as `dropout`."""
+    """The blocks of an encoder; dropout of attention weights and inside the feed-forward None: as `dropout`."""
     attention_dropout = dropout if attention_dropout is None else attention_dropout
+    hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
     return nn.ModuleList(
         block(
             Attention(shape.dim, shape.heads, attention_dropout, shape.causal),
-            feed_forward(shape.dim, dropout),
+            feed_forward(shape.dim, hidden_dropout),
             (norm(shape.dim), norm(shape.dim)),
             dropout,
         )
@@ -150,10 +156,11 @@ def blocks(
     )
 
 
-def initialise(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
-    """Fills the weights of all linear maps in a module; their biases become zero."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            fill(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+def initialise(fill: Callable[[Tensor], object], *modules: nn.Module) -> None:
+    """Fills the weights of all linear maps in some modules; their biases become zero."""
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                fill(part.weight)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)

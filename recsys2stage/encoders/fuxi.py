@@ -2,11 +2,11 @@
 
     U, V, Q, K = SiLU(Linear(RMSNorm(x)))
     x = x + Linear(dropout(RMSNorm([P v, T v, SiLU(q_i·k_j) / N · v_j]) * U))      causal; N is the longest history
-    x = x + W2(SiLU(W1 h) * W3 h),  h = dropout(RMSNorm(x))                        no biases, norms without weights
+    x = x + W2(SiLU(W1 h) * W3 h),  h = dropout(RMSNorm(x))                        norms without weights
 
 P and T, the biases of the position and of the time encoding, are weights as they are; an encoding without a bias has no
-channel. Ye et al. 2025 (arXiv 2502.03036). Weights start as in the authors' code: U, V, Q, K from N(0, 0.02), the
-others Xavier-uniform.
+channel. Ye et al. 2025 (arXiv 2502.03036). Of the linear maps only that back to D has a bias. Weights start as in the
+authors' code, U, V, Q, K from N(0, 0.02) and the others Xavier-uniform, but that bias at zero.
 """
 
 import torch
@@ -71,10 +71,10 @@ class Block(nn.Module):
         self.uvqk = nn.Linear(dim, (channels + 3) * dim, bias=False)
         self.mixed_norm = RMSNorm(channels * dim, affine=False)
         self.dropout = Dropout(dropout)
-        self.out = nn.Linear(channels * dim, dim, bias=False)
+        self.out = nn.Linear(channels * dim, dim)
         self.feed_forward_norm = RMSNorm(dim, affine=False)
         self.feed_forward = SwiGLU(dim, dropout=0.0, expansion=expansion)
-        initialise(self, nn.init.xavier_uniform_)
+        initialise(nn.init.xavier_uniform_, self)
         nn.init.normal_(self.uvqk.weight, std=0.02)
 
     def forward(self, x: Embedded, position: Position, bias: Bias) -> Embedded:

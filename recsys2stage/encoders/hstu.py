@@ -6,13 +6,12 @@
 Zhai et al. 2024 (arXiv 2402.17152, eq. 1-3): weights that do not sum to 1 tell how much of a taste is in a history. The
 defaults are the authors' public code; other published forms are a matter of options:
 
-                                             scaling  input_norm  affine  bias  scale_input  final_norm
-    generative-recommenders (Meta)           length   True        False   out   True         False
-    RecML                                    length   True        True    none  False        True
-    a TAAC 2025 finalist: positions.Learned  width    False       True    all   False        False
-    alone, times.LogSpaced
+                                    scaling  input_norm  affine  bias  scale_input  final_norm  position  time
+    generative-recommenders (Meta)  length   True        False   out   True         False       both      LogBuckets
+    RecML (configs/with/hstu-recml) length   True        True    none  False        True        Learned   none
+    TAAC finalist (with/hstu-taac)  width    False       True    all   False        False       Learned   LogSpaced
 
-Weights start as in the authors' code: U, V, Q, K from N(0, 0.02), outputs Xavier-uniform, biases zero.
+Weights start as in the authors' code, U, V, Q, K from N(0, 0.02) and outputs Xavier-uniform, but biases at zero.
 """
 
 from functools import partial
@@ -29,7 +28,13 @@ from recsys2stage.positions import Combined, Learned, PerDistance, Position, Pos
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 from recsys2stage.times import TimeFactory
 
-learned_and_per_distance = partial(Combined, parts=[Learned, PerDistance])  # the published positions, also of FuXi-α
+SCALINGS = ("length", "width", "both")
+BIASES = ("none", "out", "all")
+
+
+def learned_and_per_distance(shape: Shape) -> Position:
+    """The published positions of HSTU and FuXi-α: vectors of the size of items times √D, a bias for each distance."""
+    return Combined(shape, [partial(Learned, std=shape.dim**-0.5), PerDistance])
 
 
 class HSTU(AttentiveEncoder):
@@ -78,6 +83,9 @@ class HSTU(AttentiveEncoder):
                 f"the position turns heads of dim / heads = {dim // heads} dimensions but width is {width}; leave out "
                 "width or choose a position that turns nothing"
             )
+        for name, value, known in (("scaling", scaling, SCALINGS), ("bias", bias, BIASES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         self.scale = 1.0 if scale_input is False else dim**0.5
         self.dropout = Dropout(dropout)
         scale = 1.0 if scaling == "length" else width**-0.5
@@ -114,7 +122,7 @@ class Block(nn.Module):
         self.mixed_norm = LayerNorm(heads * width, affine=affine)
         self.dropout = Dropout(dropout)
         self.out = nn.Linear(heads * width, dim, bias=bias != "none")
-        initialise(self, nn.init.xavier_uniform_)
+        initialise(nn.init.xavier_uniform_, self)
         nn.init.normal_(self.uvqk.weight, std=0.02)
 
     def forward(self, x: Embedded, position: Position, bias: Bias) -> Embedded:

@@ -48,7 +48,7 @@ class LiGR(AttentiveEncoder):
         super().__init__(shape, position or Learned, time)
         self.dropout = Dropout(dropout)
         self.blocks = blocks(shape, Gated, feed_forward or SwiGLU, LayerNorm, dropout, attention_dropout)
-        initialise(self, nn.init.xavier_normal_)
+        initialise(nn.init.xavier_normal_, self.blocks)
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.embed(x, times, request))

@@ -92,6 +92,8 @@ class Mamba4Rec(Encoder):
         width = expand * dim
         if width % ssm_heads:
             raise ValueError(f"expand · dim = {width} is not a multiple of ssm_heads {ssm_heads}; change one of them")
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}, expected at least 1; 40 is quick on a CPU")
         shape = Shape(dim=dim, max_length=max_length, layers=layers)
         self.max_length = max_length
         self.position: Position = (position or Position)(shape)
@@ -104,7 +106,11 @@ class Mamba4Rec(Encoder):
             Block(Mamba2(dim, width, state, ssm_heads, conv_width, chunk, skip), GELU(dim, dropout, expansion), dropout)
             for _ in range(layers)
         )
-        initialise(self, nn.init.xavier_uniform_)
+        initialise(nn.init.xavier_uniform_, *self.blocks)
+
+    @property
+    def reads_times(self) -> bool:
+        return type(self.time) is not Time
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.norm(self.dropout(self.time.embed(self.position.embed(x), times, request)))

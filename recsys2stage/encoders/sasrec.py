@@ -4,9 +4,10 @@
     x = x + dropout(Attention(LayerNorm(x)));  x = x + dropout(W2 dropout(GELU(W1 LayerNorm(x) + b1)) + b2)
     out = LayerNorm(x)
 
-in the form of Google's RecML (pre-norm, GELU of four times the width). The paper's own has a ReLU of the same width,
-items scaled by √D and no norm at the input: `feed_forward` ReLU with expansion 1, `scale_input` true, `input_norm`
-false. Weights are Xavier-uniform at first, biases zero.
+in the form of Google's RecML (pre-norm, GELU of four times the width; there without dropout inside the feed-forward).
+The paper's own has a ReLU of the same width and no norm at the input: `feed_forward` ReLU with expansion 1,
+`input_norm` false; its authors' code also multiplies items by √D (`scale_input` true), and takes the residual from the
+normalised query, which neither the paper nor this does. Weights are Xavier-uniform at first, biases zero.
 """
 
 from torch import nn
@@ -56,7 +57,7 @@ class SASRec(AttentiveEncoder):
         self.dropout = Dropout(dropout)
         self.blocks = blocks(shape, PreNorm, feed_forward or GELU, LayerNorm, dropout, attention_dropout)
         self.norm = LayerNorm(dim)
-        initialise(self, nn.init.xavier_uniform_)
+        initialise(nn.init.xavier_uniform_, self.blocks)
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.input_norm(self.embed(self.scale * x, times, request)))

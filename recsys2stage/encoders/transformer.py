@@ -56,7 +56,7 @@ class Transformer(AttentiveEncoder):
         self.blocks = blocks(shape, block, feed_forward or SwiGLU, norm, dropout, attention_dropout)
         self.norm = norm(dim)
         self.projection = nn.Linear(dim, dim)
-        initialise(self, nn.init.xavier_uniform_)
+        initialise(nn.init.xavier_uniform_, self.blocks, self.projection)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.endswith(("attention.out.weight", "feed_forward.w2.weight")):
