@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from worlds import cycle_world, ragged_world
+from worlds import cycle_world, ragged_world, two_walks_world
 
 torch.set_num_threads(1)
 
@@ -40,3 +40,9 @@ def cycle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset with histories of all lengths; read it, do not write into it."""
     return ragged_world(tmp_path_factory.mktemp("ragged"))
+
+
+@pytest.fixture(scope="session")
+def two_walks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset in which the last but one item decides; read it, do not write into it."""
+    return two_walks_world(tmp_path_factory.mktemp("two-walks"))

@@ -178,6 +178,14 @@ def test_it_starts_as_its_docstring_says(type_embedding: bool) -> None:
     assert all((norm.weight == 1).all() and not norm.bias.any() and norm.eps == EPS for norm in norms)
 
 
+def test_there_is_no_dropout_inside_the_feed_forward() -> None:
+    """BERT drops what each branch adds, attention weights and the input."""
+    built = BERT4Rec(D, L, dropout=0.5)
+    assert {block.feed_forward.dropout.p for block in built.blocks} == {0.0}
+    assert {block.dropout.p for block in built.blocks} == {block.attention.dropout for block in built.blocks} == {0.5}
+    assert built.dropout.p == 0.5
+
+
 def test_padding_is_seen_by_an_empty_history_alone() -> None:
     """It has nothing else to look at, and stays finite."""
     built = build()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from worlds import gap_world
 
 from recsys2stage import encoders, positions, times
 from recsys2stage.data import Histories
@@ -416,32 +417,77 @@ def compare_compiled(encoder: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-# --- a world whose answer is known
+# --- what an encoder leaves to its parts
+
+
+@every_case
+def test_positions_and_times_start_as_they_do_alone(case: Case) -> None:
+    """An encoder fills in the weights of its own maps, and not those of the clock it was given."""
+    if case.encoder == "BERT4Rec" or not case.clock().state_dict():
+        pytest.skip("no clock with weights, or one place more")
+    torch.manual_seed(0)
+    built = ENCODERS[case.encoder](64, LENGTH, position=POSITIONS[case.position], time=TIMES[case.time])
+    for name, weight in built.time.named_parameters():
+        small = weight.std().item() < 0.03 if "bias" not in name else not weight.any()
+        assert small, f"{name} starts at {weight.std().item():.3f}, and N(0, 0.02) is its own"
+
+
+@every_case
+def test_an_encoder_says_whether_it_reads_times(case: Case) -> None:
+    assert build(case).reads_times == (TIMES[case.time] is not Time)
+
+
+# --- worlds whose answers are known
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_the_cycle_is_learned(encoder: str, cycle: Path) -> None:
-    """Item i is always followed by i + 1: the target comes to be among the ten best, and mostly the best.
+@pytest.mark.parametrize("world", ["cycle", "two_walks"])
+def test_a_world_is_learned(encoder: str, world: str, request: pytest.FixtureRequest) -> None:
+    """The next item is the newest plus one, or the last but one plus one: the target comes to be among the ten best.
 
     Histories are cut shorter than those of training, so that the places at which they are asked have been learned.
     """
-    data = Histories(cycle, max_length=6, eval_batch_size=500)
+    data = Histories(request.getfixturevalue(world), max_length=6, eval_batch_size=500)
+    learner = Learner(data, partial(ENCODERS[encoder], layers=1, dropout=0.0, **few_heads(encoder)))
+    assert max(learner.hits(10)) < 0.7, "30 of the 40 items are unknown to a user: chance is 1/3"
+    learner.learn(100 if ENCODERS[encoder].causal else 400)  # what is hidden is a fifth of what comes next
+    assert learner.hits(10) == [1.0, 1.0]
+    assert min(learner.hits(1)) > 0.9
+
+
+@pytest.mark.parametrize("encoder", ["Transformer", "FuXi", "Mamba4Rec"])
+def test_a_clock_is_read(encoder: str, tmp_path: Path) -> None:
+    """How long a user waits decides among four items, and only who is told knows."""
+    data = Histories(gap_world(tmp_path), max_length=8, eval_batch_size=500, request_time="target")
     build = partial(ENCODERS[encoder], layers=1, dropout=0.0, **few_heads(encoder))
-    model = Retriever(data.num_items, data.max_length, dim=32, encoder=build)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    [val], [test] = data.val_dataloader(), data.test_dataloader()
+    blind, told = Learner(data, build), Learner(data, partial(build, time=times.RequestGap))
+    for learner in (blind, told):
+        learner.learn(80)
+    assert max(blind.hits(1)) < 0.45
+    assert min(told.hits(1)) > 0.9
 
-    def hits(k: int) -> list[float]:
+
+class Learner:
+    """A small retriever on a small world."""
+
+    def __init__(self, data: Histories, encoder: Callable[..., Encoder]) -> None:
+        torch.manual_seed(0)
+        self.data = data
+        self.model = Retriever(data.num_items, data.max_length, dim=32, encoder=encoder)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+
+    def learn(self, steps: int) -> None:
+        model = self.model
+        for _ in range(steps):
+            rows = torch.randperm(len(self.data.window_starts))[:100].numpy()
+            question = model.objective(self.data.read_windows(rows))
+            queries = model.towers(question.history)[question.places]
+            self.optimizer.zero_grad()
+            model.loss(queries, question.answers, model.towers.item_vectors, model.log_popularity).backward()
+            self.optimizer.step()
+
+    def hits(self, k: int) -> list[float]:
+        """HR@k of validation and of test."""
+        [val], [test] = self.data.val_dataloader(), self.data.test_dataloader()
         with torch.no_grad():
-            return [(model.ranks(batch) <= k).double().mean().item() for batch in (val, test)]
-
-    assert max(hits(10)) < 0.7, "30 of the 40 items are unknown to a user: chance is 1/3"
-    count = len(data.window_starts)
-    for _ in range(80 if model.towers.encoder.causal else 300):  # what is hidden is a fifth of what comes next
-        question = model.objective(data.read_windows(torch.randperm(count)[:60].numpy()))
-        queries = model.towers(question.history)[question.places]
-        optimizer.zero_grad()
-        model.loss(queries, question.answers, model.towers.item_vectors, model.log_popularity).backward()
-        optimizer.step()
-    assert hits(10) == [1.0, 1.0]
-    assert min(hits(1)) > 0.9
+            return [(self.model.ranks(batch) <= k).double().mean().item() for batch in (val, test)]

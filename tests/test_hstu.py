@@ -258,6 +258,7 @@ def test_it_starts_as_its_docstring_says(bias: str) -> None:
         assert (block.uvqk.bias is None) == (bias != "all")
         assert (block.out.bias is None) == (bias == "none")
         assert not any(linear.bias.any() for linear in (block.uvqk, block.out) if linear.bias is not None)
+    assert built.position.parts[0].table.std().item() == pytest.approx(64**-0.5, rel=0.1)  # beside items times √64
     norms = [module for module in built.modules() if isinstance(module, LayerNorm)]
     assert len(norms) == 2 * 2 + 1
     assert all((norm.weight == 1).all() and not norm.bias.any() and norm.eps == 1e-6 for norm in norms)

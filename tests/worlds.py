@@ -59,3 +59,41 @@ def ragged_world(folder: Path, users: int = 30, items: int = 25) -> Path:
     ]
     prepare(MovieLens(write_movielens(folder / "raw", events)), folder / "data")
     return folder / "data"
+
+
+def two_walks_world(folder: Path, users: int = 200, items: int = 20, length: int = 9) -> Path:
+    """Users take turns on two cycles, 1..items and items + 1..2 items, from independent starts; gives the dataset.
+
+    The next item follows the last but one; the newest says only on which cycle it is. Histories are of `length` to
+    `length` + 3 events, so that no place belongs to either cycle.
+    """
+    rng = np.random.default_rng(3)
+    starts = rng.integers(items, size=(users, 2))
+    events = [
+        (user, int((starts[user, step % 2] + step // 2) % items + 1 + items * (step % 2)), 4.0, 10**9 + step * 86_400)
+        for user in range(users)
+        for step in range(length + user // 2 % 4)
+    ]
+    prepare(MovieLens(write_movielens(folder / "raw", events)), folder / "data")
+    return folder / "data"
+
+
+def gap_world(folder: Path, users: int = 300, items: int = 40, length: int = 10) -> Path:
+    """The longer a user waits, the further the next item is: after 16^k minutes, k < 4, that 1 + 9 k further; the dataset.
+
+    The gap is drawn among those that lead to an item not met before. Without it four items are as likely.
+    """
+    rng = np.random.default_rng(4)
+    events: list[Event] = []
+    for user in range(users):
+        item, time, met = int(rng.integers(items)), 10**9, set[int]()
+        for _ in range(length):
+            met.add(item)
+            events.append((user, item + 1, 4.0, time))
+            waits = [k for k in range(4) if (item + 1 + 9 * k) % items not in met]
+            if not waits:
+                break
+            k = int(rng.choice(waits))
+            item, time = (item + 1 + 9 * k) % items, time + 60 * 16**k
+    prepare(MovieLens(write_movielens(folder / "raw", events)), folder / "data")
+    return folder / "data"
