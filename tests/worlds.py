@@ -79,7 +79,7 @@ def two_walks_world(folder: Path, users: int = 200, items: int = 20, length: int
 
 
 def gap_world(folder: Path, users: int = 300, items: int = 40, length: int = 10) -> Path:
-    """The longer a user waits, the further the next item is: after 16^k minutes, k < 4, that 1 + 9 k further; the dataset.
+    """The longer a user waits the further the next item is, 1 + 9 k after 16^k minutes, k < 4; gives the dataset.
 
     The gap is drawn among those that lead to an item not met before. Without it four items are as likely.
     """
