@@ -9,7 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "recsys2stage"
 ROWS = """
     __init__ columns shapes hashing
-    artifacts metrics positions times layers losses objectives mining split checks download optim
+    layers
+    artifacts metrics positions times losses objectives mining split checks download optim
     dataset items index encoders sources simulate
     towers scorers prepare baselines
     data reranker
