@@ -19,7 +19,7 @@ from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import Transformer
 from recsys2stage.index import Exact
 from recsys2stage.recommend import FileUsers, PreparedUsers, Recommender, factory, read_checkpoint
-from recsys2stage.times import RequestGap
+from recsys2stage.times import Calendar, RequestGap, TimeFactory
 from recsys2stage.towers import TwoTower
 
 COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]
@@ -50,11 +50,14 @@ def log(raw: Path) -> pl.DataFrame:
 
 
 def untrained(
-    item_ids: Sequence[Any], request_time: RequestTime = "none", titles: Sequence[str] | None = None
+    item_ids: Sequence[Any],
+    request_time: RequestTime = "none",
+    titles: Sequence[str] | None = None,
+    time: TimeFactory | None = None,
 ) -> Recommender:
     """A first stage with random weights over items of these ids, the first the most popular."""
     torch.manual_seed(0)
-    encoder = partial(Transformer, layers=1, time=None if request_time == "none" else RequestGap)
+    encoder = partial(Transformer, layers=1, time=time or (None if request_time == "none" else RequestGap))
     towers = TwoTower(len(item_ids), 8, 8, encoder)
     index = Exact()
     index.build(towers.every_item().detach().numpy())
@@ -320,6 +323,15 @@ def test_a_model_that_is_told_the_time_needs_times(tmp_path: Path) -> None:
     soon, late = (served.recommend([1, 2], times=times, request_time=now + gap) for gap in (0, 10**8))
     assert soon != late
     assert len(served.recommend([])) == 10
+    (tmp_path / "timeless.csv").write_text("user_id,item_id\n1,1\n")
+    with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
+        FileUsers(tmp_path / "timeless.csv", served)
+
+
+def test_a_model_with_a_calendar_needs_times_whatever_it_is_told(tmp_path: Path) -> None:
+    served = untrained(list(range(1, 21)), time=Calendar)
+    with pytest.raises(ValueError, match="has a clock, so it needs times"):
+        served.recommend([1, 2])
     (tmp_path / "timeless.csv").write_text("user_id,item_id\n1,1\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
         FileUsers(tmp_path / "timeless.csv", served)

@@ -18,8 +18,11 @@ from recsys2stage.data import Histories
 from recsys2stage.encoders import Transformer
 from recsys2stage.metrics import metrics_of
 from recsys2stage.optim import RecsysAdamW, with_warmup
+from recsys2stage.prepare import prepare
 from recsys2stage.retriever import Retriever
 from recsys2stage.shapes import History
+from recsys2stage.sources import Table
+from recsys2stage.times import Calendar
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -262,6 +265,15 @@ def test_recomputed_activations_change_nothing(ragged: Path, request_time: str) 
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     for one, other in zip(gradients(0.5, None), gradients(0.5, len(window.items)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_clock_is_refused_where_there_are_no_times(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("user_id,item_id\n" + "".join(f"1,{item}\n" for item in range(5)))
+    prepare(Table(tmp_path / "events.csv", time=None, time_unit="order"), tmp_path / "data")
+    data = Histories(tmp_path / "data", max_length=5)
+    model = model_for(data, encoder=partial(Transformer, time=Calendar))
+    with pytest.raises(ValueError, match=r"has an order and no times; put configs/with/no-time.yaml on top"):
+        Trainer(**QUIET, max_epochs=1).fit(model, datamodule=data)
 
 
 def test_recompute_rows_are_at_least_one() -> None:
