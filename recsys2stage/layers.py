@@ -47,7 +47,7 @@ class Dropout(nn.Module):
             return x
         if not in_cache(x):
             return F.dropout(x, self.p)
-        return _Drop.apply(x, self.p)  # type: ignore[no-untyped-call]
+        return _Drop.apply(x, self.p)  # type: ignore[no-untyped-call]  # torch: no types
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -112,7 +112,7 @@ class RMSNorm(Norm):
         if self.weight is None or self.weight.dtype != x.dtype or not in_cache(x):
             weight = None if self.weight is None else self.weight.to(x.dtype)
             return F.rms_norm(x, (self.dim,), weight, self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]  # torch: no types
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -191,6 +191,7 @@ class Combined(Position):
 
     def __init__(self, shape: Shape, parts: list[PositionFactory]) -> None:
         super().__init__(shape)
+        # a ModuleList is a sequence, but torch only says of modules
         self.parts: Sequence[Position] = nn.ModuleList(part(shape) for part in parts)  # type: ignore[assignment]
 
     def embed(self, x: Embedded) -> Embedded:

@@ -255,6 +255,7 @@ class Combined(Time):
 
     def __init__(self, shape: Shape, parts: list[TimeFactory]) -> None:
         super().__init__(shape)
+        # a ModuleList is a sequence, but torch only says of modules
         self.parts: Sequence[Time] = nn.ModuleList(part(shape) for part in parts)  # type: ignore[assignment]
         inside = [part for part in self.parts if part.in_attention]
         if len(inside) > 1:

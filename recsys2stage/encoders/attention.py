@@ -131,7 +131,7 @@ def _blocks(q: Tensor | None, k: Tensor | None, v: Tensor, bias: Bias, lengths: 
     with torch.autocast("cpu", enabled=False):
         qkv = [None if x is None else x.to(exact).contiguous() for x in (q, k, v)]
         tables = [None if x is None else x.to(exact) for x in (bias.position, bias.table)]
-        out: Tensor = _Blocks.apply(*qkv, *tables, bias.buckets, lengths, kind)  # type: ignore[no-untyped-call]
+        out: Tensor = _Blocks.apply(*qkv, *tables, bias.buckets, lengths, kind)  # type: ignore[no-untyped-call]  # torch: no types
     return out.to(v.dtype)
 
 

@@ -74,7 +74,5 @@ class BERT4Rec(AttentiveEncoder):
         x = self.embed(x, times, request)
         if self.segment is not None:
             x = x + self.segment
-        x = self.dropout(self.input_norm(x))
-        for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
-            x = block(x, lengths, self.position, bias)
+        x = self.through(self.blocks, self.dropout(self.input_norm(x)), lengths, times, request)
         return self.norm(F.gelu(self.dense(x)))

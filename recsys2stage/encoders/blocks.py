@@ -43,6 +43,14 @@ class AttentiveEncoder(Encoder):
         for layer in range(self.layers):
             yield Bias(self.position.bias(layer, times.size(1)), buckets, self.time.table(layer))
 
+    def through(
+        self, blocks: nn.ModuleList, x: Embedded, lengths: Lengths, times: Times, request: Times | None
+    ) -> Embedded:
+        """The input after all blocks, each with the biases of its layer."""
+        for block, bias in zip(blocks, self.biases(times, request), strict=True):
+            x = block(x, lengths, self.position, bias)
+        return x
+
 
 class Attention(nn.Module):
     """Multi-head softmax attention with fused projections.

@@ -52,6 +52,4 @@ class LiGR(AttentiveEncoder):
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.embed(x, times, request))
-        for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
-            x = block(x, lengths, self.position, bias)
-        return x
+        return self.through(self.blocks, x, lengths, times, request)

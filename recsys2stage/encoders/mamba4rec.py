@@ -102,7 +102,7 @@ class Mamba4Rec(Encoder):
         _refuse_attention(self.time, "RequestGap, Calendar, HybridTimestamp or no time")
         self.dropout = Dropout(dropout)
         self.norm = LayerNorm(dim, EPS)
-        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # torch: of modules
             Block(Mamba2(dim, width, state, ssm_heads, conv_width, chunk, skip), GELU(dim, dropout, expansion), dropout)
             for _ in range(layers)
         )
@@ -281,7 +281,7 @@ def scan(
         places: of a chunk; L is a multiple of it.
     """
     if in_cache(v):
-        return _Scan.apply(v, b, c, dt, rate, places)  # type: ignore[no-untyped-call]
+        return _Scan.apply(v, b, c, dt, rate, places)  # type: ignore[no-untyped-call]  # torch: no types
     return _whole_scan(v, b, c, dt, rate, places)
 
 

@@ -61,6 +61,4 @@ class SASRec(AttentiveEncoder):
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.input_norm(self.embed(self.scale * x, times, request)))
-        for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
-            x = block(x, lengths, self.position, bias)
-        return self.norm(x)
+        return self.norm(self.through(self.blocks, x, lengths, times, request))

@@ -64,6 +64,4 @@ class Transformer(AttentiveEncoder):
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.embed(x, times, request))
-        for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
-            x = block(x, lengths, self.position, bias)
-        return self.projection(self.norm(x))
+        return self.projection(self.norm(self.through(self.blocks, x, lengths, times, request)))
