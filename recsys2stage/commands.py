@@ -81,6 +81,8 @@ def export_index(
         "vector_dim": vectors.shape[1],
         "items": dataset.num_items,
         "request_time": options["request_time"],
+        "next_action": options["next_action"],
+        "actions": options["actions"],
         "split_hash": dataset.manifest["split_hash"],
         "towers": towers,
     }
@@ -223,7 +225,7 @@ def export_bundle(
             if file.name != c.MANIFEST:
                 (folder / file.name).write_bytes(file.read_bytes())
         torch.save(weights, folder / RERANKER)
-        kept = ("vector_dim", "items", "request_time", "split_hash", "towers")
+        kept = ("vector_dim", "items", "request_time", "next_action", "actions", "split_hash", "towers")
         write_manifest(
             folder,
             "bundle",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_manifest
-from recsys2stage.dataset import Dataset, Padded, Part, RequestTime, places, requests, windows
+from recsys2stage.dataset import Dataset, Part, RequestTime, as_history, declared, places, windows
 from recsys2stage.index import VECTORS
 from recsys2stage.mining import CANDIDATES, STATES, read_candidates
 from recsys2stage.shapes import History
@@ -132,6 +132,8 @@ class Histories(_DataModule):
         eval_batch_size: users in a validation or test batch.
         request_time: whether the model is told when the next item is asked for: not at all (`none`), at the time of the
             newest event (`last_event`), or at the target's own time (`target`), as a server that knows "now".
+        next_action: whether the model is told what kind of action is asked for: not at all (`none`), the target's own
+            kind (`target`), or, in training the target's own and at each request the kind of this name.
     """
 
     def __init__(
@@ -142,18 +144,22 @@ class Histories(_DataModule):
         batch_size: int = 128,
         eval_batch_size: int = 256,
         request_time: RequestTime = "none",
+        next_action: str = "none",
     ) -> None:
         super().__init__()
         if max_length < 1 or batch_size < 1:
             raise ValueError(f"max_length is {max_length} and batch_size {batch_size}; both must be at least 1")
-        self.path, self.max_length, self.request_time = Path(path), max_length, request_time
+        self.path, self.max_length = Path(path), max_length
+        self.request_time, self.next_action = request_time, next_action
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.prepare = prepare
         self.prepare_data()  # before Lightning asks for it, because the model's size comes from the data
         self.dataset = Dataset(path)
         self.dataset.check_request_time(request_time)
+        self.dataset.check_next_action(next_action)
         train_ends = np.asarray(self.dataset.train_ends)
         self.window_starts, self.window_ends = windows(np.asarray(self.dataset.offsets[:-1]), train_ends, max_length)
+        self.window_users = np.searchsorted(self.dataset.offsets, self.window_starts, side="right") - 1
 
     def prepare_data(self) -> None:
         """Prepares the dataset where it is missing and `prepare` says how."""
@@ -168,13 +174,20 @@ class Histories(_DataModule):
     def parents(self) -> dict[str, Path]:
         return {"data": self.path}
 
-    def log_popularity(self) -> Float[Tensor, " W"]:
-        """log p of each item as a training target, p = (count + 1) / (targets + V), (V + 1,)."""
-        # every training event but a user's first is a target
-        first = np.asarray(self.dataset.offsets[:-1])
-        first = np.asarray(self.dataset.items[first[np.asarray(self.dataset.train_ends) > first]])
-        counts = self.dataset.train_counts - np.bincount(first, minlength=self.num_items + 1)
-        return torch.from_numpy(np.log((counts + 1) / (counts.sum() + self.num_items))).float()
+    @property
+    def features(self) -> list[dict[str, Any]]:
+        """Declared item features, without their arrays."""
+        return declared(self.dataset.item_features)
+
+    @property
+    def user_features(self) -> list[dict[str, Any]]:
+        """Declared user features, without their arrays."""
+        return declared(self.dataset.user_features)
+
+    @property
+    def actions(self) -> list[str]:
+        """Kinds of events, from 1."""
+        return self.dataset.action_names
 
     def train_dataloader(self) -> BatchLoader:
         if not len(self.window_starts):
@@ -195,28 +208,25 @@ class Histories(_DataModule):
 
     def read_windows(self, batch: np.ndarray) -> History:
         padded = self.dataset.events(self.window_starts[batch], self.window_ends[batch])
-        return as_history(padded, None, self.request_time)
+        people = self.dataset.people(self.window_users[batch])
+        nothing = None if self.next_action == "none" else np.zeros(len(batch), np.int64)  # after the newest event
+        return as_history(padded._replace(user=people), self.request_time, asked=nothing)
 
     def read_queries(self, users: np.ndarray, split: Part) -> Queries:
         padded = self.dataset.histories(users, split, self.max_length)
         known = self.dataset.known(users, split)
         return Queries(
             users=torch.from_numpy(users),
-            history=as_history(padded, self.dataset.request_times(users, split), self.request_time),
+            history=as_history(
+                padded,
+                self.request_time,
+                self.dataset.request_times(users, split),
+                self.dataset.asked(users, split, self.next_action),
+            ),
             target=torch.from_numpy(self.dataset.targets(users, split)),
             known_rows=torch.from_numpy(known.rows),
             known_items=torch.from_numpy(known.values),
         )
-
-
-def as_history(padded: Padded, target_times: np.ndarray | None, request_time: RequestTime) -> History:
-    request = requests(padded, target_times, request_time)
-    return History(
-        items=torch.from_numpy(padded.items),
-        lengths=torch.from_numpy(np.asarray(padded.lengths)),
-        times=torch.from_numpy(padded.times),
-        request=None if request is None else torch.from_numpy(request),
-    )
 
 
 def prepare_dataset(config: Path, output: Path) -> None:
@@ -274,15 +284,7 @@ class Candidates(_DataModule):
     @property
     def features(self) -> list[dict[str, Any]]:
         """Item features the ranker may look at: name, kind, size and width of the array of values."""
-        return [
-            {
-                "name": f["name"],
-                "kind": f["kind"],
-                "size": f["size"],
-                "values": f["values"].shape[1] if f["values"].ndim == 2 else 1,
-            }
-            for f in self.dataset.features()
-        ]
+        return declared(self.dataset.item_features)
 
     def item_vectors(self) -> Float[Tensor, "W D"]:
         """The retriever's vectors, row 0 for padding."""

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
+from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
@@ -40,20 +42,36 @@ def places(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 class Padded(NamedTuple):
-    """Left-aligned events, cut to the longest row."""
+    """Left-aligned events, cut to the longest row, and what is known of the users."""
 
     items: np.ndarray  # (B, L) int64
     times: np.ndarray  # (B, L) int64
     lengths: np.ndarray  # (B,) int64
+    ratings: np.ndarray | None = None  # (B, L) float32
+    actions: np.ndarray | None = None  # (B, L) int64
+    user: tuple[np.ndarray, ...] | None = None  # (B, P) of each declared user feature
 
 
-def left_aligned(items: np.ndarray, times: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Padded:
+def left_aligned(
+    items: np.ndarray,
+    times: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    ratings: np.ndarray | None = None,
+    actions: np.ndarray | None = None,
+) -> Padded:
     """Events starts[b] .. ends[b] - 1 of each row."""
     if not len(items):  # nothing to gather from
         empty = np.zeros((len(starts), 1), dtype=np.int64)
         return Padded(empty, empty, np.zeros(len(starts), dtype=np.int64))
     index, real = places(starts, ends)
-    return Padded(np.where(real, items[index], c.PAD).astype(np.int64), np.where(real, times[index], 0), ends - starts)
+    return Padded(
+        items=np.where(real, items[index], c.PAD).astype(np.int64),
+        times=np.where(real, times[index], 0),
+        lengths=ends - starts,
+        ratings=None if ratings is None else np.where(real, ratings[index], np.float32(0)),
+        actions=None if actions is None else np.where(real, actions[index], c.UNKNOWN).astype(np.int64),
+    )
 
 
 class Dataset:
@@ -71,6 +89,8 @@ class Dataset:
         self.offsets = self._load(c.USER_OFFSETS)
         self.train_ends = self._load(c.TRAIN_ENDS)
         self.val_ends = self._load(c.VAL_ENDS)
+        self.ratings = self._load(c.EVENT_RATINGS) if self.manifest["has"]["rating"] else None
+        self.actions = self._load(c.EVENT_ACTIONS) if self.manifest["has"]["action"] else None
 
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.path / name, mmap_mode="r")
@@ -87,6 +107,11 @@ class Dataset:
     def has_time(self) -> bool:
         """Whether times are seconds, not just an order."""
         return bool(self.manifest["has"]["time"])
+
+    @property
+    def action_names(self) -> list[str]:
+        """Kinds of events; kind n is action_names[n - 1], and 0 is unknown."""
+        return self.manifest["actions"]
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -107,6 +132,21 @@ class Dataset:
         train = spans(self.offsets[:-1], self.train_ends)
         return np.bincount(self.items[train.values], minlength=self.num_items + 1)
 
+    @cached_property
+    def target_counts(self) -> np.ndarray:
+        """How often each item is a training target, (V + 1,) int64: in every training event but a user's first."""
+        first = np.asarray(self.offsets[:-1])
+        first = np.asarray(self.items[first[np.asarray(self.train_ends) > first]])
+        return self.train_counts - np.bincount(first, minlength=self.num_items + 1)
+
+    @cached_property
+    def last_times(self) -> np.ndarray:
+        """Seconds of each item's newest training event, 0 where it has none, (V + 1,) int64."""
+        train = spans(self.offsets[:-1], self.train_ends).values
+        newest = np.zeros(self.num_items + 1, dtype=np.int64)
+        np.maximum.at(newest, self.items[train], self.times[train])
+        return newest
+
     def users(self, split: Part) -> np.ndarray:
         """Users that have a target in this split, ascending, (B,) int64."""
         ends = self.val_ends if split == "val" else self.offsets[1:]
@@ -118,12 +158,16 @@ class Dataset:
 
     def events(self, starts: np.ndarray, ends: np.ndarray) -> Padded:
         """Events starts[b] .. ends[b] - 1 of each row, left-aligned."""
-        return left_aligned(self.items, self.times, starts, ends)
+        return left_aligned(self.items, self.times, starts, ends, self.ratings, self.actions)
 
     def histories(self, users: np.ndarray, split: Part | Literal["all"], max_length: int) -> Padded:
         """The newest events before each user's target in `split` (all events for "all"), at most `max_length`."""
         ends = np.asarray(self.offsets[users + 1]) if split == "all" else self.target_places(split)[users]
-        return self.events(np.maximum(ends - max_length, self.offsets[users]), ends)
+        return self.events(np.maximum(ends - max_length, self.offsets[users]), ends)._replace(user=self.people(users))
+
+    def people(self, users: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The values of each declared user feature, (B, P) each."""
+        return tuple(feature["values"][users].reshape(len(users), -1) for feature in self.user_features)
 
     def known(self, users: np.ndarray, split: Part | Literal["all"]) -> Ragged:
         """Every item a user has met before the target: what is filtered from its ranking.
@@ -143,21 +187,43 @@ class Dataset:
         """The item each user takes next, (B,) int64."""
         return self.items[self.target_places(split)[users]].astype(np.int64)
 
+    def asked(self, users: np.ndarray, split: Part, next_action: str) -> np.ndarray | None:
+        """The kind of action that each user is asked for, (B,) int64; None where the model is not told.
+
+        Args:
+            next_action: none, target (the target's own kind), or the name of the kind that everybody is asked for.
+        """
+        if next_action == "none":
+            return None
+        if next_action == "target" and self.actions is not None:
+            return self.actions[self.target_places(split)[users]].astype(np.int64)
+        return np.full(len(users), 1 + self.action_names.index(next_action))
+
     def request_times(self, users: np.ndarray, split: Part) -> np.ndarray:
         """When each user's target happened, (B,) int64 seconds."""
         return np.asarray(self.times[self.target_places(split)[users]])
 
-    def features(self) -> list[dict[str, Any]]:
+    @cached_property
+    def item_features(self) -> list[dict[str, Any]]:
         """The declared item features with their arrays.
 
         Each is {"name", "kind", "size", "values"}: values are (V + 1,) int32 codes for a categorical, (V + 1, P) int32
-        codes padded with 0 for a multi-valued and (V + 1,) float32 for a numeric feature (NaN where unknown).
+        codes padded with 0 for a multi-valued, (V + 1,) float32 for a numeric feature and (V + 1, P) float32 for
+        vectors (NaN where unknown).
         """
-        return [{**feature, "values": self._feature(feature)} for feature in self.manifest["features"]["items"]]
+        return self._features("items")
 
-    def _feature(self, feature: dict[str, Any]) -> np.ndarray:
-        name, kind = f"items.{feature['name']}", feature["kind"]
-        if kind == "numeric":
+    @cached_property
+    def user_features(self) -> list[dict[str, Any]]:
+        """The declared user features with their arrays, as those of items but with a row for each user, from 0."""
+        return self._features("users")
+
+    def _features(self, owner: Literal["items", "users"]) -> list[dict[str, Any]]:
+        return [{**feature, "values": self._feature(owner, feature)} for feature in self.manifest["features"][owner]]
+
+    def _feature(self, owner: str, feature: dict[str, Any]) -> np.ndarray:
+        name, kind = f"{owner}.{feature['name']}", feature["kind"]
+        if kind in ("numeric", "vector"):
             return np.load(self.path / f"{name}.values.npy")
         codes = np.load(self.path / f"{name}.codes.npy")
         if kind == "categorical":
@@ -172,23 +238,69 @@ class Dataset:
                 f"request_time is {request_time!r} but {self.path} has an order and no times; use request_time: none"
             )
 
+    def check_next_action(self, next_action: str) -> None:
+        if next_action == "none":
+            return
+        if self.actions is None:
+            raise ValueError(
+                f"next_action is {next_action!r} but the events of {self.path} have no kinds; use next_action: none, "
+                "or prepare the data with a column of actions"
+            )
+        if next_action not in ("target", *self.action_names):
+            raise ValueError(
+                f"next_action is {next_action!r}, expected none, target or one of {', '.join(self.action_names)}"
+            )
 
-def requests(padded: Padded, target: np.ndarray | None, request_time: RequestTime) -> np.ndarray | None:
-    """When the event after each place is asked for, (B, L) int64; None when the model is not told.
+
+def declared(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What models are built from: each feature without its array, but with how many values a row has."""
+    return [
+        {"name": f["name"], "kind": f["kind"], "size": f["size"], "values": f["values"][0].size or 1} for f in features
+    ]
+
+
+def as_history(
+    padded: Padded, request_time: RequestTime, target_time: np.ndarray | None = None, asked: np.ndarray | None = None
+) -> History:
+    """A batch as a model reads it.
 
     Args:
         padded: histories.
-        target: (B,) time of the request after the last place; None: the last event's own time.
         request_time: whose time a place's request has: its target's, its own (`last_event`), or none.
+        target_time: (B,) seconds of the request after the last place; None: the last event's own.
+        asked: (B,) the kind of action asked for after the last place; None: models are not told of kinds.
     """
-    if request_time == "none":
-        return None
+    request = None
     if request_time == "last_event":
-        return padded.times
-    shifted = np.concatenate([padded.times[:, 1:], np.zeros_like(padded.times[:, :1])], axis=1)
-    last = np.maximum(padded.lengths - 1, 0)
-    rows = np.arange(len(last))
-    shifted[rows, last] = padded.times[rows, last] if target is None else target
+        request = padded.times
+    elif request_time == "target":
+        last = np.maximum(padded.lengths - 1, 0)
+        own = padded.times[np.arange(len(last)), last]
+        request = followed_by(padded.times, padded.lengths, own if target_time is None else target_time)
+    kinds = None
+    if asked is not None:
+        actions = np.zeros_like(padded.items) if padded.actions is None else padded.actions
+        kinds = followed_by(actions, padded.lengths, asked)
+    return History(
+        items=torch.from_numpy(padded.items),
+        lengths=torch.from_numpy(np.asarray(padded.lengths)),
+        times=torch.from_numpy(padded.times),
+        request=tensor(request),
+        ratings=tensor(padded.ratings),
+        actions=tensor(padded.actions),
+        asked=tensor(kinds),
+        user=None if padded.user is None else tuple(torch.from_numpy(values) for values in padded.user),
+    )
+
+
+def tensor(values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values)
+
+
+def followed_by(values: np.ndarray, lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """What stands at the next place, and `last` after the newest, (B, L)."""
+    shifted = np.concatenate([values[:, 1:], np.zeros_like(values[:, :1])], axis=1)
+    shifted[np.arange(len(lengths)), np.maximum(lengths - 1, 0)] = last
     return shifted
 
 

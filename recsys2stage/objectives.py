@@ -4,19 +4,20 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from recsys2stage.columns import MASK
+from recsys2stage.columns import MASK, UNKNOWN
 from recsys2stage.shapes import History, Items
 
 
 class Question(NamedTuple):
-    """A history, the places at which an item is asked for, and the items that are right there."""
+    """A history, the places at which an item is asked for, and the items that are right there with their ratings."""
 
     history: History
     places: Bool[Tensor, "B L"]
     answers: Int[Tensor, " M"]
+    ratings: Float[Tensor, " M"] | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -28,7 +29,8 @@ class Objective(nn.Module, ABC):
     def forward(self, window: History) -> Question:
         """
         Args:
-            window: events of which the newest is only ever an answer; `window.request` belongs to the places before it.
+            window: events of which the newest is only ever an answer; what `window.request` and `window.asked` say
+                belongs to the places before it.
         """
 
 
@@ -36,12 +38,18 @@ class NextItem(Objective):
     """At every place, the item that comes next."""
 
     def forward(self, window: History) -> Question:
-        items, lengths, times, request = window
-        history = History(
-            items[:, :-1], (lengths - 1).clamp(min=0), times[:, :-1], None if request is None else request[:, :-1]
+        history = window._replace(
+            items=window.items[:, :-1],
+            lengths=(window.lengths - 1).clamp(min=0),
+            times=window.times[:, :-1],
+            request=None if window.request is None else window.request[:, :-1],
+            ratings=None if window.ratings is None else window.ratings[:, :-1],
+            actions=None if window.actions is None else window.actions[:, :-1],
+            asked=None if window.asked is None else window.asked[:, :-1],
         )
         places = visible(history.items, history.lengths)
-        return Question(history, places, items[:, 1:][places])
+        ratings = None if window.ratings is None else window.ratings[:, 1:][places]
+        return Question(history, places, window.items[:, 1:][places], ratings)
 
 
 class Cloze(Objective):
@@ -50,7 +58,8 @@ class Cloze(Objective):
     Each event is hidden with probability `rate`, and the newest in any row that would hide none. In a share of the rows
     only the newest is hidden, which is how the model will be asked. A hidden event's time is what a request for it
     would tell of it: with `request_time: target` its own time, otherwise that of the newest visible event before it. A
-    row's first event, which has none, is then never hidden unless it stands alone.
+    row's first event, which has none, is then never hidden unless it stands alone. Its rating and kind are hidden, too;
+    where the model is told the kind of action that is asked for, it is told each hidden event's own.
 
     Args:
         rate: probability that an event is hidden; the paper's best was 0.2 on MovieLens and 0.6 on Amazon Beauty.
@@ -67,7 +76,7 @@ class Cloze(Objective):
         self.rate, self.newest = rate, newest
 
     def forward(self, window: History) -> Question:
-        items, lengths, times, request = window
+        items, lengths, times, request = window[:4]
         told = request is not None and not torch.equal(request, times)  # request_time: target
         place, last = torch.arange(items.size(1), device=items.device), (lengths - 1)[:, None]
         hidden = (torch.rand(items.shape, device=items.device) < self.rate) & (place <= last)
@@ -76,8 +85,15 @@ class Cloze(Objective):
         hidden = torch.where(only_newest, place == last, hidden)
         if not told:
             times = times.gather(1, torch.where(hidden, 0, place).cummax(dim=1).values)
-        history = History(items.masked_fill(hidden, MASK), lengths, times, None if request is None else times)
-        return Question(history, hidden, items[hidden])
+        history = window._replace(
+            items=items.masked_fill(hidden, MASK),
+            times=times,
+            request=None if request is None else times,
+            ratings=None if window.ratings is None else window.ratings.masked_fill(hidden, 0),
+            actions=None if window.actions is None else window.actions.masked_fill(hidden, UNKNOWN),
+            asked=None if window.asked is None or window.actions is None else window.actions,
+        )
+        return Question(history, hidden, items[hidden], None if window.ratings is None else window.ratings[hidden])
 
 
 def visible(items: Items, lengths: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:

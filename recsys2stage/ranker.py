@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recsys2stage.columns import PAD
 from recsys2stage.data import Candidates, Lists
-from recsys2stage.losses import ListLoss, Listwise
+from recsys2stage.losses.lists import ListLoss, Listwise
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.optim import RecsysAdamW, with_warmup
 from recsys2stage.reranker import Reranker
@@ -63,7 +63,8 @@ class Ranker(LightningModule):
         if stage != "fit":
             return
         candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.reranker.look_up(candidates.item_vectors(), candidates.dataset.train_counts, candidates.dataset.features())
+        dataset = candidates.dataset
+        self.reranker.look_up(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
         lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
         width = max(batch.items.size(1) for batch in lists)
         score, items = (

@@ -19,10 +19,9 @@ import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, left_aligned, requests, spans
+from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, as_history, left_aligned, spans
 from recsys2stage.index import Index
 from recsys2stage.reranker import Reranker
-from recsys2stage.shapes import History
 from recsys2stage.towers import TwoTower
 
 logger = logging.getLogger("recsys2stage")
@@ -48,6 +47,8 @@ class Recommender:
         catalogue: columns item (1..V), item_id and, where known, title.
         popularity: training events of each item, (V + 1,): what a user without a history is given.
         request_time: what the retriever was told of the time of a request.
+        next_action: what it was told of the kind of action that is asked for.
+        actions: kinds of events, from 1.
         candidates: how many candidates the second stage ranks.
     """
 
@@ -59,11 +60,14 @@ class Recommender:
         catalogue: pl.DataFrame,
         popularity: np.ndarray,
         request_time: RequestTime,
+        next_action: str = "none",
+        actions: Sequence[str] = (),
         candidates: int = 200,
     ) -> None:
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
         self.catalogue, self.popularity = catalogue.sort(c.ITEM), popularity
-        self.request_time, self.num_candidates = request_time, candidates
+        self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
+        self.num_candidates = candidates
 
     @property
     def needs_times(self) -> bool:
@@ -88,6 +92,8 @@ class Recommender:
             catalogue=pl.read_parquet(path / c.ITEM_TABLE),
             popularity=np.load(path / POPULARITY),
             request_time=manifest["request_time"],
+            next_action=manifest["next_action"],
+            actions=manifest["actions"],
             candidates=manifest.get("candidates", 200),
         )
 
@@ -97,21 +103,20 @@ class Recommender:
         return "bundle" if (Path(path) / RERANKER).is_file() else "index"
 
     @torch.inference_mode()
-    def queries(self, padded: Padded, request: np.ndarray | None) -> np.ndarray:
+    def queries(self, padded: Padded, request: np.ndarray | None, asked: np.ndarray | None = None) -> np.ndarray:
         """Query vectors of histories, whose products with item vectors are scores, (B, D) float32.
 
         Args:
             padded: histories, newest `max_length` events at most.
             request: (B,) seconds at which each request is made; None: at the newest event.
+            asked: (B,) the kind of action asked for; None: as the model was made to be asked.
         """
-        when = requests(padded, request, self.request_time)
-        history = History(
-            torch.from_numpy(padded.items),
-            torch.from_numpy(np.asarray(padded.lengths)),
-            torch.from_numpy(padded.times),
-            None if when is None else torch.from_numpy(when),
-        )
-        return self.towers.queries(history).float().numpy()
+        if self.next_action == "none":
+            asked = None
+        elif asked is None:
+            kind = 0 if self.next_action == "target" else 1 + self.actions.index(self.next_action)
+            asked = np.full(len(padded.lengths), kind)
+        return self.towers.queries(as_history(padded, self.request_time, request, asked)).float().numpy()
 
     def candidates(self, queries: np.ndarray, known: Ragged, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores and items of the k nearest items that are not known, (B, k) each; −inf and −1 past the last."""

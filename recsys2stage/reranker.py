@@ -101,7 +101,7 @@ class Reranker(nn.Module):
         Args:
             vectors: the retriever's item vectors, (V + 1, D).
             counts: training events of each item, (V + 1,).
-            features: declared features with their arrays, as `Dataset.features()` gives them.
+            features: declared features with their arrays, as `Dataset.item_features` gives them.
         """
         self.vectors.copy_(vectors)
         log_share = np.log((counts[1:] + 1) / (counts[1:].sum() + len(counts) - 1))

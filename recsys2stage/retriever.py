@@ -1,5 +1,7 @@
 """The first stage in training: a two-tower model that learns which item comes next."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
@@ -9,15 +11,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.data import Histories, Queries
-from recsys2stage.dataset import RequestTime
+from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import EncoderFactory, Transformer
-from recsys2stage.items import ItemTable
-from recsys2stage.losses import InfoNCE, Loss
+from recsys2stage.inputs import InputFactory
+from recsys2stage.items import ItemsFactory, ItemTable
+from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.objectives import Cloze, NextItem, Objective
 from recsys2stage.optim import RecsysAdamW, with_warmup
 from recsys2stage.shapes import History
-from recsys2stage.towers import ItemsFactory, TwoTower
+from recsys2stage.towers import Similarity, TwoTower, full_precision
+from recsys2stage.users import UserFactory
 
 
 class Retriever(LightningModule):
@@ -29,11 +33,19 @@ class Retriever(LightningModule):
         request_time: whose time a request has (set by the data, kept for serving).
         dim: width D of item vectors and states.
         encoder: the sequence encoder, built with (dim, max_length).
-        items: the item table, built with (num_items, dim).
+        items: the item table, built with (num_items, dim, features).
         tied: whether candidates are the vectors that histories are read with.
-        item_bias: whether each item has a bias, added to its cosine.
+        item_bias: whether each item has a bias, added to its score.
+        similarity: whether a score is a cosine or a dot product; a dot product wants a loss of temperature 1.
+        inputs: what is added to embedded events: their kinds, ratings, the kind of action that is asked for.
+        user: what the users' features do: UserTower, or None for nothing.
+        features: declared item features (set by the data).
+        user_features: declared user features (set by the data).
+        actions: kinds of events (set by the data).
+        next_action: what the model is told of the kind of action that is asked for (set by the data, kept for serving).
         objective: what a history is asked; None: the next item, or Cloze where the encoder sees both sides.
         loss: how answers are compared with other items.
+        norm_penalty: what long states cost; None: nothing.
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         compiled: whether the encoder goes through torch.compile, which pays on a GPU.
@@ -41,7 +53,8 @@ class Retriever(LightningModule):
             gradient: much less memory, about a fifth more time. None: all keep them.
     """
 
-    log_popularity: Tensor
+    target_counts: Tensor
+    last_times: Tensor
 
     def __init__(
         self,
@@ -53,16 +66,38 @@ class Retriever(LightningModule):
         items: ItemsFactory = ItemTable,
         tied: bool = True,
         item_bias: bool = False,
+        similarity: Similarity = "cosine",
+        inputs: list[InputFactory] | None = None,
+        user: UserFactory | None = None,
+        features: list[dict[str, Any]] | None = None,
+        user_features: list[dict[str, Any]] | None = None,
+        actions: list[str] | None = None,
+        next_action: str = "none",
         objective: Objective | None = None,
         loss: Loss | None = None,
+        norm_penalty: NormPenalty | None = None,
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 100,
         compiled: bool = False,
         recompute_rows: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["objective", "loss"])
-        self.towers = TwoTower(num_items, max_length, dim, encoder, items, tied, item_bias)
+        self.save_hyperparameters(ignore=["objective", "loss", "norm_penalty"])
+        self.towers = TwoTower(
+            num_items=num_items,
+            max_length=max_length,
+            dim=dim,
+            encoder=encoder,
+            items=items,
+            tied=tied,
+            item_bias=item_bias,
+            similarity=similarity,
+            inputs=inputs,
+            user=user,
+            features=features,
+            user_features=user_features,
+            actions=actions,
+        )
         causal, name = self.towers.encoder.causal, type(self.towers.encoder).__name__
         self.objective = objective or (NextItem() if causal else Cloze())
         if self.objective.causal != causal:
@@ -70,10 +105,11 @@ class Retriever(LightningModule):
                 f"{name} sees {'only what came before' if causal else 'both sides, and with them the answers'}, and "
                 f"{type(self.objective).__name__} does not suit it; leave the objective out"
             )
-        self.loss = loss or InfoNCE()
+        self.loss, self.norm_penalty = loss or InfoNCE(), norm_penalty
         self.optimizer, self.warmup_steps, self.recompute_rows = optimizer, warmup_steps, recompute_rows
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
-        self.register_buffer("log_popularity", torch.zeros(num_items + 1))
+        for name in ("target_counts", "last_times"):
+            self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
         if recompute_rows is not None and recompute_rows < 1:
             raise ValueError(f"recompute_rows is {recompute_rows}, expected at least 1, or null to keep everything")
         if compiled:
@@ -87,26 +123,61 @@ class Retriever(LightningModule):
                     f"the encoder has a clock ({type(self.towers.encoder).__name__} with a time encoding), but "
                     f"{histories.path} has an order and no times; put configs/with/no-time.yaml on top"
                 )
-            self.log_popularity.copy_(histories.log_popularity())
+            self.look_up(histories.dataset)
+
+    def look_up(self, dataset: Dataset) -> None:
+        """Takes counts and features from a dataset, once, before training."""
+        self.target_counts.copy_(torch.from_numpy(dataset.target_counts))
+        self.last_times.copy_(torch.from_numpy(dataset.last_times))
+        trained = torch.from_numpy(dataset.train_counts > 0)
+        self.towers.look_up(dataset.item_features, dataset.user_features, trained)
+
+    def on_train_start(self) -> None:
+        self.planned_steps = float(self.trainer.estimated_stepping_batches)
+        if self.loss.scheduled and self.planned_steps == float("inf"):
+            raise ValueError(
+                f"{type(self.loss).__name__} changes with the share of the run that is done, and this run has no end; "
+                "set trainer.max_epochs or trainer.max_steps"
+            )
 
     def training_step(self, window: History, batch_idx: int) -> Tensor:
-        question = self.objective(window)
-        queries = self.states(question.history)[question.places]
-        loss = self.loss(queries, question.answers, self.towers.item_vectors, self.log_popularity)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(queries))
-        return loss
+        losses = self.losses(window)
+        for name, value in losses.items():
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(window.items))
+        return losses["loss"]
 
-    def states(self, history: History) -> Float[Tensor, "B L E"]:
+    def losses(self, window: History) -> dict[str, Any]:
+        """The loss of a batch, and what is worth logging beside it."""
+        question = self.objective(window)
+        states = self.states(question.history)[question.places]
+        answers = Answers(
+            items=question.answers,
+            rows=question.places.nonzero()[:, 0],
+            met=window.items,
+            ratings=question.ratings,
+            progress=self.progress,
+        )
+        catalogue = Catalogue(self.towers.item_vectors, self.target_counts, self.last_times)
+        loss = self.loss(self.towers.compared(states), answers, catalogue)
+        facts = self.loss.facts(self.progress)
+        if self.norm_penalty is not None:
+            norm = full_precision(states).norm(dim=-1).mean()
+            price = self.norm_penalty(norm)
+            loss, facts = loss + price, {**facts, "state_norm": norm.detach(), "norm_penalty": price.detach()}
+        return {"loss": loss, **facts}
+
+    @property
+    def progress(self) -> float:
+        """The share of the planned steps that is done."""
+        return min(1.0, self.global_step / self.planned_steps) if self._trainer else 0.0
+
+    def states(self, history: History) -> Float[Tensor, "B L D"]:
         """What the towers say at every place, with activations kept for all rows or for some at a time."""
         if self.recompute_rows is None:
             return self.towers(history)
-        items, lengths, times, request = history
-        states = []
-        for start in range(0, len(items), self.recompute_rows):
-            rows = slice(start, start + self.recompute_rows)
-            part = History(items[rows], lengths[rows], times[rows], None if request is None else request[rows])
-            states.append(checkpoint(self.towers, part, use_reentrant=False))
-        return torch.cat(states)
+        starts = range(0, len(history.items), self.recompute_rows)
+        parts = [history.take(slice(start, start + self.recompute_rows)) for start in starts]
+        return torch.cat([checkpoint(self.towers, part, use_reentrant=False) for part in parts])
 
     def validation_step(self, batch: Queries, batch_idx: int) -> None:
         self.val_metrics.update(self.ranks(batch))

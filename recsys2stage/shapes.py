@@ -1,7 +1,8 @@
 """The alphabet of shapes, used by every module, and the types that cross module borders.
 
 B batch, L history, D width, H heads, K width of a head, V items (tables have V + 1 rows: row 0 is padding),
-M answered places, U distinct items, C candidates, F numeric features, N buckets of a relative bias.
+M answered places, U distinct items, C candidates, F numeric features, P values of a feature, N buckets of a relative
+bias or negatives of a place.
 
 Histories are left-aligned: the oldest event first, padding at the end, with explicit lengths.
 """
@@ -14,22 +15,34 @@ from torch import Tensor
 
 Items = Int[Tensor, "B L"]  # item numbers, 0 after the end of the history
 Times = Int[Tensor, "B L"]  # seconds
+Ratings = Float[Tensor, "B L"]  # as in the log; 0 after the end
+Actions = Int[Tensor, "B L"]  # kinds of events, numbered from 1; 0 is unknown
 Lengths = Int[Tensor, " B"]
 Embedded = Float[Tensor, "B L D"]
 Heads = Float[Tensor, "B H L K"]
 
 
 class History(NamedTuple):
-    """What a user did before a request, and when each place's request happens.
+    """What users did before a request, and what is known of each place's request and of the users.
 
     `request` at place i is the moment at which the event after place i is asked for, or, where an event is hidden and
-    asked for in its own place, that place's own; None when the model is not told.
+    asked for in its own place, that place's own; None when the model is not told. `asked` is, in the same way, the kind
+    of action that is asked for.
     """
 
     items: Items
     lengths: Lengths
     times: Times
     request: Times | None
+    ratings: Ratings | None = None
+    actions: Actions | None = None
+    asked: Actions | None = None
+    user: tuple[Tensor, ...] | None = None  # (B, P) values of each declared user feature, in order; None: not known
+
+    def take(self, rows: slice) -> "History":
+        """Some of the users."""
+        some = {name: field[rows] for name, field in self._asdict().items() if isinstance(field, Tensor)}
+        return self._replace(**some, user=None if self.user is None else tuple(values[rows] for values in self.user))
 
 
 @dataclass(frozen=True)

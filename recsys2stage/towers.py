@@ -1,6 +1,7 @@
-"""The retriever's two towers: histories to queries, items to vectors; a score is their cosine, and perhaps a bias."""
+"""The retriever's two towers: histories to queries, items to vectors; a score is their product, and perhaps a bias."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,10 +10,12 @@ from torch.nn import functional as F
 
 from recsys2stage.columns import MASK, PAD
 from recsys2stage.encoders import EncoderFactory
-from recsys2stage.items import ItemTable
+from recsys2stage.inputs import InputFactory
+from recsys2stage.items import ItemsFactory, ItemTable
 from recsys2stage.shapes import History
+from recsys2stage.users import UserFactory
 
-ItemsFactory = Callable[[int, int], ItemTable]  # (num_items, dim) -> ItemTable
+Similarity = Literal["cosine", "dot"]
 
 
 class TwoTower(nn.Module):
@@ -23,9 +26,15 @@ class TwoTower(nn.Module):
         max_length: longest history L.
         dim: width D.
         encoder: called with (dim, max_length).
-        items: called with (num_items, dim).
+        items: called with (num_items, dim, features).
         tied: whether candidates are the vectors that histories are read with; else they have a table of their own.
-        item_bias: whether each item has a learned bias, added to its cosine: one more coordinate, 1 in every query.
+        item_bias: whether each item has a learned bias, added to its score: one more coordinate, 1 in every query.
+        similarity: whether a score is the cosine of query and item, or their dot product.
+        inputs: what is added to embedded events, each called with (dim, actions); None: nothing.
+        user: what the users' features do, called with (dim, user_features); None: nothing.
+        features: declared item features.
+        user_features: declared user features.
+        actions: kinds of events.
     """
 
     def __init__(
@@ -37,23 +46,48 @@ class TwoTower(nn.Module):
         items: ItemsFactory = ItemTable,
         tied: bool = True,
         item_bias: bool = False,
+        similarity: Similarity = "cosine",
+        inputs: Sequence[InputFactory] | None = None,
+        user: UserFactory | None = None,
+        features: Sequence[dict[str, Any]] | None = None,
+        user_features: Sequence[dict[str, Any]] | None = None,
+        actions: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.max_length = max_length
-        self.items = items(num_items, dim)
-        self.untied = None if tied else items(num_items, dim)
+        if similarity not in ("cosine", "dot"):
+            raise ValueError(f"similarity is {similarity!r}, expected cosine or dot")
+        self.max_length, self.similarity = max_length, similarity
+        self.items = items(num_items, dim, features or ())
+        self.untied = None if tied else items(num_items, dim, features or ())
         self.bias = nn.Embedding(num_items + 1, 1, padding_idx=PAD) if item_bias else None
-        self.encoder = encoder(dim, max_length)
+        self.inputs = nn.ModuleList(make(dim, actions or ()) for make in inputs or ())
+        self.user = None if user is None else user(dim, user_features or ())
+        self.encoder = encoder(dim, max_length + (self.user is not None and self.user.token))
         self.mask = None if self.encoder.causal else nn.Parameter(0.02 * torch.randn(dim))  # stands for a hidden event
         if self.bias is not None:
             nn.init.zeros_(self.bias.weight)
 
-    def forward(self, history: History) -> Float[Tensor, "B L E"]:
-        """Query vectors at every place: unit vectors of width E = D, and a 1 where items have a bias (E = D + 1)."""
+    def forward(self, history: History) -> Float[Tensor, "B L D"]:
+        """States at every place; `compared` makes queries of them."""
         x = self.items(history.items.clamp(min=PAD))
         if self.mask is not None:
             x = torch.where((history.items == MASK)[..., None], self.mask.to(x.dtype), x)
-        query = unit(self.encoder(x, history.lengths, history.times, history.request))
+        for add in self.inputs:
+            x = add(x, history)
+        if self.user is None:
+            return self.encoder(x, history.lengths, history.times, history.request)
+        person = self.user(history.user, len(x))
+        x = self.user.condition(x, person)
+        if not self.user.token:
+            return self.encoder(x, history.lengths, history.times, history.request)
+        x, first = torch.cat([person[:, None].to(x.dtype), x], dim=1), history.times[:, :1]  # the user comes first
+        times = torch.cat([first, history.times], dim=1)
+        request = None if history.request is None else torch.cat([first, history.request], dim=1)
+        return self.encoder(x, history.lengths + 1, times, request)[:, 1:]
+
+    def compared(self, states: Float[Tensor, "*S D"]) -> Float[Tensor, "*S E"]:
+        """Query vectors of states, of width E = D, and with a 1 at the end where items have a bias (E = D + 1)."""
+        query = unit(states) if self.similarity == "cosine" else full_precision(states)
         return query if self.bias is None else F.pad(query, (0, 1), value=1.0)
 
     def queries(self, history: History) -> Float[Tensor, "B E"]:
@@ -61,31 +95,59 @@ class TwoTower(nn.Module):
         if self.mask is not None:
             history = asked_after(history)
         last = (history.lengths - 1).clamp(min=0)
-        return self(history)[torch.arange(len(last), device=last.device), last]
+        return self.compared(self(history)[torch.arange(len(last), device=last.device), last])
 
     def item_vectors(self, items: Int[Tensor, " U"]) -> Float[Tensor, "U E"]:
-        """Vectors whose products with queries are scores: unit vectors, and the bias where items have one."""
-        vectors = unit((self.untied or self.items)(items))
+        """Vectors whose products with queries are scores, with the bias at the end where items have one."""
+        vectors = (self.untied or self.items)(items)
+        vectors = unit(vectors) if self.similarity == "cosine" else full_precision(vectors)
         return vectors if self.bias is None else torch.cat([vectors, self.bias(items).to(vectors.dtype)], dim=-1)
 
     def every_item(self) -> Float[Tensor, "V E"]:
         """Vectors of items 1..V."""
         return self.item_vectors(torch.arange(1, self.items.num_items + 1, device=self.items.table.weight.device))
 
+    def look_up(
+        self, features: Sequence[dict[str, Any]], user_features: Sequence[dict[str, Any]], trained: Tensor
+    ) -> None:
+        """Takes what the data say, once, before training.
+
+        Args:
+            features: declared item features with their arrays.
+            user_features: declared user features with their arrays.
+            trained: (V + 1,) bool, which items have training events.
+        """
+        for table in (self.items, self.untied):
+            if table is not None:
+                table.look_up(features, trained)
+        if self.user is not None:
+            self.user.look_up(user_features)
+
 
 def asked_after(history: History) -> History:
     """A history with a hidden event at its end, at the time of the request or, where that is not told, of the newest.
 
-    Every place is then asked at its own time, as encoders that see both sides expect.
+    Every place is then asked at its own time, and for its own kind of action, as encoders that see both sides expect.
     """
-    items, lengths, times, request = history
+    items, lengths, times, request = history[:4]
     rows, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
     now = (times if request is None else request)[rows, last]
     items, times = F.pad(items, (0, 1)), F.pad(times, (0, 1))
     items[rows, lengths], times[rows, lengths] = MASK, now
-    return History(items, lengths + 1, times, None if request is None else times)
+    ratings = None if history.ratings is None else F.pad(history.ratings, (0, 1))
+    actions = None if history.actions is None else F.pad(history.actions, (0, 1))
+    asked = None
+    if history.asked is not None:
+        asked = F.pad(history.asked, (1, 0))  # that of place i is the kind of event i + 1
+        if actions is not None:
+            asked[:, 0] = actions[:, 0]
+    return History(items, lengths + 1, times, None if request is None else times, ratings, actions, asked, history.user)
 
 
 def unit(x: Tensor) -> Tensor:
     """L2-normalised along the last axis, at full precision even under bf16 autocast."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-6)
+    return F.normalize(full_precision(x), dim=-1, eps=1e-6)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # short class names in YAML resolve once their module is imported
-from recsys2stage import encoders, losses, objectives, positions, scorers, times  # noqa: F401
+from recsys2stage import encoders, inputs, losses, objectives, positions, scorers, times, users  # noqa: F401
 from recsys2stage.callbacks import KeepLast, MeasureTheEnd, ReseedEveryStep, SignFit, StayStopped
 from recsys2stage.data import Candidates, Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
@@ -45,7 +45,10 @@ class RecsysCLI(LightningCLI):
         for name in ("checkpoint", "last"):
             parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
         # the data knows, the model asks; what a model has no argument for is not passed
-        for name in ("num_items", "max_length", "request_time", "vector_dim", "features", "num_candidates"):
+        for name in (
+            *("num_items", "features", "vector_dim", "num_candidates"),
+            *("max_length", "request_time", "next_action", "user_features", "actions"),
+        ):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

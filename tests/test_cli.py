@@ -95,7 +95,7 @@ def test_help_shows_the_descriptions(verb: str, capsys: pytest.CaptureFixture[st
 def parts() -> Iterator[type]:
     """Every class that a config may name."""
     bases = [
-        *(encoders.Encoder, positions.Position, times.Time, objectives.Objective, losses.Loss, losses.ListLoss),
+        *(encoders.Encoder, positions.Position, times.Time, objectives.Objective, losses.Loss, losses.lists.ListLoss),
         *(mining.Miner, scorers.Scorer, index.Index, sources.Source, split.Split, items.ItemTable, optim.RecsysAdamW),
         *(Retriever, Ranker, Histories, Candidates),
     ]

@@ -86,16 +86,16 @@ def test_queries_equal_a_loop(ragged: Path, split: Any, request_time: Any) -> No
     assert len(loader) == -(-len(want) // 7)
 
 
-def test_log_popularity_is_its_definition(ragged: Path) -> None:
-    """p = (times the item is a training target + 1) / (targets + V)."""
+def test_target_counts_and_last_times_are_their_definitions(ragged: Path) -> None:
     data = small(ragged)
     targets = Counter(item for items, _, train, _ in events(data) for item in items[1:train])
-    V, total = data.num_items, sum(targets.values())
-    got = data.log_popularity()
-    want = [np.log((targets[item] + 1) / (total + V)) for item in range(1, V + 1)]
-    torch.testing.assert_close(got[1:], torch.tensor(want, dtype=torch.float32))
-    assert got[1:].exp().sum().item() == pytest.approx(1, abs=1e-5)
-    assert got.unique().numel() > 2
+    assert data.dataset.target_counts.tolist() == [targets[item] for item in range(data.num_items + 1)]
+    assert len(set(targets.values())) > 2
+    dataset, newest = data.dataset, dict.fromkeys(range(data.num_items + 1), 0)
+    for user in range(dataset.num_users):
+        for place in range(dataset.offsets[user], dataset.train_ends[user]):
+            newest[int(dataset.items[place])] = max(newest[int(dataset.items[place])], int(dataset.times[place]))
+    assert dataset.last_times.tolist() == list(newest.values())
     asked = Counter()
     for window in data.train_dataloader():
         for row, length in zip(window.items, window.lengths, strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from worlds import write_movielens
 
-from recsys2stage.dataset import Dataset, Padded, left_aligned, places, requests, spans, windows
+from recsys2stage.dataset import Dataset, Padded, RequestTime, as_history, left_aligned, places, spans, windows
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import MovieLens, Table
 from recsys2stage.split import GlobalTime
@@ -124,7 +124,7 @@ def test_train_counts_and_cold_items(dataset: Dataset) -> None:
 
 
 def test_features_are_padded_with_unknown(dataset: Dataset) -> None:
-    genres, decade = sorted(dataset.features(), key=lambda feature: -len(feature["name"]))
+    genres, decade = sorted(dataset.item_features, key=lambda feature: -len(feature["name"]))
     assert (genres["name"], genres["kind"], genres["size"]) == ("genres", "multi", 4)  # unknown, Crime, Drama, War
     assert (decade["name"], decade["kind"]) == ("decade", "categorical")
     names = {1: "Crime", 2: "Drama", 3: "War"}
@@ -188,15 +188,21 @@ def padded_of(*times: list[int]) -> Padded:
     return Padded(np.where(filled > 0, 1, 0), filled, np.array(list(map(len, times))))
 
 
+def requests(padded: Padded, mode: RequestTime, target: np.ndarray | None) -> np.ndarray:
+    told = as_history(padded, mode, target).request
+    assert told is not None
+    return told.numpy()
+
+
 def test_requests_none_last_event_and_target() -> None:
     padded, target = padded_of([10, 20, 40], [5], []), np.array([70, 6, 9])
-    assert requests(padded, target, "none") is None
-    assert requests(padded, target, "last_event").tolist() == [[10, 20, 40], [5, 0, 0], [0, 0, 0]]
-    told = requests(padded, target, "target")
+    assert as_history(padded, "none", target).request is None
+    assert requests(padded, "last_event", target).tolist() == [[10, 20, 40], [5, 0, 0], [0, 0, 0]]
+    told = requests(padded, "target", target)
     assert told[0].tolist() == [20, 40, 70]
     assert told[1, 0] == 6
     assert told[2, 0] == 9
-    untold = requests(padded, None, "target")  # what comes after the last place is only ever an answer
+    untold = requests(padded, "target", None)  # what comes after the last place is only ever an answer
     assert untold[0].tolist() == [20, 40, 40]
     assert untold[1, 0] == 5
 
@@ -204,7 +210,7 @@ def test_requests_none_last_event_and_target() -> None:
 def test_requests_at_the_target_equal_a_loop(dataset: Dataset) -> None:
     users = dataset.users("test")
     padded = dataset.histories(users, "test", 6)
-    told = requests(padded, dataset.request_times(users, "test"), "target")
+    told = requests(padded, "target", dataset.request_times(users, "test"))
     for row, user in enumerate(users):
         place = target_of(dataset, user, "test")
         assert place is not None

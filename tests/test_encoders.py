@@ -478,10 +478,8 @@ class Learner:
         model = self.model
         for _ in range(steps):
             rows = torch.randperm(len(self.data.window_starts))[:100].numpy()
-            question = model.objective(self.data.read_windows(rows))
-            queries = model.towers(question.history)[question.places]
             self.optimizer.zero_grad()
-            model.loss(queries, question.answers, model.towers.item_vectors, model.log_popularity).backward()
+            model.losses(self.data.read_windows(rows))["loss"].backward()
             self.optimizer.step()
 
     def hits(self, k: int) -> list[float]:

@@ -27,7 +27,8 @@ from torch import nn
 from recsys2stage.encoders import Encoder
 from recsys2stage.index import Approximate
 from recsys2stage.items import ItemTable
-from recsys2stage.losses import ListLoss, Loss
+from recsys2stage.losses import Loss
+from recsys2stage.losses.lists import ListLoss
 from recsys2stage.mining import Miner
 from recsys2stage.objectives import NextItem
 from recsys2stage.positions import Position, PositionFactory
@@ -113,8 +114,8 @@ class Running(Encoder):
 class Shifted(ItemTable):
     """Vectors away from the origin."""
 
-    def __init__(self, num_items: int, dim: int, by: float = 0.5):
-        super().__init__(num_items, dim, std=0.5)
+    def __init__(self, num_items: int, dim: int, features, by: float = 0.5):
+        super().__init__(num_items, dim, features, std=0.5)
         self.by = by
 
     def forward(self, items):
@@ -131,9 +132,9 @@ class Margin(Loss):
         super().__init__()
         self.margin = margin
 
-    def forward(self, queries, answers, item_vectors, log_popularity):
-        other = item_vectors(torch.randint(1, len(log_popularity), answers.shape))
-        gap = (queries * (item_vectors(answers) - other)).sum(-1)
+    def forward(self, queries, answers, catalogue):
+        other = catalogue.vectors(torch.randint(1, len(catalogue.counts), answers.items.shape))
+        gap = (queries * (catalogue.vectors(answers.items) - other)).sum(-1)
         return (self.margin - gap).relu().mean()
 
 

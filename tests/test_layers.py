@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "recsys2stage"
 ROWS = """
     __init__ columns shapes hashing
     layers
-    artifacts metrics positions times losses objectives mining split checks download optim
-    dataset items index encoders sources simulate
+    artifacts metrics positions times losses objectives mining split checks download optim features inputs
+    dataset items users index encoders sources simulate
     towers scorers prepare baselines
     data reranker
     retriever ranker callbacks recommend
@@ -71,8 +71,24 @@ def test_an_import_against_the_direction_would_be_found(line: str) -> None:
 
 def test_what_computes_knows_nothing_of_lightning_files_or_configs() -> None:
     """So it can be tested, and served, with bare arrays."""
-    for name in ("metrics", "losses", "mining", "positions", "times", "towers", "reranker", "items", "objectives"):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    for name in (
+        "metrics",
+        "losses",
+        "mining",
+        "positions",
+        "times",
+        "towers",
+        "reranker",
+        "items",
+        "users",
+        "features",
+        "inputs",
+        "objectives",
+    ):
+        files = (
+            [PACKAGE / f"{name}.py"] if (PACKAGE / f"{name}.py").is_file() else sorted((PACKAGE / name).glob("*.py"))
+        )
+        tree = ast.parse("\n".join(file.read_text(encoding="utf-8") for file in files))
         outside = {
             word.split(".")[0]
             for node in ast.walk(tree)

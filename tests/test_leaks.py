@@ -10,7 +10,6 @@ from pipeline_fixtures import Run
 from worlds import Event, write_movielens
 
 from recsys2stage.baselines import Markov, Popularity
-from recsys2stage.data import Histories
 from recsys2stage.dataset import Dataset, Part
 
 USERS, ITEMS = 90, 40
@@ -113,8 +112,9 @@ def markov(run: Run) -> list[bytes]:
     return [array.tobytes() for array in (table.next, table.counts, table.offsets, table.tie_break)]
 
 
-def log_popularity(run: Run) -> torch.Tensor:
-    return Histories(run.data).log_popularity()
+def target_counts(run: Run) -> list[bytes]:
+    dataset = Dataset(run.data)
+    return [dataset.target_counts.tobytes(), dataset.last_times.tobytes()]
 
 
 def test_the_test_events_really_are_altered(base: Run, other_tests: Run) -> None:
@@ -134,7 +134,7 @@ def test_what_is_prepared_for_training_does_not_know_the_test_events(base: Run, 
 
 def test_counts_and_tables_do_not_know_the_test_events(base: Run, other_tests: Run) -> None:
     assert Dataset(base.data).train_counts.tobytes() == Dataset(other_tests.data).train_counts.tobytes()
-    assert torch.equal(log_popularity(base), log_popularity(other_tests))
+    assert target_counts(base) == target_counts(other_tests)
     assert np.array_equal(Popularity(Dataset(base.data)).counts, Popularity(Dataset(other_tests.data)).counts)
     assert markov(base) == markov(other_tests)
 
@@ -168,7 +168,7 @@ def test_the_retrievers_weights_do_not_know_the_validation_events(base: Run, oth
 def test_counts_and_tables_do_not_know_the_validation_events(base: Run, other_validation: Run) -> None:
     assert before(base, "val") == before(other_validation, "val")
     assert Dataset(base.data).train_counts.tobytes() == Dataset(other_validation.data).train_counts.tobytes()
-    assert torch.equal(log_popularity(base), log_popularity(other_validation))
+    assert target_counts(base) == target_counts(other_validation)
     assert markov(base) == markov(other_validation)
 
 
@@ -183,7 +183,7 @@ def test_everything_does_know_the_training_events(base: Run, other_training: Run
     assert same_targets(base, other_training, "test").all()
     assert before(base, "val") != before(other_training, "val")
     assert not np.array_equal(Dataset(base.data).train_counts, Dataset(other_training.data).train_counts)
-    assert not torch.equal(log_popularity(base), log_popularity(other_training))
+    assert target_counts(base) != target_counts(other_training)
     assert markov(base) != markov(other_training)
     assert not same_weights(base.retriever.with_name("last.ckpt"), other_training.retriever.with_name("last.ckpt"))
     for name in ("candidates/candidates.parquet", "candidates/states.npy", "index/index.npy", "index/popularity.npy"):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys2stage import losses
-from recsys2stage.losses import BCE, BPR, InfoNCE, ListLoss, Listwise, cross_entropy
+from recsys2stage.losses import Answers, Catalogue, InfoNCE, contrast, cross_entropy
+from recsys2stage.losses.contrast import log_share
+from recsys2stage.losses.lists import BCE, BPR, ListLoss, Listwise
 from recsys2stage.objectives import NextItem
 from recsys2stage.retriever import Retriever
 from recsys2stage.shapes import History
@@ -19,6 +20,16 @@ V, D = 12, 5
 
 def unit(*shape: int) -> Tensor:
     return nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def asked(answers: Tensor) -> Answers:
+    """Each place in a history of its own."""
+    return Answers(items=answers, rows=torch.arange(len(answers)), met=answers[:, None])
+
+
+def catalogue(table: Tensor, counts: Tensor | None = None) -> Catalogue:
+    counts = torch.zeros(len(table), dtype=torch.int64) if counts is None else counts
+    return Catalogue(lambda items: table[items], counts, torch.zeros_like(counts))
 
 
 def info_nce(queries: Tensor, answers: Tensor, table: Tensor, log_popularity: Tensor, temperature: float) -> Tensor:
@@ -54,9 +65,10 @@ def of_both(loss: Callable[[Tensor, Tensor], Tensor], queries: Tensor, table: Te
 def test_info_nce_is_its_definition(answers: list[int], temperature: float) -> None:
     picked = torch.tensor(answers)
     queries, table = unit(len(picked), D), unit(V + 1, D)
-    log_popularity = torch.log_softmax(torch.randn(V + 1, dtype=torch.float64) * 2, 0)
+    counts = torch.randint(0, 90, (V + 1,))
+    log_popularity = log_share(counts)
     loss = InfoNCE(temperature)
-    got = of_both(lambda q, v: loss(q, picked, lambda items: v[items], log_popularity), queries, table)
+    got = of_both(lambda q, v: loss(q, asked(picked), catalogue(v, counts)), queries, table)
     want = of_both(lambda q, v: info_nce(q, picked, v, log_popularity, temperature), queries, table)
     for ours, defined in zip(got, want, strict=True):
         torch.testing.assert_close(ours, defined, rtol=1e-9, atol=1e-9)
@@ -67,8 +79,7 @@ def test_info_nce_is_its_definition(answers: list[int], temperature: float) -> N
 def test_the_same_item_is_never_its_own_negative() -> None:
     """With one item only there is nothing to lose; counted as a negative it would cost log 4."""
     same = torch.tensor([4, 4, 4, 4])
-    table, uniform = unit(V + 1, D), torch.zeros(V + 1, dtype=torch.float64)
-    loss = InfoNCE()(unit(4, D), same, lambda items: table[items], uniform)
+    loss = InfoNCE()(unit(4, D), asked(same), catalogue(unit(V + 1, D)))
     assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
@@ -76,10 +87,10 @@ def test_log_q_takes_popularity_out_of_every_column() -> None:
     """Orthogonal vectors, every logit 0 before the correction: the loss is arithmetic."""
     queries = torch.zeros(2, D, dtype=torch.float64)
     table = unit(V + 1, D)
-    log_popularity = torch.zeros(V + 1, dtype=torch.float64)
-    log_popularity[1], log_popularity[2] = math.log(0.5), math.log(0.125)
-    loss = InfoNCE(1.0)(queries, torch.tensor([1, 2]), lambda items: table[items], log_popularity)
-    # columns weigh 1/p: 2 and 8
+    counts = torch.zeros(V + 1, dtype=torch.int64)
+    counts[1], counts[2] = 15, 3
+    loss = InfoNCE(1.0)(queries, asked(torch.tensor([1, 2])), catalogue(table, counts))
+    # p is in proportion to counts + 1, and columns weigh 1/p: 2 and 8
     assert loss.item() == pytest.approx((math.log((2 + 8) / 2) + math.log((2 + 8) / 8)) / 2)
 
 
@@ -136,13 +147,12 @@ def test_the_gradient_is_scaled_by_what_follows() -> None:
 def test_bf16_autocast_does_not_round_it() -> None:
     """The products are rough, sums and gradients are kept in float32."""
     answers, table, queries = torch.randint(1, V + 1, (200,)), unit(V + 1, D).float(), unit(200, D).float()
-    uniform = torch.zeros(V + 1)
 
     def rough(q: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return InfoNCE()(q, answers, lambda items: v[items], uniform)
+            return InfoNCE()(q, asked(answers), catalogue(v))
 
-    exact = of_both(lambda q, v: InfoNCE()(q, answers, lambda items: v[items], uniform), queries, table)
+    exact = of_both(lambda q, v: InfoNCE()(q, asked(answers), catalogue(v)), queries, table)
     for ours, other in zip(of_both(rough, queries, table), exact, strict=True):
         assert torch.equal(ours, other)  # bf16 would round logits of ±20 to steps of 1/8
 
@@ -180,11 +190,11 @@ class Largest(TorchDispatchMode):
 def test_the_logits_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     """The largest tensor of forward and backward stays within the budget, never rows times columns."""
     rows, items = 300, 100
-    monkeypatch.setattr(losses, "BLOCK_LOGITS", budget)
+    monkeypatch.setattr(contrast, "BLOCK_LOGITS", budget)
     answers = torch.arange(rows) % items + 1
     queries, table = unit(rows, 4).requires_grad_(), unit(items + 1, 4).requires_grad_()
     with Largest() as largest:
-        InfoNCE()(queries, answers, lambda chosen: table[chosen], torch.zeros(items + 1)).backward()
+        InfoNCE()(queries, asked(answers), catalogue(table)).backward()
     limit = max(budget, rows * 4)  # the gradient of the queries is as large as they are
     assert largest.numel <= limit if budget < rows * items else largest.numel == rows * items
     assert largest.numel < rows * rows, "equal columns must be merged"
@@ -213,7 +223,7 @@ def test_next_item_asks_every_event_but_the_first() -> None:
 
 
 def test_next_item_keeps_the_request_of_each_place() -> None:
-    items, lengths, times, _ = window(5, padding=0)
+    items, lengths, times = window(5, padding=0)[:3]
     history = NextItem()(History(items, lengths, times, times + 50)).history
     assert history.request is not None
     assert torch.equal(history.request, history.times + 50)
@@ -224,7 +234,7 @@ def test_padding_is_never_a_column() -> None:
     """Whatever items stand in the padding and however long it is, the training loss and its gradient are the same."""
     model = Retriever(num_items=V, max_length=8, dim=8).eval()  # without dropout
     model.log = lambda *args, **kwargs: None
-    model.log_popularity[:] = torch.randn(V + 1)
+    model.target_counts[:] = torch.randint(1, 90, (V + 1,))
 
     def step(history: History) -> tuple[float, Tensor]:
         model.zero_grad()

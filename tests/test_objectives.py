@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from recsys2stage.columns import MASK, PAD
-from recsys2stage.data import as_history
-from recsys2stage.dataset import Padded, RequestTime
+from recsys2stage.dataset import Padded, RequestTime, as_history
 from recsys2stage.encoders import BERT4Rec, Encoder, Transformer
 from recsys2stage.objectives import Cloze, NextItem, Objective
 from recsys2stage.retriever import Retriever
@@ -27,7 +26,7 @@ def window(mode: RequestTime = "none", rows: int = 300, longest: int = 12, short
     real = np.arange(longest) < lengths[:, None]
     items = np.stack([rng.permutation(longest * 2)[:longest] + 1 for _ in range(rows)])
     times = 10**9 + np.cumsum(rng.integers(1, 10**6, (rows, longest)), axis=1)
-    return as_history(Padded(np.where(real, items, PAD), np.where(real, times, 0), lengths), None, mode)
+    return as_history(Padded(np.where(real, items, PAD), np.where(real, times, 0), lengths), mode)
 
 
 def copied(history: History) -> History:
@@ -158,7 +157,7 @@ def test_training_asks_for_the_newest_as_serving_does(mode: RequestTime) -> None
     rows, last = torch.arange(len(given.lengths)), given.lengths - 1
     before = real_places(given) & (torch.arange(given.items.size(1)) < last[:, None])
     padded = Padded(*((part * before).numpy() for part in (given.items, given.times)), last.numpy())
-    served = asked_after(as_history(padded, given.times[rows, last].numpy(), mode))
+    served = asked_after(as_history(padded, mode, given.times[rows, last].numpy()))
     real = real_places(given)
     assert torch.equal(served.lengths, question.history.lengths)
     assert torch.equal(served.items[:, :-1][real], question.history.items[real])

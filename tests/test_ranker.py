@@ -18,7 +18,7 @@ from recsys2stage.cli import main
 from recsys2stage.data import Candidates, Lists
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import VECTORS
-from recsys2stage.losses import BCE, BPR, ListLoss, Listwise
+from recsys2stage.losses.lists import BCE, BPR, ListLoss, Listwise
 from recsys2stage.mining import CANDIDATES, STATES
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.ranker import NOWHERE, Ranker
@@ -44,7 +44,7 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     rng, folder = np.random.default_rng(11), tmp_path_factory.mktemp("checkerboard")
     dataset = Dataset(cycle)
-    genre = next(feature["values"] for feature in dataset.features() if feature["name"] == "genres")[:, 0]
+    genre = next(feature["values"] for feature in dataset.item_features if feature["name"] == "genres")[:, 0]
     sorts = {sort: np.flatnonzero(genre == sort) for sort in (1, 2)}
     states = rng.normal(size=(USERS, D))
     rows: list[dict[str, Any]] = []

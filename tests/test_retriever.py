@@ -54,7 +54,7 @@ def naive_ranks(model: Retriever, data: Histories, split: str) -> np.ndarray:
         met, target = dataset.items[start:place].tolist(), int(dataset.items[place])
         read = data.read_queries(np.array([user]), "val" if split == "val" else "test").history
         with torch.no_grad():
-            query = model.towers(read)[0, min(len(met), data.max_length) - 1]
+            query = model.towers.compared(model.towers(read))[0, min(len(met), data.max_length) - 1]
         scores = (vectors @ query).tolist()
         others = [item for item in range(1, data.num_items + 1) if item not in met and item != target]
         ranks.append(1 + sum(scores[item] >= scores[target] for item in others))
@@ -187,8 +187,9 @@ def test_recsys_validate_measures_the_best(fit: Fit, monkeypatch: pytest.MonkeyP
 
 
 def test_popularity_of_training_is_in_the_checkpoint(fit: Fit, cycle: Path) -> None:
-    kept = fit.checkpoint("best.ckpt")["state_dict"]["log_popularity"]
-    torch.testing.assert_close(kept, Histories(cycle).log_popularity())
+    weights, dataset = fit.checkpoint("best.ckpt")["state_dict"], Histories(cycle).dataset
+    assert weights["target_counts"].tolist() == dataset.target_counts.tolist()
+    assert weights["last_times"].tolist() == dataset.last_times.tolist()
 
 
 # --- the towers
@@ -201,11 +202,13 @@ def test_the_query_is_that_of_the_newest_place(ragged: Path) -> None:
     lengths = batch.history.lengths
     assert len(lengths.unique()) > 3
     with torch.no_grad():
-        queries, places = model.towers.queries(batch.history), model.towers(batch.history)
+        queries, places = model.towers.queries(batch.history), model.towers.compared(model.towers(batch.history))
         for row, length in enumerate(lengths.tolist()):
             alone = data.read_queries(batch.users[row : row + 1].numpy(), "test").history
             torch.testing.assert_close(queries[row], places[row, length - 1])
-            torch.testing.assert_close(queries[row], model.towers(alone)[0, -1], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                queries[row], model.towers.compared(model.towers(alone))[0, -1], rtol=1e-4, atol=1e-6
+            )
         torch.testing.assert_close(queries.norm(dim=1), torch.ones(len(queries)))
         nothing = torch.zeros(2, 1, dtype=torch.long)
         empty = model.towers.queries(History(nothing, nothing[:, 0], nothing, None))

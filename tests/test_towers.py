@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from recsys2stage.columns import MASK
-from recsys2stage.data import Histories, as_history
-from recsys2stage.dataset import Padded, RequestTime
+from recsys2stage.data import Histories
+from recsys2stage.dataset import Padded, RequestTime, as_history
 from recsys2stage.encoders import BERT4Rec, Transformer
 from recsys2stage.index import Exact
-from recsys2stage.losses import InfoNCE
+from recsys2stage.losses import Answers, Catalogue, InfoNCE
 from recsys2stage.shapes import History
 from recsys2stage.times import Calendar, LogBuckets
 from recsys2stage.towers import TwoTower, asked_after, unit
@@ -41,7 +41,7 @@ def histories(mode: RequestTime = "none", asked: int = 0) -> History:
     real = np.arange(L) < lengths[:, None]
     times = (10**9 + np.cumsum(rng.integers(1, 10**6, (len(lengths), L)), axis=1)) * real
     target = times.max(1) + 1_000 + asked
-    return as_history(Padded(rng.integers(1, V + 1, (len(lengths), L)) * real, times, lengths), target, mode)
+    return as_history(Padded(rng.integers(1, V + 1, (len(lengths), L)) * real, times, lengths), mode, target)
 
 
 # --- the question after a history
@@ -228,8 +228,10 @@ def test_biases_start_at_zero_and_learn_but_that_of_padding() -> None:
         torch.testing.assert_close(mine[:, :D], other)
     assert built.bias is not None
     assert not built.bias.weight.any()
-    queries, answers = built(histories())[:, 0], torch.tensor([1, 2, 3, 4, 5])
-    InfoNCE()(queries, answers, built.item_vectors, torch.zeros(V + 1)).backward()
+    queries, items = built.compared(built(histories())[:, 0]), torch.tensor([1, 2, 3, 4, 5])
+    answers = Answers(items, rows=torch.arange(5), met=items[:, None])
+    zeros = torch.zeros(V + 1, dtype=torch.int64)
+    InfoNCE()(queries, answers, Catalogue(built.item_vectors, zeros, zeros)).backward()
     assert built.bias.weight.grad is not None
     assert (built.bias.weight.grad[1:6] != 0).all()
     assert not built.bias.weight.grad[[0, *range(6, V + 1)]].any()

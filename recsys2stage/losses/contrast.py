@@ -1,40 +1,19 @@
-"""Losses. Those of the retriever own their negatives; those of the ranker see a list of candidates.
+"""Softmax losses of the retriever.
 
 The logits of many queries against many columns are never all in memory: `cross_entropy` works through blocks of rows
 and keeps only the gradient.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from recsys2stage.losses.base import Answers, Catalogue, Loss
 
 BLOCK_LOGITS = 1 << 20  # logits in flight, 4 MB: a CPU keeps them in cache
 GPU_BLOCK_LOGITS = 1 << 26
-
-
-class Loss(nn.Module, ABC):
-    """How well queries find their answers among negatives of the loss's own choosing."""
-
-    @abstractmethod
-    def forward(
-        self,
-        queries: Float[Tensor, "M D"],
-        answers: Int[Tensor, " M"],
-        item_vectors: Callable[[Tensor], Tensor],
-        log_popularity: Float[Tensor, " W"],
-    ) -> Float[Tensor, ""]:
-        """
-        Args:
-            queries: one for each answered place; padding is not among them.
-            answers: item numbers.
-            item_vectors: item numbers (U,) -> vectors (U, D) whose products with queries are scores.
-            log_popularity: (V + 1,) log of each item's share of the training targets.
-        """
 
 
 class InfoNCE(Loss):
@@ -56,18 +35,12 @@ class InfoNCE(Loss):
         super().__init__()
         self.temperature = _positive(temperature)
 
-    def forward(
-        self,
-        queries: Float[Tensor, "M D"],
-        answers: Int[Tensor, " M"],
-        item_vectors: Callable[[Tensor], Tensor],
-        log_popularity: Float[Tensor, " W"],
-    ) -> Float[Tensor, ""]:
-        distinct, column, count = torch.unique(answers, return_inverse=True, return_counts=True)
-        correction = -log_popularity[distinct]
+    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
+        distinct, column, count = torch.unique(answers.items, return_inverse=True, return_counts=True)
+        correction = -log_share(catalogue.counts)[distinct].to(queries.dtype)
         return cross_entropy(
             queries / self.temperature,
-            item_vectors(distinct),
+            catalogue.vectors(distinct),
             column,
             column_bias=correction + count.to(correction.dtype).log(),
             answer_bias=correction[column],
@@ -85,16 +58,15 @@ class FullSoftmax(Loss):
         super().__init__()
         self.temperature = _positive(temperature)
 
-    def forward(
-        self,
-        queries: Float[Tensor, "M D"],
-        answers: Int[Tensor, " M"],
-        item_vectors: Callable[[Tensor], Tensor],
-        log_popularity: Float[Tensor, " W"],
-    ) -> Float[Tensor, ""]:
-        columns = item_vectors(torch.arange(1, len(log_popularity), device=answers.device))  # of padding and all items
-        no_bias, answer = columns.new_zeros(len(columns)), answers - 1
+    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
+        columns = catalogue.vectors(torch.arange(1, len(catalogue.counts), device=queries.device))
+        no_bias, answer = columns.new_zeros(len(columns)), answers.items - 1
         return cross_entropy(queries / self.temperature, columns, answer, no_bias, no_bias[answer])
+
+
+def log_share(counts: Int[Tensor, " W"]) -> Float[Tensor, " W"]:
+    """log p of each item as a training target, p = (count + 1) / (targets + V); row 0 is padding."""
+    return ((counts + 1).double() / (counts[1:].sum() + len(counts) - 1)).log()
 
 
 def _positive(temperature: float) -> float:
@@ -175,55 +147,3 @@ class _CrossEntropy(torch.autograd.Function):
         d_queries, d_columns = ctx.saved_tensors
         scale = gradients[0] / ctx.rows
         return d_queries * scale, d_columns * scale, None, None, None, None
-
-
-class ListLoss(nn.Module, ABC):
-    """How well a list of candidates is ordered around its one positive."""
-
-    @abstractmethod
-    def forward(
-        self, logits: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]
-    ) -> Float[Tensor, ""]:
-        """
-        Args:
-            logits: scores of the candidates.
-            positive: place of the positive in each list.
-            real: which places hold a candidate.
-        """
-
-
-class Listwise(ListLoss):
-    """Softmax cross entropy over the list (ListNet with one relevant item, Cao et al. 2007)."""
-
-    def forward(
-        self, logits: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]
-    ) -> Float[Tensor, ""]:
-        return F.cross_entropy(logits.masked_fill(~real, -torch.inf), positive)
-
-
-class BCE(ListLoss):
-    """Binary cross entropy of each candidate, averaged over the list's negatives and added to the positive's."""
-
-    def forward(
-        self, logits: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]
-    ) -> Float[Tensor, ""]:
-        own, negative = _sides(logits, positive, real)
-        against = F.softplus(logits).masked_fill(~negative, 0).sum(1) / negative.sum(1).clamp(min=1)
-        return (F.softplus(-own) + against).mean()
-
-
-class BPR(ListLoss):
-    """−log σ(positive − negative), averaged over the list's negatives (Rendle et al. 2009)."""
-
-    def forward(
-        self, logits: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]
-    ) -> Float[Tensor, ""]:
-        own, negative = _sides(logits, positive, real)
-        pairs = F.softplus(logits - own[:, None]).masked_fill(~negative, 0)
-        return (pairs.sum(1) / negative.sum(1).clamp(min=1)).mean()
-
-
-def _sides(logits: Tensor, positive: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    negative = real.clone()
-    negative.scatter_(1, positive[:, None], False)
-    return logits.gather(1, positive[:, None]).squeeze(1), negative
