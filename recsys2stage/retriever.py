@@ -55,6 +55,7 @@ class Retriever(LightningModule):
 
     target_counts: Tensor
     last_times: Tensor
+    planned_steps = float("inf")  # of the whole run
 
     def __init__(
         self,

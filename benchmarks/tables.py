@@ -1,11 +1,15 @@
-"""Encoders beside each other, at equal width, depth, loss and CPU time; each row is kept when it is done.
+"""Models beside each other, at equal budgets of CPU time; each row is kept when it is done.
 
-    python benchmarks/encoders.py ml-1m                 all encoders, request time none, last_event and target
-    python benchmarks/encoders.py ml-latest-small       the parts of a transformer, three seeds each
-    python benchmarks/encoders.py ml-1m --show          only print the table
+    python benchmarks/tables.py encoders        all encoders on ml-1m, request time none, last_event and target
+    python benchmarks/tables.py parts           the parts of a transformer on ml-latest-small, three seeds each
+    python benchmarks/tables.py losses          all losses, their negatives and corrections on ml-1m
+    python benchmarks/tables.py finalist        a TAAC 2025 finalist's parts on ml-latest-small, added one by one
+    python benchmarks/tables.py users           what ml-1m knows of users and events
+    python benchmarks/tables.py losses --show   only print the table
 
 Run again, it goes on with the rows that are missing. Every row is a fit by `recsys fit` that ends when its process has
-used its CPU time, or by early stopping, and `recsys test` of its best checkpoint by validation.
+used its CPU time, or by early stopping, and `recsys test` of its best checkpoint by validation. Schedules go by the
+share of the CPU time.
 """
 
 import argparse
@@ -24,12 +28,13 @@ from typing import Any, NamedTuple
 from lightning import Callback, LightningModule, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-ENCODER = "--model.init_args.encoder.init_args"
+MODEL = "--model.init_args"
 
 
 class Table(NamedTuple):
     """Rows of a table: label -> what is added to the dataset's retriever config, beside what all rows add."""
 
+    dataset: str
     minutes: float
     seeds: tuple[int, ...]
     rows: dict[str, list[str]]
@@ -40,15 +45,22 @@ def overlays(*names: str) -> list[str]:
     return [word for name in names for word in ("--config", f"configs/with/{name}.yaml")]
 
 
+def option(name: str, value: object) -> str:
+    """A word of the command line; a part without options is its class name."""
+    return f"{MODEL}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+
+
 def part(**options: object) -> list[str]:
-    """Options of the encoder; a part without options is its class name."""
-    return [
-        f"{ENCODER}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
-    ]
+    """Options of the encoder."""
+    return [option(f"encoder.init_args.{name}", value) for name, value in options.items()]
 
 
 def kind(name: str, **options: object) -> dict[str, object]:
     return {"class_path": name, "init_args": options}
+
+
+def loss(name: str, **options: object) -> list[str]:
+    return [option("loss", kind(name, **options))]
 
 
 def told(name: object) -> list[str]:
@@ -56,8 +68,13 @@ def told(name: object) -> list[str]:
     return [*part(time=name), "--data.init_args.request_time=target"]
 
 
+DOT = [option("similarity", "dot")]
+IN_BATCH, MIXED = kind("InBatch"), kind("Mixed", share=0.5)
+UNIFORM = {per: kind("Uniform", count=256, per=per) for per in ("event", "sequence", "batch")}
+
 TABLES = {
-    "ml-1m": Table(
+    "encoders": Table(
+        dataset="ml-1m",
         minutes=8,
         seeds=(0,),
         rows={
@@ -77,10 +94,11 @@ TABLES = {
             "FuXi, target": overlays("fuxi"),
         },
     ),
-    "ml-latest-small": Table(
+    "parts": Table(
+        dataset="ml-latest-small",
         minutes=1,
         seeds=(0, 1, 2),
-        common=("--model.init_args.optimizer.init_args.lr=2e-3",),  # the config's 1e-3 would not get far in a minute
+        common=(option("optimizer.init_args.lr", 2e-3),),  # the config's 1e-3 would not get far in a minute
         rows={
             "base: rotary, RMSNorm first, SwiGLU 4, serial, no time": [],
             "position: none": part(position="Position"),
@@ -105,11 +123,36 @@ TABLES = {
             "time: hybrid timestamp": told("HybridTimestamp"),
         },
     ),
+    "losses": Table(
+        dataset="ml-1m",
+        minutes=6,
+        seeds=(0,),
+        rows={
+            "InfoNCE in batch, both corrected": loss("InfoNCE"),
+            "InfoNCE in batch, both, q ~ count^.75": loss("InfoNCE", negatives=kind("InBatch", alpha=0.75)),
+            "InfoNCE in batch, negatives corrected": loss("InfoNCE", correct="negatives"),
+            "InfoNCE in batch, uncorrected": loss("InfoNCE", correct="none"),
+            "InfoNCE in batch, uncorrected, dot": loss("InfoNCE", correct="none", temperature=1.0) + DOT,
+            "InfoNCE mixed, both corrected": loss("InfoNCE", negatives=MIXED),
+            "InfoNCE mixed, negatives corrected": loss("InfoNCE", negatives=MIXED, correct="negatives"),
+            "InfoNCE mixed, uncorrected": loss("InfoNCE", negatives=MIXED, correct="none"),
+            "DCL in batch, both corrected": loss("DCL"),
+            "full softmax": loss("FullSoftmax"),
+            "full softmax, dot": loss("FullSoftmax", temperature=1.0) + DOT,
+            "sampled softmax, 256 for each event": loss("InfoNCE", negatives=UNIFORM["event"], correct="none"),
+            "sampled softmax, 256 for each sequence": loss("InfoNCE", negatives=UNIFORM["sequence"], correct="none"),
+            "sampled softmax, 256 for the batch": loss("InfoNCE", negatives=UNIFORM["batch"], correct="none"),
+            "gBCE, 256 for each event, dot": loss("GBCE") + DOT,
+            "BCE, 1 for each event, dot": loss("BCE") + DOT,
+            "BPR, 1 for each event, dot": loss("BPR") + DOT,
+            "MSE of ratings, 1 for each event, dot": loss("MSE") + DOT,
+        },
+    ),
 }
 
 
 class CpuBudget(Callback):
-    """Ends a fit when its process has used its CPU time, and writes what it has cost.
+    """Ends a fit when its process has used its CPU time, and writes what it has cost; schedules go by its time, too.
 
     Args:
         minutes: of CPU time, from the start of the fit.
@@ -122,8 +165,10 @@ class CpuBudget(Callback):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.start = time.process_time()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        if time.process_time() - self.start > 60 * self.minutes:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
+        share = (time.process_time() - self.start) / (60 * self.minutes)
+        module.planned_steps = trainer.global_step / share  # type: ignore[assignment]  # mypy: attributes are modules
+        if share > 1:
             trainer.should_stop = True
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -140,19 +185,19 @@ class CpuBudget(Callback):
 
 def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
     """One fit and its test."""
-    output = ROOT / "runs/encoders" / name / f"{''.join(c if c.isalnum() else '-' for c in label)}-{seed}"
+    output = ROOT / "runs/tables" / name / f"{''.join(c if c.isalnum() else '-' for c in label)}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     words = [
         "--config",
-        f"configs/{name}/retriever.yaml",
+        f"configs/{table.dataset}/retriever.yaml",
         *table.rows[label],
         *table.common,
         "--output",
         str(output / "retriever"),
     ]
     words += ["--trainer.enable_progress_bar=false"]
-    budget = ["--trainer.callbacks+=encoders.CpuBudget", f"--trainer.callbacks.minutes={table.minutes}"]
+    budget = ["--trainer.callbacks+=tables.CpuBudget", f"--trainer.callbacks.minutes={table.minutes}"]
     budget += [f"--trainer.callbacks.output={output / 'used.json'}"]
     recsys("fit", *words, f"--seed_everything={seed}", *budget, log=output / "fit.log")
     recsys("test", *words, f"--trainer.logger={json.dumps(csv_logger(output))}", log=output / "test.log")
@@ -227,7 +272,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print what has been measured, and measure nothing")
     options = parser.parse_args()
     name, table = options.table, TABLES[options.table]
-    file = ROOT / f"docs/measured/encoders-{name}.jsonl"
+    file = ROOT / f"docs/measured/{name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(row["label"], row["seed"]) for row in rows}
