@@ -63,14 +63,28 @@ def loss(name: str, **options: object) -> list[str]:
     return [option("loss", kind(name, **options))]
 
 
+def inputs(*names: str) -> list[str]:
+    return [option("inputs", list(names))]
+
+
+def added(parts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Each row with what the rows before it say."""
+    words: list[str] = []
+    return {label: (words := [*words, *more]) for label, more in parts.items()}
+
+
 def told(name: object) -> list[str]:
     """A time encoding that is told the request time."""
     return [*part(time=name), "--data.init_args.request_time=target"]
 
 
 DOT = [option("similarity", "dot")]
-IN_BATCH, MIXED = kind("InBatch"), kind("Mixed", share=0.5)
+MIXED = kind("Mixed", share=0.5)
 UNIFORM = {per: kind("Uniform", count=256, per=per) for per in ("event", "sequence", "batch")}
+FINALIST = kind("Mixed", alpha=0.75, share=0.5)
+CURRICULUM = kind("Mixed", alpha=0.75, share=[[0, 0.5], [0.6, 0.25]])
+FILTERS = {"same_sequence": True, "near": 0.99}
+HARDER = [[0, None], [0.15, 2048], [0.3, 1024], [0.45, 512], [0.6, 256], [0.8, 128]]
 
 TABLES = {
     "encoders": Table(
@@ -149,6 +163,46 @@ TABLES = {
         },
     ),
 }
+TABLES["finalist"] = Table(
+    dataset="ml-latest-small",
+    minutes=1,
+    seeds=(0, 1, 2),
+    common=(option("optimizer.init_args.lr", 2e-3),),
+    rows=added(
+        {
+            "HSTU as the finalist's, in batch, uncorrected": [
+                *overlays("hstu-taac", "no-time"),
+                *loss("InfoNCE", correct="none"),
+            ],
+            "+ log q of answers and negatives, q ~ count^.75": loss(
+                "InfoNCE", correct="both", negatives=kind("InBatch", alpha=0.75)
+            ),
+            "+ item tower": [option("items", "ItemTower")],
+            "+ as many negatives from the catalogue": loss("InfoNCE", negatives=FINALIST),
+            "+ none of the history, none like the answer": loss("InfoNCE", negatives=FINALIST, **FILTERS),
+            "+ the hardest, fewer and fewer": loss("InfoNCE", negatives=CURRICULUM, **FILTERS, hard=HARDER),
+            "+ hour and weekday": part(time="Calendar"),
+            "+ bias of log-spaced times, told the request time": told(
+                kind("Combined", parts=["LogSpaced", "Calendar"])
+            ),
+            "+ told the kind of the target": [*inputs("NextAction"), "--data.init_args.next_action=target"],
+        }
+    ),
+)
+TABLES["users"] = Table(
+    dataset="ml-1m",
+    minutes=4,
+    seeds=(0,),
+    rows={
+        "neither": [],
+        "users: first token": [option("user", kind("UserTower", film=False))],
+        "users: FiLM": [option("user", kind("UserTower", token=False))],
+        "users: both": overlays("user-tower"),
+        "items: tower": overlays("item-tower"),
+        "events: ratings": overlays("event-ratings"),
+        "told the target's rating": overlays("next-action"),
+    },
+)
 
 
 class CpuBudget(Callback):
