@@ -7,6 +7,7 @@ PLAIN_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # ids in text that are all such are who
 
 # columns of events, items and users as a Source yields them
 USER_ID, ITEM_ID, TIME, RATING, ACTION, TITLE = "user_id", "item_id", "time", "rating", "action", "title"
+PART = "part"  # what an event is for, where the source says so: its place in train, val, test
 
 # columns of tables after numbering: users 0..U-1, items 1..V
 USER, ITEM, SCORE, RANK = "user", "item", "score", "rank"

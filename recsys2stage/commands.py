@@ -13,7 +13,7 @@ from tqdm import tqdm
 from recsys2stage import columns as c
 from recsys2stage.artifacts import ParquetStream, read_manifest, whole, write_json, write_manifest
 from recsys2stage.dataset import Dataset, Part
-from recsys2stage.evaluate import as_markdown, as_table, describe, protocol_line, rank_users, summarise
+from recsys2stage.evaluate import as_markdown, as_table, describe, negatives_of, protocol_line, rank_users, summarise
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.mining import (
     CANDIDATES,
@@ -36,6 +36,7 @@ from recsys2stage.recommend import (
     FileUsers,
     PreparedUsers,
     Recommender,
+    asked_of,
     build,
     in_chunks,
     read_checkpoint,
@@ -99,11 +100,13 @@ def export_index(
         users = np.random.default_rng(0).permutation(users)[:measured]
         if len(users):
             recommender = Recommender.load(folder)
+            recommender.check(dataset)
             queries = np.concatenate(
                 [
                     recommender.queries(
                         dataset.histories(users[part], "val", recommender.towers.max_length),
                         dataset.request_times(users[part], "val"),
+                        dataset.asked(users[part], "val", recommender.next_action),
                     )
                     for part in in_chunks(len(users), 64)
                 ]
@@ -165,7 +168,8 @@ def mine_negatives(
                 batch = mined[part]
                 padded = dataset.histories(batch, "val", recommender.towers.max_length)
                 known, target = dataset.known(batch, "val"), dataset.targets(batch, "val")
-                queries = states[part] = recommender.queries(padded, dataset.request_times(batch, "val"))
+                asked = dataset.asked(batch, "val", recommender.next_action)
+                queries = states[part] = recommender.queries(padded, dataset.request_times(batch, "val"), asked)
                 scores, items = recommender.candidates(queries, known, k)
                 selects = select_fold(batch, select, seed)
                 request = Request.of(items, target, known.rows, known.values, dataset.train_counts)
@@ -191,6 +195,7 @@ def mine_negatives(
             parents={"index": index, "data": data},
             vector_dim=vectors.shape[1],
             request_time=recommender.request_time,
+            next_action=recommender.next_action,
             counts=counts,
         )
     outside = counts["target_outside_candidates"]
@@ -249,6 +254,7 @@ def recommend(
     output: Path | None = None,
     k: int = 10,
     request_time: int | None = None,
+    action: str | None = None,
     batch_size: int = 32,
 ) -> None:
     """Recommend for users of the data, or for histories in a file.
@@ -259,11 +265,15 @@ def recommend(
         bundle: folder written by export-bundle (or by export-index: the first stage alone).
         data: prepared dataset whose users to recommend for; None: the one the bundle was made from.
         histories: CSV or Parquet with user_id, item_id and, where the model is told the request time, time in seconds;
-            oldest first where there is no time. These users need not be in the data.
+            oldest first where there is no time. It may have rating and action, the name of the kind of event, for
+            models with an input for them. These users need not be in the data.
         users: only these user ids, as a list or as a text file with one a line; None: all.
         output: Parquet file to write; None: recommendations.parquet, beside the bundle.
         k: how many items a user.
         request_time: seconds at which the recommendations are asked for; None: the newest event of the log.
+        action: the kind of action to recommend for, where the model is told: a name, for everybody; or a CSV or Parquet
+            file with user_id and action, or a .json of {user_id: action}. None, and for users not in the file: the kind
+            that the model's next_action names, else an unknown one.
         batch_size: users at a time.
     """
     recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
@@ -284,10 +294,12 @@ def recommend(
     item_ids = recommender.catalogue[c.ITEM_ID].to_numpy()
     if request_time is None:  # only looked up where it counts: it reads all times
         request_time = 0 if recommender.request_time == "none" else people.newest
+    asked = None if action is None else asked_of(people.user_ids, action, recommender)
     with whole(output) as beside, ParquetStream(beside) as stream:
         for part in tqdm(list(in_chunks(len(people.user_ids), batch_size)), desc="recommend", unit="batch"):
             padded, known = people.read(part)
-            ranking = recommender.rank(padded, known, np.full(len(padded.lengths), request_time), k)
+            now = np.full(len(padded.lengths), request_time)
+            ranking = recommender.rank(padded, known, now, k, None if asked is None else asked[part])
             row, place = np.nonzero(ranking.items > 0)
             stream.write(
                 {
@@ -306,6 +318,7 @@ def evaluate(
     data: Path | None = None,
     output: Path | None = None,
     split: Part = "test",
+    protocol: str = "full",
     users: int | None = None,
     resamples: int = 1000,
     batch_size: int = 256,
@@ -313,37 +326,47 @@ def evaluate(
 ) -> None:
     """Measure both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
 
+    Sampled numbers stand apart: report-sampled-100.json, report-sampled-100.md and ranks-sampled-100.parquet.
+
     Args:
         bundle: folder written by export-bundle (or by export-index: the first stage alone).
         data: prepared dataset; None: the one the bundle was made from.
         output: folder of the report; None: the one that holds the bundle.
         split: which targets to rank. Choose by val, report test once.
+        protocol: what each target is ranked among: full (all items the user has not met), or sampled-100 (the target
+            and 100 of them, or any other number, drawn at random), which is not comparable to full.
         users: how many users, drawn at random; None: all.
         resamples: bootstrap samples of users.
         batch_size: users at a time.
         seed: of the draws and the bootstrap.
     """
+    negatives = negatives_of(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
     made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
     dataset = Dataset(data or made_from)
     check_split(dataset, bundle)
+    recommender.check(dataset)
     measured = some(dataset.users(split), users, seed)
     if not len(measured):
-        raise ValueError(f"{dataset.path} has no user with a {split} target; see the counts in its {c.MANIFEST}")
-    ranks = rank_users(dataset, recommender, measured, split, batch_size)
+        raise ValueError(
+            f"{dataset.path} has no user with a {split} target; see the counts in its {c.MANIFEST}, or measure on the "
+            f"other targets, split {'val' if split == 'test' else 'test'}"
+        )
+    ranks = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
     found = ranks.pop("found")
-    protocol = describe(dataset, recommender.request_time, split)
-    report = {"protocol": protocol} | summarise(dataset, ranks, measured, split, resamples, seed)
+    conditions = describe(dataset, recommender.request_time, split, recommender.next_action, negatives)
+    report = {"protocol": conditions} | summarise(dataset, ranks, measured, split, resamples, seed)
     report["candidates"] = {"k": recommender.num_candidates, "recall": float(found.mean())}
-    line = protocol_line(protocol, len(measured), dataset.num_items)
+    line = protocol_line(conditions, len(measured), dataset.num_items)
+    mark = "" if negatives is None else f"-{protocol}"
     output.mkdir(parents=True, exist_ok=True)
-    with whole(output / "ranks.parquet") as beside:
+    with whole(output / f"ranks{mark}.parquet") as beside:
         pl.DataFrame({c.USER: measured, **ranks}).write_parquet(beside)
-    with whole(output / "report.md") as beside:
+    with whole(output / f"report{mark}.md") as beside:
         beside.write_text(as_markdown(report, line), encoding="utf-8")
-    write_json(output / "report.json", report)
+    write_json(output / f"report{mark}.json", report)
     print(f"\n{line}\n\n{as_table(report)}\n")
-    for name in ("report.json", "report.md", "ranks.parquet"):
+    for name in (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet"):
         print(output / name)
 
 
@@ -351,7 +374,9 @@ def open_both(data: Path, index: Path) -> tuple[Dataset, Recommender]:
     """A dataset and a first stage that was made from it."""
     dataset = Dataset(data)
     check_split(dataset, index)
-    return dataset, Recommender.load(index)
+    recommender = Recommender.load(index)
+    recommender.check(dataset)
+    return dataset, recommender
 
 
 def check_split(dataset: Dataset, folder: Path) -> None:

@@ -1,6 +1,7 @@
-"""Both stages and two baselines, side by side on the same users, in full ranking."""
+"""Both stages and two baselines, side by side on the same users, in full ranking or among sampled items."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from recsys2stage import columns as c
 from recsys2stage.baselines import Markov, Popularity
 from recsys2stage.dataset import Dataset, Part, Ragged, RequestTime
 from recsys2stage.metrics import bootstrap, interval, metrics_of, rank_of
@@ -21,14 +23,42 @@ TITLES = {
     "ranker_ids_masked": "ranker, ids masked",
 }
 
+SAMPLED = (
+    "sampled: 1 positive and {} random negatives; sampled metrics are not comparable to full ranking and may order "
+    "models differently (Krichene & Rendle 2020)"
+)
+
+
+def negatives_of(protocol: str) -> int | None:
+    """How many random items a target is ranked among; None: the whole catalogue.
+
+    Args:
+        protocol: full, or sampled-N, such as sampled-100.
+    """
+    if protocol == "full":
+        return None
+    if sampled := re.fullmatch(r"sampled-([1-9]\d*)", protocol):
+        return int(sampled[1])
+    raise ValueError(f"protocol is {protocol!r}, expected full or sampled-N with N from 1 on, such as sampled-100")
+
 
 def rank_users(
-    dataset: Dataset, recommender: Recommender, users: np.ndarray, split: Part, batch_size: int = 256
+    dataset: Dataset,
+    recommender: Recommender,
+    users: np.ndarray,
+    split: Part,
+    batch_size: int = 256,
+    negatives: int | None = None,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Rank of each user's target by every model, from 1, (n,) int64.
 
     The retriever and the baselines rank all items that the user has not met. The ranker orders the retriever's
     candidates anew; what lies outside them keeps the retriever's order below.
+
+    Args:
+        negatives: each order is restricted to the target and so many random items; None: to none.
+        seed: of the draw, which is a function of seed and user alone and so the same for every model.
     """
     baselines: dict[str, Popularity | Markov] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
     vectors = recommender.towers.every_item().detach().float()
@@ -38,13 +68,15 @@ def rank_users(
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
         known, target = dataset.known(batch, split), dataset.targets(batch, split)
+        barred = outside_ranking(known, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
         for name, baseline in baselines.items():
             scores = torch.from_numpy(baseline.scores(last)[:, 1:])
-            parts[name].append(_filtered_rank(scores, known, target))
-        queries = recommender.queries(padded, dataset.request_times(batch, split))
+            parts[name].append(_filtered_rank(scores, barred, target))
+        asked = dataset.asked(batch, split, recommender.next_action)
+        queries = recommender.queries(padded, dataset.request_times(batch, split), asked)
         scores = torch.from_numpy(queries) @ vectors.T  # (B, V)
-        first = _filtered_rank(scores, known, target)
+        first = _filtered_rank(scores, barred, target)
         new = padded.lengths == 0  # served by popularity
         parts["retriever"].append(np.where(new, parts["popularity"][-1], first))
         retriever_score, items = recommender.candidates(queries, known)
@@ -52,16 +84,46 @@ def rank_users(
         if recommender.reranker:
             own = scores.gather(1, torch.from_numpy(target - 1)[:, None])
             listed = scores.gather(1, torch.from_numpy(np.maximum(items - 1, 0)))
-            before = ((listed >= own).numpy() & (items > 0) & (items != target[:, None])).sum(1)
+            ranked = ~np.take_along_axis(barred, np.maximum(items, c.PAD), axis=1)
+            before = ((listed >= own).numpy() & ranked & (items != target[:, None])).sum(1)
             for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
                 logits = recommender.rerank(queries, items, retriever_score, ids_masked=masked)
-                second = second_rank(items, logits, target, first, before)
+                logits[~ranked] = -np.inf
+                second = second_rank(np.where(ranked, items, -1), logits, target, first, before)
                 parts[name].append(np.where(new, parts["popularity"][-1], second))
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def _filtered_rank(scores: torch.Tensor, known: Ragged, target: np.ndarray) -> np.ndarray:
-    scores[known.rows, known.values - 1] = -torch.inf
+def outside_ranking(
+    known: Ragged, target: np.ndarray, num_items: int, users: np.ndarray, negatives: int | None, seed: int
+) -> np.ndarray:
+    """Which items a target is not ranked among: padding, the known, and those that were not drawn, (B, V + 1) bool.
+
+    Args:
+        known: what each user has met.
+        target: (B,) items.
+        num_items: V.
+        users: (B,) numbers of the users, for the draw.
+        negatives: how many items are drawn for each user, uniformly and without replacement, from those neither known
+            nor the target; all of them where fewer are left. None: nothing is drawn, all are ranked.
+        seed: of the draw.
+    """
+    barred = np.zeros((len(target), num_items + 1), dtype=bool)
+    barred[:, c.PAD] = barred[known.rows, known.values] = True
+    if negatives is None:
+        return barred
+    for row, user in enumerate(users.tolist()):
+        unmet = ~barred[row]
+        unmet[target[row]] = False
+        left = np.flatnonzero(unmet)
+        drawn = np.random.default_rng([seed, user]).choice(left, min(negatives, len(left)), replace=False)
+        barred[row] = True
+        barred[row, drawn] = barred[row, target[row]] = False
+    return barred
+
+
+def _filtered_rank(scores: torch.Tensor, barred: np.ndarray, target: np.ndarray) -> np.ndarray:
+    scores.masked_fill_(torch.from_numpy(barred[:, 1:]), -torch.inf)
     return rank_of(scores, torch.from_numpy(target - 1)).numpy()
 
 
@@ -154,15 +216,18 @@ def popularity_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Iter
         yield label, (count >= low) & (count < high)
 
 
-def describe(dataset: Dataset, request_time: RequestTime, split: Part) -> dict[str, Any]:
+def describe(
+    dataset: Dataset, request_time: RequestTime, split: Part, next_action: str = "none", negatives: int | None = None
+) -> dict[str, Any]:
     """Everything a reader must know to compare numbers."""
     return {
         **dataset.protocol,
         "evaluated": split,
-        "ranking": "full, over all rated items",
+        "ranking": "full, over all rated items" if negatives is None else SAMPLED.format(negatives),
         "seen_filter": "all items the user has met" + (", but the target" if dataset.keeps_repeats else ""),
         "validation_item": "in the input at test time, never a training target",
         "request_time": request_time,
+        **({} if next_action == "none" else {"next_action": next_action}),
         "score_ties": "counted against the target",
         "split_hash": dataset.manifest["split_hash"],
     }
@@ -178,12 +243,15 @@ def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
     return "protocol: " + "; ".join(
         [
             f"{protocol['split']} split, {protocol['evaluated']} targets of {users:,} users",
-            f"full ranking of {num_items:,} items without {protocol['seen_filter']}",
+            f"full ranking of {num_items:,} items without {protocol['seen_filter']}"
+            if protocol["ranking"].startswith("full")
+            else f"{protocol['ranking']}; negatives drawn from {num_items:,} items without {protocol['seen_filter']}",
             f"equal times in {protocol['tie_break']}",
             f"repeats: {protocol['repeats']}",
             *filters,
             f"validation item {protocol['validation_item']}",
             f"request time: {protocol['request_time']}",
+            *([f"next action: {protocol['next_action']}"] if "next_action" in protocol else []),
             f"score ties {protocol['score_ties']}",
         ]
     )
@@ -220,7 +288,7 @@ def as_markdown(report: dict[str, Any], line: str) -> str:
         ]
         parts.append("\n".join(rows))
         parts.append(
-            f"Target among the candidates (the ranker's ceiling): {report['candidates']['recall']:.4f} "
+            f"Target among the candidates (the ranker's ceiling in full ranking): {report['candidates']['recall']:.4f} "
             f"at K = {report['candidates']['k']}."
         )
     for cohort, groups in report["cohorts"].items():

@@ -5,7 +5,7 @@ E events, U users, V items throughout.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from recsys2stage.artifacts import hash_arrays, read_manifest, whole, write_mani
 from recsys2stage.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
 from recsys2stage.hashing import splitmix64
 from recsys2stage.sources.base import Kind, Source, Tables
-from recsys2stage.split import LeaveOneOut, Split
+from recsys2stage.sources.vectors import Vectors
+from recsys2stage.split import LeaveOneOut, Marked, Split
 
 log = logging.getLogger("recsys2stage")
 
@@ -34,6 +35,7 @@ def prepare(
     tie_break: TieBreak = "file_order",
     repeats: Repeats = "first",
     cold_items: float = 0.0,
+    item_vectors: dict[str, Vectors] | None = None,
     on_bad_rows: OnBadRows = "error",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def prepare(
         tie_break: the order of a user's events of the same time: as in the file, by item id, or at random by the seed.
         repeats: of events with the same user and item keep the first or the last, keep all, or stop with an error.
         cold_items: this share of the items, drawn by the seed, is withheld: only test events may show them.
+        item_vectors: item feature name -> vectors made elsewhere, of texts or images, joined by the item id as text.
         on_bad_rows: stop with an error that names the bad rows, or put them aside into rejected.parquet and go on.
         seed: draws the cold items and the random tie break.
 
@@ -62,13 +65,23 @@ def prepare(
     """
     if not 0 <= cold_items < 1:
         raise ValueError(f"cold_items is {cold_items}, expected a share of the items: at least 0 and below 1")
-    options = {**locals(), "source": source.describe(), "split": split.describe()}
+    item_vectors = item_vectors or {}
+    options = {
+        **locals(),
+        "source": source.describe(),
+        "split": split.describe(),
+        "item_vectors": {name: asdict(vectors) for name, vectors in item_vectors.items()},
+    }
     with whole(output, "dataset") as folder:
         folder.mkdir()
         with source.open() as tables:
             if split.needs_time and not tables.has_time:
                 raise ValueError(
                     f"{type(split).__name__} needs times, and {tables.events.file} has only an order; use LeaveOneOut"
+                )
+            if taken := sorted(item_vectors.keys() & tables.item_features.keys()):
+                raise ValueError(
+                    f"item_vectors has the names {taken}, which are of other item features; rename the vectors"
                 )
             counts: dict[str, int] = {}
             events, bad_events = load_events(tables, min_rating, on_bad_rows, counts)
@@ -79,7 +92,12 @@ def prepare(
             ties = tie_shares(events.time, offsets)
             if tables.ticks > 1:
                 events.time = events.time // tables.ticks
-            train_end, val_end = split.ends(events.time, offsets)
+            if isinstance(split, Marked):
+                train_end, val_end = split.ends(events.time, offsets, events.part)
+            elif events.part is None:
+                train_end, val_end = split.ends(events.time, offsets)
+            else:
+                raise ValueError(f"{tables.events.file} marks what events are for; use split: Marked, or no part")
             too_short = int((np.diff(offsets) < split.min_events).sum())
             cold = draw_cold(len(events.item_ids), cold_items, seed)
             events, offsets, train_end, val_end = withhold(events, offsets, train_end, val_end, cold, counts)
@@ -102,6 +120,9 @@ def prepare(
             item_features, bad_items = write_side(
                 folder, "item", events.item_ids, tables.items, tables.item_features, on_bad_rows, counts
             )
+            item_features += [
+                write_vectors(folder, name, events.item_ids, vectors, counts) for name, vectors in item_vectors.items()
+            ]
             user_features, bad_users = write_side(
                 folder, "user", events.user_ids, tables.users, tables.user_features, on_bad_rows, counts
             )
@@ -126,7 +147,7 @@ def prepare(
                 folder,
                 "dataset",
                 options,
-                {str(file): file for file in tables.files},
+                {str(file): file for file in [*tables.files, *(f for v in item_vectors.values() for f in v.files)]},
                 counts=counts,
                 ties=ties,
                 protocol={
@@ -165,6 +186,7 @@ class Events:
     user_ids: pl.Series  # (U,)
     item_ids: pl.Series  # (V,)
     action_names: list[str]
+    part: np.ndarray | None = None  # (E,) int8, the place in PARTS
 
     def take(self, rows: np.ndarray) -> "Events":
         """The events at these places, or where a mask is true, in that order."""
@@ -213,7 +235,8 @@ def load_events(
     rating = columns.pop(c.RATING).cast(pl.Float32).to_numpy() if c.RATING in columns else None
     # without times, the place in the log
     time = columns.pop(c.TIME).cast(pl.Int64).to_numpy() if c.TIME in columns else np.arange(len(user), dtype=np.int64)
-    return Events(user, item, time, rating, action, user_ids, item_ids, action_names), rejected
+    part = columns.pop(c.PART).to_numpy() if c.PART in columns else None
+    return Events(user, item, time, rating, action, user_ids, item_ids, action_names, part), rejected
 
 
 def number_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
@@ -276,11 +299,13 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
 
 
 def sort(events: Events, tie_break: TieBreak, seed: int) -> Events:
-    """By user and time; equal times by the tie break."""
-    if tie_break == "file_order":
-        return events.take(stable_order(events.user, events.time))
-    tie = events.item if tie_break == "item_id" else mix(events.user, events.item, seed)
-    return events.take(stable_order(events.user, events.time, tie))
+    """By user and time; equal times by what events are marked for, then by the tie break."""
+    keys = [events.user, events.time]
+    if events.part is not None:
+        keys.append(events.part)
+    if tie_break != "file_order":
+        keys.append(events.item if tie_break == "item_id" else mix(events.user, events.item, seed))
+    return events.take(stable_order(*keys))
 
 
 def mix(user: np.ndarray, item: np.ndarray, seed: int) -> np.ndarray:
@@ -434,6 +459,29 @@ def write_feature(folder: Path, stem: str, column: pl.Series, kind: Kind, paddin
         np.save(folder / f"{stem}.offsets.npy", np.cumsum(lengths, dtype=np.int64))
         size += len(names)
     return {"name": column.name, "kind": kind, "size": size}
+
+
+def write_vectors(
+    folder: Path, name: str, item_ids: pl.Series, vectors: Vectors, counts: dict[str, int]
+) -> dict[str, Any]:
+    """Writes the vectors of the items that have events, (V + 1, P) with NaN where there is none."""
+    raw_ids, values = vectors.read()
+    rows = pl.DataFrame({c.ITEM_ID: raw_ids, "row": np.arange(len(raw_ids))})
+    wanted = pl.DataFrame({c.ITEM_ID: item_ids.cast(pl.String)})
+    row = wanted.join(rows, on=c.ITEM_ID, how="left", maintain_order="left")["row"]
+    known = row.is_not_null().to_numpy()
+    if not known.any():
+        raise ValueError(
+            f"{vectors.path} has vectors of none of the {len(item_ids):,} items: its ids are such as {raw_ids[0]!r}, "
+            f"those of the events such as {str(item_ids[0])!r}; they must be the same text"
+        )
+    table = np.full((1 + len(item_ids), values.shape[1]), np.nan, np.float32)  # row 0 is padding
+    table[1:][known] = values[row.drop_nulls().to_numpy()]
+    np.save(folder / f"items.{name}.values.npy", table)
+    counts[f"items_without_{name}_vector"] = missing = int((~known).sum())
+    if missing:
+        log.warning("%s items have no vector in %s; it is unknown", f"{missing:,}", vectors.path)
+    return {"name": name, "kind": "vector", "size": values.shape[1]}
 
 
 def codes_of(values: pl.Series, names: list[str]) -> np.ndarray:

@@ -6,6 +6,7 @@ recommender.recommend(["1193", "661", "914"], k=10)
 
 import functools
 import importlib
+import json
 import logging
 import pickle
 import time
@@ -21,12 +22,17 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, as_history, left_aligned, spans
 from recsys2stage.index import Index
+from recsys2stage.inputs import Field, check_inputs, fields_read
 from recsys2stage.reranker import Reranker
 from recsys2stage.towers import TwoTower
 
 logger = logging.getLogger("recsys2stage")
 
 TOWERS, RERANKER, POPULARITY = "towers.pt", "reranker.pt", "popularity.npy"  # files of a served folder
+NOT_TOLD = (
+    "this model is not told what kind of action is asked for; leave the action out, or train a model with the input "
+    "NextAction on data with next_action: target"
+)
 
 
 class Ranking(NamedTuple):
@@ -68,6 +74,22 @@ class Recommender:
         self.catalogue, self.popularity = catalogue.sort(c.ITEM), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
         self.num_candidates = candidates
+        self.warned = False  # that nobody says what kind of action is asked for
+
+    @functools.cached_property
+    def reads(self) -> set[Field]:
+        """What the model looks at besides items and times: ratings, actions, the action asked for."""
+        return fields_read(self.towers.inputs)
+
+    @property
+    def reads_kinds(self) -> bool:
+        """Whether the kinds of a history's events matter, for themselves or as what was asked for before."""
+        return bool(self.reads & {"actions", "asked"})
+
+    @property
+    def usual_kind(self) -> int:
+        """The kind of action asked for where nobody says: the one that next_action names; for target, 0, unknown."""
+        return c.UNKNOWN if self.next_action == "target" else 1 + self.actions.index(self.next_action)
 
     @property
     def needs_times(self) -> bool:
@@ -109,13 +131,19 @@ class Recommender:
         Args:
             padded: histories, newest `max_length` events at most.
             request: (B,) seconds at which each request is made; None: at the newest event.
-            asked: (B,) the kind of action asked for; None: as the model was made to be asked.
+            asked: (B,) the kind of action asked for, 0 for unknown; None: the usual kind, and a word of warning where
+                that is unknown.
         """
-        if self.next_action == "none":
-            asked = None
-        elif asked is None:
-            kind = 0 if self.next_action == "target" else 1 + self.actions.index(self.next_action)
-            asked = np.full(len(padded.lengths), kind)
+        if asked is not None and self.next_action == "none":
+            raise ValueError(NOT_TOLD)
+        if asked is None and self.next_action != "none":
+            asked = np.full(len(padded.lengths), self.usual_kind)
+            if self.usual_kind == c.UNKNOWN and not self.warned:
+                self.warned = True
+                logger.warning(
+                    "nobody says what kind of action to recommend for, as this model is used to; it knows %s",
+                    ", ".join(self.actions),
+                )
         return self.towers.queries(as_history(padded, self.request_time, request, asked)).float().numpy()
 
     def candidates(self, queries: np.ndarray, known: Ragged, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -140,12 +168,14 @@ class Recommender:
         )
         return logits.masked_fill(~real, -torch.inf).numpy()
 
-    def rank(self, padded: Padded, known: Ragged, request: np.ndarray | None, k: int) -> Ranking:
-        """Both stages for B requests.
+    def rank(
+        self, padded: Padded, known: Ragged, request: np.ndarray | None, k: int, asked: np.ndarray | None = None
+    ) -> Ranking:
+        """Both stages for B requests, each made and asked as `queries` has it.
 
         Users without a history get the most popular items, without a retriever score.
         """
-        queries = self.queries(padded, request)
+        queries = self.queries(padded, request, asked)
         depth = k if self.reranker is None else max(k, self.num_candidates)
         retriever_score, items = self.candidates(queries, known, depth)
         score = retriever_score if self.reranker is None else self.rerank(queries, items, retriever_score)
@@ -167,6 +197,9 @@ class Recommender:
         times: Sequence[int] | None = None,
         request_time: int | None = None,
         exclude: Sequence[Any] = (),
+        ratings: Sequence[float | int | None] | None = None,
+        actions: Sequence[str | None] | None = None,
+        action: str | None = None,
     ) -> list[dict[str, Any]]:
         """The k best items for one user, best first; never one of the history.
 
@@ -176,6 +209,10 @@ class Recommender:
             times: seconds of each event; needed where the model has a clock.
             request_time: seconds of the request; None: now.
             exclude: further item ids not to recommend.
+            ratings: of each event, None where there is none; looked at by models with an input for them.
+            actions: name of the kind of each event, None where it is not known; looked at in the same way.
+            action: name of the kind of action to recommend for, where the model is told; None: the one that its
+                next_action names, else an unknown one.
 
         Returns:
             One {"item_id", "title" (where known), "score", "rank", "retriever_score"} an item.
@@ -184,22 +221,64 @@ class Recommender:
             raise ValueError(f"history is the text {history!r}, expected a sequence of item ids, oldest first")
         if self.needs_times and times is None and len(history):
             raise ValueError("this model has a clock, so it needs times: seconds, one for each event")
-        if times is not None and len(times) != len(history):
-            raise ValueError(f"history has {len(history)} events but times has {len(times)}; give one time for each")
+        for name, given in (("time", times), ("rating", ratings), ("action", actions)):
+            if given is not None and len(given) != len(history):
+                raise ValueError(
+                    f"history has {len(history)} events but {name}s has {len(given)}; give one {name} for each"
+                )
         numbers = self.numbers(history)
         met = np.flatnonzero(numbers)
         newest = met[-self.towers.max_length :]
         seconds = np.asarray(times if times is not None else np.zeros(len(history)), dtype=np.int64)
-        padded = left_aligned(numbers[newest], seconds[newest], np.array([0]), np.array([len(newest)]))
+        padded = left_aligned(
+            numbers[newest],
+            seconds[newest],
+            np.array([0]),
+            np.array([len(newest)]),
+            known_ratings(ratings)[newest] if ratings is not None and "ratings" in self.reads else None,
+            self.kinds(actions, "history")[newest] if actions is not None and self.reads_kinds else None,
+        )
         barred = self.numbers(exclude)
         known = np.unique(np.concatenate([numbers[met], barred[barred > 0]]))
         now = np.array([int(time.time()) if request_time is None else request_time])
-        ranking = self.rank(padded, Ragged(known, np.array([0, len(known)])), now, k)
+        asked = None if action is None else np.array([self.kind_asked(action)])
+        ranking = self.rank(padded, Ragged(known, np.array([0, len(known)])), now, k, asked)
         return self.rows(ranking)[0]
 
     def numbers(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Item numbers of raw item ids, 0 for those the model does not know, (n,) int64. Ids compare as text."""
         return np.array([self._number.get(str(item), 0) for item in item_ids], dtype=np.int64)
+
+    def kinds(self, names: Sequence[str | None], where: str | Path) -> np.ndarray:
+        """Numbers of kinds of events by name, 0 for None and, with a warning, for unknown names, (n,) int64.
+
+        Args:
+            where: they stand, for the warning.
+        """
+        number = {None: c.UNKNOWN} | {name: kind for kind, name in enumerate(self.actions, start=1)}
+        if strange := [name for name in names if name not in number]:
+            logger.warning(
+                "%s: %s of %s events are of kinds the model does not know, for example %r; it knows %s",
+                *(where, f"{len(strange):,}", f"{len(names):,}", strange[0], ", ".join(self.actions)),
+            )
+        return np.array([number.get(name, c.UNKNOWN) for name in names], dtype=np.int64)
+
+    def kind_asked(self, name: str) -> int:
+        """The number of a kind of action that is asked for by its name."""
+        if self.next_action == "none":
+            raise ValueError(NOT_TOLD)
+        if name not in self.actions:
+            raise ValueError(f"the action asked for is {name!r}, expected one of {', '.join(self.actions)}")
+        return 1 + self.actions.index(name)
+
+    def check(self, dataset: Dataset) -> None:
+        """Refuses data that do not say of events what the model was trained to read."""
+        check_inputs(self.towers.inputs, dataset, self.next_action)
+        if self.reads_kinds and dataset.action_names != self.actions:
+            raise ValueError(
+                f"the model knows the kinds of events {', '.join(self.actions)}, but {dataset.path} has "
+                f"{', '.join(dataset.action_names)}; use the data it was trained on"
+            )
 
     @functools.cached_property
     def _number(self) -> dict[str, int]:
@@ -231,6 +310,7 @@ class PreparedUsers:
     """
 
     def __init__(self, dataset: Dataset, recommender: Recommender, only: Sequence[str] | None = None) -> None:
+        recommender.check(dataset)
         self.dataset, self.max_length = dataset, recommender.towers.max_length
         table = pl.read_parquet(dataset.path / c.USER_TABLE, columns=[c.USER, c.USER_ID]).sort(c.USER)
         if only is not None:
@@ -251,6 +331,9 @@ class PreparedUsers:
 class FileUsers:
     """Users whose histories stand in a CSV or Parquet file: user_id, item_id and perhaps time (seconds).
 
+    Where the model has inputs for them, it is also told of the columns rating and action (names); a history without
+    them is one of unknown ratings and kinds.
+
     Args:
         path: the file; rows in order of time where it has no time.
         recommender: whose items and history length count.
@@ -259,9 +342,7 @@ class FileUsers:
 
     def __init__(self, path: Path, recommender: Recommender, only: Sequence[str] | None = None) -> None:
         log = read_log(Path(path))
-        needed = [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else [])
-        if missing := [name for name in needed if name not in log.columns]:
-            raise ValueError(f"{path} lacks the columns {missing}; it has {log.columns}")
+        require(log, [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else []), path)
         for name in (c.USER_ID, c.ITEM_ID, c.TIME):
             if name in log.columns and (nulls := log[name].null_count()):
                 raise ValueError(f"{nulls:,} of {len(log):,} rows have no {name} in {path}; fill in or drop them")
@@ -290,6 +371,10 @@ class FileUsers:
         self.items = numbers[numbers > 0][order]
         times = log[c.TIME].to_numpy() if c.TIME in log.columns else np.zeros(len(log), dtype=np.int64)
         self.times = times[numbers > 0][order].astype(np.int64)
+        self.ratings, self.actions = (
+            None if column is None else column[numbers > 0][order]
+            for column in (_ratings(log, recommender, path), _kinds(log, recommender, path))
+        )
         counts = np.bincount(user[numbers > 0], minlength=len(self.user_ids))
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
         self.newest = int(self.times.max())
@@ -297,21 +382,103 @@ class FileUsers:
     def read(self, part: slice) -> tuple[Padded, Ragged]:
         starts, ends = self.offsets[:-1][part], self.offsets[1:][part]
         known = spans(starts, ends)
-        padded = left_aligned(self.items, self.times, np.maximum(starts, ends - self.max_length), ends)
+        newest = np.maximum(starts, ends - self.max_length)
+        padded = left_aligned(self.items, self.times, newest, ends, self.ratings, self.actions)
         return padded, Ragged(self.items[known.values], known.offsets)
 
 
+def _ratings(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarray | None:
+    """Of each event, (n,) float32; None where the model does not look at them or there are none."""
+    if "ratings" not in recommender.reads or not _there(log, c.RATING, path):
+        return None
+    try:
+        return known_ratings(log[c.RATING].cast(pl.Float32).to_list())
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} has ratings that are no numbers: {str(error).splitlines()[0]}") from error
+
+
+def _kinds(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarray | None:
+    """Of each event, (n,) int64; None where the model does not look at them or there are none."""
+    if not recommender.reads_kinds or not _there(log, c.ACTION, path):
+        return None
+    return recommender.kinds(log[c.ACTION].cast(pl.String).to_list(), path)
+
+
+def _there(log: pl.DataFrame, name: str, path: Path) -> bool:
+    if name not in log.columns:
+        logger.warning("%s has no column %s, at which the model looks; they are taken as unknown", path, name)
+    return name in log.columns
+
+
+def known_ratings(ratings: Sequence[float | int | None]) -> np.ndarray:
+    """Ratings as histories have them, (n,) float32: 0 where there is none."""
+    return np.nan_to_num(np.array(ratings, dtype=np.float32))
+
+
+def asked_of(users: np.ndarray, action: str, recommender: Recommender) -> np.ndarray:
+    """The kind of action to recommend for, for each user, (n,) int64.
+
+    Args:
+        users: their ids.
+        action: the name of a kind, for everybody; or a CSV or Parquet file with user_id and action (a name), or a .json
+            of {user_id: action}. Whoever is not in the file, or without an action there, is asked for the usual kind.
+        recommender: that shall be asked.
+    """
+    if recommender.next_action == "none":
+        raise ValueError(NOT_TOLD)
+    if action in recommender.actions:
+        return np.full(len(users), recommender.kind_asked(action))
+    if not Path(action).is_file():
+        raise ValueError(
+            f"the action asked for is {action!r}: no file, and no kind that the model knows, which are "
+            f"{', '.join(recommender.actions)}"
+        )
+    named = read_asked(Path(action))
+    number = {name: recommender.kind_asked(name) for name in set(named.values())}
+    told = [named.get(str(user)) for user in users]
+    if untold := told.count(None):
+        usual = repr(recommender.next_action) if recommender.usual_kind else "an unknown kind"
+        logger.warning("%s names no action for %s of %s users: %s", action, f"{untold:,}", f"{len(users):,}", usual)
+    return np.array([recommender.usual_kind if name is None else number[name] for name in told], dtype=np.int64)
+
+
+def read_asked(path: Path) -> dict[str, str]:
+    """The name of the kind of action that each user id in a file, as text, is asked for."""
+    if path.suffix == ".json":
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds a {type(found).__name__}, expected {{user_id: action}}")
+        return {user: str(name) for user, name in found.items() if name is not None}
+    log = read_log(path)
+    require(log, [c.USER_ID, c.ACTION], path)
+    log = log.select(pl.col(c.USER_ID, c.ACTION).cast(pl.String)).drop_nulls()
+    twice = log.filter(pl.col(c.USER_ID).is_duplicated())[c.USER_ID].unique()
+    if len(twice):
+        raise ValueError(f"{path} names more than one action for {len(twice):,} users, for example {twice[0]!r}")
+    return dict(log.iter_rows())
+
+
 def read_log(path: Path) -> pl.DataFrame:
-    """A CSV or Parquet file of events. Ids in a CSV stay as they are written: item 0012 is not item 12."""
+    """A CSV or Parquet file of events. Names in a CSV stay as they are written: item 0012 is not item 12."""
     try:
         if path.suffix == ".parquet":
             return pl.read_parquet(path)
-        log = pl.read_csv(path, schema_overrides={c.USER_ID: pl.String, c.ITEM_ID: pl.String}, infer_schema_length=None)
+        names = dict.fromkeys((c.USER_ID, c.ITEM_ID, c.ACTION), pl.String)
+        log = pl.read_csv(path, schema_overrides=names, infer_schema_length=None)
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if c.USER_ID in log.columns and log[c.USER_ID].str.contains(c.PLAIN_NUMBER).all():
         return log.with_columns(pl.col(c.USER_ID).cast(pl.Int64))
     return log
+
+
+def require(log: pl.DataFrame, names: Sequence[str], path: Path) -> None:
+    """Raises a ValueError that says which columns a table lacks."""
+    if missing := [name for name in names if name not in log.columns]:
+        raise ValueError(f"{path} lacks the columns {missing}; it has {log.columns}")
 
 
 def _all_found(wanted: Sequence[str], found: pl.Series, where: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from recsys2stage.data import Histories, Queries
 from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import EncoderFactory, Transformer
-from recsys2stage.inputs import InputFactory
+from recsys2stage.inputs import InputFactory, check_inputs
 from recsys2stage.items import ItemsFactory, ItemTable
 from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
@@ -124,6 +124,7 @@ class Retriever(LightningModule):
                     f"the encoder has a clock ({type(self.towers.encoder).__name__} with a time encoding), but "
                     f"{histories.path} has an order and no times; put configs/with/no-time.yaml on top"
                 )
+            check_inputs(self.towers.inputs, histories.dataset, histories.next_action)
             self.look_up(histories.dataset)
 
     def look_up(self, dataset: Dataset) -> None:

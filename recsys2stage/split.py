@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int8, Int64
+
+PARTS = ("train", "val", "test")
 
 
 class Split(ABC):
@@ -43,6 +45,36 @@ class LeaveOneOut(Split):
         end = offsets[1:]
         enough = np.diff(offsets) >= self.min_events
         return np.where(enough, end - 2, end), np.where(enough, end - 1, end)
+
+
+class Marked(Split):
+    """Each event says itself what it is for; a user's events must be marked in the order of time."""
+
+    min_events: ClassVar[int] = 2
+
+    def ends(
+        self,
+        times: Int64[np.ndarray, " E"],
+        offsets: Int64[np.ndarray, " _"],
+        parts: Int8[np.ndarray, " E"] | None = None,
+    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+        """Where train and validation end.
+
+        Args:
+            parts: place of each event's mark in PARTS; None: the events are not marked, which is an error.
+        """
+        if parts is None:
+            raise ValueError("the events are not marked; name the column of marks (part of a Table), or another split")
+        back = parts[1:] < parts[:-1]
+        back[offsets[1:-1] - 1] = False  # not across users
+        if back.any():
+            users = len(np.unique(np.searchsorted(offsets, np.flatnonzero(back), side="right")))
+            raise ValueError(
+                f"{users:,} of {len(offsets) - 1:,} users have events marked {', '.join(PARTS)} in another order than "
+                "that of time; mark what comes later as the later part"
+            )
+        trains, validates = (np.add.reduceat(parts == part, offsets[:-1], dtype=np.int64) for part in (0, 1))
+        return offsets[:-1] + trains, offsets[:-1] + trains + validates
 
 
 class GlobalTime(Split):

@@ -88,20 +88,37 @@ class RecsysCLI(LightningCLI):
             self.config_init[verb].weights_only = True
 
 
-def train(verb: str) -> None:
-    warnings.filterwarnings("ignore", ".*exists and is not empty")  # log/ is there before the first checkpoint
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's use of torch
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval")  # what is logged is logged once an epoch
-    RecsysCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,  # the optimiser is part of the model's own config
-        seed_everything_default=0,
-        trainer_defaults={
-            "callbacks": [ReseedEveryStep(), MeasureTheEnd(), SignFit(), StayStopped()],
-            "num_sanity_val_steps": 0,
-        },
-        save_config_callback=SaveConfigCallback if verb == "fit" else None,
-    )
+IGNORED = (
+    ".*exists and is not empty",  # log/ is there before the first checkpoint
+    ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
+    ".*smaller than the logging interval",  # what is logged is logged once an epoch
+    ".*args parameter is intended to run from within Python",  # as it does where options are given
+)
+
+
+def train(verb: str, options: list[str] | None = None) -> None:
+    """Runs a verb of Lightning's.
+
+    Args:
+        verb: fit, validate or test.
+        options: what would stand after it on the command line; None: the command line itself, whose errors end the
+            process.
+    """
+    with warnings.catch_warnings():
+        for message in IGNORED:
+            warnings.filterwarnings("ignore", message)
+        RecsysCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # the optimiser is part of the model's own config
+            seed_everything_default=0,
+            trainer_defaults={
+                "callbacks": [ReseedEveryStep(), MeasureTheEnd(), SignFit(), StayStopped()],
+                "num_sanity_val_steps": 0,
+            },
+            save_config_callback=SaveConfigCallback if verb == "fit" else None,
+            parser_kwargs={} if options is None else {"exit_on_error": False, verb: {"exit_on_error": False}},
+            args=None if options is None else [verb, *options],
+        )

@@ -12,6 +12,7 @@ from worlds import write_movielens
 
 from recsys2stage.data import BatchLoader, Histories, shuffled
 from recsys2stage.prepare import prepare
+from recsys2stage.shapes import History
 from recsys2stage.sources import MovieLens, Table
 
 LENGTH = 5
@@ -84,6 +85,42 @@ def test_queries_equal_a_loop(ragged: Path, split: Any, request_time: Any) -> No
     ]
     assert seen == want
     assert len(loader) == -(-len(want) // 7)
+
+
+@pytest.mark.parametrize("next_action", ["none", "target", "buy"])
+def test_kinds_and_ratings_equal_a_loop(tmp_path: Path, next_action: str) -> None:
+    """Beside each event its own; asked for at each place the next event's, and after the newest what is asked for."""
+    rng, rows, known = np.random.default_rng(6), ["user_id,item_id,rating,action,timestamp"], {}
+    for user in range(20):
+        for item in range(1, 3 + user % 11):
+            stars, kind = int(rng.integers(1, 6)), int(rng.integers(3))  # kind 0 is not said
+            known[user, item] = float(stars), kind
+            rows.append(f"{user},{item},{stars},{['', 'buy', 'see'][kind]},{item}")
+    (tmp_path / "events.csv").write_text("\n".join(rows))
+    prepare(Table(tmp_path / "events.csv", rating="rating", action="action"), tmp_path / "data")
+    data = small(tmp_path / "data", next_action=next_action)
+    assert data.actions == ["buy", "see"]
+
+    def check(history: History, users: list[int], asked: list[int] | None) -> None:
+        assert (history.asked is None) == (next_action == "none")
+        for row, user in enumerate(users):
+            length = int(history.lengths[row])
+            items = history.items[row, :length].tolist()
+            said = list(zip(history.ratings[row].tolist(), history.actions[row].tolist(), strict=True))
+            assert said == [known[user, item] for item in items] + [(0.0, 0)] * (len(said) - length)
+            if history.asked is not None and length:
+                told = [known[user, item][1] for item in items[1:]]
+                told += [] if asked is None else [asked[row]]
+                assert history.asked[row, : len(told)].tolist() == told
+
+    plan = data.train_dataloader().plan()
+    for batch, window in zip(plan, map(data.read_windows, plan), strict=True):
+        check(window, data.window_users[batch].tolist(), None)
+    for split in ("val", "test"):
+        users = data.dataset.users(split)
+        batch = data.read_queries(users, split)
+        own = [known[user, item][1] for user, item in zip(users.tolist(), batch.target.tolist(), strict=True)]
+        check(batch.history, users.tolist(), {"target": own, "buy": [1] * len(own), "none": None}[next_action])
 
 
 def test_target_counts_and_last_times_are_their_definitions(ragged: Path) -> None:
@@ -214,6 +251,15 @@ def test_without_targets_nothing_can_be_measured(tmp_path: Path) -> None:
         data.val_dataloader()
     with pytest.raises(ValueError, match=r"no user with a test target; see counts in"):
         data.test_dataloader()
+
+
+def test_a_next_action_must_be_a_kind_of_the_data(cycle: Path, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("user_id,item_id,action\n1,1,see\n1,2,buy\n1,3,see\n1,4,see\n")
+    prepare(Table(tmp_path / "events.csv", time=None, time_unit="order", action="action"), tmp_path / "data")
+    with pytest.raises(ValueError, match="next_action is 'sell', expected none, target or one of buy, see"):
+        Histories(tmp_path / "data", next_action="sell")
+    with pytest.raises(ValueError, match=r"next_action is 'target' but the events of .* have no kinds"):
+        Histories(cycle, next_action="target")
 
 
 def test_request_time_without_times_is_an_error(tmp_path: Path) -> None:

@@ -15,19 +15,20 @@ from worlds import Event, write_movielens
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.baselines import Markov, Popularity
-from recsys2stage.dataset import Dataset
+from recsys2stage.dataset import Dataset, Ragged
 from recsys2stage.encoders import Transformer
 from recsys2stage.evaluate import (
     as_markdown,
     as_table,
     history_cohorts,
+    outside_ranking,
     popularity_cohorts,
     rank_users,
     second_rank,
     summarise,
 )
 from recsys2stage.index import Exact
-from recsys2stage.metrics import KS, metrics_of
+from recsys2stage.metrics import KS, metrics_of, rank_of
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
 from recsys2stage.sources import MovieLens
@@ -44,7 +45,14 @@ def dataset(trained: Run) -> Dataset:
 
 @pytest.fixture(scope="module")
 def recommender(trained: Run) -> Recommender:
-    return Recommender.load(trained.bundle)
+    """The trained retriever, and a ranker with an opinion of its own, which so little training need not give it."""
+    recommender = Recommender.load(trained.bundle)
+    assert recommender.reranker is not None
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in recommender.reranker.scorer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=chance), alpha=0.3)
+    return recommender
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +163,142 @@ def test_the_second_ranks_of_all_items_are_a_permutation(rng: np.random.Generato
         ranks.append(int(rank[0]))
     assert sorted(ranks) == list(range(1, count + 1))
     assert sorted(ranks[list(retrieved).index(item)] for item in listed) == list(range(1, k + 1))
+
+
+# sampled
+
+
+N = 30  # of 120 items, so that the lists of both stages lie partly outside the sample
+
+
+def sampled_ranks_by_hand(
+    dataset: Dataset, recommender: Recommender, user: int, negatives: int, seed: int
+) -> dict[str, int]:
+    """Each model's whole order of the unmet items, of which only the sampled ones are counted."""
+    start, place = int(dataset.offsets[user]), int(dataset.val_ends[user])
+    history, target = dataset.items[start:place].tolist(), int(dataset.items[place])
+    unmet = sorted(set(range(1, dataset.num_items + 1)) - set(history) - {target})
+    drawn = np.random.default_rng([seed, user]).choice(unmet, min(negatives, len(unmet)), replace=False).tolist()
+    assert target not in drawn
+    assert not set(drawn) & set(history)
+    ranks = {}
+    for name, baseline in (("popularity", Popularity(dataset)), ("markov", Markov(dataset))):
+        scores = baseline.scores(np.array(history[-1:]))[0]
+        ranks[name] = 1 + sum(bool(scores[item] >= scores[target]) for item in drawn)
+
+    one = np.array([user])
+    padded = dataset.histories(one, "test", recommender.towers.max_length)
+    query = recommender.queries(padded, dataset.request_times(one, "test"))
+    similar = (query @ recommender.index.vectors.T)[0]
+    ranks["retriever"] = 1 + sum(bool(similar[item - 1] >= similar[target - 1]) for item in drawn)
+
+    order = sorted([*unmet, target], key=lambda item: -similar[item - 1])
+    listed, rest = order[:K], order[K:]
+    assert recommender.reranker is not None
+    for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
+        with torch.inference_mode():
+            logits = recommender.reranker(
+                torch.from_numpy(query),
+                torch.tensor([listed]),
+                torch.tensor([[float(similar[item - 1]) for item in listed]]),
+                torch.arange(1, len(listed) + 1)[None],
+                torch.full((1, len(listed)), masked),
+            )
+        second = dict(zip(listed, logits[0].tolist(), strict=True))
+        if target in second:
+            above = sum(second[item] >= second[target] for item in drawn if item in second)
+        else:
+            above = sum(item in second or rest.index(item) < rest.index(target) for item in drawn)
+        ranks[name] = 1 + above
+    return ranks
+
+
+@pytest.mark.parametrize("negatives", [N, 500])
+def test_every_sampled_rank_is_that_of_a_naive_evaluation(
+    dataset: Dataset, recommender: Recommender, negatives: int
+) -> None:
+    users = dataset.users("test")[::2]
+    ranks = rank_users(dataset, recommender, users, "test", batch_size=32, negatives=negatives, seed=5)
+    for row, user in enumerate(users.tolist()):
+        expected = sampled_ranks_by_hand(dataset, recommender, user, negatives, seed=5)
+        assert {name: int(ranks[name][row]) for name in MODELS} == expected, user
+    full = rank_users(dataset, recommender, users, "test")
+    assert np.array_equal(ranks["found"], full["found"])  # the candidates are those of the whole catalogue
+    assert 0 < ranks["found"].mean() < 1
+    for name in MODELS:
+        assert (ranks[name] <= full[name]).all()
+        assert np.array_equal(ranks[name], full[name]) == (negatives == 500)  # fewer are left: all of them
+
+
+def test_a_sample_depends_on_the_seed_and_the_user_alone(dataset: Dataset, recommender: Recommender) -> None:
+    users = dataset.users("test")
+    once, again = (rank_users(dataset, recommender, users, "test", size, N, seed=1) for size in (256, 7))
+    some = rank_users(dataset, recommender, users[5::10], "test", 256, N, seed=1)
+    other = rank_users(dataset, recommender, users, "test", 256, N, seed=2)
+    for name in MODELS:
+        assert np.array_equal(once[name], again[name])
+        assert np.array_equal(once[name][5::10], some[name])
+        assert not np.array_equal(once[name], other[name])
+
+
+def test_a_sample_holds_the_target_and_so_many_of_the_unmet_each_as_often(rng: np.random.Generator) -> None:
+    count, items, negatives = 3000, 40, 10
+    met = [rng.choice(np.arange(1, items + 1), 8, replace=False) for _ in range(count)]
+    target = np.array([items_met[0] for items_met in met])
+    known = Ragged(np.concatenate([items_met[1:] for items_met in met]), np.arange(0, 7 * count + 1, 7))
+    ranked = ~outside_ranking(known, target, items, np.arange(count), negatives, seed=0)
+    assert (ranked.sum(1) == negatives + 1).all()
+    assert ranked[np.arange(count), target].all()
+    assert not ranked[known.rows, known.values].any()
+    assert not ranked[:, 0].any()
+    unmet = np.ones((count, items + 1), dtype=bool)
+    unmet[:, 0] = unmet[known.rows, known.values] = unmet[np.arange(count), target] = False
+    ranked[np.arange(count), target] = False
+    share = ranked.sum(0)[1:] / unmet.sum(0)[1:]
+    assert share == pytest.approx(np.full(items, negatives / 32), abs=5 * np.sqrt(0.25 / (count * 32 / items)))
+
+
+def test_a_random_scorer_finds_ten_of_a_hundred_and_one(rng: np.random.Generator) -> None:
+    count, items = 4000, 300
+    target = rng.integers(1, items + 1, count)
+    nothing = Ragged(np.zeros(0, dtype=np.int64), np.zeros(count + 1, dtype=np.int64))
+    barred = outside_ranking(nothing, target, items, np.arange(count), 100, seed=0)
+    scores = torch.from_numpy(np.where(barred, -np.inf, rng.random(barred.shape)))
+    hits = (rank_of(scores, torch.from_numpy(target)) <= 10).double().mean()
+    assert float(hits) == pytest.approx(10 / 101, abs=4 * np.sqrt(0.09 / count))
+
+
+def test_a_sampled_report_stands_beside_the_full_one_and_warns(
+    trained: Run, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(report, tmp_path, dirs_exist_ok=True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    recsys(
+        "evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--resamples", 10, "--protocol", f"sampled-{N}"
+    )
+    printed = capsys.readouterr().out
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    new = {f"report-sampled-{N}.json", f"report-sampled-{N}.md", f"ranks-sampled-{N}.parquet"}
+    assert {file.name for file in tmp_path.iterdir()} - set(before) == new
+    warning = (
+        f"sampled: 1 positive and {N} random negatives; sampled metrics are not comparable to full ranking and "
+        "may order models differently (Krichene & Rendle 2020)"
+    )
+    assert warning in printed
+    assert "full ranking of" not in printed
+    assert warning in (tmp_path / f"report-sampled-{N}.md").read_text()
+    content = json.loads((tmp_path / f"report-sampled-{N}.json").read_text())
+    assert content["protocol"]["ranking"] == warning
+    ranks = pl.read_parquet(tmp_path / f"ranks-sampled-{N}.parquet")
+    assert ranks["retriever"].max() == N + 1
+    assert content["models"]["ranker"]["hr@10"]["value"] == pytest.approx((ranks["ranker"] <= 10).mean())
+
+
+@pytest.mark.parametrize("protocol", ["sampled-0", "sampled", "sampled-1e3", "half"])
+def test_a_protocol_that_is_none_is_refused(trained: Run, tmp_path: Path, protocol: str) -> None:
+    with pytest.raises(SystemExit, match=f"protocol is '{protocol}', expected full or sampled-N"):
+        recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path / "out", "--protocol", protocol)
+    assert not (tmp_path / "out").exists()
 
 
 # the report

@@ -14,10 +14,12 @@ from recsys2stage.dataset import Dataset, Part
 
 USERS, ITEMS = 90, 40
 DAY = 86_400
-# told of times, so that a leak through the time of a later event would show, too
+# told of times, ratings and kinds (which are ratings), so that a leak through those of a later event would show, too
 TOLD = (
     *("--data.init_args.request_time", "target"),
     *("--model.init_args.encoder.init_args.time", "recsys2stage.times.RequestGap"),
+    *("--data.init_args.next_action", "target"),
+    *("--model.init_args.inputs", "[RatingEmbedding, ActionEmbedding, NextAction]"),
 )
 
 
@@ -54,7 +56,7 @@ def altered(events: list[Event], from_end: int) -> list[Event]:
 
 def train(folder: Path, events: list[Event], *stages: str) -> Run:
     run = Run(folder)
-    run.prepare(write_movielens(folder / "raw", events))
+    run.prepare(write_movielens(folder / "raw", events), "--source.rating_actions", "true")
     run.fit_retriever(*TOLD)
     for stage in stages:
         getattr(run, stage)()
@@ -99,11 +101,11 @@ def same_targets(one: Run, other: Run, split: Part) -> np.ndarray:
 
 
 def before(run: Run, split: Part) -> list[bytes]:
-    """Every event before the targets of a split: items, times and ratings."""
+    """Every event before the targets of a split: items, times, ratings and kinds."""
     dataset = Dataset(run.data)
     ends = dataset.target_places(split)
     kept = np.concatenate([np.arange(start, end) for start, end in zip(dataset.offsets[:-1], ends, strict=True)])
-    arrays = [np.load(run.data / f"events.{name}.npy") for name in ("item", "time", "rating")]
+    arrays = [np.load(run.data / f"events.{name}.npy") for name in ("item", "time", "rating", "action")]
     return [array[kept].tobytes() for array in arrays]
 
 
@@ -123,6 +125,7 @@ def test_the_test_events_really_are_altered(base: Run, other_tests: Run) -> None
     one, other = Dataset(base.data), Dataset(other_tests.data)
     users = one.users("test")
     assert (one.request_times(users, "test") < other.request_times(users, "test")).all()
+    assert (one.asked(users, "test", "target") != other.asked(users, "test", "target")).all()
     assert one.manifest["split_hash"] != other.manifest["split_hash"]
 
 

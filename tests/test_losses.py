@@ -8,9 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys2stage.losses import Answers, Catalogue, InfoNCE, contrast, cross_entropy
-from recsys2stage.losses.contrast import log_share
+from recsys2stage import losses
+from recsys2stage.losses import (
+    DCL,
+    GBCE,
+    MSE,
+    Answers,
+    Catalogue,
+    FullSoftmax,
+    InBatch,
+    InfoNCE,
+    Loss,
+    Mixed,
+    Negatives,
+    Sampled,
+    Uniform,
+    blocks,
+)
 from recsys2stage.losses.lists import BCE, BPR, ListLoss, Listwise
+from recsys2stage.losses.negatives import Drawn, log_share
 from recsys2stage.objectives import NextItem
 from recsys2stage.retriever import Retriever
 from recsys2stage.shapes import History
@@ -99,76 +115,395 @@ def test_temperature_must_be_positive() -> None:
         InfoNCE(0.0)
 
 
+# --- every form, with every kind of negatives and every filter, against loops
+
+
+class Recorded(Negatives):
+    """Remembers what another drew."""
+
+    def __init__(self, inner: Negatives) -> None:
+        super().__init__()
+        self.inner, self.drawn = inner, None
+
+    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
+        self.drawn = self.inner(answers, catalogue)
+        return self.drawn
+
+
+B, L = 4, 5
+NEGATIVES = {
+    "in-batch": lambda: InBatch(alpha=0.7),
+    "per event": lambda: Uniform(9),
+    "one per event": lambda: Uniform(1),
+    "per sequence": lambda: Uniform(11, "sequence"),
+    "per batch": lambda: Uniform(5, "batch"),
+    "as many as places": lambda: Uniform(None, "batch"),
+    "mixed": lambda: Mixed(share=0.4),
+}
+FILTERS = {
+    "itself": {},
+    "history": {"same_sequence": True},
+    "near": {"near": 0.2},
+    "hard": {"hard": 3},
+    "all": {"same_sequence": True, "near": 0.4, "hard": 2},
+}
+FORMS = {
+    "BCE": lambda **options: losses.BCE(**options),
+    "soft BCE": lambda **options: losses.BCE(max_rating=5.0, **options),
+    "MSE": lambda **options: MSE(**options),
+    "GBCE": lambda **options: GBCE(calibration=0.6, **options),
+    "BPR": lambda **options: losses.BPR(**options),
+}
+
+
+def batch() -> tuple[Tensor, Tensor, Answers, Tensor]:
+    """Queries, item table, answers of histories of 4, 1, 0 and 5 places, and counts."""
+    rows = torch.tensor([0] * 4 + [1] + [3] * 5)
+    met = torch.randint(1, V + 1, (B, L)) * (torch.arange(L) < torch.tensor([5, 2, 1, 5])[:, None])
+    items = torch.cat([met[0, 1:], met[1, 1:2], met[3]])
+    answers = Answers(items, rows, met, ratings=torch.randint(1, 6, (10,)).float())
+    queries, table = torch.randn(10, D, dtype=torch.float64), torch.randn(V + 1, D, dtype=torch.float64)
+    return queries, table, answers, torch.randint(0, 90, (V + 1,))
+
+
+def candidates(drawn: Drawn, place: int) -> list[tuple[int, float, float]]:
+    """Item, draws and log of the expected draws of a place's candidates."""
+    number = place if drawn.starts is None else max(s for s, first in enumerate(drawn.starts[:-1]) if first <= place)
+    if drawn.starts is not None:  # of two sets that start here, all but the last are empty
+        assert drawn.starts[number] <= place < drawn.starts[number + 1]
+    fields = (drawn.items[number], drawn.draws[number], drawn.log_expected[number])
+    return [(int(item), float(draws), float(log)) for item, draws, log in zip(*fields, strict=True)]
+
+
+def reference(loss: Sampled, drawn: Drawn, queries: Tensor, table: Tensor, answers: Answers) -> Tensor:
+    """The loss by rows and candidates."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, right in enumerate(answers.items.tolist()):
+        score_of = queries[i] @ table.T / loss.temperature
+        own = score_of[right]
+        left = [(item, draws, log) for item, draws, log in candidates(drawn, i) if item != right]
+        if getattr(loss, "same_sequence", False):
+            left = [entry for entry in left if entry[0] not in answers.met[answers.rows[i]].tolist()]
+        if getattr(loss, "near", None) is not None:
+            cosine = nn.functional.cosine_similarity(table.detach(), table[right].detach(), dim=1).tolist()
+            left = [entry for entry in left if cosine[entry[0]] <= loss.near]
+        scores = [score_of[item] for item, *_ in left]
+        if isinstance(loss, InfoNCE):
+            values = [score.item() for score in scores]
+            order = sorted(range(len(left)), key=lambda j: -values[j])[: loss.hard.at(answers.progress)]
+            terms = []
+            for j in order:
+                _, draws, log_expected = left[j]
+                terms.append(scores[j] + (math.log(draws) - (0 if loss.correct == "none" else log_expected)))
+            a = own - (drawn.answer_log_expected[i] if loss.correct == "both" else 0)
+            if isinstance(loss, DCL):
+                total = total + (torch.stack(terms).logsumexp(0) - a if terms else 0)
+            else:
+                total = total + torch.stack([a, *terms]).logsumexp(0) - a
+            continue
+        every = [score for score, (_, draws, _) in zip(scores, left, strict=True) for _ in range(round(draws))]
+        count, sigmoid = len(every), torch.sigmoid
+        rating = answers.ratings[i].double()
+        if isinstance(loss, losses.BCE):
+            label = 1.0 if loss.max_rating is None else rating / loss.max_rating
+            total = total - label * sigmoid(own).log() - (1 - label) * sigmoid(-own).log()
+            total = total + sum(-(1 - sigmoid(score)).log() / count for score in every)
+        elif isinstance(loss, MSE):
+            total = total + (own - rating) ** 2 + sum(score**2 / count for score in every)
+        elif isinstance(loss, GBCE):
+            a, t = count / (V - 1), loss.calibration
+            beta = a * (t * (1 - 1 / a) + 1 / a) if 0 < a < 1 else (1 - t if a == 0 else 1)
+            parts = (sigmoid(own) ** beta).log() + sum((1 - sigmoid(score)).log() for score in every)
+            total = total - parts / (count + 1)
+        else:
+            total = total + sum(-sigmoid(own - score).log() / count for score in every)
+    return total / len(answers.items)
+
+
+def compare(loss: Sampled) -> None:
+    queries, table, answers, counts = batch()
+    loss.negatives = Recorded(loss.negatives)
+    got = of_both(lambda q, v: loss(q, answers, catalogue(v, counts)), queries, table)
+    want = of_both(lambda q, v: reference(loss, loss.negatives.drawn, q, v, answers), queries, table)
+    for ours, defined in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, defined, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("correct", ["none", "negatives", "both"])
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("form", [InfoNCE, DCL])
+def test_softmax_losses_are_their_definitions(form: type[InfoNCE], negatives: str, correct: str) -> None:
+    for filters in FILTERS if correct == "both" else ("itself", "all"):
+        compare(form(0.8, NEGATIVES[negatives](), correct, **FILTERS[filters]))
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("form", FORMS)
+def test_pointwise_losses_are_their_definitions(form: str, negatives: str) -> None:
+    compare(FORMS[form](temperature=1.3, negatives=NEGATIVES[negatives]()))
+
+
+def every_loss() -> list[Loss]:
+    """Every form, kind of negatives and filter, and all that touch how blocks are computed."""
+    made: list[Loss] = [FullSoftmax(1.0), DCL(1.0)]
+    for negatives in NEGATIVES.values():
+        made += [GBCE(negatives=negatives()), InfoNCE(1.0, negatives(), **FILTERS["all"])]
+    return [*made, *(form(negatives=Uniform(9)) for form in FORMS.values())]
+
+
+def test_full_softmax_is_its_definition() -> None:
+    queries, table, answers, _ = batch()
+    got = of_both(lambda q, v: FullSoftmax(0.7)(q, answers, catalogue(v)), queries, table)
+    want = of_both(lambda q, v: nn.functional.cross_entropy(q @ v[1:].T / 0.7, answers.items - 1), queries, table)
+    for ours, defined in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, defined, rtol=1e-9, atol=1e-9)
+
+
+def test_defaults_are_the_published_choices() -> None:
+    assert isinstance(InfoNCE().negatives, InBatch)
+    assert isinstance(DCL().negatives, InBatch)
+    assert {loss.temperature for loss in (InfoNCE(), DCL(), FullSoftmax())} == {0.05}
+    pointwise = (losses.BCE(), MSE(), losses.BPR(), GBCE())
+    assert {loss.temperature for loss in pointwise} == {1.0}
+    assert [(loss.negatives.count, loss.negatives.per) for loss in pointwise] == [(1, "event")] * 3 + [(256, "event")]
+
+
+def test_calibration_ends_at_bce_and_at_the_share_of_negatives() -> None:
+    """Petrov & Macdonald 2023, section 5: t = 0 is BCE, t = 1 weighs the answer by N / (V − 1)."""
+    queries, table = torch.zeros(1, D, dtype=torch.float64), unit(V + 1, D)
+    table[:, 0], queries[0, 0] = torch.arange(V + 1), 1.0  # the score of item j is j
+    answer = asked(torch.tensor([3]))
+
+    def cost(t: float) -> tuple[float, float, int]:
+        loss = GBCE(calibration=t, negatives=Recorded(Uniform(4)))
+        value = loss(queries, answer, catalogue(table)).item()
+        drawn = [item for item, draws, _ in candidates(loss.negatives.drawn, 0) for _ in range(int(draws)) if item != 3]
+        return value, sum(math.log1p(math.exp(item)) for item in drawn), len(drawn)
+
+    positive = math.log1p(math.exp(-3))
+    value, others, count = cost(0.0)
+    assert value == pytest.approx((positive + others) / (count + 1))
+    value, others, count = cost(1.0)
+    assert value == pytest.approx((count / (V - 1) * positive + others) / (count + 1))
+
+
+def test_bce_divides_by_the_number_of_negatives() -> None:
+    """Every score 0: an answer costs log 2, and so do its negatives together, however many they are."""
+    for count in (1, 7, 300):
+        loss = losses.BCE(negatives=Uniform(count, "batch"))
+        queries = torch.zeros(2, D, dtype=torch.float64)
+        value = loss(queries, asked(torch.tensor([1, 2])), catalogue(unit(5000, D)))
+        assert value.item() == pytest.approx(2 * math.log(2)), count
+
+
+def test_an_answer_far_below_its_negatives_is_still_pulled() -> None:
+    """At −60 a probability raised to a power would be 0 in float32, and its gradient with it."""
+    queries, table = torch.zeros(1, 2).index_fill(1, torch.tensor([0]), 60.0), torch.tensor([[0.0, 0], [-1, 0], [1, 0]])
+    _, gradient, _ = of_both(lambda q, v: GBCE()(q, asked(torch.tensor([1])), catalogue(v)), queries, table)
+    assert gradient.isfinite().all()
+    assert gradient[0, 0] > 0.1, "and its query moves towards it"
+
+
+@pytest.mark.parametrize("hard", [1, 2, 4, 5, 6, 1000])
+@pytest.mark.parametrize(
+    "negatives", [InBatch(), Uniform(60), Uniform(60, "sequence")], ids=["one set", "many", "each"]
+)
+def test_hard_negatives_are_those_of_the_highest_score_before_the_correction(negatives: Negatives, hard: int) -> None:
+    """Item j scores j / 10 and has a coordinate of its own; item 6 is popular, and −log q would put it last."""
+    table = torch.cat([torch.arange(7.0)[:, None] / 10, torch.eye(7)], dim=1).double()
+    queries = torch.zeros(6, 8, dtype=torch.float64)
+    queries[:, 0] = 1
+    counts, answers = torch.tensor([0, 0, 0, 0, 0, 0, 10_000]), asked(torch.arange(1, 7))
+    loss = InfoNCE(1.0, negatives, hard=hard)
+    _, gradient, _ = of_both(lambda q, v: loss(q, answers, catalogue(v, counts)), queries, table)
+    chosen = set((gradient[0, 1:] > 0).nonzero().flatten().tolist())  # by the place whose answer is item 1
+    if isinstance(negatives, InBatch):
+        assert chosen == set(range(max(2, 7 - hard), 7))
+    else:  # each item is drawn about ten times, and every draw is a candidate
+        assert 6 in chosen
+        assert chosen == set(range(min(chosen), 7))
+        assert len(chosen) <= hard
+
+
+def test_where_nothing_is_left_nothing_is_lost() -> None:
+    """Every candidate is in the history: finite, no cost but the answer's own, and no gradient."""
+    met = torch.arange(1, V + 1)[None]
+    answers = Answers(torch.tensor([2, 5]), torch.tensor([0, 0]), met)
+    queries, table = unit(2, D), unit(V + 1, D)
+    for form in (InfoNCE, DCL):
+        for negatives in NEGATIVES.values():
+            for filters in ({"same_sequence": True}, {"near": -1.1}, {"near": -1.1, "hard": 2}):
+                loss = form(0.1, negatives(), **filters)
+                results = of_both(lambda q, v, loss=loss: loss(q, answers, catalogue(v)), queries, table)
+                assert not any(part.any() for part in results)
+    same = asked(torch.tensor([4, 4, 4]))._replace(ratings=torch.full((3,), 5.0))
+    for form in FORMS.values():
+        loss = form(negatives=InBatch())
+        results = of_both(lambda q, v, loss=loss: loss(q, same, catalogue(v)), unit(3, D), table)
+        assert all(part.isfinite().all() for part in results)
+        assert results[0] == 0 or not isinstance(loss, losses.BPR)
+
+
+def test_near_has_no_gradient_and_takes_out_copies() -> None:
+    """A copy of the answer under another number is no negative."""
+    table = unit(V + 1, D)
+    table[2] = 3 * table[1]
+    loss = InfoNCE(1.0, near=0.999)
+    value, *gradients = of_both(lambda q, v: loss(q, asked(torch.tensor([1, 2])), catalogue(v)), unit(2, D), table)
+    assert value == 0
+    assert not any(gradient.any() for gradient in gradients)
+    assert InfoNCE(1.0)(unit(2, D), asked(torch.tensor([1, 2])), catalogue(table)) > 0.1
+
+
+def test_the_sampled_softmax_needs_no_correction_of_both() -> None:
+    """Uniform draws are all corrected alike: `both` is `none`, and `negatives` weighs the negatives by V / N."""
+    queries, table, answers, counts = batch()
+    values = {}
+    for correct in ("none", "both", "negatives"):
+        torch.manual_seed(3)
+        values[correct] = InfoNCE(1.0, Uniform(5), correct)(queries, answers, catalogue(table, counts)).item()
+    assert values["none"] == pytest.approx(values["both"], rel=1e-12)
+    assert values["negatives"] > values["none"] + 0.1
+
+
+def test_the_same_seed_gives_the_same_loss() -> None:
+    queries, table, answers, counts = batch()
+
+    def once(loss: Loss) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        return of_both(lambda q, v: loss(q, answers, catalogue(v, counts)), queries, table)
+
+    for loss, again in zip(every_loss(), every_loss(), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(once(loss), once(again), strict=True))
+
+
+def test_other_draws_give_another_loss() -> None:
+    queries, table, answers, counts = batch()
+    loss = GBCE(negatives=Uniform(3))
+    assert loss(queries, answers, catalogue(table, counts)) != loss(queries, answers, catalogue(table, counts))
+
+
+# --- ratings
+
+
+def test_without_ratings_they_say_so() -> None:
+    for loss in (MSE(), losses.BCE(max_rating=5.0)):
+        with pytest.raises(ValueError, match="wants ratings and the log has none"):
+            loss(unit(1, D), asked(torch.tensor([1])), catalogue(unit(V + 1, D)))
+
+
+@pytest.mark.parametrize("rating", [-1.0, 5.5])
+def test_a_rating_that_makes_no_label_is_refused(rating: float) -> None:
+    answers = asked(torch.tensor([1, 2]))._replace(ratings=torch.tensor([5.0, rating]))
+    with pytest.raises(ValueError, match=rf"rated {rating:g}, expected 0 to max_rating 5"):
+        losses.BCE(max_rating=5.0)(unit(2, D), answers, catalogue(unit(V + 1, D)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InfoNCE(hard=0), "hard is 0, expected at least one"),
+        (lambda: GBCE(calibration=1.5), "calibration is 1.5"),
+        (lambda: losses.BCE(max_rating=0.0), "max_rating is 0.0"),
+        (lambda: losses.BPR(temperature=-1.0), "temperature is -1.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(make: Callable[[], Loss], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 # --- blocks of rows
 
 
-def whole_cross_entropy(
-    queries: Tensor, columns: Tensor, answer: Tensor, column_bias: Tensor, answer_bias: Tensor
-) -> Tensor:
-    logits = queries @ columns.T + column_bias
-    own = (queries * columns[answer]).sum(1) + answer_bias
-    return nn.functional.cross_entropy(logits.scatter(1, answer[:, None], own[:, None]), answer)
+@pytest.mark.parametrize("dense", [0, blocks.DENSE])
+@pytest.mark.parametrize("budget", [1, 60])
+def test_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch, budget: int, dense: int) -> None:
+    queries, table, answers, counts = batch()
+
+    def results() -> list[tuple[Tensor, ...]]:
+        torch.manual_seed(1)
+        return [
+            of_both(lambda q, v, loss=loss: loss(q, answers, catalogue(v, counts)), queries, table)
+            for loss in every_loss()
+        ]
+
+    at_once = results()
+    monkeypatch.setattr(blocks, "BLOCK", budget)
+    monkeypatch.setattr(blocks, "DENSE", dense)
+    for got, want in zip(results(), at_once, strict=True):
+        for ours, other in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-12)
 
 
-def problem(rows: int = 23, width: int = 7) -> tuple[Tensor, ...]:
-    return (
-        torch.randn(rows, D, dtype=torch.float64) * 3,
-        torch.randn(width, D, dtype=torch.float64),
-        torch.randint(width, (rows,)),
-        torch.randn(width, dtype=torch.float64),
-        torch.randn(rows, dtype=torch.float64),
-    )
+@pytest.mark.parametrize("negatives", [InBatch(), Uniform(3, "batch")])
+def test_it_passes_gradcheck(negatives: Negatives) -> None:
+    queries, table, _, counts = batch()
+    answers = asked(torch.tensor([3, 1, 3]))
 
+    def loss(q: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return InfoNCE(1.0, negatives)(q, answers, catalogue(v, counts))
 
-@pytest.mark.parametrize("block", [1, 2, 7, 22, 23, 24, 1000, None])
-def test_in_blocks_as_at_once(block: int | None) -> None:
-    queries, columns, *rest = problem()
-    got = of_both(lambda q, c: cross_entropy(q, c, *rest, block=block), queries, columns)
-    want = of_both(lambda q, c: whole_cross_entropy(q, c, *rest), queries, columns)
-    for ours, defined in zip(got, want, strict=True):
-        torch.testing.assert_close(ours, defined, rtol=1e-10, atol=1e-12)
-
-
-def test_cross_entropy_passes_gradcheck() -> None:
-    queries, columns, *rest = problem(rows=6, width=4)
-    assert torch.autograd.gradcheck(
-        lambda q, c: cross_entropy(q, c, *rest, block=4), (queries.requires_grad_(), columns.requires_grad_())
-    )
+    assert torch.autograd.gradcheck(loss, (queries[:3].requires_grad_(), table.requires_grad_()))
 
 
 def test_the_gradient_is_scaled_by_what_follows() -> None:
-    queries, columns, *rest = problem()
-    once = of_both(lambda q, c: cross_entropy(q, c, *rest), queries, columns)
-    thrice = of_both(lambda q, c: 3 * cross_entropy(q, c, *rest), queries, columns)
+    queries, table, answers, counts = batch()
+    once = of_both(lambda q, v: InfoNCE()(q, answers, catalogue(v, counts)), queries, table)
+    thrice = of_both(lambda q, v: 3 * InfoNCE()(q, answers, catalogue(v, counts)), queries, table)
     torch.testing.assert_close(thrice[1], 3 * once[1])
     torch.testing.assert_close(thrice[2], 3 * once[2])
 
 
-def test_bf16_autocast_does_not_round_it() -> None:
+@pytest.mark.parametrize("make", [InfoNCE, DCL, FullSoftmax, GBCE, losses.BPR])
+def test_bf16_autocast_does_not_round_it(make: Callable[[], Loss]) -> None:
     """The products are rough, sums and gradients are kept in float32."""
     answers, table, queries = torch.randint(1, V + 1, (200,)), unit(V + 1, D).float(), unit(200, D).float()
 
-    def rough(q: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return InfoNCE()(q, asked(answers), catalogue(v))
+    def result(rough: bool) -> tuple[Tensor, ...]:
+        def loss(q: Tensor, v: Tensor) -> Tensor:
+            torch.manual_seed(1)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rough):
+                return make()(q, asked(answers), catalogue(v))
 
-    exact = of_both(lambda q, v: InfoNCE()(q, asked(answers), catalogue(v)), queries, table)
-    for ours, other in zip(of_both(rough, queries, table), exact, strict=True):
+        return of_both(loss, queries, table)
+
+    for ours, other in zip(result(True), result(False), strict=True):
+        assert ours.dtype == torch.float32
         assert torch.equal(ours, other)  # bf16 would round logits of ±20 to steps of 1/8
 
 
 def test_large_logits_do_not_overflow() -> None:
-    queries, columns, *rest = problem()
-    arguments = [part.float() if part.is_floating_point() else part for part in (queries * 1e3, columns, *rest)]
-    value, *gradients = of_both(lambda q, c: cross_entropy(q, c, *arguments[2:]), *arguments[:2])
-    assert value.isfinite()
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    queries, table, answers, counts = batch()
+    for loss in every_loss():
+        if not isinstance(loss, MSE):  # whose square is large
+            results = of_both(
+                lambda q, v, loss=loss: loss(q, answers, catalogue(v, counts)), 1e4 * queries.float(), table.float()
+            )
+            assert all(part.isfinite().all() for part in results)
 
 
 def test_without_rows_it_says_so() -> None:
-    queries, columns, *rest = problem(rows=1)
-    with pytest.raises(ValueError, match=r"at least one answered place"):
-        cross_entropy(queries[:0], columns, rest[0][:0], rest[1], rest[2][:0])
+    for loss in (InfoNCE(), FullSoftmax(), GBCE()):
+        with pytest.raises(ValueError, match=r"at least one answered place"):
+            loss(unit(1, D)[:0], asked(torch.tensor([1])[:0]), catalogue(unit(V + 1, D)))
+
+
+def test_a_vector_is_computed_once_for_each_distinct_item() -> None:
+    """An item tower is dear: who is drawn often, or in many sets, is asked for once."""
+    queries, table, answers, counts = batch()
+    for name, negatives in NEGATIVES.items():
+        wanted: list[Tensor] = []
+
+        def vectors(items: Tensor, wanted: list[Tensor] = wanted) -> Tensor:
+            wanted.append(items)
+            return table[items]
+
+        loss = InfoNCE(negatives=Recorded(negatives()))
+        loss(queries, answers, Catalogue(vectors, counts, torch.zeros_like(counts)))
+        assert len(wanted) == 1, name
+        assert wanted[0].tolist() == sorted({*loss.negatives.drawn.items.flatten().tolist(), *answers.items.tolist()})
 
 
 class Largest(TorchDispatchMode):
@@ -186,18 +521,32 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("budget", [1 << 9, 1 << 20])
-def test_the_logits_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
-    """The largest tensor of forward and backward stays within the budget, never rows times columns."""
-    rows, items = 300, 100
-    monkeypatch.setattr(contrast, "BLOCK_LOGITS", budget)
-    answers = torch.arange(rows) % items + 1
-    queries, table = unit(rows, 4).requires_grad_(), unit(items + 1, 4).requires_grad_()
+@pytest.mark.parametrize("dense", [0, blocks.DENSE])
+def test_the_scores_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch, dense: int) -> None:
+    """The largest tensor of forward and backward stays within the budget, never rows times candidates (times width)."""
+    rows, items, width, budget = 120, 60, 16, 1 << 9
+    monkeypatch.setattr(blocks, "BLOCK", budget)
+    monkeypatch.setattr(blocks, "DENSE", dense)
+    answers = Answers(
+        torch.arange(rows) % items + 1,
+        torch.arange(rows) // 30,
+        torch.arange(rows).view(4, 30) % items + 1,
+        torch.full((rows,), 4.0),
+    )
+    queries, table = unit(rows, width).requires_grad_(), unit(items + 1, width).requires_grad_()
+    for loss in every_loss():
+        with Largest() as largest:
+            loss(queries, answers, catalogue(table)).backward()
+        # as large as the gradients, or as the draws
+        assert largest.numel <= max(budget, rows * width, rows * 9, items * width)
+        assert largest.numel < min(rows * items, rows * 9 * width)
+
+
+def test_a_large_budget_takes_all_rows_at_once() -> None:
+    answers = torch.arange(300) % 100 + 1
     with Largest() as largest:
-        InfoNCE()(queries, asked(answers), catalogue(table)).backward()
-    limit = max(budget, rows * 4)  # the gradient of the queries is as large as they are
-    assert largest.numel <= limit if budget < rows * items else largest.numel == rows * items
-    assert largest.numel < rows * rows, "equal columns must be merged"
+        InfoNCE()(unit(300, 4), asked(answers), catalogue(unit(101, 4)))
+    assert largest.numel == 300 * 100, "equal columns are merged"
 
 
 # --- padding, through objective and retriever

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import pytest
+from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import hash_arrays
+from recsys2stage.data import prepare_dataset
+from recsys2stage.dataset import Dataset, declared
 from recsys2stage.prepare import mix, number_ids, prepare, stable_order
-from recsys2stage.sources import Feature, MovieLens, SideTable, Table
+from recsys2stage.sources import Feature, MovieLens, SideTable, Table, Vectors
 from recsys2stage.split import GlobalTime
 
 Event = tuple[Any, Any, int, float]  # user, item, time, rating
@@ -523,3 +526,138 @@ def test_real_data(
     assert counts["items_without_metadata"] == counts["users_too_short"] == counts["repeats"] == 0
     assert counts["test_users"] == users
     assert manifest["ties"] == pytest.approx({"events_share": tied, "last_time_share": last_tied}, abs=6e-4)
+
+
+# --- vectors made elsewhere
+
+WORDS = {100: [1.0, 0.5], 300: [-2.0, 3.0], 400: [0.0, 7.0], 999: [9.0, 9.0]}  # 200 has none, 999 no events
+
+
+def parquet(path: Path, ids: list[Any], vectors: Any) -> Vectors:
+    pl.DataFrame({"item_id": ids, "vector": vectors}, strict=False).write_parquet(path)
+    return Vectors(path)
+
+
+def array(path: Path, ids: list[Any], vectors: Any) -> Vectors:
+    np.save(path, np.array(vectors))
+    path.with_suffix(".txt").write_text("".join(f"{item}\n" for item in ids))
+    return Vectors(path, path.with_suffix(".txt"))
+
+
+@pytest.mark.parametrize("write_vectors", [parquet, array])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_vectors_are_joined_by_the_item_id_as_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, write_vectors: Any, as_text: bool
+) -> None:
+    ids = [str(item) if as_text else item for item in reversed(WORDS)]
+    path = tmp_path / ("text.npy" if write_vectors is array else "text.parquet")
+    text = write_vectors(path, ids, list(reversed(WORDS.values())))
+    with caplog.at_level(logging.WARNING, "recsys2stage"):
+        world = prepared(tmp_path, EVENTS, TABLE, item_vectors={"text": text})
+    values = world.arrays["items.text.values.npy"]
+    assert values.dtype == np.float32
+    nothing = [np.nan, np.nan]
+    np.testing.assert_array_equal(values, [nothing, WORDS[100], nothing, WORDS[300], WORDS[400]])
+    assert world.manifest["features"]["items"][-1] == {"name": "text", "kind": "vector", "size": 2}
+    assert len(world.manifest["features"]["items"]) == 4
+    assert world.manifest["counts"]["items_without_text_vector"] == 1
+    assert "1 items have no vector in" in caplog.text
+    assert set(map(str, text.files)) < set(world.manifest["parents"]), "hashed, as the raw data are"
+    assert world.manifest["options"]["item_vectors"]["text"]["path"] == str(path)
+    loaded = Dataset(tmp_path / "data").item_features
+    assert declared(loaded)[-1] == {"name": "text", "kind": "vector", "size": 2, "values": 2}
+    np.testing.assert_array_equal(loaded[-1]["values"], values)
+
+
+def test_fixed_size_lists_of_whole_numbers_are_vectors_too(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"item_id": ["100", "300"], "vector": [[1, 2, 3], [4, 5, 6]]})
+    frame.with_columns(pl.col("vector").cast(pl.Array(pl.Int16, 3))).write_parquet(tmp_path / "v.parquet")
+    world = prepared(tmp_path, EVENTS, item_vectors={"text": Vectors(tmp_path / "v.parquet")})
+    assert world.arrays["items.text.values.npy"][[1, 3]].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+PAIR = [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "message"),
+    [
+        (["100", "300", "400"], [*PAIR, [5.0]], "row 3: the vector is not of length 2, as most are"),
+        (["100", "300", "400"], [*PAIR, None], "row 3: the vector is not of length 2"),
+        (["100", "300"], [[], []], r"has vectors of type List\(Null\), expected lists of numbers"),
+        (["100", "300", "400"], [[], [], [1.0]], "most rows of .* hold no vector; leave those out"),
+        (["100", "300"], [PAIR[0], [1.0, None]], "row 2: the vector holds a number that is not finite"),
+        (["100", "300"], [PAIR[0], [1.0, float("inf")]], "row 2: the vector holds a number that is not finite"),
+        (["100", None], PAIR, "row 2: the item id is missing"),
+        (["100", " "], PAIR, "row 2: the item id is missing"),
+        (["100", "100"], PAIR, "repeats 1 item ids, the first '100'; keep one row of each"),
+        (["a100", "b300"], PAIR, "vectors of none of the 4 items: its ids are such as 'a100', .* such as '100'"),
+        (["100", "300"], ["1 2", "3 4"], "has vectors of type String, expected lists of numbers"),
+    ],
+)
+def test_a_parquet_of_vectors_that_is_wrong_is_refused_whole(
+    tmp_path: Path, ids: Any, vectors: Any, message: str
+) -> None:
+    text = parquet(tmp_path / "text.parquet", ids, vectors)
+    with pytest.raises(ValueError, match=message):
+        prepared(tmp_path, EVENTS, item_vectors={"text": text})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["raw", "text.parquet"], "nothing is half written"
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "message"),
+    [
+        ([100, 300, 400], PAIR, "has 2 rows but .*text.txt has 3 lines; give one a row"),
+        ([100, 300], [1.0, 2.0], r"has shape \(2,\) and type float64, expected a row of numbers an item"),
+        ([100, 300], [["a", "b"], ["c", "d"]], "expected a row of numbers an item"),
+        ([100, 300], [PAIR[0], [np.nan, 1.0]], "text.npy, row 2: the vector holds a number that is not finite"),
+        ([100, 100], PAIR, "text.txt repeats 1 item ids, the first '100'"),
+        ([100, ""], PAIR, "text.txt, row 2: the item id is missing"),
+    ],
+)
+def test_an_array_of_vectors_that_is_wrong_is_refused_whole(
+    tmp_path: Path, ids: Any, vectors: Any, message: str
+) -> None:
+    text = array(tmp_path / "text.npy", ids, vectors)
+    with pytest.raises(ValueError, match=message):
+        prepared(tmp_path, EVENTS, item_vectors={"text": text})
+    assert not (tmp_path / "data").exists()
+
+
+def test_files_and_names_of_vectors_must_fit(tmp_path: Path) -> None:
+    good = parquet(tmp_path / "text.parquet", ["100"], PAIR[:1])
+    np.save(tmp_path / "text.npy", np.array(PAIR))
+    (tmp_path / "text.txt").write_text("100\n300\n")
+    (tmp_path / "empty.npy").touch()
+    pl.DataFrame({"item": ["100"], "vector": PAIR[:1]}).write_parquet(tmp_path / "other.parquet")
+    for name, vectors, message in (
+        ("price", good, r"item_vectors has the names \['price'\], which are of other item features; rename"),
+        ("text", Vectors(tmp_path / "none.parquet"), "none.parquet does not exist"),
+        ("text", Vectors(tmp_path / "text.npy", tmp_path / "none.txt"), "none.txt does not exist"),
+        ("text", Vectors(tmp_path / "text.npy"), "an array without ids; name a text file"),
+        ("text", Vectors(tmp_path / "empty.npy", tmp_path / "text.txt"), "empty.npy cannot be read as an array"),
+        ("text", Vectors(tmp_path / "text.parquet", tmp_path / "text.txt"), "has a column of ids; leave it out"),
+        ("text", Vectors(tmp_path / "text.txt"), "text.txt cannot be read as Parquet"),
+        ("text", Vectors(tmp_path / "other.parquet"), r"no column 'item_id' \(did you mean 'item'\?\)"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            prepared(tmp_path, EVENTS, TABLE, item_vectors={name: vectors})
+        assert not (tmp_path / "data").exists()
+
+
+def test_vectors_are_named_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the verb, and where a fit prepares what is missing."""
+    write(tmp_path / "raw", EVENTS)
+    parquet(tmp_path / "text.parquet", list(WORDS), list(WORDS.values()))
+    array(tmp_path / "look.npy", [100, 200], [[1, 2, 3], [4, 5, 6]])
+    (tmp_path / "prepare.yaml").write_text(
+        "source: {class_path: Table, init_args: {path: raw/events.csv}}\noutput: data\n"
+        "item_vectors: {text: {path: text.parquet}, look: {path: look.npy, ids: look.txt}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recsys("prepare-data", "--config", "prepare.yaml")
+    prepare_dataset(Path("prepare.yaml"), Path("again"))
+    for folder in ("data", "again"):
+        features = Dataset(folder).item_features
+        assert [(f["name"], f["kind"], f["size"]) for f in features] == [("text", "vector", 2), ("look", "vector", 3)]
+        assert features[1]["values"][2].tolist() == [4, 5, 6]

@@ -13,16 +13,19 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from pipeline_fixtures import K, Run, recsys
+from pipeline_fixtures import RETRIEVER, K, Run, recsys
+from worlds import cycle_world, forks_world
 
 from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import Transformer
 from recsys2stage.index import Exact
+from recsys2stage.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
 from recsys2stage.recommend import FileUsers, PreparedUsers, Recommender, factory, read_checkpoint
 from recsys2stage.times import Calendar, RequestGap, TimeFactory
 from recsys2stage.towers import TwoTower
 
 COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]
+KINDS = ["buy", "look"]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +57,21 @@ def untrained(
     request_time: RequestTime = "none",
     titles: Sequence[str] | None = None,
     time: TimeFactory | None = None,
+    inputs: Sequence[InputFactory] = (),
+    next_action: str = "none",
 ) -> Recommender:
-    """A first stage with random weights over items of these ids, the first the most popular."""
+    """A first stage with random weights over items of these ids, the first the most popular; events buy or look."""
     torch.manual_seed(0)
     encoder = partial(Transformer, layers=1, time=time or (None if request_time == "none" else RequestGap))
-    towers = TwoTower(len(item_ids), 8, 8, encoder)
+    towers = TwoTower(len(item_ids), 8, 8, encoder, inputs=inputs, actions=KINDS)
+    for part in towers.inputs:  # as large as the rest, so that what they say shows
+        torch.nn.init.normal_(part.table.weight)
     index = Exact()
     index.build(towers.every_item().detach().numpy())
     catalogue = {"item": np.arange(1, len(item_ids) + 1), "item_id": item_ids} | ({"title": titles} if titles else {})
     popularity = np.append(0, np.arange(len(item_ids), 0, -1))
-    return Recommender(towers, index, None, pl.DataFrame(catalogue), popularity, request_time)
+    table = pl.DataFrame(catalogue)
+    return Recommender(towers, index, None, table, popularity, request_time, next_action, KINDS)
 
 
 # for the users of the data
@@ -340,6 +348,220 @@ def test_a_model_with_a_calendar_needs_times_whatever_it_is_told(tmp_path: Path)
 def test_a_model_that_is_not_told_the_time_does_not_heed_it() -> None:
     served = untrained(list(range(1, 21)))
     assert served.recommend([1, 2], times=[5, 10**9], request_time=2 * 10**9) == served.recommend([1, 2])
+
+
+# by the kind of action that is asked for
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A first stage that knows: after item i, who looks takes i + 1, who buys i + 7."""
+    run = Run(tmp_path_factory.mktemp("forks"))
+    forks_world(run.folder, "asked")
+    (run.folder / "retriever.yaml").write_text(RETRIEVER)
+    recsys(
+        *("fit", "--config", run.folder / "retriever.yaml", "--output", run.folder / "retriever"),
+        *("--data.init_args.path", run.data, "--data.init_args.max_length", 8),
+        *("--data.init_args.next_action", "target", "--model.init_args.inputs", "[NextAction]"),
+        *("--model.init_args.dim", 32, "--trainer.max_epochs", 12),
+    )
+    run.export_index()
+    return run
+
+
+def best_of_each(forks: Run, output: Path, *words: object) -> dict[int, int]:
+    """The first item recommended to each user."""
+    recsys("recommend", "--bundle", forks.index, "--output", output, "--k", 3, *words)
+    first = pl.read_parquet(output).filter(pl.col("rank") == 1)
+    return dict(first.select("user_id", "item_id").iter_rows())
+
+
+def share_taken(best: dict[int, int], forks: Run, step: int) -> float:
+    """How many users get the item so many steps after their newest."""
+    log = pl.read_csv(forks.folder / "events.csv").group_by("user_id").last()
+    newest = dict(log.select("user_id", "item_id").iter_rows())
+    return float(np.mean([item == (newest[user] - 1 + step) % 60 + 1 for user, item in best.items()]))
+
+
+def test_everybody_is_asked_for_one_action(forks: Run, tmp_path: Path) -> None:
+    look, buy = (best_of_each(forks, tmp_path / "out", "--action", kind) for kind in ("look", "buy"))
+    assert len(look) == len(buy) == 300
+    assert share_taken(look, forks, 1) > 0.9
+    assert share_taken(buy, forks, 7) > 0.9
+    served = Recommender.load(forks.index)
+    log = pl.read_csv(forks.folder / "events.csv").filter(pl.col("user_id") == 17)
+    history, actions = log["item_id"].to_list(), log["action"].to_list()
+    for kind, best in (("look", look), ("buy", buy)):
+        assert served.recommend(history, k=1, actions=actions, action=kind)[0]["item_id"] == best[17]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
+def test_each_user_is_asked_for_an_action_of_a_file(
+    forks: Run, tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In whatever order they stand there; whoever is missing, for an unknown one."""
+    path, out = tmp_path / f"asked.{suffix}", tmp_path / "out"
+    asked = {user: KINDS[user % 2] for user in range(299, 9, -1)} | {-5: "buy"}
+    table = pl.DataFrame({"user_id": list(asked), "action": list(asked.values())})
+    table = pl.concat([table, pl.DataFrame({"user_id": [9], "action": [None]})], how="vertical_relaxed")
+    if suffix == "json":
+        path.write_text(json.dumps({str(user): kind for user, kind in asked.items()} | {"9": None}))
+    else:
+        table.write_csv(path) if suffix == "csv" else table.write_parquet(path)
+    nobody = best_of_each(forks, out)
+    caplog.clear()
+    mixed = best_of_each(forks, out, "--action", path, "--batch_size", 37)
+    look, buy = (best_of_each(forks, out, "--action", kind) for kind in ("look", "buy"))
+    assert mixed == {user: (nobody if user < 10 else look if user % 2 else buy)[user] for user in range(300)}
+    assert "names no action for 10 of 300 users: an unknown kind" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_where_nobody_says_the_kind_is_unknown_and_that_is_said_once(
+    forks: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best_of_each(forks, tmp_path / "out")
+    assert caplog.text.count("nobody says what kind of action to recommend for") == len(caplog.records) == 1
+    served = Recommender.load(forks.index)
+    assert served.recommend([5], k=1)[0]["item_id"] in (6, 12)
+    served.recommend([7])
+    assert len(caplog.records) == 2
+
+
+def test_a_model_with_a_usual_action_is_asked_for_it(
+    forks: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(forks.index, tmp_path / "index")
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"next_action": "buy"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    usual, other = Recommender.load(folder), Recommender.load(forks.index)
+    assert usual.recommend([5, 6]) == other.recommend([5, 6], action="buy")
+    assert usual.recommend([5, 6], action="look") == other.recommend([5, 6], action="look")
+    assert not caplog.records
+
+
+def test_targets_are_asked_for_by_their_own_kind_wherever_they_are_measured(
+    forks: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset, served = Dataset(forks.data), Recommender.load(forks.index)
+    recsys("evaluate", "--bundle", forks.index, "--output", tmp_path, "--resamples", 10)
+    ranks = pl.read_parquet(tmp_path / "ranks.parquet")
+    assert (ranks["retriever"] == 1).mean() > 0.9
+    assert (ranks["markov"] == 1).mean() < 0.65
+    assert json.loads((tmp_path / "report.json").read_text())["protocol"]["next_action"] == "target"
+    assert "next action: target" in (tmp_path / "report.md").read_text()
+    of = ("--data", forks.data, "--index", forks.index, "--output", tmp_path / "candidates")
+    recsys("mine-negatives", *of, "--k", 20)
+    recsys("export-index", "--retriever", forks.retriever, "--data", forks.data, "--output", tmp_path / "index")
+    assert not caplog.records, "nobody was asked for an unknown kind"
+    users = dataset.users("val")
+    asked = dataset.asked(users, "val", "target")
+    queries = served.queries(dataset.histories(users, "val", 8), dataset.request_times(users, "val"), asked)
+    assert np.load(tmp_path / "candidates/states.npy") == pytest.approx(queries, abs=1e-5)
+
+
+def test_an_action_that_cannot_be_asked_for_says_why(forks: Run, trained: Run, tmp_path: Path) -> None:
+    def refused(message: str, bundle: Path, action: object) -> None:
+        with pytest.raises(SystemExit, match=message):
+            recsys("recommend", "--bundle", bundle, "--output", tmp_path / "out", "--action", action)
+
+    refused("'sell': no file, and no kind that the model knows, which are buy, look", forks.index, "sell")
+    (tmp_path / "asked.csv").write_text("user_id,action\n1,look\n2,sell\n")
+    refused("the action asked for is 'sell', expected one of buy, look", forks.index, tmp_path / "asked.csv")
+    (tmp_path / "twice.csv").write_text("user_id,action\n1,look\n2,buy\n1,buy\n")
+    refused("names more than one action for 1 users, for example '1'", forks.index, tmp_path / "twice.csv")
+    (tmp_path / "bare.csv").write_text("user_id,kind\n1,look\n")
+    refused(r"lacks the columns \['action'\]", forks.index, tmp_path / "bare.csv")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    refused("holds a list, expected {user_id: action}", forks.index, tmp_path / "list.json")
+    (tmp_path / "cut.json").write_text('{"1": "lo')
+    refused(r"cut\.json cannot be read", forks.index, tmp_path / "cut.json")
+    refused("this model is not told what kind of action is asked for", trained.bundle, "look")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="the action asked for is 'sell', expected one of buy, look"):
+        Recommender.load(forks.index).recommend([5], action="sell")
+    with pytest.raises(ValueError, match="this model is not told what kind of action"):
+        Recommender.load(trained.bundle).recommend([5], action="look")
+
+
+# by the kinds and ratings of events
+
+
+def inquisitive() -> Recommender:
+    return untrained(list(range(1, 61)), inputs=(RatingEmbedding, ActionEmbedding, NextAction), next_action="target")
+
+
+def test_histories_in_a_file_have_the_ratings_and_kinds_of_the_data(tmp_path: Path) -> None:
+    served, dataset = inquisitive(), Dataset(forks_world(tmp_path, "asked", users=30))
+    log = pl.read_csv(tmp_path / "events.csv").rename({"timestamp": "time"})
+    ids = pl.read_parquet(dataset.path / "items.parquet")["item_id"].to_list()
+    served.catalogue = pl.DataFrame({"item": range(1, len(ids) + 1), "item_id": ids})
+    log.sample(fraction=1, shuffle=True, seed=0).write_csv(tmp_path / "new.csv")
+    log.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "new.parquet")
+    whole = PreparedUsers(dataset, served).read(slice(4, 20))[0]
+    assert set(whole.actions.ravel().tolist()) == {1, 2}
+    for name in ("new.csv", "new.parquet"):
+        read = FileUsers(tmp_path / name, served).read(slice(4, 20))[0]
+        for field in ("items", "lengths", "times", "ratings", "actions"):
+            assert np.array_equal(getattr(read, field), getattr(whole, field)), field
+
+
+def test_what_a_file_does_not_say_of_events_is_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = inquisitive()
+    (tmp_path / "some.csv").write_text("user_id,item_id,rating,action\n1,5,4.5,look\n1,6,,\n1,99,1,buy\n2,7,3,sell\n")
+    padded, _ = FileUsers(tmp_path / "some.csv", served).read(slice(0, 2))
+    assert padded.ratings.tolist() == [[4.5, 0.0], [3.0, 0.0]]
+    assert padded.actions.tolist() == [[2, 0], [0, 0]]
+    assert "1 of 4 events are of kinds the model does not know, for example 'sell'; it knows buy, look" in caplog.text
+    caplog.clear()
+    (tmp_path / "bare.csv").write_text("user_id,item_id\n1,5\n1,6\n2,7\n")
+    people = FileUsers(tmp_path / "bare.csv", served)
+    assert [record.getMessage().split("bare.csv ")[1][:20] for record in caplog.records] == [
+        "has no column rating",
+        "has no column action",
+    ]
+    padded, known = people.read(slice(0, 2))
+    assert padded.ratings is None
+    assert padded.actions is None
+    blank = padded._replace(ratings=np.zeros((2, 2), np.float32), actions=np.zeros((2, 2), np.int64))
+    one, other = (served.rank(some, known, None, 5, np.array([1, 2])) for some in (padded, blank))
+    assert np.array_equal(one.items, other.items)
+    (tmp_path / "words.csv").write_text("user_id,item_id,rating\n1,5,good\n")
+    with pytest.raises(ValueError, match=r"words\.csv has ratings that are no numbers"):
+        FileUsers(tmp_path / "words.csv", served)
+
+
+def test_in_python_ratings_and_kinds_are_heeded_by_who_reads_them(caplog: pytest.LogCaptureFixture) -> None:
+    served, history = inquisitive(), [5, 6, 7]
+
+    def scores(**known: Any) -> list[float]:
+        return [row["score"] for row in served.recommend(history, action="look", **known)]
+
+    plain = scores()
+    assert scores(ratings=[None, None, float("nan")], actions=[None, None, None]) == plain
+    assert scores(ratings=[1, 5, 2.5]) != plain
+    assert scores(actions=["buy", None, "look"]) != plain
+    assert not caplog.records
+    assert scores(actions=[None, "sell", None]) == plain
+    assert "1 of 3 events are of kinds the model does not know, for example 'sell'" in caplog.text
+    with pytest.raises(ValueError, match="history has 3 events but ratings has 1; give one rating for each"):
+        scores(ratings=[1])
+    with pytest.raises(ValueError, match="history has 3 events but actions has 4; give one action for each"):
+        scores(actions=["buy"] * 4)
+    unread = untrained(list(range(1, 61)))
+    assert unread.recommend(history, ratings=[1, 2, 3], actions=["a", "b", "c"]) == unread.recommend(history)
+
+
+def test_data_with_other_kinds_are_refused(tmp_path: Path) -> None:
+    served, dataset = inquisitive(), Dataset(forks_world(tmp_path / "forks", "asked", users=9))
+    served.check(dataset)
+    dataset.manifest["actions"] = ["buy", "look", "sell"]
+    with pytest.raises(ValueError, match=r"the model knows the kinds of events buy, look, but .* has buy, look, sell"):
+        PreparedUsers(dataset, served)
+    plain = Dataset(cycle_world(tmp_path / "cycle", users=9))
+    untrained([1]).check(plain)
+    with pytest.raises(ValueError, match="ActionEmbedding reads the actions of events"):
+        served.check(plain)
 
 
 # the bundle

@@ -106,12 +106,12 @@ class Seen(Scorer):
 
     def __init__(self, dim: int, num_features: int) -> None:
         super().__init__()
-        self.vectors = self.features = torch.zeros(0)
+        self.state = self.vectors = self.features = torch.zeros(0)
 
     def forward(
         self, state: Float[Tensor, "B D"], vectors: Float[Tensor, "B C D"], features: Float[Tensor, "B C F"]
     ) -> Float[Tensor, "B C"]:
-        self.vectors, self.features = vectors, features
+        self.state, self.vectors, self.features = state, vectors, features
         return features.sum(-1) * 0
 
 
@@ -136,7 +136,7 @@ def test_masked_ids_leave_no_trace(rng: np.random.Generator) -> None:
     assert by_rank.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("buffer", ["popularity", "values_of_feature0", "values_of_feature1", "values_of_feature2"])
+@pytest.mark.parametrize("buffer", ["popularity", "features.values0", "features.values1", "features.values2"])
 @pytest.mark.parametrize("mask", [NONE, ALL], ids=["known", "masked"])
 def test_popularity_and_features_stay(buffer: str, mask: Tensor, rng: np.random.Generator) -> None:
     reranker, (state, items, score, rank) = built(rng), lists(rng)
@@ -160,14 +160,16 @@ def test_what_the_scorer_sees(rng: np.random.Generator) -> None:
     reranker, (state, items, score, rank) = built(rng, Seen, learned=False), lists(rng)
     some = torch.rand(B, C) < 0.4
     reranker.log_scale.data.fill_(0.7)
+    reranker.center.fill_(0.4)
     base = reranker(state, items, score, rank, some)
     seen = reranker.scorer
     assert torch.equal(seen.features[..., 2], some.float()), "is_unknown"
     assert not seen.features[..., :2][some].any()
     assert not seen.vectors[some].any()
-    torch.testing.assert_close(seen.features[..., 0][~some], (score * reranker.log_scale.exp())[~some])
+    assert torch.equal(seen.features[..., 0], base), "the calibrated score"
+    torch.testing.assert_close(base[~some], ((score - reranker.center) * reranker.log_scale.exp())[~some])
     torch.testing.assert_close(seen.features[..., 1][~some], rank.float().log()[~some])
-    assert torch.equal(seen.vectors[~some], reranker.vectors[items[~some]])
+    torch.testing.assert_close(seen.vectors[~some], reranker.vectors[items[~some]])
     assert torch.equal(seen.features[..., 3], reranker.popularity[items])
     assert seen.features.shape[-1] == 4 + 16 + 16 + 2
     assert not base[some].any()
@@ -190,35 +192,35 @@ def test_popularity_is_the_z_score_of_log_shares() -> None:
     assert reranker.popularity[0] == 0
 
 
-def test_numeric_features_are_standardised_with_a_flag() -> None:
-    price = np.array([np.nan, 10, np.nan, 20, 60, np.inf], dtype=np.float32)
-    feature = {"name": "price", "kind": "numeric", "size": 1, "values": 1}
-    reranker = Reranker(5, D, [feature], MLP)
-    reranker.look_up(torch.zeros(6, D), np.ones(6, int), [{**feature, "values": price}])
-    value, known = reranker.values_of_feature0.T
-    assert known.tolist() == [0, 1, 0, 1, 1, 0]
-    assert value[known == 0].tolist() == [0, 0, 0]
-    mean, std = 30, np.sqrt((20**2 + 10**2 + 30**2) / 3)
-    torch.testing.assert_close(value[[1, 3, 4]], torch.tensor([-20, -10, 30]) / std)
-    assert value[known == 1].mean().item() == pytest.approx(0, abs=1e-6), mean
-
-
-def test_a_numeric_feature_that_is_never_known_says_nothing() -> None:
-    feature = {"name": "price", "kind": "numeric", "size": 1, "values": 1}
-    reranker = Reranker(2, D, [feature], MLP)
-    reranker.look_up(torch.zeros(3, D), np.ones(3, int), [{**feature, "values": np.full(3, np.nan, np.float32)}])
-    assert not reranker.values_of_feature0.any()
-
-
-def test_genres_are_averaged_and_unknown_ones_say_nothing(rng: np.random.Generator) -> None:
+def test_the_declared_features_are_those_of_a_table(rng: np.random.Generator) -> None:
     reranker = built(rng)
-    values = reranker.values_of_feature0
-    values[1] = torch.tensor([2, 3, 0])
-    values[2] = torch.tensor([0, 0, 0])
-    features = reranker.item_features(torch.tensor([[1, 2]]))[0, :, 1:17]
-    table = reranker.embeddings["feature0"].weight
-    torch.testing.assert_close(features[0], (table[2] + table[3]) / 2)
-    assert not features[1].any()
+    assert reranker.features is not None
+    items = torch.tensor([[4, 2, 0], [2, 2, 30]])
+    seen = reranker.item_features(items)
+    for row in range(2):
+        for place in range(3):
+            item = items[row, place]
+            assert seen[row, place, 0] == reranker.popularity[item]
+            torch.testing.assert_close(seen[row, place, 1:], reranker.features(item[None])[0])
+    assert reranker.features.get_buffer("values2")[[4, 9]].isnan().all(), "looked up"
+
+
+@pytest.mark.parametrize("longer", [0.02, 50.0])
+def test_the_scorer_sees_unit_vectors_whatever_the_retriever_has(longer: float, rng: np.random.Generator) -> None:
+    """A retriever compared by dot products has states and vectors of any length."""
+    state, items, _, rank = lists(rng)
+    dot = built(np.random.default_rng(0), Seen, learned=False)
+    reranker = built(np.random.default_rng(0), learned=True)
+    vectors = reranker.vectors.clone() * (longer * (1 + torch.rand(V + 1, 1)))
+    score = (vectors[items] @ (state * longer)[..., None]).squeeze(-1)
+    before = reranker(state, items, score, rank, NONE)
+    for one in (dot, reranker):
+        one.vectors.copy_(vectors)
+    dot(state * longer, items, score, rank, NONE)
+    torch.testing.assert_close(dot.scorer.vectors.norm(dim=-1), torch.ones(B, C))
+    torch.testing.assert_close(dot.scorer.state, state)
+    torch.testing.assert_close(reranker(state * longer, items, score, rank, NONE), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reranker.state_dict()["vectors"], vectors, msg="kept as they are in the index")
 
 
 def test_weights_stand_alone(rng: np.random.Generator) -> None:
@@ -233,22 +235,32 @@ def test_weights_stand_alone(rng: np.random.Generator) -> None:
 # --- calibration
 
 
-@pytest.mark.parametrize("scale", [5.0, 40.0])
-def test_calibrate_finds_the_scale_that_made_the_data(scale: float) -> None:
-    """Positives drawn from softmax(scale · score) are fitted best by that scale."""
-    n, width = 20_000, 10
-    score = torch.rand(n, width)
+@pytest.mark.parametrize("spread", [0.01, 1.0, 300.0])
+@pytest.mark.parametrize("sharpness", [5.0, 40.0])
+def test_calibrate_finds_the_scale_that_made_the_data(sharpness: float, spread: float) -> None:
+    """Positives drawn from softmax(scale · score) are fitted best by that scale, whatever the range of the scores."""
+    n, width, scale = 20_000, 10, sharpness / spread
+    apart = torch.rand(n, width)
     real = torch.arange(width) < torch.randint(4, width + 1, (n, 1))
-    positive = (scale * score).masked_fill(~real, -torch.inf).softmax(1).multinomial(1).squeeze(1)
+    positive = (sharpness * apart).masked_fill(~real, -torch.inf).softmax(1).multinomial(1).squeeze(1)
+    score = spread * (apart + 7 * torch.rand(n, 1))  # lists lie apart, which no softmax feels
     reranker = Reranker(V, D, [], MLP)
-    reranker.calibrate(torch.where(real, score, 77.0), positive, real)
+    reranker.calibrate(torch.where(real, score, 77e3), positive, real)
     assert reranker.log_scale.exp().item() == pytest.approx(scale, rel=0.1)  # one step of the grid is 12 %
-    assert reranker.center.item() == pytest.approx(score[real].mean().item(), abs=1e-4), "padding must not count"
+    assert reranker.center.item() == pytest.approx(score[real].mean().item(), rel=1e-4), "padding must not count"
 
 
 def test_calibrate_stays_on_its_grid_when_the_scores_decide_all_or_nothing() -> None:
     score = torch.rand(500, 10)
-    for positive, expected in ((score.argmax(1), 10**2.5), (score.argmin(1), 1.0)):
+    spread = (score - score.mean(1, keepdim=True)).square().mean().sqrt().item()
+    for positive, expected in ((score.argmax(1), 100 / spread), (score.argmin(1), 0.1 / spread)):
         reranker = Reranker(V, D, [], MLP)
         reranker.calibrate(score, positive, torch.ones(500, 10, dtype=torch.bool))
         assert reranker.log_scale.exp().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_equal_scores_are_calibrated_to_something_finite() -> None:
+    reranker = Reranker(V, D, [], MLP)
+    reranker.calibrate(torch.full((4, 3), 2.5), torch.tensor([0, 1, 2, 0]), torch.ones(4, 3, dtype=torch.bool))
+    assert reranker.log_scale.isfinite()
+    assert reranker.center == 2.5

@@ -7,10 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from recsys2stage.checks import read
+from recsys2stage.dataset import Dataset
+from recsys2stage.prepare import prepare
 from recsys2stage.sources import Feature, MovieLens, SideTable, Source, Table
 from recsys2stage.sources import movielens as movielens_module
 
@@ -76,6 +79,33 @@ def test_movielens_reads_both_layouts_from_folder_parent_and_zip(tmp_path: Path,
     assert items["decade"].to_list() == ["1990s", "Pre-1970", "2020s", None]
     assert items["genres"].to_list() == [["Action", "Crime"], ["Sci-Fi"], ["Drama"], None]
     assert tables.item_features == {"genres": "multi", "decade": "categorical"}
+
+
+@pytest.mark.parametrize("layout", [as_csv, as_dat])
+def test_movielens_ratings_may_be_kinds_of_events(tmp_path: Path, layout: Layout) -> None:
+    folder = layout(tmp_path / "ml")
+    source = MovieLens(folder, rating_actions=True)
+    assert events_of(source) == [event | {"action": f"{event['rating']:.1f}"} for event in EVENTS]
+    prepare(source, tmp_path / "data")
+    dataset = Dataset(tmp_path / "data")
+    assert dataset.action_names == ["1.0", "3.0", "4.0", "5.0"]
+    assert [float(dataset.action_names[kind - 1]) for kind in dataset.actions] == dataset.ratings.tolist()
+    assert dataset.ratings.dtype == np.float32
+    prepare(MovieLens(folder), tmp_path / "plain")
+    assert not Dataset(tmp_path / "plain").action_names
+
+
+def test_bad_ratings_are_found_where_they_are_kinds_of_events(tmp_path: Path) -> None:
+    folder = as_csv(tmp_path / "ml")
+    with (folder / "ratings.csv").open("a") as file:
+        file.write("3,10,0.5,60\n3,20,great,70\n3,30,7.0,80\n3,30,,90\n")
+    source = MovieLens(folder, rating_actions=True)
+    with pytest.raises(ValueError, match=r"column 'rating': 3 bad rows \(line 7: great is not a number"):
+        events_of(source)
+    with source.open() as tables:
+        good, bad = read(tables.events, "quarantine")
+    assert good["action"].to_list() == ["4.0", "3.0", "5.0", "1.0", "0.5"]
+    assert bad["line"].to_list() == [7, 8, 9]
 
 
 def test_movielens_1m_in_utf8_is_read_as_utf8(tmp_path: Path) -> None:

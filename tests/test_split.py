@@ -1,9 +1,15 @@
 """Who trains, validates and tests, on worlds small enough to mark by hand."""
 
+from pathlib import Path
+
 import numpy as np
+import polars as pl
 import pytest
 
-from recsys2stage.split import GlobalTime, LeaveOneOut, Split
+from recsys2stage.dataset import Dataset
+from recsys2stage.prepare import prepare
+from recsys2stage.sources import Table
+from recsys2stage.split import GlobalTime, LeaveOneOut, Marked, Split
 
 TIMES = np.array([10, 20, 30, 40, 5, 15, 7, 35, 36, 37])
 OFFSETS = np.array([0, 4, 6, 7, 10])  # users of 4, 2, 1 and 3 events
@@ -53,3 +59,54 @@ def test_cuts_that_make_no_sense_are_refused_with_their_values(val: float, test:
 def test_describe_says_name_and_options() -> None:
     assert LeaveOneOut().describe() == {"split": "LeaveOneOut"}
     assert GlobalTime(0.1, 0.2).describe() == {"split": "GlobalTime", "val": 0.1, "test": 0.2}
+
+
+# marks
+
+
+def marked(words: str, times: list[int]) -> tuple[list[int], list[int]]:
+    """The ends for users of the words' letters: t train, v validation, x test."""
+    parts = np.array(["tvx".index(letter) for letter in words.replace(" ", "")], dtype=np.int8)
+    offsets = np.concatenate([[0], np.cumsum([len(word) for word in words.split()])])
+    train_end, val_end = Marked().ends(np.array(times), offsets, parts)
+    return train_end.tolist(), val_end.tolist()
+
+
+def test_marked_events_do_what_they_are_marked_for() -> None:
+    assert marked("ttvx tt vv xx tvvx t", list(range(15))) == ([2, 6, 6, 8, 11, 15], [3, 6, 8, 8, 13, 15])
+
+
+def test_marks_against_the_order_of_time_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 of 4 users have events marked train, val, test in another order"):
+        marked("tvt ttv xvtx t", list(range(11)))
+
+
+def test_events_without_marks_cannot_be_split_by_them() -> None:
+    with pytest.raises(ValueError, match="the events are not marked; name the column of marks"):
+        Marked().ends(TIMES, OFFSETS)
+
+
+@pytest.mark.parametrize("name", ["events.csv", "events.parquet"])
+def test_marks_come_from_a_column_and_decide_between_equal_times(tmp_path: Path, name: str) -> None:
+    rows = [
+        *((1, 10, 5, "val"), (1, 11, 5, "train"), (1, 12, 3, "train")),  # the file has the later one first
+        *((2, 10, 1, "train"), (2, 12, 9, "test"), (2, 11, 9, "val")),
+        (3, 13, 4, "train"),
+    ]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "use"], orient="row")
+    path = tmp_path / name
+    frame.write_csv(path) if path.suffix == ".csv" else frame.write_parquet(path)
+    prepare(Table(path, part="use"), tmp_path / "data", split=Marked())
+    dataset = Dataset(tmp_path / "data")
+    ids = pl.read_parquet(dataset.path / "items.parquet")["item_id"].to_list()
+    assert [ids[item - 1] for item in dataset.items.tolist()] == [12, 11, 10, 10, 11, 12, 13]
+    assert dataset.train_ends.tolist() == [2, 4, 7]
+    assert dataset.val_ends.tolist() == [3, 5, 7]
+    assert dataset.protocol["split"] == "Marked"
+    with pytest.raises(ValueError, match="use split: Marked, or no part"):
+        prepare(Table(path, part="use"), tmp_path / "other")
+    with pytest.raises(ValueError, match="the events are not marked"):
+        prepare(Table(path), tmp_path / "other", split=Marked())
+    frame.with_columns(use=pl.lit("valid")).write_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"column 'use': 7 bad rows \(row 1: valid is not train or val or test"):
+        prepare(Table(tmp_path / "bad.parquet", part="use"), tmp_path / "other", split=Marked())

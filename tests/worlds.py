@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from recsys2stage.prepare import prepare
-from recsys2stage.sources import MovieLens
+from recsys2stage.sources import Feature, MovieLens, SideTable, Table
 
 Event = tuple[int, int, float, int]  # user, item, rating, time
 
@@ -96,4 +97,73 @@ def gap_world(folder: Path, users: int = 300, items: int = 40, length: int = 10)
             k = int(rng.choice(waits))
             item, time = (item + 1 + 9 * k) % items, time + 60 * 16**k
     prepare(MovieLens(write_movielens(folder / "raw", events)), folder / "data")
+    return folder / "data"
+
+
+def forks_world(
+    folder: Path, decides: Literal["asked", "action", "rating"], users: int = 300, items: int = 60, length: int = 8
+) -> Path:
+    """After item i comes i + 1 or i + 7, as the world has it; gives the dataset.
+
+    Every event is of the kind "look" or "buy" and rated 1 or 5, at random. A purchase or the better rating leads to
+    i + 7. Without what decides, both are as likely; no item comes twice, so nothing is learned from what is known.
+
+    Args:
+        decides: the kind of the next event (asked), or the kind or the rating of the newest one.
+    """
+    rng = np.random.default_rng(5)
+    rows = ["user_id,item_id,action,rating,timestamp"]
+    for user in range(users):
+        item, far = int(rng.integers(items)), False
+        for place in range(length):
+            buys, likes = rng.random(2) < 0.5
+            if place:
+                item = (item + (7 if (buys if decides == "asked" else far) else 1)) % items
+            far = buys if decides == "action" else likes
+            rows.append(f"{user},{item + 1},{'buy' if buys else 'look'},{5 if likes else 1},{10**9 + place * 86_400}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "events.csv").write_text("\n".join([*rows, ""]))
+    prepare(Table(folder / "events.csv", action="action", rating="rating"), folder / "data")
+    return folder / "data"
+
+
+def cold_world(folder: Path, users: int = 400, items: int = 1_000, groups: int = 40, length: int = 16) -> Path:
+    """After an item of a group (its genre) comes any item of the next group; half of the items are cold.
+
+    Cold ones are seen in no event but the last of a user. Since they are withheld, the groups of a history have gaps,
+    and the target lies 1 group after the newest known item with probability 1/2, 2 groups with 1/4, ...; gives the
+    dataset.
+    """
+    rng = np.random.default_rng(6)
+    starts = rng.integers(groups, size=users)
+    events = [
+        (user, int((starts[user] + step) % groups + groups * rng.integers(items // groups)) + 1, 4.0, 10**9 + step)
+        for user in range(users)
+        for step in range(length)
+    ]
+    movies = {item: (f"Movie {item} (2000)", f"Group {(item - 1) % groups}") for item in range(1, items + 1)}
+    events += [(users, item, 4.0, 10**9) for item in movies]  # one who has seen everything, so that all items are there
+    prepare(MovieLens(write_movielens(folder / "raw", events, movies)), folder / "data", cold_items=0.5)
+    return folder / "data"
+
+
+def directions_world(folder: Path, users: int = 900, items: int = 40) -> Path:
+    """Users of side "on" go from item i to i + 1 of a cycle, those of side "back" to i − 1; gives the dataset.
+
+    A third of the users have three events, of which the first is all that is known when the second, the validation
+    target, is asked for; the others have two, and train. So only the user's side says which way it goes.
+    """
+    rng = np.random.default_rng(7)
+    rows, people = ["user_id,item_id,timestamp"], ["user_id,side,age"]
+    for user in range(users):
+        way, start = (1, -1)[user % 2], int(rng.integers(items))
+        people.append(f"{user},{'on' if way == 1 else 'back'},{rng.integers(18, 80)}")
+        for step in range(3 if user % 3 == 0 else 2):
+            rows.append(f"{user},{(start + way * step) % items + 1},{10**9 + step * 86_400}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "events.csv").write_text("\n".join([*rows, ""]))
+    (folder / "users.csv").write_text("\n".join([*people, ""]))
+    features = {"side": Feature("categorical"), "age": Feature("numeric")}
+    source = Table(folder / "events.csv", users=SideTable("users.csv", "user_id", features))
+    prepare(source, folder / "data")
     return folder / "data"

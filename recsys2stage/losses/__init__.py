@@ -3,7 +3,16 @@
 from recsys2stage.losses.base import Answers as Answers
 from recsys2stage.losses.base import Catalogue as Catalogue
 from recsys2stage.losses.base import Loss as Loss
+from recsys2stage.losses.contrast import DCL as DCL
 from recsys2stage.losses.contrast import FullSoftmax as FullSoftmax
 from recsys2stage.losses.contrast import InfoNCE as InfoNCE
-from recsys2stage.losses.contrast import cross_entropy as cross_entropy
+from recsys2stage.losses.negatives import InBatch as InBatch
+from recsys2stage.losses.negatives import Mixed as Mixed
+from recsys2stage.losses.negatives import Negatives as Negatives
+from recsys2stage.losses.negatives import Uniform as Uniform
+from recsys2stage.losses.pairwise import BCE as BCE
+from recsys2stage.losses.pairwise import BPR as BPR
+from recsys2stage.losses.pairwise import GBCE as GBCE
+from recsys2stage.losses.pairwise import MSE as MSE
 from recsys2stage.losses.penalty import NormPenalty as NormPenalty
+from recsys2stage.losses.sampled import Sampled as Sampled

@@ -1,149 +1,148 @@
-"""Softmax losses of the retriever.
+"""Softmax losses of the retriever: an answer against many others at once."""
 
-The logits of many queries against many columns are never all in memory: `cross_entropy` works through blocks of rows
-and keeps only the gradient.
-"""
-
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recsys2stage.losses.base import Answers, Catalogue, Loss
-
-BLOCK_LOGITS = 1 << 20  # logits in flight, 4 MB: a CPU keeps them in cache
-GPU_BLOCK_LOGITS = 1 << 26
-
-
-class InfoNCE(Loss):
-    """InfoNCE with in-batch negatives (van den Oord et al. 2018), corrected for popularity (Yi et al. 2019, logQ).
-
-    With s_ij = q_i·v_j / τ − log p(j) over the answers j of all M places of the batch, and every j ≠ i that is the same
-    item as i masked,
-
-        loss = mean_i ( logsumexp_j s_ij − s_ii ).
-
-    The correction applies to every column, the positive included. Equal columns are merged exactly: an item that
-    answers n places is one column whose logit is raised by log n (by log 1 in the rows it answers).
-
-    Args:
-        temperature: τ.
-    """
-
-    def __init__(self, temperature: float = 0.05) -> None:
-        super().__init__()
-        self.temperature = _positive(temperature)
-
-    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
-        distinct, column, count = torch.unique(answers.items, return_inverse=True, return_counts=True)
-        correction = -log_share(catalogue.counts)[distinct].to(queries.dtype)
-        return cross_entropy(
-            queries / self.temperature,
-            catalogue.vectors(distinct),
-            column,
-            column_bias=correction + count.to(correction.dtype).log(),
-            answer_bias=correction[column],
-        )
+from recsys2stage.losses.base import Answers, Catalogue
+from recsys2stage.losses.negatives import Drawn, InBatch, Negatives
+from recsys2stage.losses.sampled import Block, Hide, Priced, Sampled, alike, in_history
+from recsys2stage.losses.schedule import Schedule
 
 
-class FullSoftmax(Loss):
-    """Softmax cross entropy against the whole catalogue: logit_ij = q_i·v_j / τ over all items j.
+class InfoNCE(Sampled):
+    """InfoNCE (van den Oord et al. 2018) with the logQ correction (Bengio & Senécal 2008, Yi et al. 2019).
+
+    With scores s_ij = q_i·v_j / τ of the row's negatives j, each drawn c_j times of an expected n·q_j,
+
+        loss = mean_i ( log( exp a_i + Σ_j exp b_ij ) − a_i )       b_ij = s_ij + log c_j − [log(n·q_j)]
+                                                                    a_i  = s_ii           − [log(n·q_i)]
+
+    and `correct` says which brackets are there. With Uniform negatives it is the sampled softmax.
+
+    - `negatives`, b only: the expected sum is that of all items but the answer, so that the gradient estimates the full
+      softmax's, with a bias that falls as 1/n, and s becomes log p(i | u) + a constant of u.
+    - `both`: a choice among an answer and n draws of noise q (ranking NCE, Ma & Collins 2018). Would repeated draws of
+      the answer stay, its minimum were at s = log p(i | u) + a constant of u for every n, though the gradient on the
+      way is not the full softmax's. They are hidden, so the more an answer is drawn, n·q_i, the less it counts in its
+      own denominator: as in DCL it is still pulled where it is already likely. That matters where p(i | u) is
+      large. Neither of the two discounts popular items when serving: only the sampling is corrected. An alpha below 1
+      corrects for less than was drawn, and s becomes log p(i | u) − (1 − alpha)·log p(i) + a constant of u.
+    - `none`: popular items are negatives more often and s becomes log p(i | u) − log p(i), what is likelier for u than
+      for all: popular items are discounted. With Uniform negatives alone it is the same loss as `both`.
 
     Args:
-        temperature: τ.
+        temperature: τ; None: 0.05, which suits cosines; a dot product wants 1.
+        negatives: the candidates; None: InBatch(), with which n falls out of `both`.
+        correct: what is corrected for how likely it was drawn: none, the negatives, or the answer, too.
+        same_sequence: whether items of the row's own history are no negatives.
+        near: candidates whose cosine to the answer is above this are no negatives; None: all are.
+        hard: only so many candidates remain, those of the highest score before the correction (after it, rare items
+            would be picked); or points [[share of the run, number or null], ...]; None: all remain.
     """
 
-    def __init__(self, temperature: float = 0.05) -> None:
-        super().__init__()
-        self.temperature = _positive(temperature)
+    def __init__(
+        self,
+        temperature: float | None = None,
+        negatives: Negatives | None = None,
+        correct: Literal["none", "negatives", "both"] = "both",
+        same_sequence: bool = False,
+        near: float | None = None,
+        hard: int | list[tuple[float, int | None]] | None = None,
+    ) -> None:
+        super().__init__(0.05 if temperature is None else temperature, negatives or InBatch())
+        if correct not in ("none", "negatives", "both"):
+            raise ValueError(f"correct is {correct!r}, expected none, negatives or both")
+        self.correct, self.same_sequence, self.near = correct, same_sequence, near
+        self.hard: Schedule[int | None] = Schedule("hard", hard)
+        if any(k is not None and k < 1 for k in self.hard.values):
+            raise ValueError(f"hard is {hard}, expected at least one candidate, or null for all")
 
-    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
-        columns = catalogue.vectors(torch.arange(1, len(catalogue.counts), device=queries.device))
-        no_bias, answer = columns.new_zeros(len(columns)), answers.items - 1
-        return cross_entropy(queries / self.temperature, columns, answer, no_bias, no_bias[answer])
+    @property
+    def scheduled(self) -> bool:
+        return self.hard.moves or super().scheduled
+
+    def facts(self, progress: float) -> dict[str, float]:
+        k = self.hard.at(progress)
+        return super().facts(progress) | ({"hard_k": float(k)} if self.hard.moves and k is not None else {})
+
+    def filters(
+        self,
+        answers: Answers,
+        drawn: Drawn,
+        answer: Int[Tensor, " M"],
+        sets: Int[Tensor, "S N"],
+        vectors: Float[Tensor, "U D"],
+        num_items: int,
+    ) -> list[Hide]:
+        filters = super().filters(answers, drawn, answer, sets, vectors, num_items)
+        if self.same_sequence:
+            filters.append(in_history(answers, drawn, num_items))
+        if self.near is not None:
+            filters.append(alike(self.near, answer, sets, vectors))
+        return filters
+
+    def price(self, block: Block) -> Priced:
+        own, others = block.own, block.others
+        k = self.hard.at(block.progress)
+        if k is not None and k < others.size(1):
+            scores, place = others.topk(k, dim=1)
+            others = others.fill_(-torch.inf).scatter_(1, place, scores)
+        weight = block.draws.log()
+        others += weight if self.correct == "none" else weight - block.log_expected
+        return self.softmax(own - block.answer_log_expected if self.correct == "both" else own, others)
+
+    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> Priced:
+        """−log of the answer's part."""
+        return softmax(own, others)
 
 
-def log_share(counts: Int[Tensor, " W"]) -> Float[Tensor, " W"]:
-    """log p of each item as a training target, p = (count + 1) / (targets + V); row 0 is padding."""
-    return ((counts + 1).double() / (counts[1:].sum() + len(counts) - 1)).log()
+class DCL(InfoNCE):
+    """InfoNCE with the answer left out of its own denominator (decoupled, Yeh et al. 2022, equation 4).
+
+        loss = mean_i ( log Σ_j exp b_ij − a_i )
+
+    A row without negatives costs 0. Its options and what a and b are: see InfoNCE.
+    """
+
+    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> Priced:
+        top = others.amax(1)
+        some = top > -torch.inf
+        others.sub_(top.where(some, 0)[:, None]).exp_()
+        mass = others.sum(1).clamp_(min=1)  # the largest alone is 1
+        return (mass.log() + top - own).where(some, 0), -some.to(own.dtype), others.div_(mass[:, None])
 
 
-def _positive(temperature: float) -> float:
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}, expected a number above 0; 0.05 suits cosine similarity")
-    return temperature
-
-
-def cross_entropy(
-    queries: Float[Tensor, "M D"],
-    columns: Float[Tensor, "U D"],
-    answer: Int[Tensor, " M"],
-    column_bias: Float[Tensor, " U"],
-    answer_bias: Float[Tensor, " M"],
-    block: int | None = None,
-) -> Float[Tensor, ""]:
-    """Mean softmax cross entropy of queries against columns, in blocks of rows.
-
-    The logit of row i and column j is q_i·c_j + column_bias[j], but q_i·c_j + answer_bias[i] where j = answer[i].
+class FullSoftmax(Sampled):
+    """Softmax cross entropy against the whole catalogue: score_ij = q_i·v_j / τ over all items j.
 
     Args:
-        queries: rows.
-        columns: vectors the rows are compared with.
-        answer: the right column of each row.
-        column_bias: added to a column's logits (a constant: it gets no gradient).
-        answer_bias: stands in for column_bias at each row's answer (a constant).
-        block: rows at a time; None: as many as keep the logits in cache.
+        temperature: τ; None: 0.05, which suits cosines; a dot product wants 1.
     """
-    if block is None:
-        budget = BLOCK_LOGITS if queries.device.type == "cpu" else GPU_BLOCK_LOGITS
-        block = max(1, budget // max(1, len(columns)))
-    with torch.autocast(queries.device.type, enabled=False):  # bf16 would round logits of ±20 to steps of 1/8
-        return _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch does not type it
-            queries, columns, answer, column_bias, answer_bias, block
-        )
+
+    def __init__(self, temperature: float | None = None) -> None:
+        super().__init__(0.05 if temperature is None else temperature, _Everything())
+
+    def price(self, block: Block) -> Priced:
+        return softmax(block.own, block.others)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """The gradient, softmax minus one-hot, is computed while a block's logits are at hand and scaled in backward."""
+class _Everything(Negatives):
+    """Every item once."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, columns: Tensor, answer: Tensor, column_bias: Tensor, answer_bias: Tensor, block: int
-    ) -> Tensor:
-        wants_gradient = any(ctx.needs_input_grad[:2])
-        rows = len(queries)
-        if rows == 0:
-            raise ValueError("cross_entropy got no rows; a batch needs at least one answered place")
-        d_queries = torch.empty_like(queries) if wants_gradient else None
-        d_columns = torch.zeros_like(columns) if wants_gradient else None
-        # a sum over many blocks: float32 rows of up to 1e5 would lose digits, and double costs nothing here
-        total = torch.zeros(
-            (), dtype=torch.float64 if queries.device.type != "mps" else torch.float32, device=queries.device
-        )
-        for start in range(0, rows, block):
-            part = slice(start, start + block)
-            query, right = queries[part], answer[part, None]
-            logits = query @ columns.T
-            own = logits.gather(1, right) + answer_bias[part, None]
-            logits += column_bias
-            logits.scatter_(1, right, own)
-            top = logits.amax(1, keepdim=True)
-            logits.sub_(top).exp_()
-            mass = logits.sum(1, keepdim=True)
-            total += (mass.log() + top - own).sum()
-            if d_queries is not None and d_columns is not None:
-                logits /= mass
-                logits.scatter_add_(1, right, torch.full_like(own, -1.0))
-                d_queries[part] = logits @ columns
-                d_columns += logits.T @ query
-        if wants_gradient:
-            ctx.save_for_backward(d_queries, d_columns)
-        ctx.rows = rows
-        return (total / rows).to(queries.dtype)
+    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
+        items = torch.arange(1, len(catalogue.counts), device=answers.items.device)[None]
+        draws = torch.ones_like(items, dtype=torch.float64)
+        places = len(answers.items)
+        return Drawn(items, draws, draws.log(), draws.new_zeros(places), torch.tensor([0, places]))
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        d_queries, d_columns = ctx.saved_tensors
-        scale = gradients[0] / ctx.rows
-        return d_queries * scale, d_columns * scale, None, None, None, None
+
+def softmax(own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> Priced:
+    """−log( exp own / (exp own + Σ exp others) ) of each row."""
+    top = torch.maximum(own, others.amax(1))
+    others.sub_(top[:, None]).exp_()
+    rest = others.sum(1)
+    mass = (own - top).exp() + rest
+    return mass.log() + top - own, -rest / mass, others.div_(mass[:, None])

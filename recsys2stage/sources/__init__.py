@@ -6,3 +6,4 @@ from recsys2stage.sources.movielens import MovieLens as MovieLens
 from recsys2stage.sources.table import Feature as Feature
 from recsys2stage.sources.table import SideTable as SideTable
 from recsys2stage.sources.table import Table as Table
+from recsys2stage.sources.vectors import Vectors as Vectors

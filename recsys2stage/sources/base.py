@@ -23,7 +23,8 @@ class Tables:
     """What a source yields.
 
     Attributes:
-        events: columns user_id, item_id, time, and where known rating and action; one row an event, in the log's order.
+        events: columns user_id, item_id, time, and where known rating, action and part (int8: the place of what the
+            event is for in train, val, test); one row an event, in the log's order.
         items: column item_id, optionally title, and feature columns.
         users: column user_id, and feature columns.
         item_features: feature column -> categorical (any type), multi (a list of text) or numeric.

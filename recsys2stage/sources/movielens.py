@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
-from recsys2stage.checks import FILE, LINE, Column, Rows, rating_column, time_column, whole_number
-from recsys2stage.columns import ITEM_ID, RATING, TIME, TITLE, USER_ID
+from recsys2stage.checks import FILE, LINE, Column, Rows, rating_column, real, time_column, whole_number
+from recsys2stage.columns import ACTION, ITEM_ID, RATING, TIME, TITLE, USER_ID
 from recsys2stage.download import download
 from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, unpacked
 
@@ -32,6 +33,7 @@ class MovieLens(Source):
         archive: the name of the official archive: ml-20m, ml-25m, ml-32m, ml-1m, ml-latest, ml-latest-small.
         user_features: whether to read what is known of users, where the archive has it (1M).
         folder: where downloads go.
+        rating_actions: whether the kind of an event is its rating, as text: "0.5", "4.0".
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class MovieLens(Source):
         archive: str = "ml-20m",
         user_features: bool = True,
         folder: Path = Path("data/raw"),
+        rating_actions: bool = False,
     ):
         self.path = path
         self.archive = archive
         self.user_features = user_features
         self.folder = folder
+        self.rating_actions = rating_actions
 
     @contextmanager
     def open(self) -> Iterator[Tables]:
@@ -55,10 +59,11 @@ class MovieLens(Source):
             movies, users = ratings.with_name("movies" + ratings.suffix), ratings.with_name("users.dat")
             if not movies.is_file():
                 raise FileNotFoundError(f"{path} has {ratings.name} but no {movies.name} beside it")
+            columns = EVENTS | RATING_ACTIONS if self.rating_actions else EVENTS
             features: dict[str, Kind] = {"genres": "multi", "decade": "categorical"}
             with_users = legacy and self.user_features and users.is_file()
             yield Tables(
-                events=_dat_events(ratings) if legacy else csv_rows([ratings], EVENTS),
+                events=_dat_events(ratings, columns) if legacy else csv_rows([ratings], columns),
                 items=_dat(movies, ["movieId", "title", "genres"], ITEMS) if legacy else csv_rows([movies], ITEMS),
                 users=_dat(users, list(USER_RAW), USERS) if with_users else None,
                 item_features=features,
@@ -120,6 +125,10 @@ EVENTS = {
     RATING: rating_column("rating", 0.5, 5.0),
     TIME: time_column("timestamp"),
 }
+RATING_ACTIONS = {  # both from one raw column, which is then read as text
+    RATING: replace(EVENTS[RATING], dtype=pl.String()),
+    ACTION: Column("rating", "", lambda raw: real(raw).cast(pl.Float32).cast(pl.String), required=False),
+}
 ITEMS = {
     ITEM_ID: _number("movieId"),
     TITLE: Column("title", required=False),
@@ -137,12 +146,12 @@ USERS = {
 }
 
 
-def _dat_events(file: Path) -> Rows:
+def _dat_events(file: Path, columns: dict[str, Column]) -> Rows:
     # polars reads no two-character separators: split at ":", there are empty columns between
     header = ["userId", "_1", "movieId", "_2", "rating", "_3", "timestamp"]
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
-    return csv_rows([file], EVENTS, ":", header)
+    return csv_rows([file], columns, ":", header)
 
 
 def _dat(file: Path, header: list[str], columns: dict[str, Column]) -> Rows:

@@ -24,8 +24,9 @@ from recsys2stage.checks import (
     time_column,
     whole_number,
 )
-from recsys2stage.columns import ACTION, ITEM_ID, RATING, TIME, TITLE, USER_ID
+from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID
 from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
+from recsys2stage.split import PARTS
 
 DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
 TICKS = {"seconds": 1, "milliseconds": 1000, "iso": 1000, "order": 1}
@@ -80,6 +81,7 @@ class Table(Source):
         rating_range: the least and greatest rating allowed; by default any finite number.
         member: the event file or a pattern of such, within a folder or zip that holds more than events.
         separator: what stands between the columns of .csv and .txt; .tsv and .tab have tabs.
+        part: the column of what the event is for, train, val or test, where split: Marked shall go by it.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Table(Source):
         rating_range: tuple[float | int, float | int] | None = None,
         member: str | None = None,
         separator: str = ",",
+        part: str | None = None,
     ):
         if time is None and time_unit != "order":
             raise ValueError(
@@ -113,6 +116,7 @@ class Table(Source):
         self.rating_range = rating_range
         self.member = member
         self.separator = separator
+        self.part = part
 
     @contextmanager
     def open(self) -> Iterator[Tables]:
@@ -162,6 +166,8 @@ class Table(Source):
             columns[RATING] = rating_column(self.rating, *(self.rating_range or ()))
         if self.action is not None:
             columns[ACTION] = Column(self.action, "", required=False)
+        if self.part is not None:
+            columns[PART] = Column(self.part, " or ".join(PARTS), part_number)
         return columns
 
     def _side(
@@ -187,6 +193,11 @@ class Table(Source):
                 columns[name] = Column(raw, "", required=False)
         kinds = {name: feature.kind for name, feature in side.columns.items()}
         return found, _rows(found, columns, self.separator), kinds
+
+
+def part_number(raw: pl.Expr) -> pl.Expr:
+    """train, val, test -> 0, 1, 2, Int8; null where it is none of them."""
+    return raw.cast(pl.String).replace_strict(PARTS, range(len(PARTS)), default=None, return_dtype=pl.Int8)
 
 
 def iso(raw: pl.Expr) -> pl.Expr:

@@ -1,0 +1,471 @@
+"""Both stages as one object, for frames in a notebook: what the verbs of `recsys` do, by the very same functions.
+
+model = TwoStageRecommender.from_config("configs/ml-1m", max_epochs=20).fit(events)
+model.recommend(users=[1, 2], k=10)
+"""
+
+import functools
+import inspect
+import io
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import yaml  # type: ignore[import-untyped]  # it comes without annotations
+from jsonargparse import ArgumentParser
+from tqdm import tqdm
+
+from recsys2stage import columns as c
+from recsys2stage import commands, sources, training
+from recsys2stage.artifacts import read_manifest, whole, write_manifest
+from recsys2stage.checks import require, whole_number
+from recsys2stage.dataset import Part
+from recsys2stage.prepare import prepare
+from recsys2stage.sources.base import Kind
+from recsys2stage.sources.table import iso
+from recsys2stage.split import PARTS, Marked
+
+TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
+
+KIND = "model"  # what a folder with a fitted model says it is
+DEFAULTS = {  # a fit without a config: the classes' own options, and an end
+    "retriever": ["--model=Retriever", "--data=Histories", "--trainer.max_epochs=60", "--trainer.gradient_clip_val=1"],
+    "ranker": ["--model=Ranker", "--data=Candidates", "--trainer.max_epochs=30"],
+}
+NEVER = 1_000_000  # epochs without an improvement that no fit will see
+
+
+class NotFittedError(ValueError, AttributeError):
+    """What only a fitted model can do was asked of one that is not."""
+
+
+class TwoStageRecommender:
+    """A retriever and a ranker, fitted to a frame of events.
+
+    Each stage runs as its verb does, on files in a folder: frames become Parquet, Parquet a prepared dataset, and so on
+    to the bundle, from which `recommend` and `evaluate` read. Frames may be of polars or pandas, or anything else that
+    polars reads; answers are of the kind that `fit` was given. A fit seeds the generators of the whole process.
+
+    Args:
+        config: a folder with prepare.yaml (whose source is not used), retriever.yaml and ranker.yaml, and perhaps
+            index.yaml, mine.yaml and bundle.yaml; or the name of such a folder in configs/. None: every class's own
+            options.
+        retriever: the retriever's YAML file, in place of the folder's.
+        ranker: the ranker's YAML file, in place of the folder's.
+        overlays: YAML files on top of the retriever's, one on top of the other, or their names in configs/with/.
+        max_epochs: the most epochs of either fit; None: as configured.
+        early_stopping: True: as configured; a number of epochs without an improvement of NDCG@10; False: not at all.
+            The weights of the best epoch are kept in any case.
+        seed: of both fits, the mining and the bootstrap.
+        folder: where everything is written; None: a temporary folder, which goes with the object.
+        user: the column of the user id.
+        item: the column of the item id.
+        time: the column of the time; None: the rows stand in order, and there are no times.
+        time_unit: of numbers, seconds or milliseconds since 1970; iso text; order: numbers that only say what came
+            first. None: by the column's type (dates as they are, text as iso, numbers as seconds).
+        rating: the column of the rating, if there is one.
+        action: the column of what the user did (click, buy, ...), if there is one.
+        item_features: column of the item frame -> categorical, multi or numeric; None: every column, by its type (lists
+            are multi, numbers numeric, all else categorical), but the id and `title`.
+        user_features: the same of the user frame.
+        verbose: whether the stages print and show their progress.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | None = None,
+        *,
+        retriever: str | Path | None = None,
+        ranker: str | Path | None = None,
+        overlays: Sequence[str | Path] = (),
+        max_epochs: int | None = None,
+        early_stopping: bool | int = True,
+        seed: int = 0,
+        folder: str | Path | None = None,
+        user: str = "user_id",
+        item: str = "item_id",
+        time: str | None = "timestamp",
+        time_unit: TimeUnit | None = None,
+        rating: str | None = None,
+        action: str | None = None,
+        item_features: Mapping[str, Kind] | None = None,
+        user_features: Mapping[str, Kind] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.config = config
+        self.retriever = retriever
+        self.ranker = ranker
+        self.overlays = overlays
+        self.max_epochs = max_epochs
+        self.early_stopping = early_stopping
+        self.seed = seed
+        self.folder = folder
+        self.user = user
+        self.item = item
+        self.time = time
+        self.time_unit = time_unit
+        self.rating = rating
+        self.action = action
+        self.item_features = item_features
+        self.user_features = user_features
+        self.verbose = verbose
+        self._fitted: Path | None = None
+        self._pandas = False
+
+    @classmethod
+    def from_config(cls, config: str | Path, **overrides: Any) -> "TwoStageRecommender":
+        """A model as a folder of configs describes it.
+
+        Args:
+            config: the folder, or its name in configs/.
+            overrides: further arguments of the class.
+        """
+        return cls(config, **overrides)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments, as scikit-learn's tools ask for them; there is nothing deeper."""
+        return {name: getattr(self, name) for name in list(inspect.signature(type(self)).parameters)}
+
+    @property
+    def path(self) -> Path:
+        """The folder of the fitted model: data/, bundle/ and, unless it was loaded, every stage before it."""
+        if self._fitted is None:
+            raise NotFittedError("this model is not fitted; call fit(events), or TwoStageRecommender.load(path)")
+        return self._fitted
+
+    def fit(self, events: Any, items: Any = None, users: Any = None, validation: Any = None) -> "TwoStageRecommender":
+        """Fits both stages.
+
+        Args:
+            events: a frame with a row for each event, in any order (in order where there is no time).
+            items: a frame with what is known of items, by their ids.
+            users: a frame with what is known of users, by their ids.
+            validation: a frame of later events. Each user's first there is the target that the retriever is selected by
+                and the ranker trained on, and all of `events` train; no events are left to test. None: the config's
+                split decides, by default the last event of each user tests and the one before it validates.
+
+        Raises:
+            ValueError: for columns that are missing, rows that are bad, or where no user has a validation target.
+        """
+        self._fitted, self._pandas = None, type(events).__module__.partition(".")[0] == "pandas"
+        log = self._marked(as_polars(events), None if validation is None else as_polars(validation))
+        sides = {"items": self._side(items, self.item, "items"), "users": self._side(users, self.user, "users")}
+        folder = self._new_folder()
+        paths = {stage: folder / stage for stage in ("data", "retriever", "index", "candidates", "ranker", "bundle")}
+        with quiet(self.verbose):
+            self._prepare(log, sides, folder / "frames", paths["data"])
+            self._train("retriever", paths["data"], paths["retriever"], self.overlays)
+            best = paths["retriever"] / "best.ckpt"
+            self._run(commands.export_index, "index", retriever=best, data=paths["data"], output=paths["index"])
+            of = {"data": paths["data"], "index": paths["index"], "seed": self.seed}
+            self._run(commands.mine_negatives, "mine", **of, output=paths["candidates"])
+            self._train("ranker", paths["candidates"], paths["ranker"])
+            best = paths["ranker"] / "best.ckpt"
+            self._run(commands.export_bundle, "bundle", index=paths["index"], ranker=best, output=paths["bundle"])
+        parents = {"bundle": paths["bundle"], "data": paths["data"]}
+        write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
+        self._fitted = folder
+        return self
+
+    def recommend(
+        self,
+        users: Iterable[Any] | None = None,
+        k: int = 10,
+        *,
+        histories: Any = None,
+        request_time: int | None = None,
+        action: str | None = None,
+    ) -> Any:
+        """The best items for users of the events, or for people never seen; never one they have met.
+
+        Args:
+            users: user ids; None: everybody, or those of the histories.
+            k: how many items each.
+            histories: a frame with the columns of the events. These people need not be known.
+            request_time: seconds since 1970 at which recommendations are asked for; None: the newest event of the log.
+            action: the kind of action to recommend for, where the model is told.
+
+        Returns:
+            A frame with the user and item ids under their names in the events, rank from 1, score, retriever_score;
+            by user, best first.
+
+        Raises:
+            ValueError: for users that are not known (a history or `fit` knows them), or both users and histories.
+        """
+        model = self.path
+        if users is not None and histories is not None:
+            raise ValueError(
+                "both users and histories are given; give users of the events, or histories of whom to recommend for"
+            )
+        with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
+            output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
+            if histories is not None:
+                self._histories(as_polars(histories)).write_parquet(log)
+            commands.recommend(
+                bundle=model / "bundle",
+                data=model / "data",
+                histories=None if histories is None else log,
+                users=None if users is None else [str(user) for user in users],
+                output=output,
+                k=k,
+                request_time=request_time,
+                action=action,
+            )
+            found = pl.read_parquet(output)
+        found = found.select(
+            pl.col(c.USER_ID).alias(self.user), pl.col(c.ITEM_ID).alias(self.item), c.RANK, c.SCORE, c.RETRIEVER_SCORE
+        )
+        return found.to_pandas() if self._pandas else found
+
+    def evaluate(self, split: Part = "test", protocol: str = "full") -> dict[str, Any]:
+        """Both stages and two baselines, measured as by `recsys evaluate`; the report, as in its report.json.
+
+        Args:
+            split: val or test targets. Choose by val, report test once.
+            protocol: full, or sampled-N, whose numbers are not comparable to those of any other.
+        """
+        model = self.path
+        with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
+            commands.evaluate(
+                bundle=model / "bundle",
+                data=model / "data",
+                output=Path(folder),
+                split=split,
+                protocol=protocol,
+                seed=self.seed,
+            )
+            (report,) = Path(folder).glob("report*.json")
+            return json.loads(report.read_text(encoding="utf-8"))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a folder for `load`, and for the verbs with --bundle and --data; a model saved there is replaced."""
+        model = self.path
+        with whole(path, KIND) as folder:
+            folder.mkdir()
+            for part in ("data", "bundle"):
+                shutil.copytree(model / part, folder / part)
+            shutil.copy(model / c.MANIFEST, folder)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TwoStageRecommender":
+        """A model that was saved, with all its arguments but the folder."""
+        manifest = read_manifest(path, KIND, f"TwoStageRecommender(...).fit(events).save({str(path)!r}) in Python")
+        model = cls(**manifest["options"] | {"folder": None})
+        model._fitted, model._pandas = Path(path).resolve(), manifest["pandas"]
+        return model
+
+    # the frames
+
+    def _marked(self, events: pl.DataFrame, validation: pl.DataFrame | None) -> pl.DataFrame:
+        """The columns that count; with validation events, all events with a mark of what they are for."""
+        names = [name for name in (self.user, self.item, self.time, self.rating, self.action) if name is not None]
+        require(names, events.columns, "the frame of events")
+        events = events.select(names)
+        if validation is None:
+            return events
+        require(names, validation.columns, "the frame of validation events")
+        later = validation.select(pl.col(name).cast(events.schema[name]) for name in names)
+        later = later.join(events, on=self.user, how="semi", maintain_order="left")
+        if later.is_empty():
+            raise ValueError(
+                f"none of the {len(validation):,} validation events is of a user who has other events, so there is "
+                "nothing to stop early by; give later events of the same users, or leave validation out"
+            )
+        if self.time is not None:
+            later = later.sort(self._milliseconds(later[self.time]), maintain_order=True)
+        first = later.unique(self.user, keep="first", maintain_order=True)
+        train, val, _ = PARTS
+        marked = [frame.with_columns(pl.lit(part).alias(c.PART)) for frame, part in ((events, train), (first, val))]
+        return pl.concat(marked)
+
+    def _side(self, frame: Any, own_id: str, name: Literal["items", "users"]) -> pl.DataFrame | None:
+        """What is known of items or users, as the table of them wants it."""
+        if frame is None:
+            return None
+        table = as_polars(frame)
+        require([own_id, *self._kinds(table, own_id, name)], table.columns, f"the frame of {name}")
+        lists = [column for column, dtype in table.schema.items() if dtype.is_nested()]
+        for column in lists:
+            if getattr(table.schema[column], "inner", pl.String()).is_float():
+                raise ValueError(
+                    f"the column {column!r} of {name} holds lists of floats, which are no classes; leave it out, and "
+                    "where they are vectors of items, name their file in the config: item_vectors in prepare.yaml"
+                )
+        return table.with_columns(pl.col(column).cast(pl.List(pl.String)) for column in lists)
+
+    def _kinds(self, table: pl.DataFrame, own_id: str, name: Literal["items", "users"]) -> dict[str, Kind]:
+        given = self.item_features if name == "items" else self.user_features
+        if given is not None:
+            return dict(given)
+        return {column.name: kind_of(column) for column in table if column.name not in (own_id, c.TITLE)}
+
+    def _histories(self, log: pl.DataFrame) -> pl.DataFrame:
+        """Histories as `recsys recommend` reads them, oldest first."""
+        names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
+        require([self.user, self.item], log.columns, "the frame of histories")
+        columns = [pl.col(own).alias(name) for name, own in names.items() if own in log.columns]
+        if self.time is not None and self.time in log.columns:
+            order = self._milliseconds(log[self.time])
+            log = log.sort(order, maintain_order=True)
+            if self._unit(log[self.time]) != "order":
+                columns.append((order // 1000).alias(c.TIME))
+        return log.select(columns)
+
+    def _unit(self, times: pl.Series) -> TimeUnit:
+        if times.dtype.is_temporal():
+            return "milliseconds"  # a Table turns dates into the unit that it is told
+        return self.time_unit or ("iso" if times.dtype == pl.String else "seconds")
+
+    def _milliseconds(self, times: pl.Series) -> pl.Expr:
+        """A column of times in milliseconds, or as it is where times are an order."""
+        raw = pl.col(times.name)
+        if times.dtype.is_temporal():
+            return raw.dt.epoch("ms")
+        unit = self._unit(times)
+        return iso(raw) if unit == "iso" else whole_number(raw) * (1000 if unit == "seconds" else 1)
+
+    # the stages
+
+    def _new_folder(self) -> Path:
+        if self.folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="recsys2stage-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            return folder
+        folder = Path(self.folder).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / c.MANIFEST).unlink(missing_ok=True)  # until the new one is complete, there is no model here
+        return folder
+
+    def _prepare(self, log: pl.DataFrame, sides: Mapping[str, pl.DataFrame | None], frames: Path, output: Path) -> None:
+        frames.mkdir(exist_ok=True)
+        log.write_parquet(frames / "events.parquet")
+        options: dict[str, Any] = {
+            "path": str(frames / "events.parquet"),
+            "user": self.user,
+            "item": self.item,
+            "time": self.time,
+            "time_unit": "order" if self.time is None else self._unit(log[self.time]),
+            "rating": self.rating,
+            "action": self.action,
+        }
+        for name, own_id in (("items", self.item), ("users", self.user)):
+            if (table := sides[name]) is not None:
+                table.write_parquet(frames / f"{name}.parquet")
+                kinds = self._kinds(table, own_id, "items" if name == "items" else "users")
+                options[name] = {
+                    "path": str(frames / f"{name}.parquet"),
+                    "id": own_id,
+                    "columns": {column: {"kind": kind} for column, kind in kinds.items()},
+                    "title": c.TITLE if c.TITLE in table.columns else None,
+                }
+        further: dict[str, Any] = {}
+        if c.PART in log.columns:
+            options["part"], further["split"] = c.PART, {"class_path": class_path(Marked)}
+        source = {"class_path": class_path(sources.Table), "init_args": options}
+        self._run(prepare, "prepare", source=source, output=output, **further)
+        manifest = read_manifest(output, "dataset", "recsys prepare-data")
+        if not manifest["counts"]["val_users"]:
+            raise ValueError(
+                f"the split {manifest['protocol']['split']} leaves no user a validation target, and early stopping, "
+                "the choice of the best weights and the ranker need some; give fit a frame of validation events, or "
+                "a config with another split"
+            )
+
+    def _train(self, stage: str, data: Path, output: Path, overlays: Sequence[str | Path] = ()) -> None:
+        """`recsys fit`."""
+        config = self._config(stage)
+        options = DEFAULTS[stage] if config is None else [f"--config={config}"]
+        options = [*options, *(f"--config={found(overlay, 'configs/with', '.yaml')}" for overlay in overlays)]
+        options += [f"--data.init_args.path={data}", f"--output={output}", f"--seed_everything={self.seed}"]
+        if self.max_epochs is not None:
+            options.append(f"--trainer.max_epochs={self.max_epochs}")
+        if self.early_stopping is not True:
+            options.append(f"--early_stopping.patience={self.early_stopping or NEVER}")
+        if not self.verbose:
+            options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        with in_own_words(config):
+            training.train("fit", options)
+
+    def _run(self, verb: Callable[..., Any], stage: str, **options: Any) -> None:
+        """A verb with the options of the stage's config, and these on top."""
+        config = self._config(stage)
+        configured = {} if config is None else yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_function_arguments(verb)
+        with in_own_words(config):
+            parsed = parser.parse_object({**configured, **options})
+            verb(**parser.instantiate(parsed).as_dict())
+
+    def _config(self, stage: str) -> Path | None:
+        """The YAML file of a stage; None where there is none."""
+        own = {"retriever": self.retriever, "ranker": self.ranker}.get(stage)
+        if own is not None:
+            return found(own, "configs", ".yaml")
+        if self.config is None:
+            return None
+        path = found(self.config, "configs") / f"{stage}.yaml"
+        return path if path.is_file() else None
+
+
+def as_polars(frame: Any) -> pl.DataFrame:
+    """A frame of any kind that polars reads."""
+    if isinstance(frame, pl.LazyFrame):
+        return frame.collect()
+    return frame if isinstance(frame, pl.DataFrame) else pl.DataFrame(frame)
+
+
+def kind_of(column: pl.Series) -> Kind:
+    """What the type of a column says that it is."""
+    if column.dtype.is_nested():
+        return "multi"
+    return "numeric" if column.dtype.is_numeric() else "categorical"
+
+
+def found(name: str | Path, place: str, suffix: str = "") -> Path:
+    """A path as it stands, or the name of something in a folder of configs."""
+    for path in (Path(name), Path(place) / f"{name}{suffix}"):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{name} does not exist, nor does {path}; give a path, or a name from {place}")
+
+
+def class_path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@contextmanager
+def in_own_words(config: Path | None) -> Iterator[None]:
+    """What a parser does not like is a ValueError that names the file it read."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ValueError(f"{config or 'the default options'}: {error}") from error
+
+
+@contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """No prints, no progress bars, and of what Lightning logs only warnings; unless verbose."""
+    if verbose:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    shown = tqdm.__init__
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        tqdm.__init__ = functools.partialmethod(shown, disable=True)  # it reads its environment only when imported
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = shown
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

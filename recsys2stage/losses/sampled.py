@@ -1,0 +1,142 @@
+"""What the losses with drawn negatives share: who is no negative, and the scores of a block of rows."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from recsys2stage.losses.base import Answers, Catalogue, Loss
+from recsys2stage.losses.blocks import mean_price, products
+from recsys2stage.losses.negatives import Drawn, Negatives
+
+Hide = Callable[[Tensor, slice, slice], Tensor]  # (others, rows, sets): puts −inf where a candidate is no negative
+
+
+class Block(NamedTuple):
+    """Some rows of a batch; S is 1 where they share their candidates."""
+
+    own: Float[Tensor, " M"]  # scores q·v / τ of the answers
+    others: Float[Tensor, "M N"]  # of the candidates; −inf for what is no negative. Free to be written over
+    draws: Float[Tensor, "S N"]
+    log_expected: Float[Tensor, "S N"]  # as in Drawn
+    answer_log_expected: Float[Tensor, " M"]
+    ratings: Float[Tensor, " M"] | None
+    num_items: int
+    progress: float
+
+
+Priced = tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, "M N"]]  # costs, gradients for own and others
+
+
+class Sampled(Loss):
+    """An answer against drawn negatives; a subclass says what they cost.
+
+    The same item as the answer is never its negative.
+
+    Args:
+        temperature: τ; scores are q·v / τ.
+        negatives: the candidates.
+    """
+
+    def __init__(self, temperature: float, negatives: Negatives) -> None:
+        super().__init__()
+        self.temperature, self.negatives = positive(temperature), negatives
+
+    @property
+    def scheduled(self) -> bool:
+        return self.negatives.scheduled
+
+    def facts(self, progress: float) -> dict[str, float]:
+        return self.negatives.facts(progress)
+
+    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
+        if not len(queries):
+            raise ValueError("the loss got no rows; a batch needs at least one answered place")
+        drawn, num_items = self.negatives(answers, catalogue), len(catalogue.counts) - 1
+        seen = torch.zeros(num_items + 1, dtype=torch.bool, device=queries.device)
+        seen[answers.items] = seen[drawn.items] = True
+        number = seen.cumsum(0) - 1  # of each item among the distinct ones: a vector is computed once
+        vectors = catalogue.vectors(seen.nonzero()[:, 0])
+        answer, sets = number[answers.items], number[drawn.items]
+        filters = self.filters(answers, drawn, answer, sets, vectors.detach(), num_items)
+        draws, expected, own_expected = (
+            values.to(queries.dtype) for values in (drawn.draws, drawn.log_expected, drawn.answer_log_expected)
+        )
+
+        def price(own: Tensor, others: Tensor, rows: slice, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            for hide in filters:
+                hide(others, rows, part)
+            ratings = None if answers.ratings is None else answers.ratings[rows].to(own.dtype)
+            return self.price(
+                Block(
+                    *(own, others, draws[part], expected[part], own_expected[rows]),
+                    *(ratings, num_items, answers.progress),
+                )
+            )
+
+        return mean_price(queries / self.temperature, vectors, answer, sets, drawn.starts, price)
+
+    def filters(
+        self,
+        answers: Answers,
+        drawn: Drawn,
+        answer: Int[Tensor, " M"],
+        sets: Int[Tensor, "S N"],
+        vectors: Float[Tensor, "U D"],
+        num_items: int,
+    ) -> list[Hide]:
+        """Who is no negative; `answer` and `sets` are numbers among the vectors."""
+        return [the_answer(answer, sets, vectors.dtype)]
+
+    @abstractmethod
+    def price(self, block: Block) -> Priced:
+        """What each row costs, and the gradients for `own` and `others`."""
+
+
+def the_answer(answer: Int[Tensor, " M"], sets: Int[Tensor, "S N"], dtype: torch.dtype) -> Hide:
+    """The same item as the answer."""
+    if len(sets) > 1:
+        return lambda others, rows, part: others.masked_fill_(sets[part] == answer[rows, None], -torch.inf)
+    place = torch.searchsorted(sets[0], answer).clamp_(max=sets.size(1) - 1)[:, None]  # once at most, and in order
+    hidden = torch.zeros_like(place, dtype=dtype).masked_fill_(sets[0][place] == answer[:, None], -torch.inf)
+    return lambda others, rows, part: others.scatter_add_(1, place[rows], hidden[rows])
+
+
+def in_history(answers: Answers, drawn: Drawn, num_items: int) -> Hide:
+    """Items that the row's own history holds."""
+    users, width = torch.arange(len(answers.met), device=answers.met.device)[:, None], num_items + 1
+    if len(drawn.items) == 1:
+        columns = drawn.items.size(1)
+        column = torch.full((width,), columns, device=users.device)
+        column[drawn.items[0]] = torch.arange(columns, device=users.device)
+        met = torch.zeros(len(users), columns + 1, dtype=torch.bool, device=users.device)
+        met = met.scatter_(1, column[answers.met], True)[:, :-1]
+        return lambda others, rows, part: others.masked_fill_(met[answers.rows[rows]], -torch.inf)
+    events = (users * width + answers.met).flatten().sort().values
+
+    def hide(others: Tensor, rows: slice, part: slice) -> Tensor:
+        candidate = answers.rows[rows, None] * width + drawn.items[part]
+        place = torch.searchsorted(events, candidate).clamp_(max=len(events) - 1)
+        return others.masked_fill_(events[place] == candidate, -torch.inf)
+
+    return hide
+
+
+def alike(near: float, answer: Int[Tensor, " M"], sets: Int[Tensor, "S N"], vectors: Float[Tensor, "U D"]) -> Hide:
+    """Items whose cosine to the answer is above `near`."""
+    units = F.normalize(vectors, dim=1)
+
+    def hide(others: Tensor, rows: slice, part: slice) -> Tensor:
+        return others.masked_fill_(products(units[answer[rows]], units, sets[part]) > near, -torch.inf)
+
+    return hide
+
+
+def positive(temperature: float) -> float:
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0; 0.05 suits cosine similarity")
+    return temperature
