@@ -169,7 +169,10 @@ def summarise(
     report["cohorts"] = {
         cohort: {
             label: {"users": int(member.sum())}
-            | {name: {m: float(values[name][m][member].mean()) for m in ("hr@10", "ndcg@10")} for name in names}
+            | {
+                name: {m: float(values[name][m][member].mean()) for m in ("hr@10", "ndcg@10", "recall@100")}
+                for name in names
+            }
             for label, member in groups
             if member.any()
         }

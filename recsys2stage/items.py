@@ -107,8 +107,7 @@ class ItemTower(ItemTable):
         if self.training:
             known = known & (torch.rand(len(distinct), device=known.device) >= self.id_dropout)
         ids = torch.where(known[:, None], self.table(distinct), self.unknown)
-        # the finalist has no sum; with it an id turns as fast as in a plain table while its features speak at once:
-        # ndcg@10 on MovieLens-1M after 300 steps of 32 histories is .088 to .090 with it, .075 without, .047 of a table
+        # the finalist has no sum; with it an id turns as fast as in a plain table while its features speak at once
         vectors = ids + self.mlp(torch.cat([ids, self.features(distinct)], dim=-1))
         return (vectors * (distinct != PAD)[:, None])[place]
 

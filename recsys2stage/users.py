@@ -28,9 +28,8 @@ class UserTower(nn.Module):
         dim: width D.
         features: declared user features.
         token: whether the vector is the first token of the history.
-        film: whether it scales and shifts every event. Beside a plain ItemTable the vectors are short at first and
-            shifts drown them: ndcg@10 on MovieLens-1M after 300 steps of 32 histories is .023, with only the
-            token .061, without users .047; beside an ItemTower .092, without users .090.
+        film: whether it scales and shifts every event. Beside a plain ItemTable, whose vectors are short at first,
+            shifts drown them and training starts slowly; beside an ItemTower it does not.
         feature_dim: width of the vector that a feature becomes.
         dropout: share of the vector's numbers that are dropped in training, and of users taken for strangers.
     """

@@ -20,6 +20,7 @@ from recsys2stage import (
     cli,
     encoders,
     index,
+    inputs,
     items,
     losses,
     mining,
@@ -30,6 +31,7 @@ from recsys2stage import (
     sources,
     split,
     times,
+    users,
 )
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.data import Candidates, Histories
@@ -96,6 +98,7 @@ def parts() -> Iterator[type]:
     """Every class that a config may name."""
     bases = [
         *(encoders.Encoder, positions.Position, times.Time, objectives.Objective, losses.Loss, losses.lists.ListLoss),
+        *(losses.Negatives, losses.NormPenalty, inputs.Input, users.UserTower),
         *(mining.Miner, scorers.Scorer, index.Index, sources.Source, split.Split, items.ItemTable, optim.RecsysAdamW),
         *(Retriever, Ranker, Histories, Candidates),
     ]
