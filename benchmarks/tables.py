@@ -146,13 +146,13 @@ TABLES = {
             "InfoNCE in batch, both, q ~ count^.75": loss("InfoNCE", negatives=kind("InBatch", alpha=0.75)),
             "InfoNCE in batch, negatives corrected": loss("InfoNCE", correct="negatives"),
             "InfoNCE in batch, uncorrected": loss("InfoNCE", correct="none"),
-            "InfoNCE in batch, uncorrected, dot": loss("InfoNCE", correct="none", temperature=1.0) + DOT,
+            "InfoNCE in batch, uncorrected, dot": loss("InfoNCE", correct="none") + DOT,
             "InfoNCE mixed, both corrected": loss("InfoNCE", negatives=MIXED),
             "InfoNCE mixed, negatives corrected": loss("InfoNCE", negatives=MIXED, correct="negatives"),
             "InfoNCE mixed, uncorrected": loss("InfoNCE", negatives=MIXED, correct="none"),
             "DCL in batch, both corrected": loss("DCL"),
             "full softmax": loss("FullSoftmax"),
-            "full softmax, dot": loss("FullSoftmax", temperature=1.0) + DOT,
+            "full softmax, dot": loss("FullSoftmax") + DOT,
             "sampled softmax, 256 for each event": loss("InfoNCE", negatives=UNIFORM["event"], correct="none"),
             "sampled softmax, 256 for each sequence": loss("InfoNCE", negatives=UNIFORM["sequence"], correct="none"),
             "sampled softmax, 256 for the batch": loss("InfoNCE", negatives=UNIFORM["batch"], correct="none"),
@@ -179,8 +179,11 @@ TABLES["finalist"] = Table(
             ),
             "+ item tower": [option("items", "ItemTower")],
             "+ as many negatives from the catalogue": loss("InfoNCE", negatives=FINALIST),
-            "+ none of the history, none like the answer": loss("InfoNCE", negatives=FINALIST, **FILTERS),
-            "+ the hardest, fewer and fewer": loss("InfoNCE", negatives=CURRICULUM, **FILTERS, hard=HARDER),
+            "+ none of the window, none like the answer": loss("InfoNCE", negatives=FINALIST, **FILTERS),
+            "+ only the hardest, fewer and fewer": loss("InfoNCE", negatives=FINALIST, **FILTERS, hard=HARDER),
+            "+ fewer from the catalogue, from .6 of the run": loss(
+                "InfoNCE", negatives=CURRICULUM, **FILTERS, hard=HARDER
+            ),
             "+ hour and weekday": part(time="Calendar"),
             "+ bias of log-spaced times, told the request time": told(
                 kind("Combined", parts=["LogSpaced", "Calendar"])
@@ -200,7 +203,8 @@ TABLES["users"] = Table(
         "users: both": overlays("user-tower"),
         "items: tower": overlays("item-tower"),
         "events: ratings": overlays("event-ratings"),
-        "told the target's rating": overlays("next-action"),
+        "told the target's rating": [*inputs("NextAction"), "--data.init_args.next_action=target"],
+        "events: ratings, and told the target's": overlays("next-action"),
     },
 )
 

@@ -19,8 +19,8 @@ from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.objectives import Cloze, NextItem, Objective
 from recsys2stage.optim import RecsysAdamW, with_warmup
-from recsys2stage.shapes import History
-from recsys2stage.towers import Similarity, TwoTower, full_precision
+from recsys2stage.shapes import History, Similarity
+from recsys2stage.towers import TwoTower, full_precision
 from recsys2stage.users import UserFactory
 
 
@@ -36,7 +36,7 @@ class Retriever(LightningModule):
         items: the item table, built with (num_items, dim, features).
         tied: whether candidates are the vectors that histories are read with.
         item_bias: whether each item has a bias, added to its score.
-        similarity: whether a score is a cosine or a dot product; a dot product wants a loss of temperature 1.
+        similarity: whether a score is a cosine or a dot product.
         inputs: what is added to embedded events: their kinds, ratings, the kind of action that is asked for.
         user: what the users' features do: UserTower, or None for nothing.
         features: declared item features (set by the data).
@@ -159,7 +159,13 @@ class Retriever(LightningModule):
             ratings=question.ratings,
             progress=self.progress,
         )
-        catalogue = Catalogue(self.towers.item_vectors, self.target_counts, self.last_times)
+        catalogue = Catalogue(
+            vectors=self.towers.item_vectors,
+            counts=self.target_counts,
+            last_times=self.last_times,
+            similarity=self.towers.similarity,
+            dim=states.size(-1),
+        )
         loss = self.loss(self.towers.compared(states), answers, catalogue)
         facts = self.loss.facts(self.progress)
         if self.norm_penalty is not None:

@@ -8,11 +8,12 @@ Histories are left-aligned: the oldest event first, padding at the end, with exp
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Similarity = Literal["cosine", "dot"]  # of a query and an item
 Items = Int[Tensor, "B L"]  # item numbers, 0 after the end of the history
 Times = Int[Tensor, "B L"]  # seconds
 Ratings = Float[Tensor, "B L"]  # as in the log; 0 after the end

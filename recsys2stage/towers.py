@@ -1,7 +1,7 @@
 """The retriever's two towers: histories to queries, items to vectors; a score is their product, and perhaps a bias."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +12,8 @@ from recsys2stage.columns import MASK, PAD
 from recsys2stage.encoders import EncoderFactory
 from recsys2stage.inputs import InputFactory
 from recsys2stage.items import ItemsFactory, ItemTable
-from recsys2stage.shapes import History
+from recsys2stage.shapes import History, Similarity
 from recsys2stage.users import UserFactory
-
-Similarity = Literal["cosine", "dot"]
 
 
 class TwoTower(nn.Module):

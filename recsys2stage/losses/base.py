@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recsys2stage.shapes import Items
+from recsys2stage.shapes import Items, Similarity
 
 
 class Answers(NamedTuple):
@@ -15,7 +15,7 @@ class Answers(NamedTuple):
 
     items: Int[Tensor, " M"]
     rows: Int[Tensor, " M"]  # which history of the batch each place belongs to, ascending
-    met: Items  # (B, L) all items of each history, answers included; 0 is padding
+    met: Items  # (B, L) all items of each window of events, answers included; 0 is padding
     ratings: Float[Tensor, " M"] | None = None  # of the answers, as in the log
     progress: float = 0.0  # share of the training run that is done, for what changes on the way
 
@@ -26,6 +26,8 @@ class Catalogue(NamedTuple):
     vectors: Callable[[Tensor], Tensor]  # item numbers (U,) -> vectors (U, D) whose products with queries are scores
     counts: Int[Tensor, " W"]  # (V + 1,) how often each item is a training target
     last_times: Int[Tensor, " W"]  # (V + 1,) seconds of its newest training event; 0 where it has none
+    similarity: Similarity = "cosine"  # what a product of vectors is
+    dim: int | None = None  # D, where vectors have a bias behind it
 
 
 class Loss(nn.Module, ABC):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recsys2stage.losses.base import Answers, Catalogue
 from recsys2stage.losses.negatives import Drawn, InBatch, Negatives
-from recsys2stage.losses.sampled import Block, Hide, Priced, Sampled, alike, in_history
+from recsys2stage.losses.sampled import Block, Hide, Priced, Sampled, alike
 from recsys2stage.losses.schedule import Schedule
 
 
@@ -34,10 +34,10 @@ class InfoNCE(Sampled):
       for all: popular items are discounted. With Uniform negatives alone it is the same loss as `both`.
 
     Args:
-        temperature: τ; None: 0.05, which suits cosines; a dot product wants 1.
+        temperature: τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: InBatch(), with which n falls out of `both`.
         correct: what is corrected for how likely it was drawn: none, the negatives, or the answer, too.
-        same_sequence: whether items of the row's own history are no negatives.
+        same_sequence: whether items of the row's own window of events are no negatives.
         near: candidates whose cosine to the answer is above this are no negatives; None: all are.
         hard: only so many candidates remain, those of the highest score before the correction (after it, rare items
             would be picked); or points [[share of the run, number or null], ...]; None: all remain.
@@ -52,10 +52,10 @@ class InfoNCE(Sampled):
         near: float | None = None,
         hard: int | list[tuple[float, int | None]] | None = None,
     ) -> None:
-        super().__init__(0.05 if temperature is None else temperature, negatives or InBatch())
+        super().__init__(temperature, negatives or InBatch(), same_sequence)
         if correct not in ("none", "negatives", "both"):
             raise ValueError(f"correct is {correct!r}, expected none, negatives or both")
-        self.correct, self.same_sequence, self.near = correct, same_sequence, near
+        self.correct, self.near = correct, near
         self.hard: Schedule[int | None] = Schedule("hard", hard)
         if any(k is not None and k < 1 for k in self.hard.values):
             raise ValueError(f"hard is {hard}, expected at least one candidate, or null for all")
@@ -78,8 +78,6 @@ class InfoNCE(Sampled):
         num_items: int,
     ) -> list[Hide]:
         filters = super().filters(answers, drawn, answer, sets, vectors, num_items)
-        if self.same_sequence:
-            filters.append(in_history(answers, drawn, num_items))
         if self.near is not None:
             filters.append(alike(self.near, answer, sets, vectors))
         return filters
@@ -119,11 +117,11 @@ class FullSoftmax(Sampled):
     """Softmax cross entropy against the whole catalogue: score_ij = q_i·v_j / τ over all items j.
 
     Args:
-        temperature: τ; None: 0.05, which suits cosines; a dot product wants 1.
+        temperature: τ; None: 0.05 for cosines, 1 for dot products.
     """
 
     def __init__(self, temperature: float | None = None) -> None:
-        super().__init__(0.05 if temperature is None else temperature, _Everything())
+        super().__init__(temperature, _Everything())
 
     def price(self, block: Block) -> Priced:
         return softmax(block.own, block.others)

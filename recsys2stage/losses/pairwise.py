@@ -46,15 +46,20 @@ class BCE(Pointwise):
     y·softplus(−s_ii) + (1 − y)·softplus(s_ii).
 
     Args:
-        temperature: τ of s = q·v / τ; None: 1.
+        temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: Uniform(1).
+        same_sequence: whether items of the row's own window of events are no negatives.
         max_rating: the rating that makes a label of 1; None: every answer's label is 1.
     """
 
     def __init__(
-        self, temperature: float | None = None, negatives: Negatives | None = None, max_rating: float | None = None
+        self,
+        temperature: float | None = None,
+        negatives: Negatives | None = None,
+        same_sequence: bool = False,
+        max_rating: float | None = None,
     ) -> None:
-        super().__init__(1.0 if temperature is None else temperature, negatives or Uniform(1))
+        super().__init__(temperature, negatives or Uniform(1), same_sequence)
         if max_rating is not None and max_rating <= 0:
             raise ValueError(f"max_rating is {max_rating}, expected the highest rating of the log, above 0")
         self.max_rating = max_rating
@@ -83,12 +88,15 @@ class MSE(Pointwise):
     """scikit-rec's regression: (s_ii − rating)² + 1/N Σ_j s_ij² over the N negatives.
 
     Args:
-        temperature: τ of s = q·v / τ; None: 1.
+        temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: Uniform(1).
+        same_sequence: whether items of the row's own window of events are no negatives.
     """
 
-    def __init__(self, temperature: float | None = None, negatives: Negatives | None = None) -> None:
-        super().__init__(1.0 if temperature is None else temperature, negatives or Uniform(1))
+    def __init__(
+        self, temperature: float | None = None, negatives: Negatives | None = None, same_sequence: bool = False
+    ) -> None:
+        super().__init__(temperature, negatives or Uniform(1), same_sequence)
 
     def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
         rated(answers, "another loss, such as BCE")
@@ -112,15 +120,20 @@ class GBCE(Pointwise):
     overflows nor vanishes early; no probability is raised to a power.
 
     Args:
-        temperature: τ of s = q·v / τ; None: 1.
+        temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: Uniform(256).
+        same_sequence: whether items of the row's own window of events are no negatives.
         calibration: t, from 0 to 1.
     """
 
     def __init__(
-        self, temperature: float | None = None, negatives: Negatives | None = None, calibration: float = 0.75
+        self,
+        temperature: float | None = None,
+        negatives: Negatives | None = None,
+        same_sequence: bool = False,
+        calibration: float = 0.75,
     ) -> None:
-        super().__init__(1.0 if temperature is None else temperature, negatives or Uniform(256))
+        super().__init__(temperature, negatives or Uniform(256), same_sequence)
         if not 0 <= calibration <= 1:
             raise ValueError(f"calibration is {calibration}, expected 0 (binary cross entropy) to 1 (calibrated)")
         self.calibration = calibration
@@ -137,12 +150,15 @@ class BPR(Pointwise):
     """−log σ(s_ii − s_ij), the mean over a row's negatives j (Rendle et al. 2009).
 
     Args:
-        temperature: τ of s = q·v / τ; None: 1.
+        temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: Uniform(1).
+        same_sequence: whether items of the row's own window of events are no negatives.
     """
 
-    def __init__(self, temperature: float | None = None, negatives: Negatives | None = None) -> None:
-        super().__init__(1.0 if temperature is None else temperature, negatives or Uniform(1))
+    def __init__(
+        self, temperature: float | None = None, negatives: Negatives | None = None, same_sequence: bool = False
+    ) -> None:
+        super().__init__(temperature, negatives or Uniform(1), same_sequence)
 
     def cost(
         self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block

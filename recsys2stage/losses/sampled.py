@@ -38,13 +38,16 @@ class Sampled(Loss):
     The same item as the answer is never its negative.
 
     Args:
-        temperature: τ; scores are q·v / τ.
+        temperature: τ; scores are q·v / τ. None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates.
+        same_sequence: whether items of the row's own window of events are no negatives.
     """
 
-    def __init__(self, temperature: float, negatives: Negatives) -> None:
+    def __init__(self, temperature: float | None, negatives: Negatives, same_sequence: bool = False) -> None:
         super().__init__()
-        self.temperature, self.negatives = positive(temperature), negatives
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"temperature is {temperature}, expected a number above 0; 0.05 suits cosine similarity")
+        self.temperature, self.negatives, self.same_sequence = temperature, negatives, same_sequence
 
     @property
     def scheduled(self) -> bool:
@@ -62,7 +65,8 @@ class Sampled(Loss):
         number = seen.cumsum(0) - 1  # of each item among the distinct ones: a vector is computed once
         vectors = catalogue.vectors(seen.nonzero()[:, 0])
         answer, sets = number[answers.items], number[drawn.items]
-        filters = self.filters(answers, drawn, answer, sets, vectors.detach(), num_items)
+        temperature = self.temperature or {"cosine": 0.05, "dot": 1.0}[catalogue.similarity]
+        filters = self.filters(answers, drawn, answer, sets, vectors.detach()[:, : catalogue.dim], num_items)
         draws, expected, own_expected = (
             values.to(queries.dtype) for values in (drawn.draws, drawn.log_expected, drawn.answer_log_expected)
         )
@@ -78,7 +82,7 @@ class Sampled(Loss):
                 )
             )
 
-        return mean_price(queries / self.temperature, vectors, answer, sets, drawn.starts, price)
+        return mean_price(queries / temperature, vectors, answer, sets, drawn.starts, price)
 
     def filters(
         self,
@@ -90,7 +94,10 @@ class Sampled(Loss):
         num_items: int,
     ) -> list[Hide]:
         """Who is no negative; `answer` and `sets` are numbers among the vectors."""
-        return [the_answer(answer, sets, vectors.dtype)]
+        filters = [the_answer(answer, sets, vectors.dtype)]
+        if self.same_sequence:
+            filters.append(in_history(answers, drawn, num_items))
+        return filters
 
     @abstractmethod
     def price(self, block: Block) -> Priced:
@@ -107,7 +114,7 @@ def the_answer(answer: Int[Tensor, " M"], sets: Int[Tensor, "S N"], dtype: torch
 
 
 def in_history(answers: Answers, drawn: Drawn, num_items: int) -> Hide:
-    """Items that the row's own history holds."""
+    """Items that the row's own window of events holds."""
     users, width = torch.arange(len(answers.met), device=answers.met.device)[:, None], num_items + 1
     if len(drawn.items) == 1:
         columns = drawn.items.size(1)
@@ -134,9 +141,3 @@ def alike(near: float, answer: Int[Tensor, " M"], sets: Int[Tensor, "S N"], vect
         return others.masked_fill_(products(units[answer[rows]], units, sets[part]) > near, -torch.inf)
 
     return hide
-
-
-def positive(temperature: float) -> float:
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}, expected a number above 0; 0.05 suits cosine similarity")
-    return temperature
