@@ -40,6 +40,10 @@ class Table(NamedTuple):
     rows: dict[str, list[str]]
     common: tuple[str, ...] = ()
 
+    def words(self, label: str) -> str:
+        """What a row measures: a row whose words have changed is measured anew."""
+        return " ".join([f"{self.dataset} {self.minutes} min", *self.rows[label], *self.common])
+
 
 def overlays(*names: str) -> list[str]:
     return [word for name in names for word in ("--config", f"configs/with/{name}.yaml")]
@@ -267,6 +271,7 @@ def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
     return {
         "label": label,
         "seed": seed,
+        "words": table.words(label),
         "commit": commit(),
         "minutes": table.minutes,
         "best_epoch": best[1] + 1,
@@ -333,6 +338,7 @@ def main() -> None:
     file = ROOT / f"docs/measured/{name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [row for row in rows if row["label"] in table.rows and row["words"] == table.words(row["label"])]
     done = {(row["label"], row["seed"]) for row in rows}
     wanted = [(label, seed) for seed in table.seeds for label in options.only or table.rows]
     missing = [] if options.show else [row for row in wanted if row not in done]
@@ -351,6 +357,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(work, missing))
     show(name, rows)
+    done = {(row["label"], row["seed"]) for row in rows}
+    if left := [row for row in wanted if row not in done]:
+        sys.exit(f"not measured: {'; '.join(f'{label}, seed {seed}' for label, seed in left)}")
 
 
 if __name__ == "__main__":
