@@ -213,10 +213,11 @@ def autocast(job: Job) -> torch.autocast:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The same named tuple, and those in it, on a device."""
+    """The same named tuple, and the tuples in it, on a device."""
     if batch is None or isinstance(batch, torch.Tensor):
         return None if batch is None else batch.to(device)
-    return type(batch)(*(moved(part, device) for part in batch))
+    parts = [moved(part, device) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
 
 
 def _size(encoder: Encoder) -> int:
