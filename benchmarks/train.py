@@ -37,9 +37,9 @@ PEERS = ["rectools[torch]==0.19.*", "replay-rec[torch]==0.22.*"]
 ALL_LENGTHS = 8  # batches of ours that are needed to meet all lengths
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, full softmax": ("ours.py", {"loss": "FullSoftmax", "steps": ALL_LENGTHS}),
-    "ours, 32 histories' activations at a time": (
+    "ours, 16 histories' activations at a time": (
         "ours.py",
-        {"loss": "FullSoftmax", "steps": ALL_LENGTHS, "recompute_rows": 32},
+        {"loss": "FullSoftmax", "steps": ALL_LENGTHS, "recompute_rows": 16},
     ),
     "RecTools, full softmax": ("rectools_sasrec.py", {"loss": "softmax"}),
     "RecTools, 256 negatives": ("rectools_sasrec.py", {"loss": "256"}),

@@ -24,7 +24,7 @@ VERBS = {
     "recommend": "recommend",
     "evaluate": "evaluate",
 }
-DATASETS = {"demo", "ml-20m", "ml-1m", "ml-latest-small", "amazon-beauty"}
+DATASETS = {"demo", "ml-20m", "ml-1m", "likes-ml-1m", "ml-latest-small", "amazon-beauty"}
 
 shipped = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "with")
 overlays = sorted(path.relative_to(ROOT).as_posix() for path in (CONFIGS / "with").glob("*.yaml"))
@@ -111,6 +111,20 @@ def test_overlays_stack(capsys: pytest.CaptureFixture[str]) -> None:
     assert config["model"]["init_args"]["encoder"]["class_path"].endswith(".HSTU")
     assert config["model"]["init_args"]["encoder"]["init_args"]["time"]["class_path"].endswith(".RequestGap")
     assert config["data"]["init_args"]["request_time"] == "last_event"
+
+
+ABOUT_LOSSES = [path for path in overlays if "    loss:" in (ROOT / path).read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("overlay", ABOUT_LOSSES)
+@pytest.mark.parametrize("before", ["hard-negatives", "sampled-softmax", "gbce"])
+def test_an_overlay_keeps_its_word_whatever_lies_below(
+    before: str, overlay: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where classes are the same, or options have the same names, those of the overlay below would live on."""
+    alone = parsed("fit", ["configs/ml-1m/retriever.yaml", overlay], capsys)
+    stacked = parsed("fit", ["configs/ml-1m/retriever.yaml", f"configs/with/{before}.yaml", overlay], capsys)
+    assert stacked["model"]["init_args"]["loss"] == alone["model"]["init_args"]["loss"]
 
 
 @pytest.mark.parametrize("path", shipped)

@@ -16,6 +16,7 @@ from lightning import Trainer
 from recsys2stage.cli import main
 from recsys2stage.data import Histories
 from recsys2stage.encoders import Transformer
+from recsys2stage.losses import InfoNCE, NormPenalty
 from recsys2stage.metrics import metrics_of
 from recsys2stage.optim import RecsysAdamW, with_warmup
 from recsys2stage.prepare import prepare
@@ -282,3 +283,61 @@ def test_a_clock_is_refused_where_there_are_no_times(tmp_path: Path) -> None:
 def test_recompute_rows_are_at_least_one() -> None:
     with pytest.raises(ValueError, match="recompute_rows is 0, expected at least 1, or null to keep everything"):
         Retriever(5, 5, recompute_rows=0)
+
+
+# --- the price on long states
+
+
+def test_the_norm_penalty_is_its_definition() -> None:
+    norm = torch.tensor(5.0, dtype=torch.float64)
+    assert NormPenalty(0.1)(norm).item() == pytest.approx(0.5)
+    assert NormPenalty(0.1, cap=3.0)(norm).item() == pytest.approx(0.1 * 2.0**2)
+    assert NormPenalty(0.1, cap=5.5)(norm).item() == 0
+    with pytest.raises(ValueError, match=r"weight is -1.* and cap None; expected numbers of at least 0"):
+        NormPenalty(-1.0)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_price_is_on_states_before_they_are_made_unit(ragged: Path, similarity: Any) -> None:
+    data = Histories(ragged, max_length=8)
+    window = data.read_windows(np.arange(12))
+    free = model_for(data, similarity=similarity).eval()
+    priced = model_for(data, similarity=similarity, norm_penalty=NormPenalty(0.3, cap=1.0)).eval()
+    priced.load_state_dict(free.state_dict())
+    plain, dear = free.losses(window), priced.losses(window)
+    question = free.objective(window)
+    norm = free.towers(question.history)[question.places].norm(dim=-1).mean()
+    assert norm > 1.5, "else the cap is not reached"
+    assert dear["state_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    assert dear["norm_penalty"].item() == pytest.approx(0.3 * (norm.item() - 1) ** 2, rel=1e-4)
+    assert dear["loss"].item() == pytest.approx(plain["loss"].item() + dear["norm_penalty"].item(), rel=1e-5)
+    assert set(dear) - set(plain) == {"state_norm", "norm_penalty"}
+    for losses in (plain, dear):
+        losses["loss"].backward()
+    weights = [model.towers.encoder.blocks[0].attention.out.weight.grad for model in (free, priced)]
+    assert not torch.allclose(*weights), "long states pay"
+
+
+# --- schedules
+
+
+def test_schedules_go_by_the_share_of_the_planned_steps(cycle: Path) -> None:
+    data = Histories(cycle, max_length=10, batch_size=40)
+    seen: list[float] = []
+
+    class Watching(InfoNCE):
+        def forward(self, queries: Any, answers: Any, catalogue: Any) -> Any:
+            seen.append(answers.progress)
+            return super().forward(queries, answers, catalogue)
+
+    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(model_for(data, loss=Watching(hard=[(0.0, None), (0.5, 4)])), data)
+    steps = len(data.train_dataloader())
+    assert seen == [step / (2 * steps) for step in range(2 * steps)]
+
+
+def test_a_schedule_wants_a_run_with_an_end(cycle: Path) -> None:
+    data = Histories(cycle, max_length=10, batch_size=40)
+    trainer = Trainer(max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"InfoNCE changes with the share .* set trainer.max_epochs"):
+        trainer.fit(model_for(data, loss=InfoNCE(hard=[(0.0, None), (0.5, 4)])), data)
