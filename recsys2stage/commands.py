@@ -28,15 +28,13 @@ from recsys2stage.mining import (
     select_fold,
     specify_miner,
 )
+from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import (
     POPULARITY,
     RERANKER,
     TOWERS,
-    FileUsers,
-    PreparedUsers,
     Recommender,
-    asked_of,
     build,
     in_chunks,
     read_checkpoint,

@@ -16,7 +16,7 @@ ROWS = """
     towers scorers prepare baselines
     data reranker
     retriever ranker callbacks recommend
-    evaluate training
+    evaluate training people
     commands
     cli estimator
 """

@@ -20,7 +20,8 @@ from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import Transformer
 from recsys2stage.index import Exact
 from recsys2stage.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
-from recsys2stage.recommend import FileUsers, PreparedUsers, Recommender, factory, read_checkpoint
+from recsys2stage.people import FileUsers, PreparedUsers
+from recsys2stage.recommend import Recommender, factory, read_checkpoint
 from recsys2stage.times import Calendar, RequestGap, TimeFactory
 from recsys2stage.towers import TwoTower
 

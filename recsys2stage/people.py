@@ -1,0 +1,196 @@
+"""Whom to recommend for: users of a prepared dataset or of a file, their histories, and what they are asked for."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from recsys2stage import columns as c
+from recsys2stage.dataset import Dataset, Padded, Ragged, left_aligned, spans
+from recsys2stage.recommend import NOT_TOLD, Recommender, known_ratings
+
+logger = logging.getLogger("recsys2stage")
+
+
+class PreparedUsers:
+    """The users of a prepared dataset with all their events.
+
+    Args:
+        dataset: the dataset.
+        recommender: whose history length counts.
+        only: user ids, as text; None: everybody.
+    """
+
+    def __init__(self, dataset: Dataset, recommender: Recommender, only: Sequence[str] | None = None) -> None:
+        recommender.check(dataset)
+        self.dataset, self.max_length = dataset, recommender.towers.max_length
+        table = pl.read_parquet(dataset.path / c.USER_TABLE, columns=[c.USER, c.USER_ID]).sort(c.USER)
+        if only is not None:
+            table = table.filter(pl.col(c.USER_ID).cast(pl.String).is_in(list(only)))
+            _all_found(only, table[c.USER_ID], dataset.path)
+        self.users, self.user_ids = table[c.USER].to_numpy().astype(np.int64), table[c.USER_ID].to_numpy()
+
+    @property
+    def newest(self) -> int:
+        """Seconds of the newest event of the log."""
+        return int(self.dataset.times.max())
+
+    def read(self, part: slice) -> tuple[Padded, Ragged]:
+        users = self.users[part]
+        return self.dataset.histories(users, "all", self.max_length), self.dataset.known(users, "all")
+
+
+class FileUsers:
+    """Users whose histories stand in a CSV or Parquet file: user_id, item_id and perhaps time (seconds).
+
+    Where the model has inputs for them, it is also told of the columns rating and action (names); a history without
+    them is one of unknown ratings and kinds.
+
+    Args:
+        path: the file; rows in order of time where it has no time.
+        recommender: whose items and history length count.
+        only: user ids, as text; None: everybody.
+    """
+
+    def __init__(self, path: Path, recommender: Recommender, only: Sequence[str] | None = None) -> None:
+        log = read_log(Path(path))
+        require(log, [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else []), path)
+        for name in (c.USER_ID, c.ITEM_ID, c.TIME):
+            if name in log.columns and (nulls := log[name].null_count()):
+                raise ValueError(f"{nulls:,} of {len(log):,} rows have no {name} in {path}; fill in or drop them")
+        if c.TIME in log.columns and not log[c.TIME].dtype.is_integer() and len(log):
+            raise ValueError(f"{path} has the time {log[c.TIME][0]!r}; expected whole seconds since 1970")
+        if only is not None:
+            log = log.filter(pl.col(c.USER_ID).cast(pl.String).is_in(list(only)))
+            _all_found(only, log[c.USER_ID].unique(), Path(path))
+        if not len(log):
+            raise ValueError(f"{path} holds no events; expected one row for each event of each user")
+        if c.TIME in log.columns:
+            log = log.sort(c.TIME, maintain_order=True)
+        numbers = recommender.numbers(log[c.ITEM_ID].to_list())
+        if not numbers.any():
+            raise ValueError(
+                f"none of the {len(log):,} item ids in {path} is known to the model, for example "
+                f"{log[c.ITEM_ID][0]!r}; expected ids as {recommender.catalogue[c.ITEM_ID][0]!r}"
+            )
+        if not numbers.all():
+            logger.warning(
+                "%s: %s of %s events are of items the model does not know", path, f"{(numbers == 0).sum():,}", len(log)
+            )
+        self.max_length = recommender.towers.max_length
+        self.user_ids, user = np.unique(log[c.USER_ID].to_numpy(), return_inverse=True)
+        order = np.argsort(user[numbers > 0], kind="stable")
+        self.items = numbers[numbers > 0][order]
+        times = log[c.TIME].to_numpy() if c.TIME in log.columns else np.zeros(len(log), dtype=np.int64)
+        self.times = times[numbers > 0][order].astype(np.int64)
+        self.ratings, self.actions = (
+            None if column is None else column[numbers > 0][order]
+            for column in (_ratings(log, recommender, path), _kinds(log, recommender, path))
+        )
+        counts = np.bincount(user[numbers > 0], minlength=len(self.user_ids))
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        self.newest = int(self.times.max())
+
+    def read(self, part: slice) -> tuple[Padded, Ragged]:
+        starts, ends = self.offsets[:-1][part], self.offsets[1:][part]
+        known = spans(starts, ends)
+        newest = np.maximum(starts, ends - self.max_length)
+        padded = left_aligned(self.items, self.times, newest, ends, self.ratings, self.actions)
+        return padded, Ragged(self.items[known.values], known.offsets)
+
+
+def _ratings(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarray | None:
+    """Of each event, (n,) float32; None where the model does not look at them or there are none."""
+    if "ratings" not in recommender.reads or not _there(log, c.RATING, path):
+        return None
+    try:
+        return known_ratings(log[c.RATING].cast(pl.Float32).to_list())
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} has ratings that are no numbers: {str(error).splitlines()[0]}") from error
+
+
+def _kinds(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarray | None:
+    """Of each event, (n,) int64; None where the model does not look at them or there are none."""
+    if not recommender.reads_kinds or not _there(log, c.ACTION, path):
+        return None
+    return recommender.kinds(log[c.ACTION].cast(pl.String).to_list(), path)
+
+
+def _there(log: pl.DataFrame, name: str, path: Path) -> bool:
+    if name not in log.columns:
+        logger.warning("%s has no column %s, at which the model looks; they are taken as unknown", path, name)
+    return name in log.columns
+
+
+def asked_of(users: np.ndarray, action: str, recommender: Recommender) -> np.ndarray:
+    """The kind of action to recommend for, for each user, (n,) int64.
+
+    Args:
+        users: their ids.
+        action: the name of a kind, for everybody; or a CSV or Parquet file with user_id and action (a name), or a .json
+            of {user_id: action}. Whoever is not in the file, or without an action there, is asked for the usual kind.
+        recommender: that shall be asked.
+    """
+    if recommender.next_action == "none":
+        raise ValueError(NOT_TOLD)
+    if action in recommender.actions:
+        return np.full(len(users), recommender.kind_asked(action))
+    if not Path(action).is_file():
+        raise ValueError(
+            f"the action asked for is {action!r}: no file, and no kind that the model knows, which are "
+            f"{', '.join(recommender.actions)}"
+        )
+    named = read_asked(Path(action))
+    number = {name: recommender.kind_asked(name) for name in set(named.values())}
+    told = [named.get(str(user)) for user in users]
+    if untold := told.count(None):
+        usual = repr(recommender.next_action) if recommender.usual_kind else "an unknown kind"
+        logger.warning("%s names no action for %s of %s users: %s", action, f"{untold:,}", f"{len(users):,}", usual)
+    return np.array([recommender.usual_kind if name is None else number[name] for name in told], dtype=np.int64)
+
+
+def read_asked(path: Path) -> dict[str, str]:
+    """The name of the kind of action that each user id in a file, as text, is asked for."""
+    if path.suffix == ".json":
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds a {type(found).__name__}, expected {{user_id: action}}")
+        return {user: str(name) for user, name in found.items() if name is not None}
+    log = read_log(path)
+    require(log, [c.USER_ID, c.ACTION], path)
+    log = log.select(pl.col(c.USER_ID, c.ACTION).cast(pl.String)).drop_nulls()
+    twice = log.filter(pl.col(c.USER_ID).is_duplicated())[c.USER_ID].unique()
+    if len(twice):
+        raise ValueError(f"{path} names more than one action for {len(twice):,} users, for example {twice[0]!r}")
+    return dict(log.iter_rows())
+
+
+def read_log(path: Path) -> pl.DataFrame:
+    """A CSV or Parquet file of events. Names in a CSV stay as they are written: item 0012 is not item 12."""
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path)
+        names = dict.fromkeys((c.USER_ID, c.ITEM_ID, c.ACTION), pl.String)
+        log = pl.read_csv(path, schema_overrides=names, infer_schema_length=None)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if c.USER_ID in log.columns and log[c.USER_ID].str.contains(c.PLAIN_NUMBER).all():
+        return log.with_columns(pl.col(c.USER_ID).cast(pl.Int64))
+    return log
+
+
+def require(log: pl.DataFrame, names: Sequence[str], path: Path) -> None:
+    """Raises a ValueError that says which columns a table lacks."""
+    if missing := [name for name in names if name not in log.columns]:
+        raise ValueError(f"{path} lacks the columns {missing}; it has {log.columns}")
+
+
+def _all_found(wanted: Sequence[str], found: pl.Series, where: Path) -> None:
+    if missing := sorted(set(map(str, wanted)) - set(found.cast(pl.String))):
+        raise ValueError(f"{len(missing)} of {len(set(wanted))} user ids are not in {where}, for example {missing[:3]}")
