@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -262,10 +263,31 @@ def test_full_softmax_is_its_definition() -> None:
 def test_defaults_are_the_published_choices() -> None:
     assert isinstance(InfoNCE().negatives, InBatch)
     assert isinstance(DCL().negatives, InBatch)
-    assert {loss.temperature for loss in (InfoNCE(), DCL(), FullSoftmax())} == {0.05}
     pointwise = (losses.BCE(), MSE(), losses.BPR(), GBCE())
-    assert {loss.temperature for loss in pointwise} == {1.0}
     assert [(loss.negatives.count, loss.negatives.per) for loss in pointwise] == [(1, "event")] * 3 + [(256, "event")]
+
+
+@pytest.mark.parametrize("form", [InfoNCE, DCL, FullSoftmax, losses.BCE, GBCE, losses.BPR])
+@pytest.mark.parametrize(("similarity", "temperature"), [("cosine", 0.05), ("dot", 1.0)])
+def test_the_temperature_suits_the_similarity(form: Any, similarity: Any, temperature: float) -> None:
+    queries, table, answers = unit(6, D), unit(V + 1, D), asked(torch.tensor([3, 1, 3, 7, 2, 5]))
+
+    def cost(given: float | None) -> float:
+        torch.manual_seed(1)
+        return form(given)(queries, answers, catalogue(table)._replace(similarity=similarity)).item()
+
+    assert cost(None) == cost(temperature)
+    assert cost(None) != pytest.approx(cost(0.3))
+
+
+def test_a_bias_does_not_make_items_alike() -> None:
+    """Orthogonal items, each with a large bias behind its vector: their cosine is 0, though not with the bias."""
+    table = torch.cat([torch.eye(4), torch.full((4, 1), 30.0)], dim=1).double()
+    answers, queries = asked(torch.tensor([1, 2, 3])), unit(3, 5)
+    plain, filtered = InfoNCE(), InfoNCE(near=0.9)
+    told = catalogue(table)._replace(dim=4)
+    assert filtered(queries, answers, told).item() == pytest.approx(plain(queries, answers, told).item())
+    assert filtered(queries, answers, catalogue(table)).item() == 0, "the bias alone would hide all negatives"
 
 
 def test_calibration_ends_at_bce_and_at_the_share_of_negatives() -> None:
@@ -276,7 +298,7 @@ def test_calibration_ends_at_bce_and_at_the_share_of_negatives() -> None:
 
     def cost(t: float) -> tuple[float, float, int]:
         loss = GBCE(calibration=t, negatives=Recorded(Uniform(4)))
-        value = loss(queries, answer, catalogue(table)).item()
+        value = loss(queries, answer, catalogue(table)._replace(similarity="dot")).item()
         drawn = [item for item, draws, _ in candidates(loss.negatives.drawn, 0) for _ in range(int(draws)) if item != 3]
         return value, sum(math.log1p(math.exp(item)) for item in drawn), len(drawn)
 
