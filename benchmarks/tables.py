@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
 
+from recsys2stage.retriever import Retriever
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "--model.init_args"
 
@@ -229,7 +231,8 @@ class CpuBudget(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
         share = (time.process_time() - self.start) / (60 * self.minutes)
-        module.planned_steps = trainer.global_step / share  # type: ignore[assignment]  # mypy: attributes are modules
+        if isinstance(module, Retriever):
+            module.planned_steps = trainer.global_step / share
         if share > 1:
             trainer.should_stop = True
 

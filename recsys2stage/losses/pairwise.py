@@ -13,7 +13,18 @@ from recsys2stage.losses.sampled import Block, Priced, Sampled
 
 
 class Pointwise(Sampled):
-    """A sum over scores of the answer and of each negative; autograd takes the gradient, block by block."""
+    """A sum over scores of the answer and of each negative; autograd takes the gradient, block by block.
+
+    Args:
+        temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
+        negatives: the candidates; None: Uniform(1).
+        same_sequence: whether items of the row's own window of events are no negatives.
+    """
+
+    def __init__(
+        self, temperature: float | None = None, negatives: Negatives | None = None, same_sequence: bool = False
+    ) -> None:
+        super().__init__(temperature, negatives or Uniform(1), same_sequence)
 
     def price(self, block: Block) -> Priced:
         hidden = block.others == -torch.inf
@@ -85,18 +96,7 @@ class BCE(Pointwise):
 
 
 class MSE(Pointwise):
-    """scikit-rec's regression: (s_ii − rating)² + 1/N Σ_j s_ij² over the N negatives.
-
-    Args:
-        temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
-        negatives: the candidates; None: Uniform(1).
-        same_sequence: whether items of the row's own window of events are no negatives.
-    """
-
-    def __init__(
-        self, temperature: float | None = None, negatives: Negatives | None = None, same_sequence: bool = False
-    ) -> None:
-        super().__init__(temperature, negatives or Uniform(1), same_sequence)
+    """scikit-rec's regression: (s_ii − rating)² + 1/N Σ_j s_ij² over the N negatives."""
 
     def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
         rated(answers, "another loss, such as BCE")
@@ -147,18 +147,7 @@ class GBCE(Pointwise):
 
 
 class BPR(Pointwise):
-    """−log σ(s_ii − s_ij), the mean over a row's negatives j (Rendle et al. 2009).
-
-    Args:
-        temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
-        negatives: the candidates; None: Uniform(1).
-        same_sequence: whether items of the row's own window of events are no negatives.
-    """
-
-    def __init__(
-        self, temperature: float | None = None, negatives: Negatives | None = None, same_sequence: bool = False
-    ) -> None:
-        super().__init__(temperature, negatives or Uniform(1), same_sequence)
+    """−log σ(s_ii − s_ij), the mean over a row's negatives j (Rendle et al. 2009)."""
 
     def cost(
         self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
