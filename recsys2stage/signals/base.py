@@ -1,0 +1,122 @@
+"""What a signal is: numbers of a candidate at a request that the retriever does not say.
+
+Signals learn nothing by gradient. They count training events once, into tables, and look those up: the same code when
+lists are mined, when they are measured and when they are served. S numbers of a signal.
+"""
+
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from recsys2stage.checkpoints import factory
+from recsys2stage.dataset import Dataset, Padded, Ragged, newest_first
+
+FOLDER, DESCRIPTION = "signals", "signals.json"  # of a mined or served folder
+
+
+class Requests(NamedTuple):
+    """B requests with C candidates each."""
+
+    items: np.ndarray  # (B, C) int64, 0 where there is no candidate
+    history: Padded  # the newest events before each request
+    now: np.ndarray  # (B,) int64 seconds of each request; of the newest event where the model is not told
+    vectors: np.ndarray  # (V + 1, D) float32, the retriever's item vectors, row 0 zero
+
+    def newest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Items and times of the newest `count` events, newest first, (B, count) int64 each; 0 where there are none."""
+        return newest_first(self.history.items, self.history.lengths, count), newest_first(
+            self.history.times, self.history.lengths, count
+        )
+
+
+class Signal(ABC):
+    """Numbers of each candidate of a request, from tables of training events. Options are kept under their names."""
+
+    by_id: ClassVar[bool] = False  # whether they come from the item's id, and are 0 where ids are masked
+    reads_ratings: ClassVar[bool] = False  # whether it looks at how a history's events were rated
+    names: tuple[str, ...]  # of the S numbers
+    tables: dict[str, np.ndarray]  # all it has counted
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether a request must say when it and its events happened."""
+        return False
+
+    @abstractmethod
+    def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
+        """Counts training events, and nothing else, into `tables`.
+
+        Args:
+            dataset: prepared dataset.
+            vectors: (V + 1, D) the retriever's item vectors, row 0 zero.
+
+        Raises:
+            ValueError: where the data lack what the signal needs.
+        """
+
+    @abstractmethod
+    def __call__(self, requests: Requests) -> np.ndarray:
+        """(B, C, S) float32, finite, of moderate size (logarithms of counts and seconds); 0 where no candidate is."""
+
+
+class Proposer(Signal):
+    """A signal that also names candidates of its own.
+
+    Args:
+        candidates: how many it names at each request; 0: none.
+    """
+
+    def __init__(self, candidates: int = 0) -> None:
+        if candidates < 0:
+            raise ValueError(f"candidates is {candidates}, expected 0 for none, or more")
+        self.candidates = candidates
+
+    @abstractmethod
+    def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
+        """Its best `candidates` items that are not known, best first, (B, candidates) int64; −1 where there are fewer.
+
+        `requests.items` is not looked at.
+        """
+
+
+def is_known(items: np.ndarray, known: Ragged, size: int) -> np.ndarray:
+    """Which of (B, N) items their row's user has met; also true of 0 and below.
+
+    Args:
+        size: above every item number.
+    """
+    keys = np.sort(known.rows * size + known.values)
+    asked = np.arange(len(items))[:, None] * size + items
+    place = np.searchsorted(keys, asked).clip(max=max(len(keys) - 1, 0))
+    return (items <= 0) | (keys[place] == asked if len(keys) else False)
+
+
+def specify(signal: Signal) -> dict[str, Any]:
+    """A signal's class and options, plainly."""
+    options = {name: getattr(signal, name) for name in inspect.signature(type(signal)).parameters}
+    return {"class_path": f"{type(signal).__module__}.{type(signal).__qualname__}", "init_args": options}
+
+
+def save_signals(signals: Sequence[Signal], folder: Path) -> None:
+    """Writes signals and their tables into a new folder."""
+    folder.mkdir()
+    (folder / DESCRIPTION).write_text(json.dumps([specify(signal) for signal in signals], indent=2), encoding="utf-8")
+    for number, signal in enumerate(signals):
+        for name, table in signal.tables.items():
+            np.save(folder / f"{number}.{name}.npy", table)
+
+
+def load_signals(folder: Path) -> list[Signal]:
+    """Signals as they were saved; tables stay on disk until they are looked at."""
+    signals = []
+    for number, described in enumerate(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))):
+        signal = factory(described)()
+        files = sorted(folder.glob(f"{number}.*.npy"))
+        signal.tables = {file.name.split(".")[1]: np.load(file, mmap_mode="r") for file in files}
+        signals.append(signal)
+    return signals

@@ -1,0 +1,95 @@
+"""How an item was rated before the request, and how its user rates. E rated training events."""
+
+import numpy as np
+
+from recsys2stage.dataset import Dataset, spans
+from recsys2stage.signals.base import Requests, Signal
+
+NONE = 0  # an event that nobody rated
+
+
+class Ratings(Signal):
+    """Ratings of the candidate by others before the request, and of the user in the history. A rating of 0 is none.
+
+    - item_mean: mean of the candidate's ratings strictly before the request (of all training events where the data
+      have no times), (sum + prior · m) / (count + prior) with m the mean of all training events;
+    - item_count: log(1 + how many those are);
+    - user_mean: mean of the user's ratings, m where there are none;
+    - newest_over_mean: the newest of them less user_mean, 0 where there are none;
+    - user_spread: their standard deviation, 0 where there are none;
+    - item_over_user: item_mean less user_mean.
+
+    Args:
+        prior: average ratings that are added to those of each item.
+    """
+
+    reads_ratings = True
+    names = ("item_mean", "item_count", "user_mean", "newest_over_mean", "user_spread", "item_over_user")
+
+    def __init__(self, prior: float = 20.0) -> None:
+        if prior <= 0:
+            raise ValueError(f"prior is {prior}, expected a number of ratings above 0")
+        self.prior = prior
+
+    @property
+    def reads_times(self) -> bool:  # not of data that have none
+        return "clock" in self.tables
+
+    def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
+        if dataset.ratings is None:
+            raise ValueError(f"the events of {dataset.path} have no ratings; leave Ratings out")
+        train = spans(np.asarray(dataset.offsets[:-1]), np.asarray(dataset.train_ends)).values
+        train = train[np.asarray(dataset.ratings)[train] != NONE]
+        if not len(train):
+            raise ValueError(f"no training event of {dataset.path} has a rating; leave Ratings out")
+        items = np.asarray(dataset.items)[train]
+        keys = items.astype(np.int64)
+        if dataset.has_time:
+            times = np.asarray(dataset.times)[train]
+            clock = np.array([times.min(), times.max() - times.min() + 2])  # first second, and past all seconds
+            keys = keys * clock[1] + (times - clock[0])
+        order = np.argsort(keys, kind="stable")
+        sums = np.cumsum(np.asarray(dataset.ratings)[train[order]], dtype=np.float64)
+        self.tables = {
+            "sums": np.append(0.0, sums),  # (E + 1,) ratings before each place, where events lie by item and time
+            "starts": np.searchsorted(items[order], np.arange(dataset.num_items + 2)),  # (V + 2,) of each item
+            "mean": sums[-1:] / len(train),
+        }
+        if dataset.has_time:
+            self.tables |= {"keys": keys[order], "clock": clock}  # (E,) item · clock[1] + seconds since clock[0]
+
+    def __call__(self, requests: Requests) -> np.ndarray:
+        sums, starts = np.asarray(self.tables["sums"]), np.asarray(self.tables["starts"])
+        begin, end = starts[requests.items], self._ends(requests)
+        mean, count = float(self.tables["mean"][0]), end - begin
+        item_mean = (sums[end] - sums[begin] + self.prior * mean) / (count + self.prior)
+        user_mean, newest, spread = (number[:, None] for number in self._of_users(requests, mean))
+        numbers = [item_mean, np.log1p(count), user_mean, newest, spread, item_mean - user_mean]
+        out = np.empty((*requests.items.shape, len(numbers)), dtype=np.float32)
+        for place, number in enumerate(numbers):
+            out[..., place] = np.where(requests.items > 0, number, 0)
+        return out
+
+    def _ends(self, requests: Requests) -> np.ndarray:
+        """Past each candidate's newest event before the request, in the order of `sums`, (B, C)."""
+        if "clock" not in self.tables:
+            return np.asarray(self.tables["starts"])[requests.items + 1]
+        first, span = self.tables["clock"].tolist()
+        asked = requests.items * span + (requests.now - first).clip(0, span - 1)[:, None]
+        order = np.argsort(asked, axis=None)  # neighbours in memory are looked for one after the other
+        ends = np.empty(asked.size, dtype=np.int64)
+        ends[order] = np.searchsorted(np.asarray(self.tables["keys"]), asked.ravel()[order])
+        return ends.reshape(asked.shape)
+
+    def _of_users(self, requests: Requests, mean: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean, newest less mean, and spread of each user's ratings, (B,) each."""
+        ratings, count = requests.history.ratings, len(requests.now)
+        if ratings is None:
+            return np.full(count, mean), np.zeros(count), np.zeros(count)
+        column = np.arange(ratings.shape[1])
+        rated = (column < np.asarray(requests.history.lengths)[:, None]) & (ratings != NONE)
+        number, ratings = rated.sum(1), ratings.astype(np.float64)
+        own = np.where(number > 0, np.where(rated, ratings, 0).sum(1) / number.clip(min=1), mean)
+        away = np.where(rated, ratings - own[:, None], 0)
+        newest = np.take_along_axis(away, np.where(rated, column, 0).max(1)[:, None], axis=1)[:, 0]
+        return own, newest, np.sqrt((away**2).sum(1) / number.clip(min=1))
