@@ -1,0 +1,75 @@
+"""Mixture of logits, a similarity of high rank (Zhai et al. 2023, arXiv 2306.04039; Ding & Zhai 2024, 2407.15462)."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recsys2stage.scorers.base import Scorer, Shown
+from recsys2stage.scorers.deep import DIRECT_SCALE, Deep, Wide, seen, spread
+
+
+class MoL(Scorer):
+    """Cosines of several embeddings of the user with several of the item, of which gates choose the ones that count.
+
+        scale · Σ_p Σ_q π_pq cos(f_p, g_q) / temperature,  π = softmax of the gates' layers
+
+    The f_p are linear maps of the user's state, the g_q of the item's vector and the features. The papers make the
+    gates from three small networks, of user, item and the cosines; here one, the MLP's layers, sees all three. `scale`
+    is learned and begins at 0, so that the retriever's order stands at first; it alone learns in the first step, all
+    else from the second on. The features also act on the score directly, as in all scorers here.
+
+    Args:
+        dim: width D of states and item vectors.
+        num_features: F.
+        hidden: widths of the gates' layers.
+        dropout: after each of them.
+        user_parts: number P of embeddings of the user.
+        item_parts: number Q of embeddings of the item.
+        part_dim: width K of each.
+        temperature: what cosines are divided by.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_features: int,
+        hidden: Sequence[int] = (256, 128),
+        dropout: float = 0.2,
+        user_parts: int = 8,
+        item_parts: int = 4,
+        part_dim: int = 32,
+        temperature: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}, expected more than 0")
+        self.user_parts, self.item_parts, self.part_dim = user_parts, item_parts, part_dim
+        self.temperature = temperature
+        self.of_user = nn.Linear(dim, user_parts * part_dim)
+        self.of_item = nn.Linear(dim + num_features, item_parts * part_dim)
+        for linear in (self.of_user, self.of_item):
+            nn.init.kaiming_uniform_(linear.weight, nonlinearity="linear")
+            nn.init.zeros_(linear.bias)
+        pairs = user_parts * item_parts
+        self.gates = Deep(dim, 2 * dim + num_features + pairs, hidden, dropout, outputs=pairs)
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.wide = Wide(num_features)
+
+    def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
+        user, candidates = seen(shown)
+        cosines = self.cosines(shown)
+        gates = self.gates(user, torch.cat([candidates, cosines], dim=-1)).softmax(dim=-1)
+        mixture = (gates * cosines).sum(-1) / self.temperature
+        return DIRECT_SCALE * self.scale * mixture + self.wide(shown.features)
+
+    def cosines(self, shown: Shown) -> Float[Tensor, "B C N"]:
+        """Of each embedding of the item with each of the user, N = P · Q."""
+        requests, candidates, _ = shown.vectors.shape
+        users = self.of_user(spread(shown.state)).view(requests, self.user_parts, self.part_dim)
+        items = self.of_item(torch.cat([spread(shown.vectors), shown.features], dim=-1))
+        items = items.view(requests, candidates * self.item_parts, self.part_dim)
+        products = torch.bmm(F.normalize(items, dim=-1), F.normalize(users, dim=-1).transpose(1, 2))
+        return products.view(requests, candidates, self.item_parts * self.user_parts)
