@@ -17,6 +17,9 @@ import numpy as np
 from recsys2stage import __version__
 from recsys2stage.columns import MANIFEST
 
+RUN = Path("runs/ml-20m")  # the default run, as `make pipeline` leaves it
+DATA = Path("data/ml-20m")
+
 
 @contextmanager
 def whole(path: str | Path, kind: str | None = None) -> Iterator[Path]:

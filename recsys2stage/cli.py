@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 # short class names in YAML resolve once their module is imported
-from recsys2stage import index, mining, sources, split  # noqa: F401
+from recsys2stage import index, mining, signals, sources, split  # noqa: F401
 from recsys2stage.commands import COMMANDS
 
 

@@ -11,6 +11,7 @@ PART = "part"  # what an event is for, where the source says so: its place in tr
 
 # columns of tables after numbering: users 0..U-1, items 1..V
 USER, ITEM, SCORE, RANK = "user", "item", "score", "rank"
+REQUEST, PLACE, ROWS = "request", "place", "rows"  # a mined list, its target among all events, its length
 LABEL, RETRIEVER_SCORE, RETRIEVER_RANK, ORIGIN, FOLD = "label", "retriever_score", "retriever_rank", "origin", "fold"
 
 MANIFEST = "manifest.json"  # beside every artifact: what made it, from what, with which options

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +12,30 @@ import torch
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import ParquetStream, read_manifest, whole, write_json, write_manifest
-from recsys2stage.dataset import Dataset, Part
-from recsys2stage.evaluate import as_markdown, as_table, describe, negatives_of, protocol_line, rank_users, summarise
+from recsys2stage.artifacts import (
+    DATA,
+    RUN,
+    ParquetStream,
+    fingerprint,
+    read_manifest,
+    whole,
+    write_json,
+    write_manifest,
+)
+from recsys2stage.checkpoints import build, read_checkpoint
+from recsys2stage.compare import TARGET, check_opponent, compare, read_opponent
+from recsys2stage.dataset import Dataset, Part, some
+from recsys2stage.evaluate import beyond_accuracy, describe, negatives_of, protocol_line, rank_users, summarise
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
-from recsys2stage.mining import (
-    CANDIDATES,
-    STATES,
-    Miner,
-    Mixture,
-    Popular,
-    RankBand,
-    Request,
-    Uniform,
-    lists,
-    select_fold,
-    specify_miner,
-)
+from recsys2stage.mine import mine_negatives
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
+from recsys2stage.plots import draw
 from recsys2stage.prepare import prepare
-from recsys2stage.recommend import (
-    POPULARITY,
-    RERANKER,
-    TOWERS,
-    Recommender,
-    build,
-    in_chunks,
-    read_checkpoint,
-)
+from recsys2stage.recommend import POPULARITY, RERANKER, TOWERS, Recommender, check_split, in_chunks
+from recsys2stage.report import HEADLINE, against_text, as_markdown, as_table
+from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.simulate import simulate
 from recsys2stage.towers import TwoTower
-
-RUN = Path("runs/ml-20m")  # the default run, as `make pipeline` leaves it
-DATA = Path("data/ml-20m")
 
 
 def export_index(
@@ -79,6 +71,7 @@ def export_index(
     facts = {
         "vector_dim": vectors.shape[1],
         "items": dataset.num_items,
+        "has_time": dataset.has_time,
         "request_time": options["request_time"],
         "next_action": options["next_action"],
         "actions": options["actions"],
@@ -115,94 +108,6 @@ def export_index(
     print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
 
 
-def mine_negatives(
-    data: Path = DATA,
-    index: Path = RUN / "index",
-    output: Path | None = None,
-    miner: Miner | None = None,
-    k: int = 200,
-    select: float = 0.2,
-    users: int | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> None:
-    """Mine candidate lists around each user's validation target, which the retriever has never been trained on.
-
-    Candidates come through the path that serves: the index, with the user's known items excluded. Every positive up to
-    and including the target is kept out of the negatives; the test event is never consulted. Users kept to select the
-    ranker get all candidates, in order, as they are served.
-
-    Args:
-        data: prepared dataset.
-        index: folder written by export-index.
-        output: folder to write; None: candidates, beside the index.
-        miner: which negatives a training list gets; None: every candidate, 10 uniform and 10 popular items.
-        k: candidates of each user.
-        select: share of the users, by seeded hash, that select the ranker and do not train it.
-        users: how many users to mine, drawn at random; None: all.
-        batch_size: users at a time.
-        seed: of the draws.
-    """
-    output = output or index.parent / "candidates"
-    dataset, recommender = open_both(data, index)
-    if not 0 <= select < 1:
-        raise ValueError(f"select is {select}, expected a share of the users from 0 to below 1")
-    miner = miner or Mixture([RankBand(), Uniform(10), Popular(10)])
-    met = dataset.users("val")
-    met = met[dataset.target_places("val")[met] > dataset.offsets[met]]  # without a history there is nothing to rank by
-    mined = some(met, users, seed)
-    if not len(mined):
-        raise ValueError(
-            f"{data} has no user with a validation target and events before it; see the counts in {data / c.MANIFEST}"
-        )
-    vectors = np.concatenate([np.zeros((1, recommender.index.vectors.shape[1]), np.float32), recommender.index.vectors])
-    rng = np.random.default_rng(seed)
-    counts = {"users": len(mined), "train_users": 0, "select_users": 0, "target_outside_candidates": 0, "rows": 0}
-    with whole(output, "candidates") as folder:
-        folder.mkdir()
-        states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), vectors.shape[1]))
-        with ParquetStream(folder / CANDIDATES) as stream:
-            for part in tqdm(list(in_chunks(len(mined), batch_size)), desc="mine", unit="batch"):
-                batch = mined[part]
-                padded = dataset.histories(batch, "val", recommender.towers.max_length)
-                known, target = dataset.known(batch, "val"), dataset.targets(batch, "val")
-                asked = dataset.asked(batch, "val", recommender.next_action)
-                queries = states[part] = recommender.queries(padded, dataset.request_times(batch, "val"), asked)
-                scores, items = recommender.candidates(queries, known, k)
-                selects = select_fold(batch, select, seed)
-                request = Request.of(items, target, known.rows, known.values, dataset.train_counts)
-                every = queries @ vectors.T  # (B, V + 1)
-                every[:, 0] = every[known.rows, known.values] = -np.inf
-                table = lists(request, scores, miner.choose(request, rng), every, selects)
-                if len(empty := np.setdiff1d(np.arange(len(batch)), table["row"])):
-                    raise ValueError(
-                        f"the miner left the lists of {len(empty)} of {len(batch)} users empty; with k = {k}, "
-                        "skip_top must be lower or k higher"
-                    )
-                found = (items == target[:, None]).any(1)
-                counts["train_users"] += int((~selects & found).sum())
-                counts["select_users"] += int(selects.sum())
-                counts["target_outside_candidates"] += int((~found).sum())
-                counts["rows"] += len(table[c.ITEM])
-                stream.write({c.USER: batch[table.pop("row")].astype(np.int32), **table})
-        states.flush()
-        write_manifest(
-            folder,
-            "candidates",
-            options={"miner": specify_miner(miner), "k": k, "select": select, "users": users, "seed": seed},
-            parents={"index": index, "data": data},
-            vector_dim=vectors.shape[1],
-            request_time=recommender.request_time,
-            next_action=recommender.next_action,
-            counts=counts,
-        )
-    outside = counts["target_outside_candidates"]
-    print(
-        f"{output}: {counts['rows']:,} rows of {counts['users']:,} users ({counts['train_users']:,} train the ranker, "
-        f"{counts['select_users']:,} select it); the target of {outside:,} lies outside the {k} candidates"
-    )
-
-
 def export_bundle(
     index: Path = RUN / "index",
     ranker: Path = RUN / "ranker/best.ckpt",
@@ -228,7 +133,15 @@ def export_bundle(
             if file.name != c.MANIFEST:
                 (folder / file.name).write_bytes(file.read_bytes())
         torch.save(weights, folder / RERANKER)
-        kept = ("vector_dim", "items", "request_time", "next_action", "actions", "split_hash", "towers")
+        if options["signals"]:
+            made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
+            mined = made["parents"]["candidates"]
+            if fingerprint(mined["path"]) != mined["hash"]:
+                raise ValueError(
+                    f"{ranker} was trained on other candidates than those now in {mined['path']}; fit again"
+                )
+            shutil.copytree(Path(mined["path"]) / SIGNALS, folder / SIGNALS)
+        kept = ("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers")
         write_manifest(
             folder,
             "bundle",
@@ -237,8 +150,12 @@ def export_bundle(
             candidates=candidates,
             reranker={
                 "dim": options["vector_dim"],
-                **{name: options[name] for name in ("num_items", "features", "scorer", "feature_dim")},
+                **{
+                    name: options[name]
+                    for name in ("num_items", "features", "scorer", "feature_dim", "signals", "without")
+                },
             },
+            recent=options["recent"],
             **{name: first[name] for name in kept},
         )
     print(f"{output}: both stages, {candidates} candidates")
@@ -318,13 +235,16 @@ def evaluate(
     split: Part = "test",
     protocol: str = "full",
     users: int | None = None,
+    against: Path | None = None,
+    plots: bool = True,
     resamples: int = 1000,
     batch_size: int = 256,
     seed: int = 0,
 ) -> None:
     """Measure both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
 
-    Sampled numbers stand apart: report-sampled-100.json, report-sampled-100.md and ranks-sampled-100.parquet.
+    Sampled numbers stand apart: report-sampled-100.json, report-sampled-100.md and ranks-sampled-100.parquet. What is
+    measured of the shown items, calibration and figures are of full ranking only.
 
     Args:
         bundle: folder written by export-bundle (or by export-index: the first stage alone).
@@ -334,9 +254,12 @@ def evaluate(
         protocol: what each target is ranked among: full (all items the user has not met), or sampled-100 (the target
             and 100 of them, or any other number, drawn at random), which is not comparable to full.
         users: how many users, drawn at random; None: all.
-        resamples: bootstrap samples of users.
+        against: folder of another run's report, to compare both stages with; it must be of the same targets of the
+            same users, ranked in the same way. None: with no other.
+        plots: also write cohorts.png, ceiling.png, learning.png and calibration.png.
+        resamples: bootstrap samples of users, and draws of each randomisation test.
         batch_size: users at a time.
-        seed: of the draws and the bootstrap.
+        seed: of the draws, the bootstrap and the tests.
     """
     negatives = negatives_of(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
@@ -350,48 +273,33 @@ def evaluate(
             f"{dataset.path} has no user with a {split} target; see the counts in its {c.MANIFEST}, or measure on the "
             f"other targets, split {'val' if split == 'test' else 'test'}"
         )
-    ranks = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
-    found = ranks.pop("found")
-    conditions = describe(dataset, recommender.request_time, split, recommender.next_action, negatives)
-    report = {"protocol": conditions} | summarise(dataset, ranks, measured, split, resamples, seed)
-    report["candidates"] = {"k": recommender.num_candidates, "recall": float(found.mean())}
-    line = protocol_line(conditions, len(measured), dataset.num_items)
     mark = "" if negatives is None else f"-{protocol}"
+    conditions = describe(dataset, recommender.request_time, split, recommender.next_action, negatives, seed)
+    targets = dataset.targets(measured, split)
+    if against is not None:  # refused before the work, not after it
+        other = read_opponent(against, mark)
+        differs = check_opponent(other, conditions, dataset.num_items, measured, targets)
+    outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
+    report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
+    report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
+    report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
+    if against is not None:
+        report["against"] = compare(outcome.ranks, other, differs, resamples, seed)
+    line = protocol_line(conditions, len(measured), dataset.num_items)
     output.mkdir(parents=True, exist_ok=True)
+    figures, missing = draw(report, outcome.place, bundle, output) if plots and negatives is None else ({}, [])
     with whole(output / f"ranks{mark}.parquet") as beside:
-        pl.DataFrame({c.USER: measured, **ranks}).write_parquet(beside)
+        pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(beside)
     with whole(output / f"report{mark}.md") as beside:
-        beside.write_text(as_markdown(report, line), encoding="utf-8")
+        beside.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
     write_json(output / f"report{mark}.json", report)
     print(f"\n{line}\n\n{as_table(report)}\n")
-    for name in (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet"):
+    if against is not None:
+        print(f"{against_text(report, HEADLINE)}\n")
+    for sentence in missing:
+        print(sentence)
+    for name in (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures):
         print(output / name)
-
-
-def open_both(data: Path, index: Path) -> tuple[Dataset, Recommender]:
-    """A dataset and a first stage that was made from it."""
-    dataset = Dataset(data)
-    check_split(dataset, index)
-    recommender = Recommender.load(index)
-    recommender.check(dataset)
-    return dataset, recommender
-
-
-def check_split(dataset: Dataset, folder: Path) -> None:
-    """Refuses to use a model with a dataset whose training events may be other than those it was trained on."""
-    theirs = read_manifest(folder, Recommender.kind(folder), "recsys export-index")["split_hash"]
-    if theirs != dataset.manifest["split_hash"]:
-        raise ValueError(
-            f"{folder} was made from a dataset with split hash {theirs[:12]}…, but {dataset.path} has "
-            f"{dataset.manifest['split_hash'][:12]}…: its test events may have been trained on; make {folder} again"
-        )
-
-
-def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """All users, or `count` of them drawn at random, ascending."""
-    if count is None or count >= len(users):
-        return users
-    return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
 
 
 COMMANDS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The two data modules: histories for the retriever, mined candidates for the ranker.
+"""Histories for the retriever, and what batches of any kind are made with.
 
 Batches are gathers over memory-mapped arrays, so there are no workers and no per-row Python.
 """
@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from lightning import LightningDataModule
 from torch import Tensor
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import fingerprint, read_manifest
-from recsys2stage.dataset import Dataset, Part, RequestTime, as_history, declared, places, windows
-from recsys2stage.index import VECTORS
-from recsys2stage.mining import CANDIDATES, STATES, read_candidates
+from recsys2stage.dataset import Dataset, Part, RequestTime, as_history, declared, windows
 from recsys2stage.shapes import History
 
 
@@ -30,16 +27,6 @@ class Queries(NamedTuple):
     target: Int[Tensor, " B"]
     known_rows: Int[Tensor, " X"]
     known_items: Int[Tensor, " X"]
-
-
-class Lists(NamedTuple):
-    """Candidate lists; places past a list's end hold item 0."""
-
-    state: Float[Tensor, "B D"]
-    items: Int[Tensor, "B C"]
-    score: Float[Tensor, "B C"]
-    rank: Int[Tensor, "B C"]
-    positive: Int[Tensor, " B"]  # place of the positive; -1 where it is not among the candidates
 
 
 class BatchLoader:
@@ -95,7 +82,7 @@ def shuffled(lengths: np.ndarray, batch_size: int, epoch: int, pool: int = 32) -
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class _DataModule(LightningDataModule):
+class ArrayModule(LightningDataModule):
     path: Path
     batch_size: int
 
@@ -121,7 +108,7 @@ class _DataModule(LightningDataModule):
         return BatchLoader(read, lambda: batches)
 
 
-class Histories(_DataModule):
+class Histories(ArrayModule):
     """Windows over every user's training events, and the histories before validation and test targets.
 
     Args:
@@ -242,84 +229,3 @@ def prepare_dataset(config: Path, output: Path) -> None:
     parser.add_function_arguments(prepare)
     options = parser.instantiate(parser.parse_path(str(config)))
     prepare(**{**options.as_dict(), "output": output})
-
-
-class Candidates(_DataModule):
-    """Mined candidate lists: most users train the ranker, the rest select it.
-
-    Args:
-        path: folder written by `recsys mine-negatives`.
-        batch_size: lists in a batch.
-    """
-
-    def __init__(self, path: Path, batch_size: int = 128) -> None:
-        super().__init__()
-        self.path, self.batch_size = Path(path), batch_size
-        self.manifest = read_manifest(path, "candidates", f"recsys mine-negatives --output {path}")
-        for name, parent in self.manifest["parents"].items():
-            if fingerprint(parent["path"]) != parent["hash"]:
-                raise ValueError(
-                    f"{path} was mined from another {name} than the one now in {parent['path']}; mine again: "
-                    f"recsys mine-negatives --output {path}"
-                )
-        self.dataset = Dataset(self.manifest["parents"]["data"]["path"])
-
-    @property
-    def num_items(self) -> int:
-        return self.dataset.num_items
-
-    @property
-    def vector_dim(self) -> int:
-        return int(self.manifest["vector_dim"])
-
-    @property
-    def num_candidates(self) -> int:
-        """How many candidates of each user were looked at: what the ranker should order when it serves."""
-        return int(self.manifest["options"]["k"])
-
-    @property
-    def parents(self) -> dict[str, Path]:
-        return {"candidates": self.path}
-
-    @property
-    def features(self) -> list[dict[str, Any]]:
-        """Item features the ranker may look at: name, kind, size and width of the array of values."""
-        return declared(self.dataset.item_features)
-
-    def item_vectors(self) -> Float[Tensor, "W D"]:
-        """The retriever's vectors, row 0 for padding."""
-        vectors = np.load(Path(self.manifest["parents"]["index"]["path"]) / VECTORS)
-        return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
-
-    def setup(self, stage: str) -> None:
-        self.lists = read_candidates(self.path / CANDIDATES)
-        self.states = np.load(self.path / STATES, mmap_mode="r")
-        assert len(self.states) == len(self.lists.user), "each state belongs to the list of the same number"
-
-    def train_dataloader(self) -> BatchLoader:
-        train = np.flatnonzero((self.lists.fold == "train") & (self.lists.positive >= 0))
-        if not len(train):
-            raise ValueError(
-                f"no list in {self.path} holds its user's target; mine more candidates (k) or train the retriever"
-            )
-        return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
-
-    def val_dataloader(self) -> BatchLoader:
-        select = np.flatnonzero(self.lists.fold == "select")
-        if not len(select):
-            raise ValueError(f"{self.path} keeps no users to select the ranker on; mine with select above 0")
-        return self._in_order(self.read, select, self.batch_size)
-
-    def test_dataloader(self) -> BatchLoader:
-        raise ValueError("a ranker is tested beside its retriever, on the same users: run recsys evaluate")
-
-    def read(self, batch: np.ndarray) -> Lists:
-        starts, ends = self.lists.offsets[batch], self.lists.offsets[batch + 1]
-        index, real = places(starts, ends)
-        return Lists(
-            state=torch.from_numpy(np.asarray(self.states[batch], dtype=np.float32)),
-            items=torch.from_numpy(np.where(real, self.lists.items[index], c.PAD).astype(np.int64)),
-            score=torch.from_numpy(self.lists.score[index]),
-            rank=torch.from_numpy(self.lists.rank[index].astype(np.int64)),
-            positive=torch.from_numpy(self.lists.positive[batch]),
-        )

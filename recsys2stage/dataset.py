@@ -13,6 +13,7 @@ from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
+At = Part | Literal["all"] | np.ndarray  # a user's target in a split, none (after all events), or (B,) target places
 
 
 class Ragged(NamedTuple):
@@ -160,34 +161,51 @@ class Dataset:
         """Events starts[b] .. ends[b] - 1 of each row, left-aligned."""
         return left_aligned(self.items, self.times, starts, ends, self.ratings, self.actions)
 
-    def histories(self, users: np.ndarray, split: Part | Literal["all"], max_length: int) -> Padded:
-        """The newest events before each user's target in `split` (all events for "all"), at most `max_length`."""
-        ends = np.asarray(self.offsets[users + 1]) if split == "all" else self.target_places(split)[users]
+    def ends(self, users: np.ndarray, at: At) -> np.ndarray:
+        """One past the last event before each user's target, which is the target's own place, (B,) int64."""
+        if isinstance(at, np.ndarray):
+            return at
+        return np.asarray(self.offsets[users + 1]) if at == "all" else self.target_places(at)[users]
+
+    def val_targets(self, newest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All validation events that have one before them, by user and time: users and places, (n,) int64 each.
+
+        Args:
+            newest: so many of each user at most; None: all.
+        """
+        starts, ends = np.asarray(self.train_ends), np.asarray(self.val_ends)
+        starts = np.maximum(starts, self.offsets[:-1] + 1)
+        found = spans(starts if newest is None else np.maximum(starts, ends - newest), ends)
+        return found.rows, found.values
+
+    def histories(self, users: np.ndarray, at: At, max_length: int) -> Padded:
+        """The newest events before each user's target, at most `max_length`."""
+        ends = self.ends(users, at)
         return self.events(np.maximum(ends - max_length, self.offsets[users]), ends)._replace(user=self.people(users))
 
     def people(self, users: np.ndarray) -> tuple[np.ndarray, ...]:
         """The values of each declared user feature, (B, P) each."""
         return tuple(feature["values"][users].reshape(len(users), -1) for feature in self.user_features)
 
-    def known(self, users: np.ndarray, split: Part | Literal["all"]) -> Ragged:
+    def known(self, users: np.ndarray, at: At) -> Ragged:
         """Every item a user has met before the target: what is filtered from its ranking.
 
         With `repeats: keep` the target itself stays in the ranking even when it was met before.
         """
-        ends = np.asarray(self.offsets[users + 1]) if split == "all" else self.target_places(split)[users]
+        ends = self.ends(users, at)
         index = spans(np.asarray(self.offsets[users]), ends)
         known = Ragged(self.items[index.values].astype(np.int64), index.offsets)
-        if split == "all" or not self.keeps_repeats:
+        if not self.keeps_repeats or (isinstance(at, str) and at == "all"):
             return known
         other = known.values != np.asarray(self.items[ends])[known.rows]
         kept = np.bincount(known.rows[other], minlength=len(users))
         return Ragged(known.values[other], np.concatenate([[0], np.cumsum(kept)]))
 
-    def targets(self, users: np.ndarray, split: Part) -> np.ndarray:
+    def targets(self, users: np.ndarray, at: At) -> np.ndarray:
         """The item each user takes next, (B,) int64."""
-        return self.items[self.target_places(split)[users]].astype(np.int64)
+        return self.items[self.ends(users, at)].astype(np.int64)
 
-    def asked(self, users: np.ndarray, split: Part, next_action: str) -> np.ndarray | None:
+    def asked(self, users: np.ndarray, at: At, next_action: str) -> np.ndarray | None:
         """The kind of action that each user is asked for, (B,) int64; None where the model is not told.
 
         Args:
@@ -196,12 +214,12 @@ class Dataset:
         if next_action == "none":
             return None
         if next_action == "target" and self.actions is not None:
-            return self.actions[self.target_places(split)[users]].astype(np.int64)
+            return self.actions[self.ends(users, at)].astype(np.int64)
         return np.full(len(users), 1 + self.action_names.index(next_action))
 
-    def request_times(self, users: np.ndarray, split: Part) -> np.ndarray:
+    def request_times(self, users: np.ndarray, at: At) -> np.ndarray:
         """When each user's target happened, (B,) int64 seconds."""
-        return np.asarray(self.times[self.target_places(split)[users]])
+        return np.asarray(self.times[self.ends(users, at)])
 
     @cached_property
     def item_features(self) -> list[dict[str, Any]]:
@@ -252,6 +270,13 @@ class Dataset:
             )
 
 
+def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """All users, or `count` of them drawn at random, ascending."""
+    if count is None or count >= len(users):
+        return users
+    return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
+
+
 def declared(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What models are built from: each feature without its array, but with how many values a row has."""
     return [
@@ -291,6 +316,28 @@ def as_history(
         asked=tensor(kinds),
         user=None if padded.user is None else tuple(torch.from_numpy(values) for values in padded.user),
     )
+
+
+def newest_first(values: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
+    """The newest `count` of left-aligned (B, L) values, newest first, (B, count); 0 where there are no more."""
+    place = np.asarray(lengths)[:, None] - 1 - np.arange(count)
+    return np.where(place >= 0, np.take_along_axis(values, place.clip(min=0), axis=1), 0)
+
+
+def recent_events(padded: Padded, now: np.ndarray, count: int, has_time: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Items of the newest `count` events and their ages at requests, newest first.
+
+    Args:
+        padded: histories.
+        now: (B,) seconds of the requests.
+        has_time: whether times are seconds; else all ages are 0.
+
+    Returns:
+        (B, count) int64 items and (B, count) float32 log(1 + seconds); both 0 where there are no more events.
+    """
+    items, times = (newest_first(values, padded.lengths, count) for values in (padded.items, padded.times))
+    ages = np.where((items > 0) & has_time, np.log1p((now[:, None] - times).clip(min=0)), 0).astype(np.float32)
+    return torch.from_numpy(items), torch.from_numpy(ages)
 
 
 def tensor(values: np.ndarray | None) -> torch.Tensor | None:

@@ -28,6 +28,7 @@ from recsys2stage import commands, sources, training
 from recsys2stage.artifacts import read_manifest, whole, write_manifest
 from recsys2stage.checks import require, whole_number
 from recsys2stage.dataset import Part
+from recsys2stage.mine import mine_negatives
 from recsys2stage.prepare import prepare
 from recsys2stage.sources.base import Kind
 from recsys2stage.sources.table import iso
@@ -166,7 +167,7 @@ class TwoStageRecommender:
             best = paths["retriever"] / "best.ckpt"
             self._run(commands.export_index, "index", retriever=best, data=paths["data"], output=paths["index"])
             of = {"data": paths["data"], "index": paths["index"], "seed": self.seed}
-            self._run(commands.mine_negatives, "mine", **of, output=paths["candidates"])
+            self._run(mine_negatives, "mine", **of, output=paths["candidates"])
             self._train("ranker", paths["candidates"], paths["ranker"])
             best = paths["ranker"] / "best.ckpt"
             self._run(commands.export_bundle, "bundle", index=paths["index"], ranker=best, output=paths["bundle"])
@@ -240,6 +241,7 @@ class TwoStageRecommender:
                 output=Path(folder),
                 split=split,
                 protocol=protocol,
+                plots=False,
                 seed=self.seed,
             )
             (report,) = Path(folder).glob("report*.json")

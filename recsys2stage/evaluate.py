@@ -1,9 +1,7 @@
 """Both stages and two baselines, side by side on the same users, in full ranking or among sampled items."""
 
-import itertools
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,17 +9,14 @@ from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.baselines import Markov, Popularity
+from recsys2stage.cohorts import cohorts
+from recsys2stage.compare import paired
 from recsys2stage.dataset import Dataset, Part, Ragged, RequestTime
-from recsys2stage.metrics import bootstrap, interval, metrics_of, rank_of
+from recsys2stage.metrics import bootstrap, calibration_of, exposure_of, interval, metrics_of, rank_of
 from recsys2stage.recommend import Recommender, in_chunks
+from recsys2stage.report import TITLES
 
-TITLES = {
-    "popularity": "popularity",
-    "markov": "markov",
-    "retriever": "retriever",
-    "ranker": "ranker",
-    "ranker_ids_masked": "ranker, ids masked",
-}
+TOP = 10  # how many items a user is shown, for what is measured of the shown
 
 SAMPLED = (
     "sampled: 1 positive and {} random negatives; sampled metrics are not comparable to full ranking and may order "
@@ -42,6 +37,16 @@ def negatives_of(protocol: str) -> int | None:
     raise ValueError(f"protocol is {protocol!r}, expected full or sampled-N with N from 1 on, such as sampled-100")
 
 
+class Outcome(NamedTuple):
+    """What came of the targets of n users."""
+
+    ranks: dict[str, np.ndarray]  # model -> (n,) int64, rank of the target, from 1
+    place: np.ndarray  # (n,) int64, place of the target among the K candidates, from 1; K + 1 where it is not there
+    shown: dict[str, np.ndarray]  # model -> (V + 1,) int64, in how many users' top 10 an item is; in full ranking only
+    confidence: np.ndarray  # (n,) float32, the ranker's largest probability; NaN where it gave none
+    hit: np.ndarray  # (n,) bool, whether that item is the target
+
+
 def rank_users(
     dataset: Dataset,
     recommender: Recommender,
@@ -50,11 +55,12 @@ def rank_users(
     batch_size: int = 256,
     negatives: int | None = None,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Rank of each user's target by every model, from 1, (n,) int64.
+) -> Outcome:
+    """Rank of each user's target by every model, and what the models show.
 
     The retriever and the baselines rank all items that the user has not met. The ranker orders the retriever's
-    candidates anew; what lies outside them keeps the retriever's order below.
+    candidates anew; what lies outside them keeps the retriever's order below. Its probabilities are a softmax over
+    the candidates.
 
     Args:
         negatives: each order is restricted to the target and so many random items; None: to none.
@@ -62,36 +68,80 @@ def rank_users(
     """
     baselines: dict[str, Popularity | Markov] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
     vectors = recommender.towers.every_item().detach().float()
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in TITLES if recommender.reranker or "ranker" not in name}
-    parts["found"] = []
+    names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "place", "confidence", "hit"]}
+    often = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
     for part in tqdm(list(in_chunks(len(users), batch_size)), desc=f"rank {split} targets", unit="batch"):
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
         known, target = dataset.known(batch, split), dataset.targets(batch, split)
         barred = outside_ranking(known, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
+        tops: dict[str, np.ndarray] = {}
         for name, baseline in baselines.items():
             scores = torch.from_numpy(baseline.scores(last)[:, 1:])
             parts[name].append(_filtered_rank(scores, barred, target))
+            tops[name] = top_of(scores)
         asked = dataset.asked(batch, split, recommender.next_action)
-        queries = recommender.queries(padded, dataset.request_times(batch, split), asked)
+        now = dataset.request_times(batch, split)
+        queries = recommender.queries(padded, now, asked)
         scores = torch.from_numpy(queries) @ vectors.T  # (B, V)
         first = _filtered_rank(scores, barred, target)
         new = padded.lengths == 0  # served by popularity
         parts["retriever"].append(np.where(new, parts["popularity"][-1], first))
-        retriever_score, items = recommender.candidates(queries, known)
-        parts["found"].append((items == target[:, None]).any(1))
+        tops["retriever"] = top_of(scores)
+        candidates = recommender.candidates(queries, known, padded, now)
+        items = candidates.items
+        there = items == target[:, None]
+        parts["place"].append(np.where(there.any(1), there.argmax(1), items.shape[1]) + 1)
+        confidence, hit = np.full(len(batch), np.nan, np.float32), np.zeros(len(batch), dtype=bool)
         if recommender.reranker:
             own = scores.gather(1, torch.from_numpy(target - 1)[:, None])
             listed = scores.gather(1, torch.from_numpy(np.maximum(items - 1, 0)))
             ranked = ~np.take_along_axis(barred, np.maximum(items, c.PAD), axis=1)
-            before = ((listed >= own).numpy() & ranked & (items != target[:, None])).sum(1)
+            before = ((listed >= own).numpy() & ranked & ~there).sum(1)
+            shown = recommender.listed(queries, candidates, padded, now)
             for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
-                logits = recommender.rerank(queries, items, retriever_score, ids_masked=masked)
+                logits = recommender.rerank(shown, ids_masked=masked)
                 logits[~ranked] = -np.inf
                 second = second_rank(np.where(ranked, items, -1), logits, target, first, before)
                 parts[name].append(np.where(new, parts["popularity"][-1], second))
-    return {name: np.concatenate(values) for name, values in parts.items()}
+                tops[name] = top_of(torch.from_numpy(logits), items)
+                if not masked:
+                    confidence, hit = first_choice(logits, there)
+        parts["confidence"].append(np.where(new, np.float32(np.nan), confidence))
+        parts["hit"].append(hit)
+        for name, top in tops.items():
+            seen = np.where(new[:, None], tops["popularity"], top)
+            often[name] += np.bincount(seen[seen > 0], minlength=dataset.num_items + 1)
+    whole = {name: np.concatenate(values) for name, values in parts.items()}
+    ranks = {name: whole[name] for name in names}
+    return Outcome(ranks, whole["place"], {} if negatives else often, whole["confidence"], whole["hit"])
+
+
+def top_of(scores: torch.Tensor, items: np.ndarray | None = None) -> np.ndarray:
+    """The items of the TOP best scores of each row, best first, (B, TOP); −1 past the last, which has no score.
+
+    Args:
+        scores: (B, W), −inf for what is not ranked.
+        items: (B, W) whose they are; None: columns are items, from 1.
+    """
+    top = np.full((len(scores), TOP), -1)
+    best, place = (part.numpy() for part in scores.topk(min(TOP, scores.shape[1])))
+    chosen = place + 1 if items is None else np.take_along_axis(items, place, axis=1)
+    top[:, : place.shape[1]] = np.where(best > -np.inf, chosen, -1)
+    return top
+
+
+def first_choice(logits: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest probability of each list, (B,), and whether the target has it, (B,) bool; NaN for an empty list.
+
+    Args:
+        logits: (B, K), −inf for no candidate.
+        there: (B, K) where the target stands.
+    """
+    best, place = torch.from_numpy(logits).softmax(1).max(1)
+    return best.numpy(), there[np.arange(len(there)), place.numpy()]
 
 
 def outside_ranking(
@@ -149,7 +199,7 @@ def second_rank(
 def summarise(
     dataset: Dataset, ranks: dict[str, np.ndarray], users: np.ndarray, split: Part, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Means with 95 % bootstrap intervals, the paired difference of the two stages, and cohorts."""
+    """Means with 95 % bootstrap intervals, the paired difference of the two stages with its test, and cohorts."""
     names = [name for name in TITLES if name in ranks]
     values = {name: metrics_of(ranks[name]) for name in names}
     metrics = list(values[names[0]])
@@ -162,10 +212,7 @@ def summarise(
         models[name][metric] = {"value": float(table[:, j].mean()), "low": float(low[j]), "high": float(high[j])}
     report: dict[str, Any] = {"users": len(users), "models": models}
     if "ranker" in names:
-        report["comparison"] = {
-            metric: _paired(values["ranker"][metric], values["retriever"][metric], resamples, seed)
-            for metric in metrics
-        }
+        report["comparison"] = paired(values["ranker"], values["retriever"], resamples, seed)
     report["cohorts"] = {
         cohort: {
             label: {"users": int(member.sum())}
@@ -176,57 +223,50 @@ def summarise(
             for label, member in groups
             if member.any()
         }
-        for cohort, groups in (
-            ("history_length", history_cohorts(dataset, users, split)),
-            ("target_popularity", popularity_cohorts(dataset, users, split)),
-        )
+        for cohort, groups in cohorts(dataset, users, split).items()
     }
     return report
 
 
-def _paired(one: np.ndarray, other: np.ndarray, resamples: int, seed: int) -> dict[str, float | None]:
-    """How far one model is above another on the same users; exactly 0 where they are equal."""
-    means = bootstrap((one - other)[:, None], resamples, seed)
-    low, high = interval(means)
-    return {
-        "difference": float((one - other).mean()),
-        "low": float(low[0]),
-        "high": float(high[0]),
-        "ratio": float(one.mean() / other.mean()) if other.any() else None,
-        "share_of_resamples_above_zero": float((means > 0).mean()),
+def beyond_accuracy(dataset: Dataset, outcome: Outcome, k: int) -> dict[str, Any]:
+    """The candidates' recall and, in full ranking, what is shown and how true the ranker's probabilities are.
+
+    Args:
+        k: how many candidates there were.
+    """
+    report: dict[str, Any] = {"candidates": {"k": k, "recall": float((outcome.place <= k).mean())}}
+    if not outcome.shown:
+        return report
+    report["exposure"] = {
+        name: exposure_of(shown, dataset.train_counts)
+        for name, shown in outcome.shown.items()
+        if name != "ranker_ids_masked"
     }
-
-
-def history_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Iterator[tuple[str, np.ndarray]]:
-    """Users by quarter of the number of events before the target."""
-    length = dataset.target_places(split)[users] - dataset.offsets[users]
-    cuts = np.unique(np.quantile(length, [0, 0.25, 0.5, 0.75, 1]).astype(int))
-    for low, high in itertools.pairwise(cuts):
-        last = high == cuts[-1]
-        yield (
-            f"{low}-{high if last else high - 1} events",
-            (length >= low) & ((length <= high) if last else (length < high)),
-        )
-    if len(cuts) == 1:
-        yield f"{cuts[0]} events", np.ones(len(users), dtype=bool)
-
-
-def popularity_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Iterator[tuple[str, np.ndarray]]:
-    """Users by the training events of their target."""
-    count = dataset.train_counts[dataset.targets(users, split)]
-    for low, high in ((0, 1), (1, 10), (10, 100), (100, 1000), (1000, 1 << 62)):
-        label = "never trained" if low == 0 else f"{low}-{high - 1} events" if high < 1 << 62 else f"{low}+ events"
-        yield label, (count >= low) & (count < high)
+    sure = np.isfinite(outcome.confidence)
+    if sure.any():
+        report["calibration"] = calibration_of(outcome.confidence[sure], outcome.hit[sure])
+    return report
 
 
 def describe(
-    dataset: Dataset, request_time: RequestTime, split: Part, next_action: str = "none", negatives: int | None = None
+    dataset: Dataset,
+    request_time: RequestTime,
+    split: Part,
+    next_action: str = "none",
+    negatives: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything a reader must know to compare numbers."""
+    """Everything a reader must know to compare numbers.
+
+    Args:
+        negatives: how many random items a target is ranked among; None: the catalogue.
+        seed: of their draw.
+    """
     return {
         **dataset.protocol,
         "evaluated": split,
         "ranking": "full, over all rated items" if negatives is None else SAMPLED.format(negatives),
+        **({} if negatives is None else {"negatives_seed": seed}),
         "seen_filter": "all items the user has met" + (", but the target" if dataset.keeps_repeats else ""),
         "validation_item": "in the input at test time, never a training target",
         "request_time": request_time,
@@ -243,9 +283,11 @@ def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
         for key, text in (("min_rating", "ratings ≥ {}"), ("core", "{}-core"), ("cold_items", "{} of items withheld"))
         if protocol.get(key)
     ]
+    more = protocol["split"] == "LeaveOneOut" and protocol.get("val", 1) > 1
+    held = f" ({protocol['val']} events of each user validate)" if more else ""
     return "protocol: " + "; ".join(
         [
-            f"{protocol['split']} split, {protocol['evaluated']} targets of {users:,} users",
+            f"{protocol['split']} split{held}, {protocol['evaluated']} targets of {users:,} users",
             f"full ranking of {num_items:,} items without {protocol['seen_filter']}"
             if protocol["ranking"].startswith("full")
             else f"{protocol['ranking']}; negatives drawn from {num_items:,} items without {protocol['seen_filter']}",
@@ -258,49 +300,3 @@ def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
             f"score ties {protocol['score_ties']}",
         ]
     )
-
-
-def as_table(report: dict[str, Any], metrics: tuple[str, ...] = ("hr@10", "ndcg@10", "mrr", "recall@100")) -> str:
-    """The headline as a Markdown table: value [95 % interval]."""
-    head = [
-        "model",
-        *(m.replace("hr", "HR").replace("ndcg", "NDCG").replace("mrr", "MRR").replace("rec", "Rec") for m in metrics),
-    ]
-    rows = [
-        [TITLES[name], *("{value:.4f} [{low:.4f}, {high:.4f}]".format(**model[metric]) for metric in metrics)]
-        for name, model in report["models"].items()
-    ]
-    widths = [max(len(row[j]) for row in [head, *rows]) for j in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-def as_markdown(report: dict[str, Any], line: str) -> str:
-    """The whole report for a reader."""
-    parts = ["# Report", line, as_table(report), f"95 % intervals: bootstrap over {report['users']:,} users."]
-    if "comparison" in report:
-        rows = ["| ranker − retriever | difference | 95 % interval, paired | ratio |", "|---|---|---|---|"]
-        rows += [
-            f"| {metric} | {d['difference']:+.4f} | [{d['low']:+.4f}, {d['high']:+.4f}] | "
-            + ("" if d["ratio"] is None else f"{d['ratio']:.3f}")
-            + " |"
-            for metric, d in report["comparison"].items()
-            if not metric.startswith("recall")
-        ]
-        parts.append("\n".join(rows))
-        parts.append(
-            f"Target among the candidates (the ranker's ceiling in full ranking): {report['candidates']['recall']:.4f} "
-            f"at K = {report['candidates']['k']}."
-        )
-    for cohort, groups in report["cohorts"].items():
-        names = [name for name in report["models"] if name != "markov"]
-        rows = [f"| {cohort.replace('_', ' ')} | users | " + " | ".join(f"{TITLES[n]} NDCG@10" for n in names) + " |"]
-        rows.append("|---" * (len(names) + 2) + "|")
-        rows += [
-            f"| {label} | {group['users']:,} | " + " | ".join(f"{group[n]['ndcg@10']:.4f}" for n in names) + " |"
-            for label, group in groups.items()
-        ]
-        parts.append("\n".join(rows))
-    return "\n\n".join(parts) + "\n"

@@ -1,6 +1,7 @@
 """Ranking metrics of one relevant item a user, all computed from its rank; ties count against us.
 
-With one relevant item HR@k and Recall@k are the same number; both names are kept, since both are asked for.
+With one relevant item HR@k and Recall@k are the same number; both names are kept, since both are asked for. Beside
+them: how sure one may be of a mean or a difference, what the shown items are like, and how true probabilities are.
 """
 
 from collections.abc import Sequence
@@ -100,3 +101,77 @@ def interval(means: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.nda
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return low, high
+
+
+def randomisation_test(differences: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often chance alone makes a mean difference at least as large as the one seen, two-sided p, (K,).
+
+    Were both models alike, each user's difference could as well have the other sign. So all signs are drawn anew
+    `resamples` times (Fisher 1935; for retrieval: Smucker, Allan & Carterette 2007). What was seen counts as one draw
+    more, so that p is never 0 (Phipson & Smyth 2010).
+
+    Args:
+        differences: (B, K) per-user differences. All K columns of one draw see the same signs.
+        resamples: draws R; the smallest p is 1 / (R + 1).
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    seen = differences.sum(0)
+    moved = differences[differences.any(1)]  # the sign of nothing is nothing
+    slack = 1e-12 * np.abs(moved).sum(0)  # sums of the same numbers in other orders count as equal
+    as_large = np.ones(differences.shape[1])
+    for _ in range(resamples):
+        bits = np.unpackbits(np.frombuffer(rng.bytes(len(moved) // 8 + 1), np.uint8), count=len(moved))
+        as_large += np.abs(2 * (bits.astype(np.float64) @ moved) - seen) >= np.abs(seen) - slack
+    return as_large / (1 + resamples)
+
+
+def exposure_of(shown: np.ndarray, train_counts: np.ndarray) -> dict[str, float]:
+    """What the items that a model shows are like.
+
+    coverage: share of the catalogue that anybody is shown. novelty: mean −log2 of a shown item's share of the training
+    events, one event added to each item (Zhou et al. 2010; Vargas & Castells 2011). popularity: mean training events of
+    a shown item, ARP (Yin et al. 2012). gini: of how often each item of the catalogue is shown, 0 where all alike,
+    towards 1 where few have it all (Fleder & Hosanagar 2009).
+
+    Args:
+        shown: (V + 1,) to how many users each item is shown; that of item 0, padding, is not looked at.
+        train_counts: (V + 1,) training events of each item.
+    """
+    shown, counts = shown[1:], train_counts[1:]
+    total = max(int(shown.sum()), 1)
+    share = (counts + 1) / (counts.sum() + len(counts))
+    place = np.arange(1, len(shown) + 1)
+    return {
+        "coverage": float((shown > 0).mean()),
+        "novelty": float(shown @ -np.log2(share) / total),
+        "popularity": float(shown @ counts / total),
+        "gini": float((2 * place - len(shown) - 1) @ np.sort(shown) / (len(shown) * total)),
+    }
+
+
+def calibration_of(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> dict[str, Any]:
+    """How far the probability of what a model puts first is from how often it is right.
+
+    The expected calibration error, Σ |B_m| / n · |share of hits in B_m − mean confidence in B_m| (Guo et al. 2017),
+    over bins of as many users each (Nixon et al. 2019): in bins of equal width nearly all users of a recommender would
+    share the lowest ones.
+
+    Args:
+        confidence: (n,) probability of the first item, n at least 1.
+        hit: (n,) bool, whether it is the target.
+        bins: how many; fewer where there are fewer users.
+    """
+    order = np.argsort(confidence, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    table = [
+        {"users": len(part), "confidence": float(confidence[part].mean()), "hits": float(hit[part].mean())}
+        for part in parts
+    ]
+    return {
+        "users": len(confidence),
+        "confidence": float(confidence.mean()),
+        "hits": float(hit.mean()),
+        "ece": sum(row["users"] * abs(row["hits"] - row["confidence"]) for row in table) / len(confidence),
+        "bins": table,
+    }

@@ -1,6 +1,7 @@
 """Negatives for the ranker, chosen among what the retriever ranks high and drawn from the catalogue. Bare arrays."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +10,14 @@ import numpy as np
 from recsys2stage import columns as c
 from recsys2stage.hashing import splitmix64
 
-CANDIDATES, STATES = "candidates.parquet", "states.npy"  # files of a mined folder
+CANDIDATES, STATES, REQUESTS = "candidates.parquet", "states.npy", "requests.parquet"  # files of a mined folder
 NONE = -1  # "no item" in a row that is not full
 
 
 class Request(NamedTuple):
     """What is known of B requests when their negatives are chosen."""
 
-    candidates: np.ndarray  # (B, K) int64, what the index returned, best first, −1 where there is no more
+    candidates: np.ndarray  # (B, K) int64, as they are served, best first, −1 where there is no more
     target: np.ndarray  # (B,) int64
     known: np.ndarray  # sorted keys row · (V + 1) + item of every positive up to and including the target
     counts: np.ndarray  # (V + 1,) training events of each item
@@ -150,14 +151,14 @@ def lists(
 
     Args:
         request: candidates and targets.
-        scores: (B, K) the index's scores of the candidates.
+        scores: (B, K) the retriever's scores of the candidates.
         negatives: (B, N) what the miner chose.
         every: (B, V + 1) exact scores, −inf for what may not be ranked.
         selects: (B,) whose lists are left as served: all candidates.
 
     Returns:
         row, item, label, retriever_score, retriever_rank, origin and fold, one value a row. Score and rank of a
-        candidate are the index's; of any other item they are exact, the rank below all candidates.
+        candidate are as it is served; of any other item they are exact, the rank below all candidates.
     """
     row = np.arange(len(request.target))[:, None]
     listed = request.candidates != NONE
@@ -204,37 +205,60 @@ def select_fold(users: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 class CandidateLists(NamedTuple):
-    """The mined lists of n users, as arrays over all rows."""
+    """The mined lists of n requests, as arrays over all rows."""
 
     user: np.ndarray  # (n,)
+    place: np.ndarray  # (n,) int64, of the target among all events
+    now: np.ndarray  # (n,) int64, seconds of the request
     fold: np.ndarray  # (n,) "train" | "select"
     positive: np.ndarray  # (n,) int64, place of the positive in its list; −1 where it is not there
     offsets: np.ndarray  # (n + 1,) int64
     items: np.ndarray  # (rows,) int32
     score: np.ndarray  # (rows,) float32
     rank: np.ndarray  # (rows,) int32
+    signals: np.ndarray  # (rows, S) float32
 
 
-def read_candidates(path: Path) -> CandidateLists:
-    """Reads candidates.parquet, in which the rows of a user stand together."""
+def read_candidates(folder: Path, signals: Sequence[str] = ()) -> CandidateLists:
+    """Reads candidates.parquet, in which the rows of a list stand together, and requests.parquet, a row a list.
+
+    Args:
+        folder: written by `recsys mine-negatives`.
+        signals: columns of numbers to read.
+    """
     import pyarrow.parquet as pq
 
-    def column(name: str) -> np.ndarray:  # one at a time: never the whole table in memory twice
-        return pq.read_table(path, columns=[name]).column(0).to_numpy()
+    def column(name: str, file: str = CANDIDATES) -> np.ndarray:  # one at a time: never the whole table twice in memory
+        return pq.read_table(folder / file, columns=[name]).column(0).to_numpy()
 
-    user = column(c.USER)
-    starts = np.flatnonzero(np.diff(user, prepend=-1))
-    offsets = np.append(starts, len(user))
-    positive = np.full(len(starts), -1, dtype=np.int64)
+    counts = column(c.ROWS, REQUESTS)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    positive = np.full(len(counts), NONE, dtype=np.int64)
     labelled = np.flatnonzero(column(c.LABEL))
-    lists = np.searchsorted(starts, labelled, side="right") - 1
-    positive[lists] = labelled - starts[lists]
+    lists = np.searchsorted(offsets, labelled, side="right") - 1
+    positive[lists] = labelled - offsets[lists]
+    numbers = np.empty((offsets[-1], len(signals)), dtype=np.float32)
+    for place, name in enumerate(signals):
+        numbers[:, place] = column(name)
     return CandidateLists(
-        user=user[starts],
-        fold=column(c.FOLD)[starts].astype(str),
+        user=column(c.USER, REQUESTS),
+        place=column(c.PLACE, REQUESTS),
+        now=column(c.TIME, REQUESTS),
+        fold=column(c.FOLD, REQUESTS).astype(str),
         positive=positive,
         offsets=offsets,
         items=column(c.ITEM),
         score=column(c.RETRIEVER_SCORE),
         rank=column(c.RETRIEVER_RANK),
+        signals=numbers,
     )
+
+
+def joined(parts: Sequence[CandidateLists]) -> CandidateLists:
+    """Lists of several folders behind each other."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in CandidateLists._fields}
+    ends = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    arrays["offsets"] = np.concatenate(
+        [[0], *(part.offsets[1:] + before for part, before in zip(parts, ends[:-1], strict=True))]
+    )
+    return CandidateLists(**arrays)

@@ -3,15 +3,15 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.columns import PAD
-from recsys2stage.data import Candidates, Lists
 from recsys2stage.losses.lists import ListLoss, Listwise
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.optim import RecsysAdamW, with_warmup
@@ -29,6 +29,10 @@ class Ranker(LightningModule):
         vector_dim: width D of the retriever's vectors (set by the data).
         features: declared item features (set by the data).
         num_candidates: how many candidates to order when it serves (set by the data, kept for serving).
+        signals: numbers of signals (set by the data).
+        recent: how many of the newest events are shown (set by the data, kept for serving).
+        without: what the scorer is not shown: parts of its input (score, rank, margin, popularity, features, state,
+            vectors, recent), signals, or single numbers of signals, as SIGNAL.NUMBER. None: it sees everything.
         scorer: built with (D, number of features).
         loss: how a list is judged.
         feature_dim: width of the embedding of a categorical or multi-valued feature.
@@ -43,6 +47,9 @@ class Ranker(LightningModule):
         vector_dim: int,
         features: list[dict[str, Any]],
         num_candidates: int = 200,
+        signals: list[dict[str, Any]] | None = None,
+        recent: int = 20,
+        without: list[str] | None = None,
         scorer: ScorerFactory = MLP,
         loss: ListLoss | None = None,
         feature_dim: int = 16,
@@ -54,7 +61,7 @@ class Ranker(LightningModule):
         if not 0 <= id_dropout <= 1:
             raise ValueError(f"id_dropout is {id_dropout}, expected a probability between 0 and 1")
         self.save_hyperparameters(ignore=["loss"])
-        self.reranker = Reranker(num_items, vector_dim, features, scorer, feature_dim)
+        self.reranker = Reranker(num_items, vector_dim, features, scorer, feature_dim, signals or (), without)
         self.loss = loss or Listwise()
         self.id_dropout, self.optimizer, self.warmup_steps = id_dropout, optimizer, warmup_steps
         self.metrics, self.retriever_metrics, self.masked_metrics = RankMetrics(), RankMetrics(), RankMetrics()
@@ -63,15 +70,20 @@ class Ranker(LightningModule):
         if stage != "fit":
             return
         candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
+        if candidates.folds and "state" not in self.reranker.without:
+            raise ValueError(
+                "the states in folds are those of other retrievers; leave them out: --model.init_args.without '[state]'"
+            )
         dataset = candidates.dataset
         self.reranker.look_up(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
         lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
-        width = max(batch.items.size(1) for batch in lists)
+        width = max(batch.listed.items.size(1) for batch in lists)
         score, items = (
-            torch.cat([torch.nn.functional.pad(getattr(b, name), (0, width - b.items.size(1))) for b in lists])
-            for name in ("score", "items")
+            torch.cat([torch.nn.functional.pad(value, (0, width - value.size(1))) for value in values])
+            for values in ([b.listed.score for b in lists], [b.listed.items for b in lists])
         )
         self.reranker.calibrate(score, torch.cat([b.positive for b in lists]), items != PAD)
+        self.reranker.standardise(torch.cat([b.listed.signals[b.listed.items != PAD] for b in lists]))
 
     def on_train_start(self) -> None:
         """Measures step 0, the retriever's own order, so that best.ckpt is at least as good on the selecting users."""
@@ -86,29 +98,27 @@ class Ranker(LightningModule):
         checkpoint.on_train_epoch_end(self.trainer, self)  # it saves at ends of epochs
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
-        masked = self.drop_ids(lists)
-        logits = self.reranker(lists.state, lists.items, lists.score, lists.rank.clamp(min=1), masked)
-        loss = self.loss(logits, lists.positive, lists.items != PAD)
+        logits = self.reranker(lists.listed, self.drop_ids(lists.listed.items))
+        loss = self.loss(logits, lists.positive, lists.listed.items != PAD)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits))
         return loss
 
-    def drop_ids(self, lists: Lists) -> Bool[Tensor, "B C"]:
+    def drop_ids(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:
         """Masks all ids of a list with probability `id_dropout`.
 
         Whole lists, because a candidate is judged against its list: beside candidates whose ids are known, one whose
         id is masked would only learn that it loses.
         """
-        return (torch.rand(len(lists.items), 1, device=lists.items.device) < self.id_dropout).expand_as(lists.items)
+        return (torch.rand(len(items), 1, device=items.device) < self.id_dropout).expand_as(items)
 
     def validation_step(self, lists: Lists, batch_idx: int) -> None:
-        real, found = lists.items != PAD, lists.positive >= 0
+        real, found = lists.listed.items != PAD, lists.positive >= 0
         place = lists.positive.clamp(min=0)
         for metric, masks in ((self.metrics, False), (self.masked_metrics, True)):
-            masked = torch.full_like(real, masks)
-            logits = self.reranker(lists.state, lists.items, lists.score, lists.rank.clamp(min=1), masked)
+            logits = self.reranker(lists.listed, torch.full_like(real, masks))
             ranks = rank_of(logits.masked_fill(~real, -torch.inf), place)
             metric.update(torch.where(found, ranks, NOWHERE))
-        own = lists.rank.gather(1, place[:, None]).squeeze(1)
+        own = lists.listed.rank.gather(1, place[:, None]).squeeze(1)
         self.retriever_metrics.update(torch.where(found, own, NOWHERE))
 
     def on_validation_epoch_end(self) -> None:

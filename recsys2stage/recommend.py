@@ -5,9 +5,7 @@ recommender.recommend(["1193", "661", "914"], k=10)
 """
 
 import functools
-import importlib
 import logging
-import pickle
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +17,15 @@ import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, as_history, left_aligned
+from recsys2stage.checkpoints import build
+from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, as_history, left_aligned, recent_events
 from recsys2stage.index import Index
 from recsys2stage.inputs import Field, check_inputs, fields_read
 from recsys2stage.reranker import Reranker
+from recsys2stage.shapes import Listed
+from recsys2stage.signals.base import FOLDER as SIGNALS
+from recsys2stage.signals.base import Proposer, Requests, Signal, load_signals
+from recsys2stage.signals.merge import merge, nearness
 from recsys2stage.towers import TwoTower
 
 logger = logging.getLogger("recsys2stage")
@@ -32,6 +35,14 @@ NOT_TOLD = (
     "this model is not told what kind of action is asked for; leave the action out, or train a model with the input "
     "NextAction on data with next_action: target"
 )
+
+
+class Found(NamedTuple):
+    """The candidates of B requests, by the retriever's score; −1 and −inf past the last."""
+
+    items: np.ndarray  # (B, K) int64
+    score: np.ndarray  # (B, K) float32, the retriever's
+    named: list[np.ndarray]  # what each source named, best first, (B, up to K) each: the index, then the signals'
 
 
 class Ranking(NamedTuple):
@@ -55,6 +66,9 @@ class Recommender:
         next_action: what it was told of the kind of action that is asked for.
         actions: kinds of events, from 1.
         candidates: how many candidates the second stage ranks.
+        signals: what the second stage is told beside the retriever's opinion; some name candidates of their own.
+        recent: how many of the newest events it looks at.
+        has_time: whether times are seconds, not just an order.
     """
 
     def __init__(
@@ -68,17 +82,22 @@ class Recommender:
         next_action: str = "none",
         actions: Sequence[str] = (),
         candidates: int = 200,
+        signals: Sequence[Signal] = (),
+        recent: int = 0,
+        has_time: bool = True,
     ) -> None:
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
         self.catalogue, self.popularity = catalogue.sort(c.ITEM), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
-        self.num_candidates = candidates
+        self.num_candidates, self.signals = candidates, list(signals)
+        self.recent, self.has_time = recent, has_time
         self.warned = False  # that nobody says what kind of action is asked for
 
     @functools.cached_property
     def reads(self) -> set[Field]:
-        """What the model looks at besides items and times: ratings, actions, the action asked for."""
-        return fields_read(self.towers.inputs)
+        """What both stages look at besides items and times: ratings, actions, the action asked for."""
+        rated: set[Field] = {"ratings"} if any(signal.reads_ratings for signal in self.signals) else set()
+        return fields_read(self.towers.inputs) | rated
 
     @property
     def reads_kinds(self) -> bool:
@@ -93,7 +112,34 @@ class Recommender:
     @property
     def needs_times(self) -> bool:
         """Whether the model looks at when events and requests happen."""
-        return self.request_time != "none" or self.towers.encoder.reads_times
+        first = self.request_time != "none" or self.towers.encoder.reads_times
+        return first or any(signal.reads_times for signal in self.signals) or self.reads_ages
+
+    @property
+    def reads_ages(self) -> bool:
+        """Whether the second stage looks at how long ago the newest events were."""
+        return bool(self.has_time and self.recent and self.reranker and self.reranker.reads_ages)
+
+    @functools.cached_property
+    def vectors(self) -> np.ndarray:
+        """The retriever's item vectors by item number, row 0 zero, (V + 1, D) float32."""
+        return np.concatenate([np.zeros_like(self.index.vectors[:1]), self.index.vectors])
+
+    @property
+    def proposers(self) -> list[Proposer]:
+        """Signals that name candidates of their own."""
+        return [signal for signal in self.signals if isinstance(signal, Proposer) and signal.candidates]
+
+    @property
+    def signal_names(self) -> list[dict[str, Any]]:
+        """{"name", "by_id"} of each number of the signals, and of the sources of candidates where there are several."""
+        named = [
+            {"name": f"{type(signal).__name__}.{name}", "by_id": signal.by_id}
+            for signal in self.signals
+            for name in signal.names
+        ]
+        sources = ["index", *(type(signal).__name__ for signal in self.proposers)] if self.proposers else []
+        return named + [{"name": f"source.{name}", "by_id": True} for name in sources]
 
     @classmethod
     def load(cls, path: str | Path) -> "Recommender":
@@ -116,6 +162,9 @@ class Recommender:
             next_action=manifest["next_action"],
             actions=manifest["actions"],
             candidates=manifest.get("candidates", 200),
+            signals=load_signals(path / SIGNALS) if (path / SIGNALS).is_dir() else (),
+            recent=manifest.get("recent", 0),
+            has_time=manifest["has_time"],
         )
 
     @staticmethod
@@ -145,27 +194,74 @@ class Recommender:
                 )
         return self.towers.queries(as_history(padded, self.request_time, request, asked)).float().numpy()
 
-    def candidates(self, queries: np.ndarray, known: Ragged, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and items of the k nearest items that are not known, (B, k) each; −inf and −1 past the last."""
+    def moment(self, padded: Padded, request: np.ndarray | None) -> np.ndarray:
+        """When the second stage takes requests to be made: as told, or at the newest event, (B,) int64 seconds."""
+        if self.request_time == "target" and request is not None:
+            return request
+        last = np.maximum(np.asarray(padded.lengths) - 1, 0)
+        return padded.times[np.arange(len(last)), last]
+
+    def candidates(
+        self, queries: np.ndarray, known: Ragged, padded: Padded, request: np.ndarray | None, k: int | None = None
+    ) -> Found:
+        """The k candidates that are not known: the nearest items, merged with those that signals name.
+
+        Args:
+            queries: (B, D) of the retriever.
+            known: items that are not to be recommended.
+            padded: histories.
+            request: (B,) seconds, as in `queries`.
+        """
         depth = self.num_candidates if k is None else k
-        return self.index.search(queries, depth, exclude=(known.values, known.offsets))
+        score, items = self.index.search(queries, depth, exclude=(known.values, known.offsets))
+        if not self.proposers:
+            return Found(items, score, [items])
+        nothing = np.zeros((len(queries), 0), dtype=np.int64)
+        requests = Requests(nothing, padded, self.moment(padded, request), self.vectors)
+        named = [items, *(signal.propose(requests, known) for signal in self.proposers)]
+        items = merge(named, depth)
+        named[0] = named[0][:, : self.num_candidates]  # however many are asked for, the second stage knows no more
+        score = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(items, c.PAD)])
+        score[items < 0] = -np.inf
+        order = np.argsort(-score, axis=1, kind="stable")
+        return Found(np.take_along_axis(items, order, axis=1), np.take_along_axis(score, order, axis=1), named)
+
+    def measure_signals(
+        self, items: np.ndarray, found: Found, padded: Padded, request: np.ndarray | None
+    ) -> np.ndarray:
+        """What the signals say of any items at each request, (B, C, S) float32.
+
+        Args:
+            items: (B, C), 0 or −1 where there is none.
+            found: the requests' candidates, whose sources count too.
+        """
+        items = np.maximum(items, c.PAD).astype(np.int64)
+        requests = Requests(items, padded, self.moment(padded, request), self.vectors)
+        numbers = [signal(requests) for signal in self.signals]
+        if self.proposers:
+            numbers.append(nearness(items, found.named, len(self.vectors)))
+        return np.concatenate(numbers, axis=2) if numbers else np.zeros((*items.shape, 0), dtype=np.float32)
+
+    def listed(self, queries: np.ndarray, found: Found, padded: Padded, request: np.ndarray | None) -> Listed:
+        """All that the second stage is told of candidates."""
+        real = torch.from_numpy(found.items > 0)
+        recent, ages = recent_events(padded, self.moment(padded, request), self.recent, self.has_time)
+        return Listed(
+            state=torch.from_numpy(queries),
+            items=torch.from_numpy(found.items).clamp(min=c.PAD),
+            score=torch.from_numpy(found.score).masked_fill(~real, 0),
+            rank=torch.arange(1, found.items.shape[1] + 1).expand(found.items.shape),
+            signals=torch.from_numpy(self.measure_signals(found.items, found, padded, request)),
+            recent=recent,
+            ages=ages,
+        )
 
     @torch.inference_mode()
-    def rerank(
-        self, queries: np.ndarray, items: np.ndarray, scores: np.ndarray, ids_masked: bool = False
-    ) -> np.ndarray:
-        """The second stage's scores of candidates in the retriever's order, (B, C) float32; −inf for no candidate."""
+    def rerank(self, listed: Listed, ids_masked: bool = False) -> np.ndarray:
+        """The second stage's scores of candidates, (B, C) float32; −inf for no candidate."""
         assert self.reranker is not None
-        real = torch.from_numpy(items > 0)
-        rank = torch.arange(1, items.shape[1] + 1).expand(items.shape)
-        logits = self.reranker(
-            torch.from_numpy(queries),
-            torch.from_numpy(items).clamp(min=c.PAD),
-            torch.from_numpy(scores).masked_fill(~real, 0),
-            rank,
-            torch.full_like(real, ids_masked),
-        )
-        return logits.masked_fill(~real, -torch.inf).numpy()
+        real = listed.items != c.PAD
+        return self.reranker(listed, torch.full_like(real, ids_masked)).masked_fill(~real, -torch.inf).numpy()
 
     def rank(
         self, padded: Padded, known: Ragged, request: np.ndarray | None, k: int, asked: np.ndarray | None = None
@@ -176,8 +272,9 @@ class Recommender:
         """
         queries = self.queries(padded, request, asked)
         depth = k if self.reranker is None else max(k, self.num_candidates)
-        retriever_score, items = self.candidates(queries, known, depth)
-        score = retriever_score if self.reranker is None else self.rerank(queries, items, retriever_score)
+        found = self.candidates(queries, known, padded, request, depth)
+        items, retriever_score = found.items, found.score
+        score = retriever_score if self.reranker is None else self.rerank(self.listed(queries, found, padded, request))
         order = np.argsort(-score, axis=1, kind="stable")[:, :k]
         items, score, retriever_score = (np.take_along_axis(x, order, axis=1) for x in (items, score, retriever_score))
         new = np.asarray(padded.lengths) == 0
@@ -309,46 +406,19 @@ def in_chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The options a checkpoint was trained with, and the weights of one part of it; needs no Lightning.
-
-    Args:
-        path: checkpoint.
-        part: attribute of the trained module, such as "towers".
-        make: the command that makes such a checkpoint, for the error.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; run: {make}")
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or not a whole one; make it again: {make}") from error
-    weights = {
-        name.removeprefix(f"{part}."): value
-        for name, value in checkpoint.get("state_dict", {}).items()
-        if name.startswith(f"{part}.")
-    }
-    if not weights:
-        raise ValueError(f"{path} holds no {part}; expected a checkpoint made by: {make}")
-    return checkpoint["hyper_parameters"], weights
+def load_for(dataset: Dataset, folder: Path) -> Recommender:
+    """A bundle or index that was made from this dataset, split as it is."""
+    check_split(dataset, folder)
+    recommender = Recommender.load(folder)
+    recommender.check(dataset)
+    return recommender
 
 
-def build(kind: type, options: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
-    """A module from plain options, in which {"class_path", "init_args"} stands for a factory, and its weights."""
-    module = kind(**{name: factory(value) for name, value in options.items()})
-    module.load_state_dict(weights)
-    return module.eval()
-
-
-def factory(value: Any) -> Any:
-    """A description with a class_path becomes that class with its options bound; anything else stays as it is."""
-    if isinstance(value, list):
-        return [factory(part) for part in value]
-    if not (isinstance(value, dict) and "class_path" in value):
-        return value
-    module, _, name = value["class_path"].rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{value['class_path']} cannot be imported ({error}); put its module on PYTHONPATH") from error
-    return functools.partial(kind, **{key: factory(option) for key, option in (value.get("init_args") or {}).items()})
+def check_split(dataset: Dataset, folder: Path) -> None:
+    """Refuses to use a model with a dataset whose training events may be other than those it was trained on."""
+    theirs = read_manifest(folder, Recommender.kind(folder), "recsys export-index")["split_hash"]
+    if theirs != dataset.manifest["split_hash"]:
+        raise ValueError(
+            f"{folder} was made from a dataset with split hash {theirs[:12]}…, but {dataset.path} has "
+            f"{dataset.manifest['split_hash'][:12]}…: its test events may have been trained on; make {folder} again"
+        )

@@ -11,22 +11,26 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from recsys2stage.columns import PAD
 from recsys2stage.features import FeatureTable
-from recsys2stage.scorers import ScorerFactory
+from recsys2stage.scorers import ScorerFactory, Shown
+from recsys2stage.shapes import Listed
 from recsys2stage.towers import unit
+
+PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # what may be left out
 
 
 class Reranker(nn.Module):
     """Scores candidates, (B, C).
 
-        logit = scale · (retriever score − center) + scorer(user state, item vector, product, features)
+        logit = scale · (retriever score − center) + scorer(user state, item vectors, newest events, features)
 
-    Features of a candidate: the calibrated score (the first term), log rank, `is_unknown`, the popularity z-score and
-    the declared item features, as a FeatureTable makes numbers of them. State and vectors are made unit for the scorer,
-    whatever the retriever's similarity is.
+    Features of a candidate: the calibrated score (the first term), log rank, the calibrated distance to the list's best
+    score, `is_unknown`, the popularity z-score, the declared item features, as a FeatureTable makes numbers of them,
+    and the signals, standardised. State and vectors are made unit for the scorer, whatever the retriever's similarity.
 
-    Where an id is masked, everything that comes from the item's id is zero: vector, product, retriever score, rank and
-    the base logit; `is_unknown` is 1. Popularity and declared features stay.
+    Where an id is masked, everything that comes from the item's id is zero: vector, retriever score, rank, margin, the
+    signals that say so, and the base logit; `is_unknown` is 1. Popularity and declared features stay.
 
     Args:
         num_items: V.
@@ -34,53 +38,92 @@ class Reranker(nn.Module):
         features: name, kind, size and width of each declared item feature.
         scorer: called with (D, F).
         feature_dim: width of the vector that a feature becomes, but for numeric ones.
+        signals: {"name", "by_id"} of each of the S numbers of signals; a name is SIGNAL.NUMBER.
+        without: what the scorer is not shown (it sees zeros): parts of its input (score, rank, margin, popularity,
+            features, state, vectors, recent), signals, or single numbers of signals. None: it sees everything.
     """
 
     vectors: Tensor
     popularity: Tensor
     center: Tensor
+    signal_mean: Tensor
+    signal_scale: Tensor
+    signal_by_id: Tensor
 
     def __init__(
-        self, num_items: int, dim: int, features: Sequence[dict[str, Any]], scorer: ScorerFactory, feature_dim: int = 16
+        self,
+        num_items: int,
+        dim: int,
+        features: Sequence[dict[str, Any]],
+        scorer: ScorerFactory,
+        feature_dim: int = 16,
+        signals: Sequence[dict[str, Any]] = (),
+        without: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.without = frozenset(without or ())
+        names = [signal["name"] for signal in signals]
+        shown = {*PARTS, *names, *(name.partition(".")[0] for name in names)}
+        if unknown := sorted(self.without - shown):
+            raise ValueError(f"without names {', '.join(unknown)}, expected some of {', '.join(sorted(shown))}")
         self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # as the retriever made them
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
-        width = 4 + (self.features.width if self.features else 0)  # score, log rank, is_unknown, popularity
+        hidden = [bool({name, name.partition(".")[0]} & self.without) for name in names]
+        self.hidden = torch.tensor(hidden, dtype=torch.bool)
+        self.register_buffer("signal_mean", torch.zeros(len(names)))
+        self.register_buffer("signal_scale", (~self.hidden).float())  # 0 where a number is not shown
+        self.register_buffer("signal_by_id", torch.tensor([signal["by_id"] for signal in signals], dtype=torch.bool))
+        # score, log rank, margin, is_unknown, popularity
+        width = 5 + (self.features.width if self.features else 0) + len(names)
         self.scorer = scorer(dim, width)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("center", torch.zeros(()))
 
-    def forward(
-        self,
-        state: Float[Tensor, "B D"],
-        items: Int[Tensor, "B C"],
-        score: Float[Tensor, "B C"],
-        rank: Int[Tensor, "B C"],
-        masked: Bool[Tensor, "B C"],
-    ) -> Float[Tensor, "B C"]:
+    def forward(self, listed: Listed, masked: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
         """
         Args:
-            state: query vectors of the users.
-            items: candidates.
-            score: the retriever's score: product of the user's query and the item's vector.
-            rank: the retriever's rank, from 1.
+            listed: candidates, and what is told of each request.
             masked: where ids are masked.
         """
-        known = (~masked).to(score.dtype)
-        base = self.log_scale.exp() * (score - self.center) * known
-        by_id = torch.stack([base, rank.to(score.dtype).log() * known, masked.to(score.dtype)], dim=-1)
-        vectors = unit(self.vectors[items]) * known[..., None]
-        features = torch.cat([by_id, self.item_features(items)], dim=-1)
-        return base + self.scorer(unit(state), vectors, features)
+        known, real = (~masked).to(listed.score.dtype), listed.items != PAD
+        best = listed.score.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True)
+        base = self.log_scale.exp() * (listed.score - self.center) * known
+        margin = (self.log_scale.exp() * (listed.score - best)).where(real, 0) * known
+        by_id = [
+            self.shown("score", base),
+            self.shown("rank", listed.rank.to(base.dtype).log() * known),
+            self.shown("margin", margin),
+            masked.to(base.dtype),
+        ]
+        signals = ((listed.signals - self.signal_mean) * self.signal_scale).clamp(-5, 5)  # far out means little more
+        signals = signals * torch.where(self.signal_by_id, known[..., None], 1)
+        features = torch.cat([torch.stack(by_id, dim=-1), self.item_features(listed.items), signals], dim=-1)
+        there = listed.recent != PAD
+        shown = Shown(
+            state=self.shown("state", unit(listed.state)),
+            vectors=self.shown("vectors", unit(self.vectors[listed.items]) * known[..., None]),
+            features=features,
+            recent=unit(self.vectors[listed.recent]),
+            ages=listed.ages,
+            real=torch.zeros_like(there) if "recent" in self.without else there,
+        )
+        return base + self.scorer(shown)
+
+    @property
+    def reads_ages(self) -> bool:
+        """Whether the scorer looks at how long ago the newest events were."""
+        return self.scorer.reads_ages and "recent" not in self.without
+
+    def shown(self, part: str, values: Tensor) -> Tensor:
+        return torch.zeros_like(values) if part in self.without else values
 
     def item_features(self, items: Int[Tensor, "B C"]) -> Float[Tensor, "B C G"]:
         """What is known of items beside their ids."""
         distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
-        known = self.popularity[distinct, None]
+        known = self.shown("popularity", self.popularity[distinct, None])
         if self.features is not None:
-            known = torch.cat([known, self.features(distinct)], dim=-1)
+            known = torch.cat([known, self.shown("features", self.features(distinct))], dim=-1)
         return known[place]
 
     def look_up(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
@@ -96,6 +139,15 @@ class Reranker(nn.Module):
         self.popularity[1:] = torch.from_numpy((log_share - log_share.mean()) / (log_share.std() + 1e-6))
         if self.features is not None:
             self.features.look_up(features)
+
+    def standardise(self, signals: Float[Tensor, "N S"]) -> None:
+        """Takes the means and spreads of signals from those of some candidates."""
+        if not signals.numel():
+            return
+        values = signals.double()
+        spread = values.std(dim=0, correction=0)
+        self.signal_mean.copy_(values.mean(dim=0))
+        self.signal_scale.copy_(torch.where((spread > 1e-6) & ~self.hidden.to(spread.device), 1 / spread, 0))
 
     def calibrate(self, score: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]) -> None:
         """Sets scale and center so that the softmax of the base logits fits the positives of some lists best.

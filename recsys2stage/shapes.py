@@ -2,7 +2,7 @@
 
 B batch, L history, D width, H heads, K width of a head, V items (tables have V + 1 rows: row 0 is padding),
 M answered places, U distinct items, C candidates, F numeric features, P values of a feature, N buckets of a relative
-bias or negatives of a place.
+bias or negatives of a place, R newest events that a scorer looks at, S numbers of signals.
 
 Histories are left-aligned: the oldest event first, padding at the end, with explicit lengths.
 """
@@ -44,6 +44,18 @@ class History(NamedTuple):
         """Some of the users."""
         some = {name: field[rows] for name, field in self._asdict().items() if isinstance(field, Tensor)}
         return self._replace(**some, user=None if self.user is None else tuple(values[rows] for values in self.user))
+
+
+class Listed(NamedTuple):
+    """Candidates of B requests, and what the second stage is told of each request. Places without one hold item 0."""
+
+    state: Float[Tensor, "B D"]  # query vectors of the users
+    items: Int[Tensor, "B C"]
+    score: Float[Tensor, "B C"]  # the retriever's: product of the user's query and the item's vector
+    rank: Int[Tensor, "B C"]  # the retriever's, from 1
+    signals: Float[Tensor, "B C S"]
+    recent: Int[Tensor, "B R"]  # the newest items of the history, newest first, 0 past the first event
+    ages: Float[Tensor, "B R"]  # log(1 + seconds from each of them to the request), 0 where there is none
 
 
 @dataclass(frozen=True)

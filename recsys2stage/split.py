@@ -35,16 +35,27 @@ class Split(ABC):
 
 
 class LeaveOneOut(Split):
-    """Each user's last event tests, the one before it validates; users of fewer than three events only train."""
+    """Each user's last event tests, the one before it validates; users of fewer than three events only train.
+
+    Args:
+        val: how many events before the last validate. More than one give the ranker more lists of targets on which the
+            retriever was not trained; the test does not change. At least one event of each user trains.
+    """
 
     min_events: ClassVar[int] = 3
+
+    def __init__(self, val: int = 1) -> None:
+        if val < 1:
+            raise ValueError(f"LeaveOneOut(val={val}): expected at least 1 event of each user to validate")
+        self.val = val
 
     def ends(
         self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
     ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
         end = offsets[1:]
         enough = np.diff(offsets) >= self.min_events
-        return np.where(enough, end - 2, end), np.where(enough, end - 1, end)
+        val_end = np.where(enough, end - 1, end)
+        return np.where(enough, np.maximum(val_end - self.val, offsets[:-1] + 1), end), val_end
 
 
 class Marked(Split):

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # short class names in YAML resolve once their module is imported
 from recsys2stage import encoders, inputs, losses, objectives, positions, scorers, times, users  # noqa: F401
 from recsys2stage.callbacks import KeepLast, MeasureTheEnd, ReseedEveryStep, SignFit, StayStopped
-from recsys2stage.data import Candidates, Histories  # noqa: F401
+from recsys2stage.candidates import Candidates  # noqa: F401
+from recsys2stage.data import Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
 from recsys2stage.retriever import Retriever  # noqa: F401
 
@@ -46,7 +47,7 @@ class RecsysCLI(LightningCLI):
             parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
         # the data knows, the model asks; what a model has no argument for is not passed
         for name in (
-            *("num_items", "features", "vector_dim", "num_candidates"),
+            *("num_items", "features", "vector_dim", "num_candidates", "signals", "recent"),
             *("max_length", "request_time", "next_action", "user_features", "actions"),
         ):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -63,6 +64,14 @@ class RecsysCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._load_weights_only("fit")
+        epochs = getattr(self.datamodule, "epochs", None)
+        if epochs is not None:  # selected before: train so long, and keep the last weights
+            self.trainer.fit_loop.max_epochs = epochs
+            for stopping in self.trainer.early_stopping_callbacks:
+                stopping.patience = epochs + 1
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback.monitor = None
 
     def before_validate(self) -> None:
         self._measure_the_best("validate")

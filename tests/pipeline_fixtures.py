@@ -1,5 +1,6 @@
 """A tiny two-stage run, made once a session by the verbs themselves; read it, do not write into it."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,19 @@ data:
   class_path: Candidates
   init_args: {batch_size: 16}
 """
+SIGNALS = """
+signals:
+- {class_path: PopularityAsOf, init_args: {candidates: 5}}
+- {class_path: Transitions, init_args: {candidates: 10, lags: [1, 2], top: 20}}
+- {class_path: Neighbours, init_args: {candidates: 5}}
+- Affinity
+- Session
+- Ratings
+"""
+TOLD = (  # the time of each request
+    *("--data.init_args.request_time", "target"),
+    *("--model.init_args.encoder.init_args.time", "recsys2stage.times.RequestGap"),
+)
 K = 40  # candidates of the tiny run: a third of its catalogue, so that many targets lie outside
 
 
@@ -83,6 +97,11 @@ class Run:
     def export_index(self, *words: object) -> None:
         recsys("export-index", "--retriever", self.retriever, "--data", self.data, "--output", self.index, *words)
 
+    def mine_with_signals(self, *words: object) -> None:
+        path = self.folder / "signals.yaml"
+        path.write_text(SIGNALS, encoding="utf-8")
+        self.mine("--config", path, *words)
+
     def mine(self, *words: object) -> None:
         of = ("--data", self.data, "--index", self.index, "--output", self.candidates)
         recsys("mine-negatives", *of, "--k", K, *words)
@@ -120,5 +139,19 @@ def trained(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run.export_index()
     run.mine()
     run.fit_ranker()
+    run.export_bundle()
+    return run
+
+
+@pytest.fixture(scope="session")
+def informed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Both stages on the simulated world, told of the time and of all signals; three events of a user validate."""
+    run = Run(tmp_path_factory.mktemp("informed"))
+    run.prepare(raw, "--split", "LeaveOneOut", "--split.val", 3)
+    run.fit_retriever(*TOLD)
+    run.export_index()
+    run.mine_with_signals()
+    scorer = {"class_path": "DIN", "init_args": {"hidden": [16]}}
+    run.fit_ranker("--model.init_args.scorer", json.dumps(scorer))
     run.export_bundle()
     return run

@@ -34,7 +34,8 @@ from recsys2stage import (
     users,
 )
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.data import Candidates, Histories
+from recsys2stage.candidates import Candidates
+from recsys2stage.data import Histories
 from recsys2stage.ranker import Ranker
 from recsys2stage.retriever import Retriever
 

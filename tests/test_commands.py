@@ -13,11 +13,11 @@ from pipeline_fixtures import K, Run, recsys
 
 from recsys2stage import commands
 from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
-from recsys2stage.commands import check_split, some
-from recsys2stage.data import Candidates
-from recsys2stage.dataset import Dataset
+from recsys2stage.candidates import Candidates
+from recsys2stage.checkpoints import read_checkpoint
+from recsys2stage.dataset import Dataset, some
 from recsys2stage.index import Exact, Faiss, Index
-from recsys2stage.recommend import Recommender, read_checkpoint
+from recsys2stage.recommend import Recommender, check_split
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,53 @@ def test_a_bundle_is_the_index_and_the_second_stage(trained: Run) -> None:
     assert torch.load(trained.bundle / "reranker.pt", weights_only=True)["vectors"].shape == (121, 16)
 
 
+def test_a_bundle_with_signals_holds_their_tables(informed: Run) -> None:
+    shared = {file.name for file in informed.index.iterdir()}
+    assert {file.name for file in informed.bundle.iterdir()} == shared | {"reranker.pt", "signals"}
+    tables = {file.name: file.read_bytes() for file in (informed.candidates / "signals").iterdir()}
+    assert {file.name: file.read_bytes() for file in (informed.bundle / "signals").iterdir()} == tables
+    assert "signals.json" in tables
+    mined, served = (
+        read_manifest(folder, kind, "")
+        for folder, kind in ((informed.candidates, "candidates"), (informed.bundle, "bundle"))
+    )
+    assert served["reranker"]["signals"] == mined["signals"] == Recommender.load(informed.bundle).signal_names
+    assert served["recent"] == 20
+    kinds = [signal["class_path"].rpartition(".")[2] for signal in mined["options"]["signals"]]
+    assert kinds == ["PopularityAsOf", "Transitions", "Neighbours", "Affinity", "Session", "Ratings"]
+    assert mined["options"]["signals"][1]["init_args"]["lags"] == [1, 2]
+    assert mined["options"]["targets"] is None
+
+
+def test_signals_of_other_candidates_than_those_of_the_ranker_are_refused(informed: Run, tmp_path: Path) -> None:
+    """Mined again with other options, they would say other things than what it learned from."""
+    run = Run(tmp_path)
+    shutil.copytree(informed.candidates, run.candidates)
+    shutil.copytree(informed.ranker.parent, run.ranker.parent)
+    manifest = json.loads((run.ranker.parent / "manifest.json").read_text())
+    manifest["parents"]["candidates"]["path"] = str(run.candidates)
+    (run.ranker.parent / "manifest.json").write_text(json.dumps(manifest))
+    of = ("--index", informed.index, "--ranker", run.ranker, "--output", run.bundle)
+    recsys("export-bundle", *of)
+    shutil.rmtree(run.bundle)
+    mined = run.candidates / "manifest.json"
+    mined.write_text(mined.read_text() + "\n")
+    refused("was trained on other candidates than those now in .*; fit again", "export-bundle", *of)
+    assert not run.bundle.exists()
+
+
+def test_signals_that_the_data_cannot_give_are_refused(trained: Run, tmp_path: Path) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["has"] |= {"rating": False, "time": False}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    of = ("--data", data, "--index", trained.index, "--output", tmp_path / "candidates", "--k", K)
+    for signal, message in (("Ratings", "have no ratings"), ("Session", "no times"), ("PopularityAsOf", "no times")):
+        (tmp_path / "signals.yaml").write_text(f"signals: [{signal}]\n")
+        refused(f"{message}.*leave (it|{signal}) out", "mine-negatives", *of, "--config", tmp_path / "signals.yaml")
+    assert not (tmp_path / "candidates").exists()
+
+
 def test_a_ranker_of_another_index_is_refused(trained: Run, tmp_path: Path) -> None:
     index = shutil.copytree(trained.index, tmp_path / "index")
     np.save(index / "index.npy", np.load(index / "index.npy") * 0.5)
@@ -268,5 +315,15 @@ def test_candidates_are_not_trained_on_beside_another_index(trained: Run, tmp_pa
 
 def test_a_miner_that_leaves_lists_empty_is_refused(trained: Run, tmp_path: Path) -> None:
     of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "c")
-    refused("lists of .* empty", "mine-negatives", *of, "--k", 20, "--miner", "RankBand", "--miner.skip_top", 20)
+    refused(
+        r"the miner left \d+ of 150 lists empty; with k = 20, skip_top must be lower",
+        "mine-negatives",
+        *of,
+        "--k",
+        20,
+        "--miner",
+        "RankBand",
+        "--miner.skip_top",
+        20,
+    )
     assert not (tmp_path / "c").exists()

@@ -7,15 +7,27 @@ import numpy as np
 import pytest
 from worlds import write_movielens
 
-from recsys2stage.dataset import Dataset, Padded, RequestTime, as_history, left_aligned, places, spans, windows
+from recsys2stage.dataset import (
+    Dataset,
+    Padded,
+    RequestTime,
+    as_history,
+    left_aligned,
+    newest_first,
+    places,
+    recent_events,
+    spans,
+    windows,
+)
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import MovieLens, Table
-from recsys2stage.split import GlobalTime
+from recsys2stage.split import GlobalTime, LeaveOneOut
 
 USERS, ITEMS = 40, 25
 OPTIONS: dict[str, dict[str, Any]] = {
     "leave one out": {},
     "repeats kept": {"repeats": "keep"},
+    "several validate": {"repeats": "keep", "split": LeaveOneOut(3)},
     "global time": {"repeats": "keep", "split": GlobalTime(0.2, 0.2)},
     "cold items": {"cold_items": 0.2},
 }
@@ -84,6 +96,82 @@ def test_histories_targets_and_times_equal_a_loop(dataset: Dataset, split: Any, 
     assert padded.items.shape[1] == max(1, *map(len, items)), "cut to the longest"
     assert dataset.targets(users, split).tolist() == targets
     assert dataset.request_times(users, split).tolist() == moments
+
+
+# --- several targets of a user
+
+
+def val_targets(dataset: Dataset, newest: int | None) -> list[tuple[int, int]]:
+    """User and place of every validation event that is not its user's first, by a loop."""
+    found = []
+    for user in range(dataset.num_users):
+        start, train, val = (int(a[user]) for a in (dataset.offsets, dataset.train_ends, dataset.val_ends))
+        own = [(user, place) for place in range(train, val) if place > start]
+        found += own if newest is None else own[-newest:]
+    return found
+
+
+@pytest.mark.parametrize("newest", [None, 1, 2, 100])
+def test_validation_targets_equal_a_loop(dataset: Dataset, newest: int | None) -> None:
+    users, ends = dataset.val_targets(newest)
+    assert list(zip(users.tolist(), ends.tolist(), strict=True)) == val_targets(dataset, newest)
+    most = np.bincount(users).max()
+    assert (most > 1) == (newest != 1 and dataset.protocol.get("val") != 1), "the world must show both cases"
+
+
+def test_a_first_event_is_no_target(tmp_path: Path) -> None:
+    """Before it there is nothing to recommend by."""
+    events = [(1, 1, 20), (1, 2, 21), (1, 3, 22), (1, 4, 31), (2, 1, 5), (2, 2, 20), (2, 3, 33), (3, 1, 25), (3, 2, 40)]
+    rows = "".join(f"{user},{item},{time}\n" for user, item, time in events)
+    (tmp_path / "events.csv").write_text(f"user_id,item_id,timestamp\n{rows}")
+    prepare(Table(tmp_path / "events.csv"), tmp_path / "data", split=GlobalTime(val=20, test=30))
+    dataset = Dataset(tmp_path / "data")
+    assert dataset.users("val").tolist() == [0, 1, 2]
+    for newest, places_of in ((None, [1, 2, 5]), (2, [1, 2, 5]), (1, [2, 5])):
+        users, ends = dataset.val_targets(newest)
+        assert ends.tolist() == places_of
+        assert users.tolist() == [0] * (len(ends) - 1) + [1]
+
+
+def test_each_of_several_targets_has_the_history_before_it(dataset: Dataset) -> None:
+    users, ends = dataset.val_targets()
+    padded, known = dataset.histories(users, ends, 5), dataset.known(users, ends)
+    histories, targets, moments = rows(padded), dataset.targets(users, ends), dataset.request_times(users, ends)
+    for row, (user, end) in enumerate(zip(users.tolist(), ends.tolist(), strict=True)):
+        items, times = events_of(dataset, user)
+        place = end - int(dataset.offsets[user])
+        assert place >= 1
+        assert histories[row] == items[:place][-5:]
+        assert (targets[row], moments[row]) == (items[place], times[place])
+        met = [item for item in items[:place] if not dataset.keeps_repeats or item != items[place]]
+        assert known.values[known.offsets[row] : known.offsets[row + 1]].tolist() == met
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_place_says_the_same_as_the_name_of_its_part(dataset: Dataset, split: Any) -> None:
+    users = dataset.users(split)
+    ends = dataset.target_places(split)[users]
+    for one, other in zip(dataset.histories(users, split, 4)[:3], dataset.histories(users, ends, 4)[:3], strict=True):
+        assert np.array_equal(one, other)
+    for one, other in zip(dataset.known(users, split), dataset.known(users, ends), strict=True):
+        assert np.array_equal(one, other)
+    assert np.array_equal(dataset.targets(users, split), dataset.targets(users, ends))
+
+
+def test_the_newest_events_are_told_newest_first_with_their_ages() -> None:
+    padded = Padded(
+        np.array([[7, 8, 9], [4, 0, 0], [0, 0, 0]]),
+        np.array([[10, 20, 50], [90, 0, 0], [0, 0, 0]]),
+        np.array([3, 1, 0]),
+    )
+    assert newest_first(padded.items, padded.lengths, 2).tolist() == [[9, 8], [4, 0], [0, 0]]
+    assert newest_first(padded.items, padded.lengths, 5).tolist() == [[9, 8, 7, 0, 0], [4, 0, 0, 0, 0], [0] * 5]
+    items, ages = recent_events(padded, np.array([60, 80, 99]), 4)
+    assert items.tolist() == [[9, 8, 7, 0], [4, 0, 0, 0], [0, 0, 0, 0]]
+    want = [[10, 40, 50, 0], [0, 0, 0, 0], [0, 0, 0, 0]]  # an event after the request is of age 0
+    assert np.expm1(ages.numpy()) == pytest.approx(np.array(want), rel=1e-5)
+    items, ages = recent_events(padded, np.array([60, 80, 99]), 0)
+    assert items.shape == ages.shape == (3, 0)
 
 
 def test_the_whole_history_serves(dataset: Dataset) -> None:

@@ -17,9 +17,10 @@ from pipeline_fixtures import RANKER, RETRIEVER, K, Run, recsys
 
 from recsys2stage import TwoStageRecommender
 from recsys2stage.artifacts import read_manifest
+from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.dataset import Dataset
 from recsys2stage.estimator import NotFittedError, as_polars, kind_of
-from recsys2stage.recommend import Recommender, read_checkpoint
+from recsys2stage.recommend import Recommender
 
 COLUMNS = {"user": "who", "item": "what", "time": "at", "rating": "stars"}
 PREPARE = "source: {class_path: MovieLens, init_args: {path: nowhere}}\ntie_break: item_id\n"

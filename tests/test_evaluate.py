@@ -18,19 +18,20 @@ from recsys2stage.baselines import Markov, Popularity
 from recsys2stage.dataset import Dataset, Ragged
 from recsys2stage.encoders import Transformer
 from recsys2stage.evaluate import (
-    as_markdown,
-    as_table,
-    history_cohorts,
+    TOP,
+    first_choice,
     outside_ranking,
-    popularity_cohorts,
     rank_users,
     second_rank,
     summarise,
+    top_of,
 )
 from recsys2stage.index import Exact
-from recsys2stage.metrics import KS, metrics_of, rank_of
+from recsys2stage.metrics import KS, rank_of
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
+from recsys2stage.report import as_markdown, as_table
+from recsys2stage.shapes import Listed
 from recsys2stage.sources import MovieLens
 from recsys2stage.towers import TwoTower
 
@@ -58,13 +59,26 @@ def recommender(trained: Run) -> Recommender:
 @pytest.fixture(scope="module")
 def report(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    recsys("evaluate", "--bundle", trained.bundle, "--output", folder, "--resamples", 200)
+    recsys("evaluate", "--plots", "false", "--bundle", trained.bundle, "--output", folder, "--resamples", 200)
     return folder
 
 
 def rank_by_hand(scores: dict[int, float], target: int) -> int:
     """How many score at least as high as the target, the target included."""
     return sum(score >= scores[target] for score in scores.values())
+
+
+def told_of(query: np.ndarray, items: list[int], scores: list[float]) -> Listed:
+    """What a ranker without signals and newest events is told of one user's candidates."""
+    return Listed(
+        state=torch.from_numpy(query),
+        items=torch.tensor([items]),
+        score=torch.tensor([scores]),
+        rank=torch.arange(1, len(items) + 1)[None],
+        signals=torch.zeros(1, len(items), 0),
+        recent=torch.zeros(1, 0, dtype=torch.int64),
+        ages=torch.zeros(1, 0),
+    )
 
 
 def ranks_by_hand(dataset: Dataset, recommender: Recommender, user: int) -> dict[str, int]:
@@ -89,13 +103,8 @@ def ranks_by_hand(dataset: Dataset, recommender: Recommender, user: int) -> dict
     assert recommender.reranker is not None
     for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
         with torch.inference_mode():
-            logits = recommender.reranker(
-                torch.from_numpy(query),
-                torch.tensor([listed]),
-                torch.tensor([[first[item] for item in listed]]),
-                torch.arange(1, len(listed) + 1)[None],
-                torch.full((1, len(listed)), masked),
-            )
+            told = told_of(query, listed, [first[item] for item in listed])
+            logits = recommender.reranker(told, torch.full((1, len(listed)), masked))
         second = dict(zip(listed, logits[0].tolist(), strict=True))
         ranks[name] = rank_by_hand(second, target) if target in second else len(listed) + 1 + rest.index(target)
     return ranks
@@ -103,19 +112,22 @@ def ranks_by_hand(dataset: Dataset, recommender: Recommender, user: int) -> dict
 
 def test_every_rank_is_that_of_a_naive_evaluation(dataset: Dataset, recommender: Recommender) -> None:
     users = dataset.users("test")[::2]
-    ranks = rank_users(dataset, recommender, users, "test", batch_size=32)
-    assert list(ranks) == [*MODELS, "found"]
+    outcome = rank_users(dataset, recommender, users, "test", batch_size=32)
+    ranks, found = outcome.ranks, outcome.place <= K
+    assert list(ranks) == MODELS
     for row, user in enumerate(users.tolist()):
         assert {name: int(ranks[name][row]) for name in MODELS} == ranks_by_hand(dataset, recommender, user), user
-    assert 0.2 < ranks["found"].mean() < 0.9  # both sides are put to the test
+    assert np.array_equal(outcome.place[found], ranks["retriever"][found])  # the index is exact
+    assert (outcome.place[~found] == K + 1).all()
+    assert 0.2 < found.mean() < 0.9  # both sides are put to the test
     assert (ranks["ranker"] != ranks["retriever"]).any()
     assert (ranks["ranker"] != ranks["ranker_ids_masked"]).any()
 
 
 def test_a_target_outside_the_candidates_keeps_the_retrievers_rank(dataset: Dataset, recommender: Recommender) -> None:
     users = dataset.users("test")
-    ranks = rank_users(dataset, recommender, users, "test")
-    outside = ~ranks["found"]
+    outcome = rank_users(dataset, recommender, users, "test")
+    ranks, outside = outcome.ranks, outcome.place > K
     assert outside.any()
     for name in ("ranker", "ranker_ids_masked"):
         assert (ranks[name][outside] == ranks["retriever"][outside]).all()
@@ -127,8 +139,12 @@ def test_ranks_do_not_depend_on_who_else_is_ranked(dataset: Dataset, recommender
     whole, parts = (rank_users(dataset, recommender, users, "test", size) for size in (256, 7))
     some = rank_users(dataset, recommender, users[5::10], "test")
     for name in MODELS:
-        assert np.array_equal(whole[name], parts[name])
-        assert np.array_equal(whole[name][5::10], some[name])
+        assert np.array_equal(whole.ranks[name], parts.ranks[name])
+        assert np.array_equal(whole.ranks[name][5::10], some.ranks[name])
+        assert np.array_equal(whole.shown[name], parts.shown[name])
+    assert np.array_equal(whole.place, parts.place)
+    assert np.allclose(whole.confidence, parts.confidence, rtol=1e-5)
+    assert np.array_equal(whole.hit, parts.hit)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +213,8 @@ def sampled_ranks_by_hand(
     assert recommender.reranker is not None
     for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
         with torch.inference_mode():
-            logits = recommender.reranker(
-                torch.from_numpy(query),
-                torch.tensor([listed]),
-                torch.tensor([[float(similar[item - 1]) for item in listed]]),
-                torch.arange(1, len(listed) + 1)[None],
-                torch.full((1, len(listed)), masked),
-            )
+            told = told_of(query, listed, [float(similar[item - 1]) for item in listed])
+            logits = recommender.reranker(told, torch.full((1, len(listed)), masked))
         second = dict(zip(listed, logits[0].tolist(), strict=True))
         if target in second:
             above = sum(second[item] >= second[target] for item in drawn if item in second)
@@ -218,16 +229,18 @@ def test_every_sampled_rank_is_that_of_a_naive_evaluation(
     dataset: Dataset, recommender: Recommender, negatives: int
 ) -> None:
     users = dataset.users("test")[::2]
-    ranks = rank_users(dataset, recommender, users, "test", batch_size=32, negatives=negatives, seed=5)
+    outcome = rank_users(dataset, recommender, users, "test", batch_size=32, negatives=negatives, seed=5)
+    ranks = outcome.ranks
     for row, user in enumerate(users.tolist()):
         expected = sampled_ranks_by_hand(dataset, recommender, user, negatives, seed=5)
         assert {name: int(ranks[name][row]) for name in MODELS} == expected, user
     full = rank_users(dataset, recommender, users, "test")
-    assert np.array_equal(ranks["found"], full["found"])  # the candidates are those of the whole catalogue
-    assert 0 < ranks["found"].mean() < 1
+    assert np.array_equal(outcome.place, full.place)  # the candidates are those of the whole catalogue
+    assert 0 < (outcome.place <= K).mean() < 1
+    assert outcome.shown == {}  # nobody is shown a sample
     for name in MODELS:
-        assert (ranks[name] <= full[name]).all()
-        assert np.array_equal(ranks[name], full[name]) == (negatives == 500)  # fewer are left: all of them
+        assert (ranks[name] <= full.ranks[name]).all()
+        assert np.array_equal(ranks[name], full.ranks[name]) == (negatives == 500)  # fewer are left: all of them
 
 
 def test_a_sample_depends_on_the_seed_and_the_user_alone(dataset: Dataset, recommender: Recommender) -> None:
@@ -236,9 +249,9 @@ def test_a_sample_depends_on_the_seed_and_the_user_alone(dataset: Dataset, recom
     some = rank_users(dataset, recommender, users[5::10], "test", 256, N, seed=1)
     other = rank_users(dataset, recommender, users, "test", 256, N, seed=2)
     for name in MODELS:
-        assert np.array_equal(once[name], again[name])
-        assert np.array_equal(once[name][5::10], some[name])
-        assert not np.array_equal(once[name], other[name])
+        assert np.array_equal(once.ranks[name], again.ranks[name])
+        assert np.array_equal(once.ranks[name][5::10], some.ranks[name])
+        assert not np.array_equal(once.ranks[name], other.ranks[name])
 
 
 def test_a_sample_holds_the_target_and_so_many_of_the_unmet_each_as_often(rng: np.random.Generator) -> None:
@@ -274,7 +287,17 @@ def test_a_sampled_report_stands_beside_the_full_one_and_warns(
     shutil.copytree(report, tmp_path, dirs_exist_ok=True)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     recsys(
-        "evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--resamples", 10, "--protocol", f"sampled-{N}"
+        "evaluate",
+        "--plots",
+        "false",
+        "--bundle",
+        trained.bundle,
+        "--output",
+        tmp_path,
+        "--resamples",
+        10,
+        "--protocol",
+        f"sampled-{N}",
     )
     printed = capsys.readouterr().out
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
@@ -297,7 +320,17 @@ def test_a_sampled_report_stands_beside_the_full_one_and_warns(
 @pytest.mark.parametrize("protocol", ["sampled-0", "sampled", "sampled-1e3", "half"])
 def test_a_protocol_that_is_none_is_refused(trained: Run, tmp_path: Path, protocol: str) -> None:
     with pytest.raises(SystemExit, match=f"protocol is '{protocol}', expected full or sampled-N"):
-        recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path / "out", "--protocol", protocol)
+        recsys(
+            "evaluate",
+            "--plots",
+            "false",
+            "--bundle",
+            trained.bundle,
+            "--output",
+            tmp_path / "out",
+            "--protocol",
+            protocol,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -306,7 +339,9 @@ def test_a_protocol_that_is_none_is_refused(trained: Run, tmp_path: Path, protoc
 
 def test_the_report_has_its_shape(report: Path, dataset: Dataset) -> None:
     content = json.loads((report / "report.json").read_text())
-    assert list(content) == ["protocol", "users", "models", "comparison", "cohorts", "candidates"]
+    parts = ["protocol", "items", "users", "models", "comparison", "cohorts", "candidates", "exposure", "calibration"]
+    assert list(content) == parts
+    assert content["items"] == dataset.num_items
     assert content["users"] == len(dataset.users("test")) == 150
     assert list(content["models"]) == MODELS
     for metrics in content["models"].values():
@@ -315,8 +350,10 @@ def test_the_report_has_its_shape(report: Path, dataset: Dataset) -> None:
             assert list(value) == ["value", "low", "high"]
             assert 0 <= value["low"] <= value["value"] <= value["high"] <= 1
     assert sorted(content["comparison"]) == sorted(METRICS)
-    assert {"difference", "low", "high", "ratio"} < content["comparison"]["ndcg@10"].keys()
-    assert content["cohorts"].keys() == {"history_length", "target_popularity"}
+    assert {"difference", "low", "high", "ratio", "p"} < content["comparison"]["ndcg@10"].keys()
+    assert content["cohorts"].keys() == {"history_length", "target_popularity", "gap_to_request", "target_age"}
+    assert list(content["exposure"]) == MODELS[:4]
+    assert content["calibration"].keys() == {"users", "confidence", "hits", "ece", "bins"}
 
 
 def test_the_report_names_its_protocol(report: Path, dataset: Dataset) -> None:
@@ -330,7 +367,8 @@ def test_the_report_names_its_protocol(report: Path, dataset: Dataset) -> None:
 def test_the_values_are_the_means_over_the_ranks_that_lie_beside(report: Path, dataset: Dataset) -> None:
     content = json.loads((report / "report.json").read_text())
     ranks = pl.read_parquet(report / "ranks.parquet")
-    assert ranks.columns == ["user", *MODELS]
+    assert ranks.columns == ["user", "target", *MODELS]
+    assert ranks["target"].to_list() == dataset.targets(dataset.users("test"), "test").tolist()
     assert ranks["user"].to_list() == dataset.users("test").tolist()
     for name in MODELS:
         rank = ranks[name].to_numpy()
@@ -346,7 +384,7 @@ def test_the_values_are_the_means_over_the_ranks_that_lie_beside(report: Path, d
 def test_the_table_is_printed_between_the_protocol_and_the_paths(
     trained: Run, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--resamples", 200)
+    recsys("evaluate", "--plots", "false", "--bundle", trained.bundle, "--output", tmp_path, "--resamples", 200)
     printed = capsys.readouterr().out.strip()
     content = json.loads((report / "report.json").read_text())
     table = as_table(content)
@@ -363,17 +401,31 @@ def test_the_table_is_printed_between_the_protocol_and_the_paths(
 
 
 def test_the_retriever_is_measured_as_it_was_in_training(trained: Run, tmp_path: Path) -> None:
-    recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--split", "val", "--resamples", 10)
+    recsys(
+        "evaluate",
+        "--plots",
+        "false",
+        "--bundle",
+        trained.bundle,
+        "--output",
+        tmp_path,
+        "--split",
+        "val",
+        "--resamples",
+        10,
+    )
     value = json.loads((tmp_path / "report.json").read_text())["models"]["retriever"]["ndcg@10"]["value"]
     best = read_manifest(trained.retriever.parent, "retriever", "")["best"]
     assert value == pytest.approx(best, abs=1e-6)
 
 
 def test_the_first_stage_alone_is_measured_too(trained: Run, report: Path, tmp_path: Path) -> None:
-    recsys("evaluate", "--bundle", trained.index, "--output", tmp_path, "--resamples", 200)
+    recsys("evaluate", "--plots", "false", "--bundle", trained.index, "--output", tmp_path, "--resamples", 200)
     alone, both = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, report))
     assert list(alone["models"]) == MODELS[:3]
     assert "comparison" not in alone
+    assert "calibration" not in alone
+    assert list(alone["exposure"]) == MODELS[:3]
     for name in MODELS[:3]:
         values = {metric: value["value"] for metric, value in alone["models"][name].items()}
         assert values == {metric: value["value"] for metric, value in both["models"][name].items()}
@@ -381,7 +433,19 @@ def test_the_first_stage_alone_is_measured_too(trained: Run, report: Path, tmp_p
 
 
 def test_some_users_are_a_seeded_draw(trained: Run, report: Path, tmp_path: Path) -> None:
-    recsys("evaluate", "--bundle", trained.bundle, "--output", tmp_path, "--users", 20, "--resamples", 10)
+    recsys(
+        "evaluate",
+        "--plots",
+        "false",
+        "--bundle",
+        trained.bundle,
+        "--output",
+        tmp_path,
+        "--users",
+        20,
+        "--resamples",
+        10,
+    )
     some, every = (pl.read_parquet(folder / "ranks.parquet") for folder in (tmp_path, report))
     assert len(some) == 20
     assert some.equals(every.filter(pl.col("user").is_in(some["user"].to_list())))
@@ -401,7 +465,19 @@ def test_a_dataset_of_another_split_is_refused(trained: Run, raw: Path, tmp_path
 
 def test_the_same_split_elsewhere_is_welcome(trained: Run, tmp_path: Path) -> None:
     moved = shutil.copytree(trained.data, tmp_path / "moved")
-    recsys("evaluate", "--bundle", trained.bundle, "--data", moved, "--output", tmp_path, "--resamples", 10)
+    recsys(
+        "evaluate",
+        "--plots",
+        "false",
+        "--bundle",
+        trained.bundle,
+        "--data",
+        moved,
+        "--output",
+        tmp_path,
+        "--resamples",
+        10,
+    )
     assert (tmp_path / "report.json").is_file()
 
 
@@ -444,44 +520,82 @@ def test_a_retriever_that_never_hits_has_no_ratio(dataset: Dataset) -> None:
     never = np.full(len(dataset.users("test")), 1000)
     report = summary(dataset, {"retriever": never, "ranker": never})
     assert report["comparison"]["ndcg@10"]["ratio"] is None  # NaN is no JSON
-    assert "| ndcg@10 | +0.0000 | [+0.0000, +0.0000] |  |" in as_markdown(
-        report | {"candidates": {"recall": 0.0, "k": 9}}, "protocol"
-    )
+    text = as_markdown(report | {"candidates": {"recall": 0.0, "k": 9}}, "protocol")
+    assert ["NDCG@10", "+0.0000", "[+0.0000, +0.0000]", "", "1.0000"] in [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    ]
 
 
-def test_cohorts_partition_the_users(dataset: Dataset, rng: np.random.Generator) -> None:
+# what is shown, and how sure the ranker is
+
+
+def test_what_is_shown_is_the_ten_best_of_a_naive_evaluation(dataset: Dataset, recommender: Recommender) -> None:
+    """Of the two stages, whose scores are all different."""
     users = dataset.users("test")
-    ranks = rng.integers(1, 30, len(users))
-    report = summary(dataset, {"retriever": ranks})
-    for cohorts in (history_cohorts, popularity_cohorts):
-        assert (sum(member.astype(int) for _, member in cohorts(dataset, users, "test")) == 1).all()
-    for groups in report["cohorts"].values():
-        assert sum(group["users"] for group in groups.values()) == len(users)
-        mean = sum(group["users"] * group["retriever"]["ndcg@10"] for group in groups.values()) / len(users)
-        assert mean == pytest.approx(metrics_of(ranks)["ndcg@10"].mean())
+    outcome = rank_users(dataset, recommender, users, "test", batch_size=32)
+    assert recommender.reranker is not None
+    shown = {name: np.zeros(dataset.num_items + 1, dtype=int) for name in ("retriever", "ranker")}
+    for row, user in enumerate(users.tolist()):
+        start, place = int(dataset.offsets[user]), int(dataset.val_ends[user])
+        history, target = dataset.items[start:place].tolist(), int(dataset.items[place])
+        one = np.array([user])
+        padded = dataset.histories(one, "test", recommender.towers.max_length)
+        query = recommender.queries(padded, dataset.request_times(one, "test"))
+        similar = (query @ recommender.index.vectors.T)[0]
+        unmet = sorted(set(range(1, dataset.num_items + 1)) - set(history), key=lambda item: -similar[item - 1])
+        shown["retriever"][unmet[:10]] += 1
+        listed = unmet[:K]
+        told = told_of(query, listed, [float(similar[item - 1]) for item in listed])
+        logits = recommender.rerank(told)[0].astype(np.float64)
+        shown["ranker"][np.array(listed)[np.argsort(-logits)[:10]]] += 1
+        chances = np.exp(logits) / np.exp(logits).sum()
+        assert outcome.confidence[row] == pytest.approx(chances.max(), rel=1e-4)
+        assert outcome.hit[row] == (listed[chances.argmax()] == target)
+    for name, counts in shown.items():
+        assert outcome.shown[name].tolist() == counts.tolist()
+    for counts in outcome.shown.values():
+        assert counts.sum() == 10 * len(users)
+        assert counts[0] == 0
+    assert outcome.shown["retriever"].tolist() != outcome.shown["ranker"].tolist()
+    assert outcome.hit.any()
 
 
-def test_cohorts_are_named_after_what_is_in_them(dataset: Dataset) -> None:
-    users = dataset.users("test")
-    lengths = dataset.target_places("test")[users] - dataset.offsets[users]
-    for label, member in history_cohorts(dataset, users, "test"):
-        low, high = map(int, label.removesuffix(" events").split("-"))
-        assert member.any()
-        assert lengths[member].min() >= low
-        assert lengths[member].max() <= high
-    counts = dataset.train_counts[dataset.targets(users, "test")]
-    for label, member in popularity_cohorts(dataset, users, "test"):
-        if member.any() and "-" in label:
-            low, high = map(int, label.removesuffix(" events").split("-"))
-            assert low <= counts[member].min() <= counts[member].max() <= high
+def test_nobody_is_shown_what_is_not_ranked() -> None:
+    scores = torch.tensor([[0.1, 0.9, -torch.inf], [-torch.inf] * 3])
+    assert top_of(scores).tolist() == [[2, 1] + [-1] * (TOP - 2), [-1] * TOP]
+    listed = np.array([[7, 5, -1], [-1, -1, -1]])
+    assert top_of(scores, listed).tolist() == [[5, 7] + [-1] * (TOP - 2), [-1] * TOP]
+    wide = torch.arange(30.0)[None]
+    assert top_of(wide).tolist() == [list(range(30, 20, -1))]
 
 
-def test_users_of_one_length_are_one_cohort(cycle: Path) -> None:
-    dataset = Dataset(cycle)
-    users = dataset.users("test")
-    ((label, member),) = history_cohorts(dataset, users, "test")
-    assert label == "11 events"
-    assert member.all()
+def test_the_probability_of_the_first_choice() -> None:
+    logits = np.log(np.array([[1, 3, 6], [5, 4, 1]], dtype=np.float32))
+    there = np.array([[False, False, True], [False, False, False]])  # the second target is no candidate
+    confidence, hit = first_choice(logits, there)
+    assert confidence == pytest.approx([0.6, 0.5])
+    assert hit.tolist() == [True, False]
+    confidence, hit = first_choice(np.full((1, 3), -np.inf, dtype=np.float32), there[1:])
+    assert np.isnan(confidence).all()
+    assert not hit.any()
+
+
+def test_who_has_no_history_is_shown_what_is_popular_and_has_no_probability(
+    trained: Run, recommender: Recommender, tmp_path: Path
+) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    starts = np.load(data / "users.offsets.npy")[:-1]
+    for name in ("users.train_end.npy", "users.val_end.npy"):  # the first event of users 0 to 4 is their target
+        ends = np.load(data / name)
+        ends[:5] = starts[:5]
+        np.save(data / name, ends)
+    dataset = Dataset(data)
+    outcome = rank_users(dataset, recommender, np.arange(5), "test")
+    least = np.sort(dataset.train_counts[1:])[-10]
+    for counts in outcome.shown.values():
+        assert counts.sum() == 5 * 10
+        assert (dataset.train_counts[counts > 0] >= least).all()
+    assert np.isnan(outcome.confidence).all()
 
 
 # repeats
@@ -504,11 +618,13 @@ def test_with_repeats_kept_a_repeated_target_stays_in_its_ranking(tmp_path: Path
     index.build(towers.every_item().detach().numpy())
     catalogue = pl.read_parquet(dataset.path / "items.parquet")
     served = Recommender(towers, index, None, catalogue, np.append(0, np.ones(6)), "none", candidates=6)
-    ranks = rank_users(dataset, served, users, "test")
+    outcome = rank_users(dataset, served, users, "test")
     for name in ("popularity", "markov", "retriever"):
-        assert ranks[name].max() <= 3  # three of the six are known and filtered, the target is not
-        assert ranks[name].min() >= 1
-    assert ranks["found"].all()
+        assert outcome.ranks[name].max() <= 3  # three of the six are known and filtered, the target is not
+        assert outcome.ranks[name].min() >= 1
+        assert outcome.shown[name].sum() == 3 * 12  # there are no ten
+    assert (outcome.place <= 3).all()
+    assert np.isnan(outcome.confidence).all()  # there is no ranker
 
     prepare(MovieLens(raw), tmp_path / "first", repeats="first")
     first = Dataset(tmp_path / "first")

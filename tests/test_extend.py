@@ -8,6 +8,7 @@ import torch
 from pipeline_fixtures import Run, recsys
 
 from recsys2stage.artifacts import read_manifest
+from recsys2stage.candidates import Candidates
 from recsys2stage.dataset import Dataset
 from recsys2stage.ranker import Ranker
 from recsys2stage.recommend import Recommender
@@ -34,6 +35,7 @@ from recsys2stage.objectives import NextItem
 from recsys2stage.positions import Position, PositionFactory
 from recsys2stage.scorers import Scorer
 from recsys2stage.shapes import Shape
+from recsys2stage.signals import Proposer
 from recsys2stage.sources import Source, Table
 from recsys2stage.split import Split
 from recsys2stage.times import Time, TimeFactory
@@ -175,8 +177,35 @@ class Linear(Scorer):
         nn.init.zeros_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
 
-    def forward(self, state, vectors, features):
-        return self.layer(torch.cat([state[:, None] * vectors, features], -1)).sum(-1)
+    def forward(self, shown):
+        interest = shown.state[:, None] * shown.vectors
+        return self.layer(torch.cat([interest, shown.features], -1)).sum(-1)
+
+
+class Onwards(Proposer):
+    """How far on in the list of all songs a candidate is, and how often it is played; names the songs further on."""
+
+    by_id = True
+    names = ("ahead", "played")
+
+    def __init__(self, candidates: int = 0, every: int = 1):
+        super().__init__(candidates)
+        self.every = every
+
+    def fit(self, dataset, vectors):
+        self.tables = {"played": dataset.train_counts}
+
+    def __call__(self, requests):
+        newest, _ = requests.newest(1)
+        numbers = np.stack([(requests.items - newest) / 10, self.tables["played"][requests.items]], axis=-1)
+        return np.where(requests.items[..., None] > 0, numbers, 0).astype(np.float32)
+
+    def propose(self, requests, known):
+        newest, _ = requests.newest(1)
+        named = (newest + self.every * np.arange(1, self.candidates + 1) - 1) % 30 + 1
+        met = [set(known.values[a:b].tolist()) for a, b in zip(known.offsets[:-1], known.offsets[1:], strict=True)]
+        left = [[item for item in row if item not in own] for row, own in zip(named.tolist(), met, strict=True)]
+        return np.array([row + [-1] * (self.candidates - len(row)) for row in left])
 
 
 class Hinge(ListLoss):
@@ -209,7 +238,12 @@ model:
 data: {class_path: Histories, init_args: {max_length: 6, batch_size: 16}}
 """
 INDEX = "index: {class_path: my_parts.Halves, init_args: {step: 3}}\n"
-MINE = "miner: {class_path: my_parts.EveryOther, init_args: {step: 3}}\nk: 15\nselect: 0.3\n"
+MINE = """
+miner: {class_path: my_parts.EveryOther, init_args: {step: 3}}
+signals: [{class_path: my_parts.Onwards, init_args: {candidates: 5, every: 2}}, Session]
+k: 15
+select: 0.3
+"""
 RANKER = """
 trainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 model:
@@ -217,6 +251,7 @@ model:
   init_args:
     scorer: {class_path: my_parts.Linear, init_args: {hidden: 3}}
     loss: my_parts.Hinge
+    without: [Onwards.played]
 data: {class_path: Candidates, init_args: {batch_size: 16}}
 """
 
@@ -286,8 +321,41 @@ def test_parts_of_ones_own_were_trained(run: Run) -> None:
 def test_an_index_and_a_miner_of_ones_own_are_in_the_manifests(run: Run) -> None:
     index = read_manifest(run.index, "index", "")["options"]["index"]
     assert index == {"class": "my_parts.Halves", "options": {"step": 3}}
-    miner = read_manifest(run.candidates, "candidates", "")["options"]["miner"]
-    assert miner == {"class_path": "my_parts.EveryOther", "init_args": {"step": 3}}
+    options = read_manifest(run.candidates, "candidates", "")["options"]
+    assert options["miner"] == {"class_path": "my_parts.EveryOther", "init_args": {"step": 3}}
+    assert options["signals"][0] == {"class_path": "my_parts.Onwards", "init_args": {"candidates": 5, "every": 2}}
+
+
+def test_a_signal_of_ones_own_is_mined_learned_from_and_served(run: Run) -> None:
+    recommender, dataset = Recommender.load(run.bundle), Dataset(run.data)
+    signal = recommender.signals[0]
+    assert type(signal).__module__ == "my_parts"
+    assert (signal.candidates, signal.every) == (5, 2)
+    assert np.array_equal(signal.tables["played"], dataset.train_counts)
+    names = [number["name"] for number in recommender.signal_names]
+    assert names[:3] == ["Onwards.ahead", "Onwards.played", "Session.gap"]
+    assert names[-2:] == ["source.index", "source.Onwards"]
+
+    ranker = Ranker.load_from_checkpoint(run.ranker, weights_only=True)
+    assert ranker.reranker.signal_by_id.tolist() == [True, True, *[False] * 10, True, True]
+    assert (ranker.reranker.signal_scale[:2] > 0).tolist() == [True, False], "one of them is left out"
+
+    data = Candidates(run.candidates)
+    data.setup("fit")
+    selects = np.flatnonzero(data.lists.fold == "select")
+    mined, users, ends = data.read(selects).listed, data.lists.user[selects], data.lists.place[selects]
+    padded, now = dataset.histories(users, ends, 6), dataset.request_times(users, ends)
+    queries = recommender.queries(padded, now)
+    found = recommender.candidates(queries, dataset.known(users, ends), padded, now)
+    served = recommender.listed(queries, found, padded, now)
+    for name, one in mined._asdict().items():
+        torch.testing.assert_close(one, getattr(served, name), rtol=1e-4, atol=1e-4, msg=name)
+    newest = mined.recent[:, :1]
+    real = mined.items > 0
+    torch.testing.assert_close(mined.signals[..., 0][real], ((mined.items - newest) / 10)[real])
+    assert (mined.signals[..., -1] > 0).any(), "some candidates are its own"
+    assert mined.recent.shape[1] == 20
+    assert not mined.recent[:, 6:].any(), "older events are not known when it serves"
 
 
 def test_the_bundle_serves_with_parts_of_ones_own(run: Run) -> None:

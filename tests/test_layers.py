@@ -10,13 +10,14 @@ PACKAGE = Path(__file__).parent.parent / "recsys2stage"
 ROWS = """
     __init__ columns shapes hashing
     layers
-    artifacts metrics positions times losses objectives mining split checks download optim features
+    artifacts checkpoints metrics positions times losses objectives mining split checks download optim features
     dataset items users index encoders sources simulate
     inputs
-    towers scorers prepare baselines
+    towers scorers prepare baselines signals cohorts compare report
     data reranker
+    candidates
     retriever ranker callbacks recommend
-    evaluate training people
+    evaluate training people mine plots
     commands
     cli estimator
 """

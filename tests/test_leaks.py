@@ -1,12 +1,15 @@
 """Nothing that trains, counts or chooses may know what comes later: alter the later events and compare bytes."""
 
+import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
-from pipeline_fixtures import Run
+from pipeline_fixtures import Run, recsys
 from worlds import Event, write_movielens
 
 from recsys2stage.baselines import Markov, Popularity
@@ -14,6 +17,7 @@ from recsys2stage.dataset import Dataset, Part
 
 USERS, ITEMS = 90, 40
 DAY = 86_400
+VAL = 2  # events of a user that validate: the third and the second from its end
 # told of times, ratings and kinds (which are ratings), so that a leak through those of a later event would show, too
 TOLD = (
     *("--data.init_args.request_time", "target"),
@@ -21,6 +25,25 @@ TOLD = (
     *("--data.init_args.next_action", "target"),
     *("--model.init_args.inputs", "[RatingEmbedding, ActionEmbedding, NextAction]"),
 )
+
+
+STAGES = ("export_index", "mine_with_signals", "mine_plainly")
+MOVIES = {
+    item: (f"Movie {item} ({1960 + item})", ("Drama", "War", "Drama|War")[item % 3]) for item in range(1, ITEMS + 1)
+}
+
+
+class Twice(Run):
+    """A run that mines a second time, into plain/."""
+
+    def mine_with_signals(self, *words: object) -> None:
+        """So few candidates that some are not the index's."""
+        super().mine_with_signals("--k", 15, *words)
+
+    def mine_plainly(self) -> None:
+        """One target a user, and the index's candidates alone."""
+        of = ("--data", self.data, "--index", self.index, "--output", self.folder / "plain", "--k", 20)
+        recsys("mine-negatives", *of, "--targets", 1)
 
 
 def world() -> list[Event]:
@@ -55,8 +78,9 @@ def altered(events: list[Event], from_end: int) -> list[Event]:
 
 
 def train(folder: Path, events: list[Event], *stages: str) -> Run:
-    run = Run(folder)
-    run.prepare(write_movielens(folder / "raw", events), "--source.rating_actions", "true")
+    run = Twice(folder)
+    raw = write_movielens(folder / "raw", events, MOVIES)
+    run.prepare(raw, "--source.rating_actions", "true", "--split", "LeaveOneOut", "--split.val", VAL)
     run.fit_retriever(*TOLD)
     for stage in stages:
         getattr(run, stage)()
@@ -65,22 +89,59 @@ def train(folder: Path, events: list[Event], *stages: str) -> Run:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tmp_path_factory.mktemp("base"), world(), "export_index", "mine", "fit_ranker")
+    return train(tmp_path_factory.mktemp("base"), world(), *STAGES, "fit_ranker")
 
 
 @pytest.fixture(scope="module")
 def other_tests(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tmp_path_factory.mktemp("test"), altered(world(), 1), "export_index", "mine", "fit_ranker")
+    return train(tmp_path_factory.mktemp("test"), altered(world(), 1), *STAGES, "fit_ranker")
 
 
 @pytest.fixture(scope="module")
 def other_validation(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tmp_path_factory.mktemp("val"), altered(world(), 2), "export_index", "mine")
+    """Every event that validates is another."""
+    return train(tmp_path_factory.mktemp("val"), altered(altered(world(), 2), 3), *STAGES)
 
 
 @pytest.fixture(scope="module")
 def other_training(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tmp_path_factory.mktemp("train"), altered(world(), 3), "export_index", "mine")
+    return train(tmp_path_factory.mktemp("train"), altered(world(), 4), *STAGES)
+
+
+@pytest.fixture(scope="module")
+def other_newest(base: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The newest event that validates is another, and so is the test's; the index is the same."""
+    run = Twice(tmp_path_factory.mktemp("newest"))
+    raw = write_movielens(run.folder / "raw", altered(altered(world(), 1), 2), MOVIES)
+    run.prepare(raw, "--source.rating_actions", "true", "--split", "LeaveOneOut", "--split.val", VAL)
+    shutil.copytree(base.index, run.index)
+    manifest = json.loads((run.index / "manifest.json").read_text())
+    manifest["split_hash"] = Dataset(run.data).manifest["split_hash"]  # who made the index knew of neither
+    (run.index / "manifest.json").write_text(json.dumps(manifest))
+    run.mine_with_signals()
+    return run
+
+
+def tables(run: Run) -> dict[str, bytes]:
+    """All that the signals have counted."""
+    return {file.name: file.read_bytes() for file in sorted((run.candidates / "signals").iterdir())}
+
+
+def counted(run: Run) -> dict[str, bytes]:
+    """Those of them that are counts of training events, whatever the retriever is."""
+    described = json.loads((run.candidates / "signals/signals.json").read_text())
+    kinds = [signal["class_path"].rpartition(".")[2] for signal in described]
+    whole = ("PopularityAsOf", "Transitions", "Ratings")
+    return {name: table for name, table in tables(run).items() if name[0].isdigit() and kinds[int(name[0])] in whole}
+
+
+def rows(run: Run, newest: bool) -> pl.DataFrame:
+    """The mined rows of each user's newest validation target, or of the others, but for what is drawn."""
+    requests = pl.read_parquet(run.candidates / "requests.parquet").with_row_index("request")
+    last = pl.col("place") == pl.col("place").max().over("user")
+    chosen = requests.filter(last if newest else ~last).select(pl.col("request").cast(pl.Int32))
+    table = pl.read_parquet(run.candidates / "candidates.parquet").filter(pl.col("origin") == "candidate")
+    return table.join(chosen, on="request", how="semi")
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -151,9 +212,38 @@ def test_the_index_does_not_know_the_test_events(base: Run, other_tests: Run, na
     assert (base.index / name).read_bytes() == (other_tests.index / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["candidates.parquet", "states.npy"])
+@pytest.mark.parametrize("name", ["candidates.parquet", "requests.parquet", "states.npy"])
 def test_what_is_mined_does_not_know_the_test_events(base: Run, other_tests: Run, name: str) -> None:
-    assert (base.candidates / name).read_bytes() == (other_tests.candidates / name).read_bytes()
+    """With all signals, candidates of all sources and several targets; and without any of them."""
+    for mined in ("candidates", "plain"):
+        one, other = (run.folder / mined / name for run in (base, other_tests))
+        assert one.read_bytes() == other.read_bytes(), mined
+
+
+def test_signals_do_not_know_the_test_events(base: Run, other_tests: Run) -> None:
+    assert tables(base) == tables(other_tests)
+    assert len(tables(base)) > 6
+
+
+def test_the_lists_are_those_of_several_targets_and_sources(base: Run) -> None:
+    """Else it would be no wonder that they do not change."""
+    requests = pl.read_parquet(base.candidates / "requests.parquet")
+    assert len(requests) == VAL * USERS
+    table = pl.read_parquet(base.candidates / "candidates.parquet")
+    sources = [name for name in table.columns if name.startswith("source.")]
+    assert len(sources) == 4
+    served = table.filter(pl.col("origin") == "candidate")
+    assert (served["source.index"] == 0).any()
+    assert len(pl.read_parquet(base.folder / "plain/requests.parquet")) == USERS
+
+
+def test_a_list_does_not_know_the_targets_after_its_own(base: Run, other_newest: Run) -> None:
+    """Of several validation targets the older are asked for as if the newer had not happened."""
+    older, newer = (rows(run, newest=False) for run in (base, other_newest))
+    assert older.equals(newer)
+    assert len(older) > USERS
+    assert not rows(base, newest=True).equals(rows(other_newest, newest=True)), "the other side"
+    assert tables(base) == tables(other_newest)
 
 
 def test_the_ranker_does_not_know_the_test_events(base: Run, other_tests: Run) -> None:
@@ -173,6 +263,7 @@ def test_counts_and_tables_do_not_know_the_validation_events(base: Run, other_va
     assert Dataset(base.data).train_counts.tobytes() == Dataset(other_validation.data).train_counts.tobytes()
     assert target_counts(base) == target_counts(other_validation)
     assert markov(base) == markov(other_validation)
+    assert counted(base) == counted(other_validation)
 
 
 def test_what_is_mined_does_know_the_validation_events(base: Run, other_validation: Run) -> None:
@@ -189,6 +280,9 @@ def test_everything_does_know_the_training_events(base: Run, other_training: Run
     assert target_counts(base) != target_counts(other_training)
     assert markov(base) != markov(other_training)
     assert not same_weights(base.retriever.with_name("last.ckpt"), other_training.retriever.with_name("last.ckpt"))
+    theirs = counted(other_training)
+    differ = {name.partition(".")[0] for name, table in counted(base).items() if table != theirs[name]}
+    assert len(differ) == 3, "some table of each signal that counts"
     for name in ("candidates/candidates.parquet", "candidates/states.npy", "index/index.npy", "index/popularity.npy"):
         assert (base.folder / name).read_bytes() != (other_training.folder / name).read_bytes(), name
 

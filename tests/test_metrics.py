@@ -1,5 +1,6 @@
 """Metrics: ranks count against us, values are arithmetic, and means agree with torchmetrics."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,17 @@ import pytest
 import torch
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
-from recsys2stage.metrics import KS, RankMetrics, bootstrap, interval, metrics_of, rank_of
+from recsys2stage.metrics import (
+    KS,
+    RankMetrics,
+    bootstrap,
+    calibration_of,
+    exposure_of,
+    interval,
+    metrics_of,
+    randomisation_test,
+    rank_of,
+)
 
 INF, NAN = math.inf, math.nan
 
@@ -134,3 +145,100 @@ def test_interval_is_of_the_level_asked() -> None:
     means = np.arange(101, dtype=float)[:, None]
     assert interval(means, 0.9) == (pytest.approx(5), pytest.approx(95))
     assert interval(means, 0.5) == (pytest.approx(25), pytest.approx(75))
+
+
+# the randomisation test
+
+
+def test_p_is_the_share_of_all_sign_flips_that_are_as_large(rng: np.random.Generator) -> None:
+    """Ten users have 1,024 signs, few enough to count."""
+    differences = rng.normal(0.3, 1.0, size=(10, 3))
+    signs = np.array(list(itertools.product((-1, 1), repeat=10)))
+    exact = (np.abs(signs @ differences) >= np.abs(differences.sum(0)) - 1e-9).mean(0)
+    assert 0.05 < exact.min() < exact.max() < 0.95
+    p = randomisation_test(differences, resamples=20_000)
+    np.testing.assert_allclose(p, exact, atol=4 * np.sqrt(0.25 / 20_000))
+
+
+def test_p_is_two_sided_and_never_zero(rng: np.random.Generator) -> None:
+    gain = rng.random((200, 1)) + 0.1
+    assert randomisation_test(gain, resamples=99).tolist() == [1 / 100]
+    assert randomisation_test(-gain, resamples=99).tolist() == [1 / 100]
+
+
+def test_p_of_equal_models_is_one() -> None:
+    assert randomisation_test(np.zeros((30, 2)), resamples=50).tolist() == [1, 1]
+    one = np.zeros((30, 1))
+    one[3] = 0.7  # a single user can differ either way
+    assert randomisation_test(one, resamples=50).tolist() == [1]
+    cancelling = np.array([[0.1], [0.2], [-0.3], [0.3], [-0.2], [-0.1]])  # the sum is 0, but for rounding
+    assert randomisation_test(cancelling, resamples=50).tolist() == [1]
+
+
+def test_p_does_not_look_at_users_who_do_not_differ(rng: np.random.Generator) -> None:
+    differences = rng.normal(0.2, 1.0, size=(40, 1))
+    diluted = np.concatenate([np.zeros((500, 1)), differences])
+    assert randomisation_test(diluted, 300, seed=3) == randomisation_test(differences, 300, seed=3)
+
+
+def test_of_models_that_are_alike_p_falls_below_a_level_as_often_as_it_says() -> None:
+    low = 0
+    for seed in range(400):
+        differences = np.random.default_rng(seed).standard_t(3, size=(60, 1))
+        low += bool(randomisation_test(differences, 199, seed=seed)[0] <= 0.1)
+    assert 0.06 <= low / 400 <= 0.14
+
+
+# what is shown
+
+
+def test_exposure_by_hand() -> None:
+    shown, counts = np.array([99, 3, 1, 0, 0]), np.array([0, 6, 2, 0, 4])  # item 0 is padding
+    share = (counts[1:] + 1) / 16
+    found = exposure_of(shown, counts)
+    assert found["coverage"] == 0.5
+    assert found["novelty"] == pytest.approx((3 * -np.log2(share[0]) - np.log2(share[1])) / 4)
+    assert found["popularity"] == pytest.approx((3 * 6 + 2) / 4)
+    pairs = np.abs(shown[1:, None] - shown[1:]).sum()
+    assert found["gini"] == pytest.approx(pairs / (2 * 4 * shown[1:].sum()))  # half the relative mean difference
+
+
+def test_gini_is_zero_where_all_alike_and_nearly_one_where_one_has_all() -> None:
+    counts = np.ones(101, dtype=int)
+    alike, one = np.full(101, 7), np.zeros(101, dtype=int)
+    one[50] = 7
+    assert exposure_of(alike, counts)["gini"] == pytest.approx(0)
+    assert exposure_of(one, counts)["gini"] == pytest.approx(0.99)
+    assert exposure_of(alike, counts)["novelty"] == pytest.approx(np.log2(100))
+    assert exposure_of(np.zeros(101, dtype=int), counts)["coverage"] == 0  # nobody is shown anything: no NaN in JSON
+    assert all(np.isfinite(list(exposure_of(np.zeros(101, dtype=int), counts).values())))
+
+
+# calibration
+
+
+def test_calibration_by_hand() -> None:
+    confidence = np.array([0.9, 0.2, 0.8, 0.1])
+    hit = np.array([True, False, False, True])
+    found = calibration_of(confidence, hit, bins=2)
+    assert found["bins"] == [
+        {"users": 2, "confidence": pytest.approx(0.15), "hits": 0.5},
+        {"users": 2, "confidence": pytest.approx(0.85), "hits": 0.5},
+    ]
+    assert found["ece"] == pytest.approx(0.35)
+    assert (found["users"], found["confidence"], found["hits"]) == (4, pytest.approx(0.5), 0.5)
+
+
+def test_true_probabilities_have_next_to_no_calibration_error(rng: np.random.Generator) -> None:
+    confidence = rng.beta(1, 6, size=100_000)
+    true = calibration_of(confidence, rng.random(100_000) < confidence)
+    over = calibration_of(confidence, rng.random(100_000) < confidence / 2)
+    assert true["ece"] < 0.01
+    assert over["ece"] == pytest.approx(confidence.mean() / 2, abs=0.01)
+    assert [row["users"] for row in true["bins"]] == [6667] * 10 + [6666] * 5
+    assert np.all(np.diff([row["confidence"] for row in true["bins"]]) > 0)
+
+
+def test_fewer_users_than_bins_have_a_bin_each() -> None:
+    found = calibration_of(np.array([0.5, 0.25, 0.5]), np.array([True, False, False]))
+    assert [row["users"] for row in found["bins"]] == [1, 1, 1]

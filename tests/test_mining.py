@@ -1,14 +1,16 @@
-"""Negatives are never positives, and every mined row carries the score and the rank the retriever really gives it."""
+"""Negatives are never positives, and every mined row carries what the retriever and the signals say when they serve."""
 
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from pipeline_fixtures import K, Run, recsys
 
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.dataset import Dataset
+from recsys2stage.candidates import Candidates
+from recsys2stage.dataset import Dataset, Padded, Ragged
 from recsys2stage.index import Exact
 from recsys2stage.mining import (
     Miner,
@@ -23,8 +25,11 @@ from recsys2stage.mining import (
     specify_miner,
     without_repeats,
 )
+from recsys2stage.ranker import Ranker
+from recsys2stage.recommend import Found, Recommender
 
 B, V, D, DEPTH = 30, 50, 6, 20
+FILES = ("candidates.parquet", "requests.parquet", "states.npy")
 
 MINERS = {
     "band": RankBand(),
@@ -276,43 +281,42 @@ def test_nobody_spares_the_test_item(trained: Run, mined: pl.DataFrame) -> None:
 
 def test_the_counts_of_the_manifest_are_those_of_the_table(trained: Run, mined: pl.DataFrame) -> None:
     counts = read_manifest(trained.candidates, "candidates", "")["counts"]
-    by_user = mined.group_by("user").agg(pl.col("fold").first(), pl.col("label").sum())
+    by_user = mined.group_by("user").agg(pl.col("fold").first(), pl.col("label").sum(), pl.col("request").n_unique())
     dataset = Dataset(trained.data)
     assert sorted(by_user["user"].to_list()) == dataset.users("val").tolist()
+    assert by_user["request"].unique().to_list() == [1]
     assert set(by_user["label"]) == {0, 1}
     assert counts == {
+        "lists": len(by_user),
         "users": len(by_user),
-        "train_users": len(by_user.filter((pl.col("fold") == "train") & (pl.col("label") == 1))),
-        "select_users": len(by_user.filter(pl.col("fold") == "select")),
+        "train_lists": len(by_user.filter((pl.col("fold") == "train") & (pl.col("label") == 1))),
+        "select_lists": len(by_user.filter(pl.col("fold") == "select")),
         "target_outside_candidates": len(by_user.filter(pl.col("label") == 0)),
         "rows": len(mined),
     }
-    assert counts["train_users"]
+    assert counts["train_lists"]
     assert counts["target_outside_candidates"] > counts["users"] // 10
 
 
 def test_users_whose_target_was_not_found_do_not_train(trained: Run) -> None:
-    from recsys2stage.data import Candidates
-
     candidates = Candidates(trained.candidates, batch_size=1000)
     candidates.setup("fit")
     (batch,) = candidates.train_dataloader()
-    assert len(batch.items) == candidates.manifest["counts"]["train_users"]
-    positive = batch.items.gather(1, batch.positive[:, None]).squeeze(1)
+    assert len(batch.listed.items) == candidates.manifest["counts"]["train_lists"]
+    positive = batch.listed.items.gather(1, batch.positive[:, None]).squeeze(1)
     dataset = Dataset(trained.data)
-    lists_of = read_candidates(trained.candidates / "candidates.parquet")
+    lists_of = read_candidates(trained.candidates)
     trains = lists_of.user[(lists_of.fold == "train") & (lists_of.positive >= 0)]
     assert sorted(positive.tolist()) == sorted(dataset.targets(trains, "val").tolist())
 
 
 def test_lists_that_select_are_what_is_served(trained: Run, mined: pl.DataFrame) -> None:
-    from recsys2stage.recommend import Recommender
-
     recommender, dataset = Recommender.load(trained.index), Dataset(trained.data)
     users = mined.filter(pl.col("fold") == "select")["user"].unique().sort().to_numpy().astype(np.int64)
     padded = dataset.histories(users, "val", recommender.towers.max_length)
-    queries = recommender.queries(padded, dataset.request_times(users, "val"))
-    scores, items = recommender.candidates(queries, dataset.known(users, "val"), K)
+    now = dataset.request_times(users, "val")
+    queries = recommender.queries(padded, now)
+    items, scores, _ = recommender.candidates(queries, dataset.known(users, "val"), padded, now, K)
     states = np.load(trained.candidates / "states.npy")
     for row, user in enumerate(users):
         own = mined.filter(pl.col("user") == user)
@@ -326,11 +330,11 @@ def test_mining_again_gives_the_same_bytes_and_another_seed_gives_others(trained
     def mine(name: str, *words: object) -> list[bytes]:
         of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / name, "--k", K)
         recsys("mine-negatives", *of, *words)
-        return [(tmp_path / name / file).read_bytes() for file in ("candidates.parquet", "states.npy")]
+        return [(tmp_path / name / file).read_bytes() for file in FILES]
 
-    table, states = mine("again")
-    assert [table, states] == [(trained.candidates / f).read_bytes() for f in ("candidates.parquet", "states.npy")]
-    assert mine("other", "--seed", 1)[0] != table
+    again = mine("again")
+    assert again == [(trained.candidates / file).read_bytes() for file in FILES]
+    assert mine("other", "--seed", 1)[0] != again[0]
 
 
 def test_some_users_are_mined_as_they_would_be_among_all(trained: Run, mined: pl.DataFrame, tmp_path: Path) -> None:
@@ -342,3 +346,187 @@ def test_some_users_are_mined_as_they_would_be_among_all(trained: Run, mined: pl
     columns = ["user", "item", "retriever_rank", "fold"]
     served = some.filter(pl.col("fold") == "select").select(columns)
     assert len(served.join(mined.select(columns), on=columns)) == len(served) > 0
+
+
+# of the run with several targets and all signals
+
+
+class Informed:
+    """What was mined, and the very requests of its lists made anew of the bundle."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.dataset = run, Dataset(run.data)
+        self.recommender = Recommender.load(run.bundle)
+        self.rows = pl.read_parquet(run.candidates / "candidates.parquet")
+        self.requests = pl.read_parquet(run.candidates / "requests.parquet")
+        self.user, self.place = (self.requests[name].to_numpy() for name in ("user", "place"))
+        self.names = [signal["name"] for signal in self.recommender.signal_names]
+        self.padded: Padded = self.dataset.histories(self.user, self.place, self.recommender.towers.max_length)
+        self.known: Ragged = self.dataset.known(self.user, self.place)
+        self.now = self.dataset.request_times(self.user, self.place)
+        self.queries = self.recommender.queries(self.padded, self.now)
+        self.found: Found = self.recommender.candidates(self.queries, self.known, self.padded, self.now)
+
+    def lists(self) -> list[pl.DataFrame]:
+        """The rows of each list."""
+        return self.rows.partition_by("request", maintain_order=True)
+
+
+@pytest.fixture(scope="module")
+def told(informed: Run) -> Informed:
+    return Informed(informed)
+
+
+def test_there_is_a_list_for_each_validation_target(told: Informed) -> None:
+    users, ends = told.dataset.val_targets()
+    assert told.user.tolist() == users.tolist()
+    assert told.place.tolist() == ends.tolist()
+    assert np.bincount(users).max() == 3
+    assert told.requests["time"].to_numpy().tolist() == told.dataset.times[ends].tolist()
+    targets = told.dataset.targets(users, ends)
+    found = 0
+    for number, rows in enumerate(told.lists()):
+        assert rows["request"].unique().to_list() == [number]
+        assert rows["user"].unique().to_list() == [users[number]]
+        assert len(rows) == told.requests["rows"][number]
+        labelled = rows.filter(pl.col("label") == 1)["item"].to_list()
+        assert labelled in ([], [targets[number]])
+        found += len(labelled)
+    assert found > len(users) // 4
+    by_user = told.requests.group_by("user").agg(pl.col("fold").n_unique())
+    assert by_user["fold"].unique().to_list() == [1], "one who selects trains with none of its targets"
+    assert told.requests["fold"].n_unique() == 2
+    assert told.rows.select("request", "fold").unique().sort("request")["fold"].equals(told.requests["fold"])
+
+
+def test_lists_are_counted_as_they_are(told: Informed) -> None:
+    counts = read_manifest(told.run.candidates, "candidates", "")["counts"]
+    target = told.dataset.targets(told.user, told.place)
+    hit = (told.found.items == target[:, None]).any(1)
+    selects = told.requests["fold"].to_numpy() == "select"
+    assert counts == {
+        "lists": len(told.user),
+        "users": len(set(told.user.tolist())),
+        "train_lists": int((hit & ~selects).sum()),
+        "select_lists": int(selects.sum()),
+        "target_outside_candidates": int((~hit).sum()),
+        "rows": len(told.rows),
+    }
+
+
+def test_no_list_holds_an_item_that_is_known_by_then(told: Informed) -> None:
+    """Nor is its target a negative; what comes later is as any other item, as nobody knows of it."""
+    later = 0
+    for rows, user, place in zip(told.lists(), told.user.tolist(), told.place.tolist(), strict=True):
+        start, end = int(told.dataset.offsets[user]), int(told.dataset.offsets[user + 1])
+        items = told.dataset.items[start:end].tolist()
+        assert not set(items[: place - start]) & set(rows["item"])
+        negatives = rows.filter(pl.col("label") == 0)["item"].to_list()
+        assert items[place - start] not in negatives
+        assert len(rows) == rows["item"].n_unique()
+        later += len(set(items[place - start + 1 :]) & set(negatives))
+    assert later > len(told.user) // 10
+
+
+def test_the_history_of_a_list_ends_right_before_its_target(told: Informed) -> None:
+    data = Candidates(told.run.candidates, recent=7)
+    data.setup("fit")
+    listed = data.read(np.arange(len(told.user))).listed
+    for row, (user, place) in enumerate(zip(told.user.tolist(), told.place.tolist(), strict=True)):
+        before = told.dataset.items[int(told.dataset.offsets[user]) : place][::-1][:7].tolist()
+        assert listed.recent[row].tolist() == before + [0] * (7 - len(before))
+        gaps = told.dataset.times[place] - told.dataset.times[place - np.arange(1, len(before) + 1)]
+        assert listed.ages[row, : len(before)].numpy() == pytest.approx(np.log1p(gaps), rel=1e-5)
+    assert np.load(told.run.candidates / "states.npy") == pytest.approx(told.queries, abs=1e-5)
+
+
+def test_what_selects_is_what_is_served_with_all_sources(told: Informed) -> None:
+    """Every field that the second stage is told, candidate by candidate."""
+    data = Candidates(told.run.candidates)
+    data.setup("fit")
+    selects = np.flatnonzero(told.requests["fold"].to_numpy() == "select")
+    mined = data.read(selects).listed
+    served = told.recommender.listed(told.queries, told.found, told.padded, told.now)
+    assert mined.items.shape == (len(selects), K)
+    for name, one in mined._asdict().items():
+        other = getattr(served, name)[selects]
+        assert one.shape == other.shape, name
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=name)
+    sources = mined.signals[..., -4:]
+    assert [name.partition(".")[0] for name in told.names[-4:]] == ["source"] * 4
+    assert (sources[..., 0] == 0).any(), "some candidates the index did not name"
+    assert (sources > 0).flatten(0, 1).any(0).all(), "every source named some"
+    assert (sources > 0).any(-1).all(), "somebody named each"
+
+
+def test_signals_of_mined_rows_are_those_that_are_served(told: Informed) -> None:
+    """Of the target and of drawn negatives, too, which are in no list that is served."""
+    assert told.rows.columns[-len(told.names) :] == told.names
+    assert read_manifest(told.run.candidates, "candidates", "")["signals"] == told.recommender.signal_names
+    lengths = told.requests["rows"].to_numpy()
+    items = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
+    real = np.arange(items.shape[1]) < lengths[:, None]
+    items[real] = told.rows["item"].to_numpy()
+    numbers = told.recommender.measure_signals(items, told.found, told.padded, told.now)[real]
+    assert told.rows["origin"].n_unique() == 2
+    for place, name in enumerate(told.names):
+        np.testing.assert_allclose(told.rows[name], numbers[:, place], rtol=1e-4, atol=1e-4, err_msg=name)
+        assert numbers[:, place].std() > 1e-3, f"{name} must say something in this world"
+
+
+def test_lists_come_best_first_by_the_retriever(told: Informed) -> None:
+    """Whoever named them: score and rank are the retriever's."""
+    scores = np.take_along_axis(told.queries @ told.recommender.vectors.T, told.found.items.clip(min=0), axis=1)
+    assert told.found.score == pytest.approx(scores, abs=1e-5)
+    assert (np.diff(told.found.score, axis=1) <= 0).all()
+    assert (told.found.items > 0).all()
+
+
+def test_only_the_newest_targets_may_be_mined(told: Informed, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    of = ("--data", told.run.data, "--index", told.run.index, "--output", run.candidates, "--k", K)
+    recsys("mine-negatives", *of, "--config", told.run.folder / "signals.yaml", "--targets", 2, "--batch_size", 7)
+    requests = pl.read_parquet(run.candidates / "requests.parquet")
+    users, ends = told.dataset.val_targets(2)
+    assert (requests["user"].to_list(), requests["place"].to_list()) == (users.tolist(), ends.tolist())
+    assert len(requests) < len(told.requests)
+    keys = ["user", "place", "item", "retriever_rank"]
+    table, whole = (
+        rows.join(of.with_row_index("request").select(pl.col("request").cast(pl.Int32), "place"), on="request")
+        .filter(pl.col("fold") == "select")
+        .sort("user", "place", "retriever_rank")
+        for rows, of in ((pl.read_parquet(run.candidates / "candidates.parquet"), requests), (told.rows, told.requests))
+    )
+    both = table.join(whole, on=keys, how="inner", maintain_order="left")
+    assert len(both) == len(table) > 0
+    for name in told.names:
+        np.testing.assert_allclose(both[name], both[f"{name}_right"], rtol=1e-4, atol=1e-4, err_msg=name)
+    with pytest.raises(SystemExit, match="targets is 0, expected at least 1 of each user"):
+        recsys("mine-negatives", *of, "--targets", 0)
+
+
+def test_the_ranks_of_an_evaluation_are_those_of_the_lists_that_select(told: Informed, tmp_path: Path) -> None:
+    """Both stages, with ids and without: what chooses the ranker is what a report says of the bundle."""
+    recsys("evaluate", "--bundle", told.run.bundle, "--output", tmp_path, "--split", "val", "--resamples", 10)
+    ranks = pl.read_parquet(tmp_path / "ranks.parquet").sort("user")
+    data, model = (
+        Candidates(told.run.candidates),
+        Ranker.load_from_checkpoint(told.run.ranker, weights_only=True).eval(),
+    )
+    data.setup("fit")
+    oldest = told.place == told.dataset.train_ends[told.user]  # the target that `--split val` means
+    chosen = np.flatnonzero((told.requests["fold"].to_numpy() == "select") & oldest & (data.lists.positive >= 0))
+    batch, reports = data.read(chosen), ranks.filter(pl.col("user").is_in(told.user[chosen].tolist()))
+    assert len(reports) == len(chosen) > 10
+    for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
+        with torch.no_grad():
+            logits = model.reranker(batch.listed, torch.full_like(batch.listed.items, masked, dtype=torch.bool))
+        own = logits.gather(1, batch.positive[:, None])
+        assert reports[name].to_list() == (logits >= own).sum(1).tolist(), name
+    first = batch.listed.score.gather(1, batch.positive[:, None])
+    better = (torch.from_numpy(told.queries[chosen] @ told.recommender.vectors[1:].T) >= first - 1e-6).numpy()
+    for row, user in enumerate(told.user[chosen].tolist()):
+        met = told.known.values[told.known.rows == chosen[row]]
+        better[row, met - 1] = False
+        assert reports["user"][row] == user
+    assert reports["retriever"].to_list() == better.sum(1).tolist()

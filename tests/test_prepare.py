@@ -117,6 +117,7 @@ def test_the_manifest_counts_and_states_the_protocol(tmp_path: Path) -> None:
     assert manifest["has"] == {"time": True, "rating": True, "action": False}
     assert manifest["protocol"] == {
         "split": "LeaveOneOut",
+        "val": 1,
         "tie_break": "file_order",
         "min_rating": None,
         "core": 0,

@@ -1,6 +1,7 @@
 """The ranker reads mined lists, starts at the retriever's level, and learns a world in which genre and user decide."""
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,16 @@ from lightning import Trainer
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import write_manifest
+from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.cli import main
-from recsys2stage.data import Candidates, Lists
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import VECTORS
 from recsys2stage.losses.lists import BCE, BPR, ListLoss, Listwise
-from recsys2stage.mining import CANDIDATES, STATES
+from recsys2stage.mining import CANDIDATES, REQUESTS, STATES
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.ranker import NOWHERE, Ranker
 from recsys2stage.scorers import MLP
+from recsys2stage.shapes import Listed
 
 D, USERS = 8, 120
 QUIET: dict[str, Any] = {
@@ -40,7 +42,8 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Mined lists in which the answer is known: even users take the one even item, odd users the one odd item.
 
     The retriever's scores are noise, so its target stands anywhere among 13 to 21 candidates. Items have the genre Even
-    or Odd; the first number of a user's state says which sort the user is. Every seventh list lacks its target.
+    or Odd; the first number of a user's state says which sort the user is. Every seventh list lacks its target. There
+    are two numbers of signals, which nobody is told of here: whether an item is of the user's sort, and noise.
     """
     rng, folder = np.random.default_rng(11), tmp_path_factory.mktemp("checkerboard")
     dataset = Dataset(cycle)
@@ -48,6 +51,7 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sorts = {sort: np.flatnonzero(genre == sort) for sort in (1, 2)}
     states = rng.normal(size=(USERS, D))
     rows: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
     for user in range(USERS):
         sort = 1 + user % 2
         states[user, 0] = 3 * (2 * sort - 3)
@@ -58,6 +62,7 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1):
             rows.append(
                 {
+                    c.REQUEST: user,
                     c.USER: user,
                     c.ITEM: item,
                     c.LABEL: int(item in target),
@@ -65,30 +70,51 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     c.RETRIEVER_RANK: rank,
                     c.ORIGIN: "candidate",
                     c.FOLD: "select" if user % 5 == 4 else "train",
+                    "Match.right": float(genre[item] == sort),
+                    "Match.noise": rng.normal(),
                 }
             )
+        place = int(dataset.train_ends[user]) - user % 3  # so that some histories are shorter than others
+        time = int(dataset.times[place]) + 60 * user
+        requests.append({c.USER: user, c.PLACE: place, c.TIME: time, c.FOLD: rows[-1][c.FOLD], c.ROWS: len(items)})
     types = {
+        c.REQUEST: pl.Int32,
         c.USER: pl.Int32,
         c.ITEM: pl.Int32,
         c.LABEL: pl.Int8,
         c.RETRIEVER_SCORE: pl.Float32,
         c.RETRIEVER_RANK: pl.Int32,
+        "Match.right": pl.Float32,
+        "Match.noise": pl.Float32,
     }
     (folder / "index").mkdir()
     (folder / "candidates").mkdir()
     pl.DataFrame(rows).cast(types).write_parquet(folder / "candidates" / CANDIDATES)
+    pl.DataFrame(requests).write_parquet(folder / "candidates" / REQUESTS)
     states /= np.linalg.norm(states, axis=1, keepdims=True)
     np.save(folder / "candidates" / STATES, states.astype(np.float32))
     vectors = rng.normal(size=(dataset.num_items, D))
     np.save(folder / "index" / VECTORS, (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
     parents = {"index": folder / "index", "data": cycle}
-    write_manifest(folder / "candidates", "candidates", options={"k": 20}, parents=parents, vector_dim=D)
+    write_manifest(
+        folder / "candidates", "candidates", options={"k": 20}, parents=parents, vector_dim=D, signals=[], max_length=20
+    )
     return folder / "candidates"
+
+
+def told_of_signals(checkerboard: Path, folder: Path, by_id: bool = False) -> Path:
+    """The same lists, with the numbers of the signals."""
+    folder = shutil.copytree(checkerboard, folder / "candidates")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["signals"] = [{"name": name, "by_id": by_id} for name in ("Match.noise", "Match.right")]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def ranker_for(data: Candidates, **options: Any) -> Ranker:
     settings = {"scorer": partial(MLP, hidden=(32,)), "optimizer": partial(RecsysAdamW, lr=5e-3), "warmup_steps": 0}
-    return Ranker(data.num_items, data.vector_dim, data.features, **(settings | options))
+    shown = {"signals": data.signals, "recent": data.recent}
+    return Ranker(data.num_items, data.vector_dim, data.features, **(settings | shown | options))
 
 
 def fitted(model: Ranker, data: Candidates, epochs: int = 15) -> dict[str, float]:
@@ -100,31 +126,69 @@ def fitted(model: Ranker, data: Candidates, epochs: int = 15) -> dict[str, float
 # --- the lists
 
 
-def test_batches_equal_a_loop(checkerboard: Path) -> None:
-    data = Candidates(checkerboard, batch_size=7)
+def test_batches_equal_a_loop(checkerboard: Path, tmp_path: Path) -> None:
+    data = Candidates(told_of_signals(checkerboard, tmp_path), batch_size=7, recent=9)
     data.setup("fit")
     table = pl.read_parquet(checkerboard / CANDIDATES)
     states = np.load(checkerboard / STATES)
+    requests, dataset = pl.read_parquet(checkerboard / REQUESTS), data.dataset
     naive = {user[0]: own for user, own in table.group_by(c.USER, maintain_order=True)}
     found: dict[str, list[int]] = {"train": [], "select": []}
     for fold, loader in (("train", data.train_dataloader()), ("select", data.val_dataloader())):
         for batch in loader:
-            for row in range(len(batch.items)):
-                user = int((np.abs(states - batch.state[row].numpy()).sum(1)).argmin())
+            listed = batch.listed
+            for row in range(len(listed.items)):
+                user = int((np.abs(states - listed.state[row].numpy()).sum(1)).argmin())
                 own = naive[user]
                 n = len(own)
-                assert batch.items[row, :n].tolist() == own[c.ITEM].to_list()
-                assert not batch.items[row, n:].any()
-                assert batch.score[row, :n].tolist() == own[c.RETRIEVER_SCORE].to_list()
-                assert batch.rank[row, :n].tolist() == own[c.RETRIEVER_RANK].to_list()
+                assert listed.items[row, :n].tolist() == own[c.ITEM].to_list()
+                assert not listed.items[row, n:].any()
+                assert listed.score[row, :n].tolist() == own[c.RETRIEVER_SCORE].to_list()
+                assert listed.rank[row, :n].tolist() == own[c.RETRIEVER_RANK].to_list()
+                assert listed.signals[row, :n].tolist() == own["Match.noise", "Match.right"].to_numpy().tolist()
+                place, now = requests[user, c.PLACE], requests[user, c.TIME]
+                before = range(place - 1, max(place - 10, int(dataset.offsets[user]) - 1), -1)
+                newest = [int(dataset.items[event]) for event in before]
+                assert listed.recent[row].tolist() == newest + [0] * (9 - len(newest))
+                ages = [np.log1p(now - int(dataset.times[event])) for event in before]
+                assert listed.ages[row].tolist() == pytest.approx(ages + [0.0] * (9 - len(ages)), rel=1e-5)
+                assert 7 <= len(newest) <= 9
                 labels = own[c.LABEL].to_list()
                 assert batch.positive[row] == (labels.index(1) if 1 in labels else -1)
                 found[fold].append(user)
-            assert (batch.items != 0).any(0).all(), "cut to the longest"
+            assert (listed.items != 0).any(0).all(), "cut to the longest"
     assert sorted(found["train"]) == [u for u in range(USERS) if u % 5 != 4 and u % 7 != 6], (
         "lists without target train not"
     )
     assert found["select"] == [u for u in range(USERS) if u % 5 == 4], "but they count in selection"
+
+
+def test_no_older_events_are_shown_than_when_it_serves(checkerboard: Path, tmp_path: Path) -> None:
+    """The retriever's histories have so many events; a bundle knows of no more."""
+    folder = shutil.copytree(checkerboard, tmp_path / "candidates")
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"max_length": 3}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    batches = []
+    for path in (checkerboard, folder):
+        data = Candidates(path, recent=5)
+        data.setup("fit")
+        batches.append(data.read(np.arange(USERS)).listed)
+    whole, short = batches
+    for name in ("recent", "ages"):
+        one, other = getattr(whole, name), getattr(short, name)
+        assert one.shape == other.shape == (USERS, 5)
+        assert one[:, 3:].all()
+        assert not other[:, 3:].any()
+        assert torch.equal(one[:, :3], other[:, :3])
+
+
+def test_no_event_may_be_looked_at(checkerboard: Path) -> None:
+    data = Candidates(checkerboard, recent=0)
+    data.setup("fit")
+    batch = data.read(np.arange(5))
+    assert batch.listed.recent.shape == batch.listed.ages.shape == (5, 0)
+    with pytest.raises(ValueError, match="recent is -1, expected 0 for no event, or more"):
+        Candidates(checkerboard, recent=-1)
 
 
 def test_item_vectors_have_a_row_for_padding(checkerboard: Path) -> None:
@@ -172,6 +236,39 @@ def test_without_the_genre_there_is_nothing_to_learn_with_ids_masked(checkerboar
     assert metrics["val/masked_mrr"] < 0.5
 
 
+@pytest.mark.parametrize(
+    ("by_id", "without", "known", "masked"),
+    [
+        (False, ["features"], True, True),
+        (True, ["features"], True, False),  # a number of the item's id vanishes with it
+        (False, ["features", "vectors", "Match.right"], False, False),
+        (False, ["features", "vectors", "Match"], False, False),
+    ],
+)
+def test_a_signal_that_says_the_answer_is_believed(
+    checkerboard: Path, tmp_path: Path, by_id: bool, without: list[str], known: bool, masked: bool
+) -> None:
+    """Without the genre there is only the signal to tell which items are of the user's sort."""
+    data = Candidates(told_of_signals(checkerboard, tmp_path, by_id), batch_size=16)
+    metrics = fitted(ranker_for(data, id_dropout=0.3, without=without), data)
+    found = sum(user % 7 != 6 for user in range(4, USERS, 5)) / len(range(4, USERS, 5))
+    for name, learned in (("val/mrr", known), ("val/masked_mrr", masked)):
+        assert metrics[name] == pytest.approx(found, abs=0.05) if learned else metrics[name] < 0.6, name
+
+
+def test_signals_are_standardised_before_the_first_step(checkerboard: Path, tmp_path: Path) -> None:
+    """Over the candidates of training lists; those that select are not looked at."""
+    data = Candidates(told_of_signals(checkerboard, tmp_path))
+    model = ranker_for(data, without=["Match.noise"], optimizer=partial(RecsysAdamW, lr=0.0))
+    fitted(model, data, epochs=1)
+    table = pl.read_parquet(checkerboard / CANDIDATES).filter(pl.col(c.FOLD) == "train")
+    rows = table.filter(pl.col(c.LABEL).max().over(c.USER) == 1)["Match.noise", "Match.right"].to_numpy()
+    reranker = model.reranker
+    assert reranker.signal_mean.numpy() == pytest.approx(rows.mean(0), abs=1e-5)
+    assert reranker.signal_scale.tolist() == pytest.approx([0, 1 / rows[:, 1].std()], rel=1e-4)
+    assert reranker.signal_by_id.tolist() == [False, False]
+
+
 def test_metrics_are_those_of_a_naive_ranking(checkerboard: Path) -> None:
     data = Candidates(checkerboard, batch_size=16)
     model = ranker_for(data)
@@ -181,9 +278,9 @@ def test_metrics_are_those_of_a_naive_ranking(checkerboard: Path) -> None:
         reciprocal = []
         for user in range(4, USERS, 5):
             lists = data.read(np.array([user]))
-            mask = torch.full_like(lists.items, masks, dtype=torch.bool)
+            mask = torch.full_like(lists.listed.items, masks, dtype=torch.bool)
             with torch.no_grad():
-                logits = model.reranker(lists.state, lists.items, lists.score, lists.rank, mask)[0]
+                logits = model.reranker(lists.listed, mask)[0]
             place = int(lists.positive[0])
             reciprocal.append(0.0 if place < 0 else 1 / int((logits >= logits[place]).sum()))
         assert metrics[f"val/{prefix}mrr"] == pytest.approx(np.mean(reciprocal), abs=1e-6)
@@ -212,8 +309,8 @@ def batch_of(data: Candidates) -> Lists:
 def test_id_dropout_masks_whole_lists_at_its_rate(checkerboard: Path) -> None:
     data = Candidates(checkerboard)
     model, lists = ranker_for(data, id_dropout=0.25), batch_of(data)
-    masks = torch.stack([model.drop_ids(lists) for _ in range(400)])
-    assert masks.shape[1:] == lists.items.shape
+    masks = torch.stack([model.drop_ids(lists.listed.items) for _ in range(400)])
+    assert masks.shape[1:] == lists.listed.items.shape
     assert (masks.all(-1) == masks.any(-1)).all()
     assert masks[..., 0].float().mean().item() == pytest.approx(0.25, abs=0.02)
 
@@ -223,21 +320,16 @@ def test_id_dropout_drops_the_very_set_that_evaluation_masks(checkerboard: Path,
     """At rate 1 the training loss is that of ids masked, at rate 0 that of ids known; the two differ."""
     data = Candidates(checkerboard)
     model, lists = ranker_for(data, id_dropout=rate, scorer=partial(MLP, hidden=(32,), dropout=0.0)), batch_of(data)
-    lists = Lists(*(part[lists.positive >= 0] for part in lists))
+    found = lists.positive >= 0
+    lists = Lists(Listed(*(part[found] for part in lists.listed)), lists.positive[found])
     model.log = lambda *args, **kwargs: None
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)
         trained = model.training_step(lists, 0)
-        real = lists.items != c.PAD
+        real = lists.listed.items != c.PAD
         masked, known = (
-            model.loss(
-                model.reranker(
-                    lists.state, lists.items, lists.score, lists.rank.clamp(min=1), torch.full_like(real, mask)
-                ),
-                lists.positive,
-                real,
-            )
+            model.loss(model.reranker(lists.listed, torch.full_like(real, mask)), lists.positive, real)
             for mask in (True, False)
         )
     assert trained == (masked if rate else known)

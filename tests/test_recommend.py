@@ -13,15 +13,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from pipeline_fixtures import RETRIEVER, K, Run, recsys
+from pipeline_fixtures import RETRIEVER, SIGNALS, K, Run, recsys
 from worlds import cycle_world, forks_world
 
+from recsys2stage.candidates import Candidates
+from recsys2stage.checkpoints import factory, read_checkpoint
 from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import Transformer
 from recsys2stage.index import Exact
 from recsys2stage.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
 from recsys2stage.people import FileUsers, PreparedUsers
-from recsys2stage.recommend import Recommender, factory, read_checkpoint
+from recsys2stage.recommend import Recommender
 from recsys2stage.times import Calendar, RequestGap, TimeFactory
 from recsys2stage.towers import TwoTower
 
@@ -565,27 +567,198 @@ def test_data_with_other_kinds_are_refused(tmp_path: Path) -> None:
         served.check(plain)
 
 
+# with signals
+
+
+@pytest.fixture(scope="module")
+def told(informed: Run) -> Recommender:
+    return Recommender.load(informed.bundle)
+
+
+@pytest.fixture(scope="module")
+def untold(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Both stages with all signals, on a retriever that is not told the time of a request."""
+    run = Run(tmp_path_factory.mktemp("untold"))
+    (run.folder / "signals.yaml").write_text(SIGNALS)
+    of = ("--data", trained.data, "--index", trained.index, "--output", run.candidates, "--k", K)
+    recsys("mine-negatives", *of, "--config", run.folder / "signals.yaml")
+    run.fit_ranker("--trainer.max_epochs", 6)
+    recsys("export-bundle", "--index", trained.index, "--ranker", run.ranker, "--output", run.bundle)
+    return run
+
+
+@pytest.fixture(scope="module")
+def rated(raw: Path) -> pl.DataFrame:
+    """The raw events in order, with their ratings."""
+    ratings = pl.read_csv(raw / "ratings.csv").sort("userId", "timestamp", maintain_order=True)
+    return ratings.select("rating", user_id="userId", item_id="movieId", time="timestamp")
+
+
+@pytest.fixture(scope="module")
+def advised(informed: Run, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    """What everybody of the data gets, told of all signals."""
+    output = tmp_path_factory.mktemp("advised") / "recommendations.parquet"
+    recsys("recommend", "--bundle", informed.bundle, "--output", output)
+    return pl.read_parquet(output)
+
+
+def test_with_signals_everybody_gets_new_items_in_an_order_of_their_own(
+    advised: pl.DataFrame, log: pl.DataFrame
+) -> None:
+    assert advised.group_by("user_id").len()["len"].unique().to_list() == [10]
+    assert len(advised.join(log, on=["user_id", "item_id"])) == 0
+    assert np.isfinite(advised["score"].to_numpy()).all()
+    orders = [rows["retriever_score"].is_sorted(descending=True) for _, rows in advised.group_by("user_id")]
+    assert not all(orders)
+
+
+def test_with_signals_a_file_and_python_give_what_the_data_give(
+    informed: Run, told: Recommender, advised: pl.DataFrame, rated: pl.DataFrame, tmp_path: Path
+) -> None:
+    ties = rated.group_by("user_id").agg(pl.col("time").is_duplicated().any())
+    clear = ties.filter(~pl.col("time"))["user_id"].to_list()
+    rated.sample(fraction=1, shuffle=True, seed=0).write_csv(tmp_path / "histories.csv")
+    of = ("--bundle", informed.bundle, "--output", tmp_path / "out", "--batch_size", 13)
+    recsys("recommend", *of, "--histories", tmp_path / "histories.csv")
+    columns = ["user_id", "item_id", "rank"]
+    one, other = (
+        table.filter(pl.col("user_id").is_in(clear)) for table in (pl.read_parquet(tmp_path / "out"), advised)
+    )
+    assert len(one) > 100
+    assert one.select(columns).equals(other.select(columns))
+    np.testing.assert_allclose(one["score"], other["score"], rtol=1e-4, atol=1e-4)
+    for user in clear[:3]:
+        own = rated.filter(pl.col("user_id") == user)
+        rows = told.recommend(
+            own["item_id"].to_list(),
+            times=own["time"].to_list(),
+            ratings=own["rating"].to_list(),
+            request_time=int(rated["time"].max()),  # type: ignore[arg-type]  # whole seconds
+        )
+        expected = other.filter(pl.col("user_id") == user)
+        assert [row["item_id"] for row in rows] == expected["item_id"].to_list()
+        np.testing.assert_allclose([row["score"] for row in rows], expected["score"], rtol=1e-4, atol=1e-4)
+
+
+def test_with_signals_all_items_can_be_asked_for(informed: Run, log: pl.DataFrame, tmp_path: Path) -> None:
+    recsys("recommend", "--bundle", informed.bundle, "--output", tmp_path / "all", "--k", 500, "--users", "[3, 7]")
+    table = pl.read_parquet(tmp_path / "all")
+    for user in (3, 7):
+        rows, met = (own.filter(pl.col("user_id") == user)["item_id"].to_list() for own in (table, log))
+        assert sorted(rows + list(set(met))) == sorted(log["item_id"].unique().to_list())
+
+
+def test_signals_of_users_never_seen(
+    informed: Run, told: Recommender, rated: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of whom nothing is known gets what is popular, and changes nothing for the others of the batch."""
+    items, now = rated["item_id"].unique().sort().to_list(), int(rated["time"].max())  # type: ignore[arg-type]
+    rows = [("ann", items[3], now - 900), ("ann", items[8], now - 60), ("bob", 10**9, now), ("zoë", items[1], now - 5)]
+    pl.DataFrame(rows, schema=["user_id", "item_id", "time"], orient="row").write_csv(tmp_path / "new.csv")
+    of = ("--bundle", informed.bundle, "--histories", tmp_path / "new.csv", "--output", tmp_path / "o", "--k", 7)
+    recsys("recommend", *of, "--request_time", now)
+    out = pl.read_parquet(tmp_path / "o")
+    assert "has no column rating, at which the model looks" in caplog.text
+    bob = out.filter(pl.col("user_id") == "bob")
+    best = np.argsort(-told.popularity[1:], kind="stable")[:7]
+    assert bob["item_id"].to_list() == told.catalogue["item_id"].to_numpy()[best].tolist()
+    assert bob["score"].to_list() == told.popularity[1:][best].tolist()
+    assert bob["item_id"].to_list() == [row["item_id"] for row in told.recommend([], k=7, request_time=now)]
+    for user in ("ann", "zoë"):
+        own = [row for row in rows if row[0] == user]
+        alone = told.recommend([row[1] for row in own], k=7, times=[row[2] for row in own], request_time=now)
+        mine = out.filter(pl.col("user_id") == user)
+        assert mine["item_id"].to_list() == [row["item_id"] for row in alone]
+        np.testing.assert_allclose(mine["score"], [row["score"] for row in alone], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_asked_for_later_is_asked_of_other_signals(told: Recommender, rated: pl.DataFrame) -> None:
+    own = rated.filter(pl.col("user_id") == 5)
+    history, times, last = own["item_id"].to_list(), own["time"].to_list(), own["time"].to_list()[-1]
+    soon, late = (told.recommend(history, times=times, request_time=last + wait) for wait in (60, 10**7))
+    assert [row["score"] for row in soon] != [row["score"] for row in late]
+    ratings = [1.0 + place % 5 for place in range(len(history))]
+    other = told.recommend(history, times=times, request_time=last + 60, ratings=ratings)
+    assert [row["score"] for row in soon] != [row["score"] for row in other], "how events were rated counts"
+
+
+def test_where_the_time_is_not_told_signals_take_that_of_the_newest_event(
+    untold: Run, rated: pl.DataFrame, tmp_path: Path
+) -> None:
+    served, own = Recommender.load(untold.bundle), rated.filter(pl.col("user_id") == 5)
+    assert served.request_time == "none"
+    history, times = own["item_id"].to_list(), own["time"].to_list()
+    rows = [served.recommend(history, times=times, request_time=now) for now in (None, 10**9, times[-1] + 10**8)]
+    assert rows[0] == rows[1] == rows[2]
+    assert len(rows[0]) == 10
+    later = [time + 10**7 for time in times]
+    scores = [[row["score"] for row in served.recommend(history, times=when)] for when in (times, later)]
+    assert scores[0] != scores[1], "but the times of events are looked at"
+    with pytest.raises(ValueError, match="has a clock, so it needs times"):
+        served.recommend(history)
+    (tmp_path / "timeless.csv").write_text(f"user_id,item_id\n1,{history[0]}\n")
+    with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
+        FileUsers(tmp_path / "timeless.csv", served)
+
+
+def test_where_the_time_is_not_told_what_is_mined_is_what_is_served(untold: Run, dataset: Dataset) -> None:
+    served, data = Recommender.load(untold.bundle), Candidates(untold.candidates)
+    data.setup("fit")
+    selects = np.flatnonzero(data.lists.fold == "select")
+    users, ends = data.lists.user[selects], data.lists.place[selects]
+    padded = dataset.histories(users, ends, served.towers.max_length)
+    assert data.lists.now[selects].tolist() == dataset.times[ends - 1].tolist()
+    for request in (dataset.request_times(users, ends), None):
+        queries = served.queries(padded, request)
+        found = served.candidates(queries, dataset.known(users, ends), padded, request)
+        listed = served.listed(queries, found, padded, request)
+        for name, one in data.read(selects).listed._asdict().items():
+            torch.testing.assert_close(one, getattr(listed, name), rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_masked_ids_hide_all_but_what_does_not_come_from_them(told: Recommender, informed: Run) -> None:
+    dataset = Dataset(informed.data)
+    users = dataset.users("test")[:20]
+    padded, now = dataset.histories(users, "test", told.towers.max_length), dataset.request_times(users, "test")
+    queries = told.queries(padded, now)
+    found = told.candidates(queries, dataset.known(users, "test"), padded, now)
+    listed = told.listed(queries, found, padded, now)
+    by_id = torch.tensor([number["by_id"] for number in told.signal_names])
+    for ours, changes in ((by_id, False), (~by_id, True)):
+        signals = torch.where(ours, listed.signals + torch.randn_like(listed.signals), listed.signals)
+        masked = told.rerank(listed, ids_masked=True)
+        other = told.rerank(listed._replace(signals=signals), ids_masked=True)
+        assert np.array_equal(masked, other) != changes
+        assert not np.array_equal(told.rerank(listed), told.rerank(listed._replace(signals=signals)))
+
+
 # the bundle
 
 
-def test_another_process_serves_from_the_bundle_alone(trained: Run, recommender: Recommender, tmp_path: Path) -> None:
+def test_another_process_serves_from_the_bundle_alone(
+    trained: Run, informed: Run, recommender: Recommender, told: Recommender, tmp_path: Path
+) -> None:
     """Without the training data, the runs it was made from, and Lightning."""
-    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    for parent in manifest["parents"].values():
-        parent["path"] = "/nowhere"
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    for run, name in ((trained, "bundle"), (informed, "informed")):
+        bundle = shutil.copytree(run.bundle, tmp_path / name)
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        for parent in manifest["parents"].values():
+            parent["path"] = "/nowhere"
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
     history = recommender.catalogue["item_id"][:6].to_list()
+    when = {"times": [10**9 + 3_600 * place for place in range(6)], "request_time": 10**9 + 10**6}
     code = f"""
 import json, sys
 from recsys2stage.recommend import Recommender
 rows = Recommender.load("bundle").recommend({history}, k=5)
+rows += Recommender.load("informed").recommend({history}, k=5, **{when})
 assert not [name for name in ("lightning", "faiss", "jsonargparse") if name in sys.modules]
 print(json.dumps(rows))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows, expected = json.loads(done.stdout), recommender.recommend(history, k=5)
+    expected += told.recommend(history, k=5, **when)
     assert [row["item_id"] for row in rows] == [row["item_id"] for row in expected]
     assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected], abs=1e-5)
 

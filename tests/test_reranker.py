@@ -10,15 +10,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recsys2stage import scorers
-from recsys2stage.reranker import Reranker
-from recsys2stage.scorers import MLP, Scorer
+from recsys2stage.reranker import PARTS, Reranker
+from recsys2stage.scorers import DIN, MLP, Scorer, Shown
+from recsys2stage.shapes import Listed
 
-V, D, B, C = 30, 8, 5, 12
+V, D, B, C, R = 30, 8, 5, 12, 4
 FEATURES: list[dict[str, Any]] = [
     {"name": "genres", "kind": "multi", "size": 5, "values": 3},
     {"name": "decade", "kind": "categorical", "size": 4, "values": 1},
     {"name": "price", "kind": "numeric", "size": 1, "values": 1},
 ]
+SIGNALS: list[dict[str, Any]] = [
+    {"name": "Clock.hour", "by_id": False},
+    {"name": "Clock.day", "by_id": False},
+    {"name": "Follows.once", "by_id": True},
+]
+S = len(SIGNALS)
 SCORERS = [
     part
     for part in vars(scorers).values()
@@ -35,9 +42,11 @@ def arrays(rng: np.random.Generator) -> list[dict[str, Any]]:
     return [{**feature, "values": values} for feature, values in zip(FEATURES, (genres, decade, price), strict=True)]
 
 
-def built(rng: np.random.Generator, scorer: Callable[[int, int], Scorer] = MLP, learned: bool = True) -> Reranker:
+def built(
+    rng: np.random.Generator, scorer: Callable[[int, int], Scorer] = MLP, learned: bool = True, **options: Any
+) -> Reranker:
     """In evaluation mode, as it stands at step 0 or with weights as after some training."""
-    reranker = Reranker(V, D, FEATURES, scorer)
+    reranker = Reranker(V, D, FEATURES, scorer, signals=SIGNALS, **options)
     vectors = torch.nn.functional.normalize(torch.randn(V + 1, D), dim=-1)
     vectors[0] = 0
     reranker.look_up(vectors, rng.integers(0, 100, size=V + 1), arrays(rng))
@@ -48,11 +57,19 @@ def built(rng: np.random.Generator, scorer: Callable[[int, int], Scorer] = MLP, 
     return reranker.eval()
 
 
-def lists(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """State, items, score (best first) and rank."""
-    items = torch.from_numpy(np.stack([rng.permutation(V)[:C] + 1 for _ in range(B)]))
-    score = torch.rand(B, C).sort(dim=1, descending=True).values
-    return torch.nn.functional.normalize(torch.randn(B, D), dim=-1), items, score, torch.arange(1, C + 1).expand(B, C)
+def lists(rng: np.random.Generator) -> Listed:
+    """Candidates with their scores (best first) after histories of 0, 1, 2 ... events."""
+    recent = torch.from_numpy(np.stack([rng.permutation(V)[:R] + 1 for _ in range(B)]))
+    recent[torch.arange(R) >= torch.arange(B)[:, None]] = 0
+    return Listed(
+        state=torch.nn.functional.normalize(torch.randn(B, D), dim=-1),
+        items=torch.from_numpy(np.stack([rng.permutation(V)[:C] + 1 for _ in range(B)])),
+        score=torch.rand(B, C).sort(dim=1, descending=True).values,
+        rank=torch.arange(1, C + 1).expand(B, C),
+        signals=torch.randn(B, C, S),
+        recent=recent,
+        ages=(20 * torch.rand(B, R)).where(recent > 0, 0),
+    )
 
 
 NONE, ALL = torch.zeros(B, C, dtype=torch.bool), torch.ones(B, C, dtype=torch.bool)
@@ -65,21 +82,22 @@ NONE, ALL = torch.zeros(B, C, dtype=torch.bool), torch.ones(B, C, dtype=torch.bo
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_at_step_0_the_retrievers_order_stands(scorer: Any, calibrated: bool, rng: np.random.Generator) -> None:
     reranker = built(rng, scorer, learned=False)
-    state, items, score, rank = lists(rng)
+    listed = lists(rng)
     shuffle = torch.stack([torch.randperm(C) for _ in range(B)])
-    items, score, rank = items.gather(1, shuffle), score.gather(1, shuffle), rank.gather(1, shuffle)
+    listed = listed._replace(**{name: getattr(listed, name).gather(1, shuffle) for name in ("items", "score", "rank")})
     if calibrated:
-        reranker.calibrate(score, score.argmax(1), ALL)
+        reranker.calibrate(listed.score, listed.score.argmax(1), ALL)
         assert reranker.log_scale > 0
+    by_score = listed.score.argsort(dim=1, descending=True)
     with torch.no_grad():
         for mode in (reranker.eval(), reranker.train()):  # the first batch of training too
-            logits = mode(state, items, score, rank, NONE)
-            assert torch.equal(logits.argsort(dim=1, descending=True), score.argsort(dim=1, descending=True))
-        assert not reranker(state, items, score, rank, ALL).any(), "without ids there is no opinion yet"
+            logits = mode(listed, NONE)
+            assert torch.equal(logits.argsort(dim=1, descending=True), by_score)
+        assert not reranker(listed, ALL).any(), "without ids there is no opinion yet"
     scored = built(rng, scorer, learned=True)
     with torch.no_grad():
-        logits = scored(state, items, score, rank, NONE)
-    assert not torch.equal(logits.argsort(dim=1), score.argsort(dim=1)), "trained, it must have an opinion"
+        logits = scored(listed, NONE)
+    assert not torch.equal(logits.argsort(dim=1, descending=True), by_score), "trained, it must have an opinion"
 
 
 def test_a_scorer_from_outside_starts_from_the_retriever_too(rng: np.random.Generator) -> None:
@@ -88,14 +106,12 @@ def test_a_scorer_from_outside_starts_from_the_retriever_too(rng: np.random.Gene
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(num_features))
 
-        def forward(
-            self, state: Float[Tensor, "B D"], vectors: Float[Tensor, "B C D"], features: Float[Tensor, "B C F"]
-        ) -> Float[Tensor, "B C"]:
-            return features @ self.weight
+        def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
+            return shown.features @ self.weight
 
-    state, items, score, rank = lists(rng)
-    logits = built(rng, Silent, learned=False)(state, items, score, rank, NONE)
-    assert torch.equal(logits.argsort(dim=1, descending=True), rank - 1)
+    listed = lists(rng)
+    logits = built(rng, Silent, learned=False)(listed, NONE)
+    assert torch.equal(logits.argsort(dim=1, descending=True), listed.rank - 1)
 
 
 # --- what a masked id hides
@@ -104,75 +120,223 @@ def test_a_scorer_from_outside_starts_from_the_retriever_too(rng: np.random.Gene
 class Seen(Scorer):
     """Keeps what it was shown."""
 
+    shown: Shown
+
     def __init__(self, dim: int, num_features: int) -> None:
         super().__init__()
-        self.state = self.vectors = self.features = torch.zeros(0)
+        self.num_features = num_features
 
-    def forward(
-        self, state: Float[Tensor, "B D"], vectors: Float[Tensor, "B C D"], features: Float[Tensor, "B C F"]
-    ) -> Float[Tensor, "B C"]:
-        self.state, self.vectors, self.features = state, vectors, features
-        return features.sum(-1) * 0
+    def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
+        self.shown = shown
+        return shown.features.sum(-1) * 0
 
 
 def test_masked_ids_leave_no_trace(rng: np.random.Generator) -> None:
-    reranker, (state, items, score, rank) = built(rng), lists(rng)
+    reranker, listed = built(rng), lists(rng)
+    by_id = torch.tensor([signal["by_id"] for signal in SIGNALS])
+    changes = {
+        "score": torch.rand_like(listed.score),
+        "rank": listed.rank.flip(1),
+        "signals": torch.where(by_id, torch.randn(B, C, S), listed.signals),
+    }
     with torch.no_grad():
-        masked, known = (reranker(state, items, score, rank, mask) for mask in (ALL, NONE))
-        other = torch.rand_like(score)
-        assert torch.equal(reranker(state, items, other, rank, ALL), masked)
-        assert torch.equal(reranker(state, items, score, rank.flip(1), ALL), masked)
+        masked, known = (reranker(listed, mask) for mask in (ALL, NONE))
+        for name, values in changes.items():
+            other = listed._replace(**{name: values})
+            assert torch.equal(reranker(other, ALL), masked), name
+            assert (reranker(other, NONE) - known).abs().max() > 1e-3, f"{name} is felt where the id is known"
         reranker.vectors.copy_(torch.randn_like(reranker.vectors))
         reranker.center += 3
-        assert torch.equal(reranker(state, items, score, rank, ALL), masked)
-
-        # each of them is felt where the id is known
-        assert (reranker(state, items, other, rank, NONE) - known).abs().max() > 1e-3
+        assert torch.equal(reranker(listed, ALL), masked)
         reranker.center -= 3
-        assert (reranker(state, items, score, rank, NONE) - known).abs().max() > 1e-3, "vectors"
-    again = built(np.random.default_rng(0))
-    with torch.no_grad():
-        by_rank = again(state, items, score, rank.flip(1), NONE) - again(state, items, score, rank, NONE)
-    assert by_rank.abs().max() > 1e-3
+        assert (reranker(listed, NONE) - known).abs().max() > 1e-3, "vectors are felt where the id is known"
+
+
+def test_a_margin_is_not_told_of_what_is_masked(rng: np.random.Generator) -> None:
+    """Were it told, the best score of a list would show through the distances to it."""
+    reranker, listed = built(rng, Seen, learned=False), lists(rng)
+    reranker(listed, ALL)
+    assert not reranker.scorer.shown.features[..., 2].any()
 
 
 @pytest.mark.parametrize("buffer", ["popularity", "features.values0", "features.values1", "features.values2"])
 @pytest.mark.parametrize("mask", [NONE, ALL], ids=["known", "masked"])
 def test_popularity_and_features_stay(buffer: str, mask: Tensor, rng: np.random.Generator) -> None:
-    reranker, (state, items, score, rank) = built(rng), lists(rng)
+    reranker, listed = built(rng), lists(rng)
     with torch.no_grad():
-        before = reranker(state, items, score, rank, mask)
+        before = reranker(listed, mask)
         values = reranker.get_buffer(buffer)
         values[1:] = values[1:].roll(1, dims=0)
-        assert (reranker(state, items, score, rank, mask) - before).abs().max() > 1e-3
+        assert (reranker(listed, mask) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mask", [NONE, ALL], ids=["known", "masked"])
+@pytest.mark.parametrize("part", ["state", "recent", "ages", "signals"])
+def test_what_is_known_of_the_request_stays(part: str, mask: Tensor, rng: np.random.Generator) -> None:
+    """The user's state and history, and signals that do not come from the candidate's id."""
+    reranker, listed = built(rng, DIN), lists(rng)
+    values = getattr(listed, part)
+    if part == "signals":
+        values = torch.cat([values[..., :2] + torch.randn(B, C, 2), values[..., 2:]], dim=-1)
+    else:
+        values = torch.where(values != 0, values.roll(1, dims=0), 0)
+    with torch.no_grad():
+        felt = (reranker(listed._replace(**{part: values}), mask) - reranker(listed, mask)).abs()
+    assert felt.max() > 1e-3
 
 
 def test_a_mask_hides_exactly_its_own_candidates(rng: np.random.Generator) -> None:
-    reranker, (state, items, score, rank) = built(rng), lists(rng)
+    reranker, listed = built(rng), lists(rng)
     some = torch.rand(B, C) < 0.4
     with torch.no_grad():
-        mixed, known, masked = (reranker(state, items, score, rank, mask) for mask in (some, NONE, ALL))
+        mixed, known, masked = (reranker(listed, mask) for mask in (some, NONE, ALL))
     torch.testing.assert_close(mixed, torch.where(some, masked, known))
 
 
 def test_what_the_scorer_sees(rng: np.random.Generator) -> None:
-    """Score, log rank, is_unknown, popularity; then the declared features."""
-    reranker, (state, items, score, rank) = built(rng, Seen, learned=False), lists(rng)
+    """Score, log rank, margin, is_unknown, popularity; then the declared features, then the signals."""
+    reranker, listed = built(rng, Seen, learned=False), lists(rng)
+    listed.score[0, 7:], listed.items[0, 7:] = 0, 0  # a list of seven
+    listed.score[:, :7] -= 3  # so that the padding's score is the largest number
     some = torch.rand(B, C) < 0.4
     reranker.log_scale.data.fill_(0.7)
     reranker.center.fill_(0.4)
-    base = reranker(state, items, score, rank, some)
-    seen = reranker.scorer
-    assert torch.equal(seen.features[..., 2], some.float()), "is_unknown"
-    assert not seen.features[..., :2][some].any()
+    base = reranker(listed, some)
+    seen, real = reranker.scorer.shown, listed.items > 0
+    assert torch.equal(seen.features[..., 3], some.float()), "is_unknown"
+    assert not seen.features[..., :3][some].any()
     assert not seen.vectors[some].any()
     assert torch.equal(seen.features[..., 0], base), "the calibrated score"
-    torch.testing.assert_close(base[~some], ((score - reranker.center) * reranker.log_scale.exp())[~some])
-    torch.testing.assert_close(seen.features[..., 1][~some], rank.float().log()[~some])
-    torch.testing.assert_close(seen.vectors[~some], reranker.vectors[items[~some]])
-    assert torch.equal(seen.features[..., 3], reranker.popularity[items])
-    assert seen.features.shape[-1] == 4 + 16 + 16 + 2
+    scale = reranker.log_scale.exp()
+    torch.testing.assert_close(base[~some], ((listed.score - reranker.center) * scale)[~some])
+    torch.testing.assert_close(seen.features[..., 1][~some], listed.rank.float().log()[~some])
+    for row in range(B):
+        best = max(listed.score[row][real[row]].tolist())
+        for place in range(C):
+            known = real[row, place] and not some[row, place]
+            margin = (listed.score[row, place] - best) * scale if known else torch.tensor(0.0)
+            torch.testing.assert_close(seen.features[row, place, 2], margin)
+    torch.testing.assert_close(seen.vectors[~some], reranker.vectors[listed.items[~some]])
+    assert torch.equal(seen.features[..., 4], reranker.popularity[listed.items])
+    assert seen.features.shape[-1] == reranker.scorer.num_features == 5 + 16 + 16 + 2 + S
+    assert torch.equal(seen.features[..., -S:-1], listed.signals[..., :-1]), "that do not come from the id"
+    assert torch.equal(seen.features[..., -1], listed.signals[..., -1].where(~some, 0))
+    torch.testing.assert_close(seen.state, listed.state)
+    assert torch.equal(seen.ages, listed.ages)
+    assert torch.equal(seen.real, listed.recent > 0)
+    assert seen.real.sum(1).tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(seen.recent[seen.real], reranker.vectors[listed.recent[seen.real]])
     assert not base[some].any()
+
+
+# --- what is left out
+
+
+WHERE = {"score": [0], "rank": [1], "margin": [2], "popularity": [4], "features": range(5, 39)}
+WHERE |= {"Clock": [39, 40], "Clock.hour": [39], "Clock.day": [40], "Follows": [41], "Follows.once": [41]}
+
+
+@pytest.mark.parametrize("part", [*PARTS, "Clock", "Clock.hour", "Clock.day", "Follows", "Follows.once"])
+def test_without_hides_what_it_names_and_nothing_else(part: str, rng: np.random.Generator) -> None:
+    listed, both = lists(rng), []
+    for without in (None, [part]):
+        reranker = built(np.random.default_rng(0), Seen, learned=False, without=without)
+        reranker.vectors.copy_(torch.arange(31.0)[:, None] + torch.arange(D))
+        reranker.standardise(listed.signals.flatten(0, 1))
+        torch.manual_seed(1)
+        for table in [] if reranker.features is None else reranker.features.parameters():
+            torch.nn.init.normal_(table)
+        both.append((reranker(listed, NONE), reranker.scorer.shown))
+    (base, whole), (other_base, less) = both
+    hidden = list(WHERE.get(part, []))
+    seen = torch.ones(whole.features.size(-1), dtype=torch.bool)
+    seen[hidden] = False
+    assert torch.equal(less.features[..., seen], whole.features[..., seen])
+    assert not less.features[..., ~seen].any()
+    for place in hidden:
+        assert whole.features[..., place].any(), "there was something to hide"
+    for name in ("state", "vectors"):
+        values = getattr(less, name)
+        assert torch.equal(values, torch.zeros_like(values) if name == part else getattr(whole, name))
+    assert torch.equal(less.real, torch.zeros_like(less.real) if part == "recent" else whole.real)
+    assert torch.equal(base, other_base), "the retriever's score is corrected, not left out"
+
+
+def test_several_things_are_left_out_at_once(rng: np.random.Generator) -> None:
+    reranker, listed = built(rng, Seen, learned=False, without=["rank", "Clock.day", "Follows", "recent"]), lists(rng)
+    reranker(listed, NONE)
+    seen = reranker.scorer.shown
+    assert seen.features.any(0).any(0)[[0, 1, 2, 4, 39, 40, 41]].tolist() == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not seen.real.any()
+
+
+@pytest.mark.parametrize("name", ["Clok", "Clock.minute", "hour", "logits", "is_unknown"])
+def test_a_part_that_is_not_there_cannot_be_left_out(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"without names {name}, expected some of Clock, Clock.day, .*, vectors"):
+        Reranker(V, D, FEATURES, MLP, signals=SIGNALS, without=["Clock", name])
+
+
+def test_weights_that_leave_something_out_still_do_after_loading(rng: np.random.Generator) -> None:
+    reranker, listed = built(rng, without=["Clock", "popularity"]), lists(rng)
+    reranker.standardise(listed.signals.flatten(0, 1))
+    fresh = Reranker(V, D, FEATURES, MLP, signals=SIGNALS, without=["Clock", "popularity"])
+    fresh.load_state_dict(reranker.state_dict())
+    other = listed._replace(signals=torch.cat([torch.randn(B, C, 2), listed.signals[..., 2:]], dim=-1))
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(other, NONE), reranker(listed, NONE))
+
+
+# --- signals
+
+
+def test_signals_are_standardised_by_the_candidates_they_are_shown(rng: np.random.Generator) -> None:
+    reranker, listed = built(rng, Seen, learned=False), lists(rng)
+    signals = torch.tensor([1e3, 0.01, 5.0]) + torch.tensor([40.0, 1e-3, 2.0]) * torch.randn(B, C, S)
+    reranker.standardise(signals.flatten(0, 1))
+    reranker(listed._replace(signals=signals), NONE)
+    seen = reranker.scorer.shown.features[..., -S:]
+    values = signals.double().flatten(0, 1).numpy()
+    want = ((values - values.mean(0)) / values.std(0)).reshape(B, C, S)
+    assert np.abs(want).max() < 5
+    torch.testing.assert_close(seen, torch.from_numpy(want).float(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_signal_that_never_changes_says_nothing(rng: np.random.Generator) -> None:
+    """Divided by its spread, the noise of its last digit would be told in full."""
+    reranker, listed = built(rng, Seen, learned=False), lists(rng)
+    signals = torch.randn(B, C, S)
+    signals[..., 1] = 12.25
+    reranker.standardise(signals.flatten(0, 1))
+    reranker(listed._replace(signals=signals * 1.01), NONE)
+    seen = reranker.scorer.shown.features[..., -S:]
+    assert not seen[..., 1].any()
+    assert seen[..., [0, 2]].any(0).any(0).all()
+
+
+def test_a_signal_far_out_says_little_more_than_one_less_far(rng: np.random.Generator) -> None:
+    reranker, listed = built(rng, Seen, learned=False), lists(rng)
+    reranker.standardise(3 * torch.randn(10_000, S) + 1)
+    signals = torch.linspace(-100, 100, B * C * S).view(B, C, S)
+    reranker(listed._replace(signals=signals), NONE)
+    seen = reranker.scorer.shown.features[..., -S:]
+    assert (seen.min(), seen.max()) == (-5, 5)
+    near = (signals - 1).abs() < 12
+    torch.testing.assert_close(seen[near], (signals[near] - 1) / 3, rtol=0.05, atol=0.15)
+
+
+def test_without_signals_there_is_nothing_to_standardise(rng: np.random.Generator) -> None:
+    reranker, listed = Reranker(V, D, FEATURES, Seen), lists(rng)
+    reranker.standardise(torch.zeros(7, 0))
+    reranker(listed._replace(signals=torch.zeros(B, C, 0)), NONE)
+    assert reranker.scorer.shown.features.shape == (B, C, 39)
 
 
 # --- what is looked up
@@ -208,28 +372,32 @@ def test_the_declared_features_are_those_of_a_table(rng: np.random.Generator) ->
 @pytest.mark.parametrize("longer", [0.02, 50.0])
 def test_the_scorer_sees_unit_vectors_whatever_the_retriever_has(longer: float, rng: np.random.Generator) -> None:
     """A retriever compared by dot products has states and vectors of any length."""
-    state, items, _, rank = lists(rng)
+    listed = lists(rng)
     dot = built(np.random.default_rng(0), Seen, learned=False)
     reranker = built(np.random.default_rng(0), learned=True)
     vectors = reranker.vectors.clone() * (longer * (1 + torch.rand(V + 1, 1)))
-    score = (vectors[items] @ (state * longer)[..., None]).squeeze(-1)
-    before = reranker(state, items, score, rank, NONE)
+    state = listed.state * longer
+    listed = listed._replace(score=(vectors[listed.items] @ state[..., None]).squeeze(-1))
+    before = reranker(listed, NONE)
     for one in (dot, reranker):
         one.vectors.copy_(vectors)
-    dot(state * longer, items, score, rank, NONE)
-    torch.testing.assert_close(dot.scorer.vectors.norm(dim=-1), torch.ones(B, C))
-    torch.testing.assert_close(dot.scorer.state, state)
-    torch.testing.assert_close(reranker(state * longer, items, score, rank, NONE), before, rtol=1e-4, atol=1e-4)
+    dot(listed._replace(state=state), NONE)
+    seen = dot.scorer.shown
+    torch.testing.assert_close(seen.vectors.norm(dim=-1), torch.ones(B, C))
+    torch.testing.assert_close(seen.recent[seen.real].norm(dim=-1), torch.ones(int(seen.real.sum())))
+    torch.testing.assert_close(seen.state, listed.state)
+    torch.testing.assert_close(reranker(listed._replace(state=state), NONE), before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(reranker.state_dict()["vectors"], vectors, msg="kept as they are in the index")
 
 
 def test_weights_stand_alone(rng: np.random.Generator) -> None:
     """All that is looked up by item is in the state: a fresh reranker needs no data."""
-    reranker, batch = built(rng), lists(rng)
-    fresh = Reranker(V, D, FEATURES, MLP)
+    reranker, listed = built(rng), lists(rng)
+    reranker.standardise(listed.signals.flatten(0, 1) * 2 + 1)
+    fresh = Reranker(V, D, FEATURES, MLP, signals=SIGNALS)
     fresh.load_state_dict(reranker.state_dict())
     with torch.no_grad():
-        assert torch.equal(fresh.eval()(*batch, NONE), reranker(*batch, NONE))
+        assert torch.equal(fresh.eval()(listed, NONE), reranker(listed, NONE))
 
 
 # --- calibration

@@ -26,6 +26,38 @@ def test_leave_one_out_takes_the_last_two_of_those_who_have_three() -> None:
     assert marks(LeaveOneOut()) == ["ttvx", "tt", "t", "tvx"]
 
 
+@pytest.mark.parametrize(
+    ("val", "words"),
+    [
+        (1, ["tttttvx", "ttvx", "tt", "t", "tvx"]),
+        (2, ["ttttvvx", "tvvx", "tt", "t", "tvx"]),
+        (3, ["tttvvvx", "tvvx", "tt", "t", "tvx"]),
+        (99, ["tvvvvvx", "tvvx", "tt", "t", "tvx"]),
+    ],
+)
+def test_more_events_may_validate_but_the_first_of_each_user_trains(val: int, words: list[str]) -> None:
+    offsets = np.array([0, 7, 11, 13, 14, 17])
+    assert marks(LeaveOneOut(val), np.arange(17), offsets) == words
+
+
+def test_the_test_event_is_the_same_however_many_validate() -> None:
+    offsets = np.concatenate([[0], np.cumsum(np.random.default_rng(0).integers(1, 12, 200))])
+    times, lengths = np.arange(offsets[-1]), np.diff(offsets)
+    one = LeaveOneOut().ends(times, offsets)
+    for val in (2, 3, 5, 50):
+        train_end, val_end = LeaveOneOut(val).ends(times, offsets)
+        assert np.array_equal(val_end, one[1])
+        assert (val_end == offsets[1:] - (lengths >= 3)).all(), "the last event, of those who have three"
+        assert (train_end > offsets[:-1]).all(), "everybody trains"
+        assert np.array_equal(val_end - train_end, np.where(lengths >= 3, np.minimum(val, lengths - 2), 0))
+
+
+@pytest.mark.parametrize("val", [0, -1])
+def test_somebody_must_validate(val: int) -> None:
+    with pytest.raises(ValueError, match=rf"LeaveOneOut\(val={val}\): expected at least 1 event of each user"):
+        LeaveOneOut(val)
+
+
 def test_global_time_cuts_all_users_at_the_same_moments() -> None:
     assert marks(GlobalTime(val=30, test=36)) == ["ttvx", "tt", "t", "vxx"]
 
@@ -44,7 +76,7 @@ def test_every_event_has_one_mark_whatever_the_split() -> None:
     lengths = rng.integers(1, 9, 50)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     times = np.concatenate([np.sort(rng.integers(0, 100, length)) for length in lengths])
-    for split in (LeaveOneOut(), GlobalTime(), GlobalTime(val=20, test=200), GlobalTime(val=1, test=2)):
+    for split in (LeaveOneOut(), LeaveOneOut(3), GlobalTime(), GlobalTime(val=20, test=200), GlobalTime(val=1, test=2)):
         words = marks(split, times, offsets)
         assert [len(word) for word in words] == lengths.tolist()
         assert all(word == "".join(sorted(word, key="tvx".index)) for word in words)
@@ -57,7 +89,8 @@ def test_cuts_that_make_no_sense_are_refused_with_their_values(val: float, test:
 
 
 def test_describe_says_name_and_options() -> None:
-    assert LeaveOneOut().describe() == {"split": "LeaveOneOut"}
+    assert LeaveOneOut().describe() == {"split": "LeaveOneOut", "val": 1}
+    assert LeaveOneOut(4).describe() == {"split": "LeaveOneOut", "val": 4}
     assert GlobalTime(0.1, 0.2).describe() == {"split": "GlobalTime", "val": 0.1, "test": 0.2}
 
 

@@ -1,0 +1,186 @@
+"""Mined candidate lists for the ranker."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import fingerprint, read_manifest
+from recsys2stage.data import ArrayModule, BatchLoader
+from recsys2stage.dataset import Dataset, declared, places, recent_events
+from recsys2stage.index import VECTORS
+from recsys2stage.mining import STATES, CandidateLists, joined, read_candidates
+from recsys2stage.shapes import Listed
+
+
+class Lists(NamedTuple):
+    """Candidate lists, and where in them the positives stand."""
+
+    listed: Listed
+    positive: Int[Tensor, " B"]  # −1 where it is not among the candidates
+
+
+class Candidates(ArrayModule):
+    """Mined candidate lists: most users train the ranker, the rest select it.
+
+    Args:
+        path: folder written by `recsys mine-negatives`.
+        batch_size: lists in a batch.
+        recent: how many of a history's newest events the ranker looks at.
+        folds: further folders whose lists train too (cross-fitting over time): the same events, prepared with earlier
+            targets (LeaveOneOut with a higher `val`), mined beside a retriever that never saw those. The states of
+            another retriever mean nothing to this one's vectors, so the ranker must be without state.
+        refit: folder of a ranker that was selected on these lists: now all of them train, for as many epochs as that
+            one took to its best, and nothing is left to select by.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        batch_size: int = 128,
+        recent: int = 20,
+        folds: list[Path] | None = None,
+        refit: Path | None = None,
+    ) -> None:
+        super().__init__()
+        if recent < 0:
+            raise ValueError(f"recent is {recent}, expected 0 for no event, or more")
+        self.path, self.batch_size, self.recent = Path(path), batch_size, recent
+        self.folds, self.refit = folds or [], refit
+        self.manifest = mined(self.path)
+        self.dataset = Dataset(self.manifest["parents"]["data"]["path"])
+
+    @property
+    def num_items(self) -> int:
+        return self.dataset.num_items
+
+    @property
+    def vector_dim(self) -> int:
+        return int(self.manifest["vector_dim"])
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates of each user were looked at: what the ranker should order when it serves."""
+        return int(self.manifest["options"]["k"])
+
+    @property
+    def parents(self) -> dict[str, Path]:
+        folds = {f"fold {number}": folder for number, folder in enumerate(self.folds, start=1)}
+        return {"candidates": self.path} | folds | ({} if self.refit is None else {"selected": self.refit})
+
+    @property
+    def epochs(self) -> int | None:
+        """How long to train, where that was selected before; None: as configured."""
+        if self.refit is None:
+            return None
+        checkpoint = self.refit / "best.ckpt"
+        if not checkpoint.is_file():
+            raise FileNotFoundError(f"{checkpoint} does not exist; first fit a ranker with --output {self.refit}")
+        best = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        if not best["global_step"]:
+            raise ValueError(
+                f"the best of {self.refit} is its step 0, the retriever's order; there is nothing to refit"
+            )
+        return int(best["epoch"]) + 1
+
+    @property
+    def features(self) -> list[dict[str, Any]]:
+        """Item features the ranker may look at: name, kind, size and width of the array of values."""
+        return declared(self.dataset.item_features)
+
+    @property
+    def signals(self) -> list[dict[str, Any]]:
+        """{"name", "by_id"} of each number of the signals that were mined."""
+        return self.manifest["signals"]
+
+    def item_vectors(self) -> Float[Tensor, "W D"]:
+        """The retriever's vectors, row 0 for padding."""
+        vectors = np.load(Path(self.manifest["parents"]["index"]["path"]) / VECTORS)
+        return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
+
+    def setup(self, stage: str) -> None:
+        names = [signal["name"] for signal in self.signals]
+        own = read_candidates(self.path, names)
+        self.states = np.load(self.path / STATES, mmap_mode="r")
+        assert len(self.states) == len(own.user), "each state belongs to the list of the same number"
+        self.lists = joined([own, *(self.read_fold(folder, names) for folder in self.folds)])
+
+    def read_fold(self, folder: Path, names: list[str]) -> CandidateLists:
+        """Lists of earlier targets of the same events; users who select do not train here either."""
+        manifest = mined(folder)
+        data = Dataset(manifest["parents"]["data"]["path"])
+        if manifest["signals"] != self.signals:
+            raise ValueError(f"{folder} was mined with other signals than {self.path}; mine both with the same ones")
+        same = np.array_equal(data.offsets, self.dataset.offsets) and np.array_equal(data.items, self.dataset.items)
+        if not same:
+            raise ValueError(f"{folder} was mined from other events than {self.path}; prepare both from the same log")
+        lists = read_candidates(folder, names)
+        if (late := int((lists.place >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
+            raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
+        selects = np.isin(lists.user, self.select_users)
+        return lists._replace(fold=np.where(selects | (lists.fold == "select"), "aside", lists.fold))
+
+    @cached_property
+    def select_users(self) -> np.ndarray:
+        """Users whose lists select."""
+        lists = read_candidates(self.path)
+        return np.unique(lists.user[lists.fold == "select"])
+
+    def train_dataloader(self) -> BatchLoader:
+        trains = self.lists.fold == "train" if self.refit is None else np.ones(len(self.lists.fold), dtype=bool)
+        train = np.flatnonzero(trains & (self.lists.positive >= 0))
+        if not len(train):
+            raise ValueError(
+                f"no list in {self.path} holds its user's target; mine more candidates (k) or train the retriever"
+            )
+        return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
+
+    def val_dataloader(self) -> BatchLoader:
+        select = np.flatnonzero(self.lists.fold == "select")
+        if not len(select):
+            raise ValueError(f"{self.path} keeps no users to select the ranker on; mine with select above 0")
+        return self._in_order(self.read, select, self.batch_size)
+
+    def test_dataloader(self) -> BatchLoader:
+        raise ValueError("a ranker is tested beside its retriever, on the same users: run recsys evaluate")
+
+    def read(self, batch: np.ndarray) -> Lists:
+        starts, ends = self.lists.offsets[batch], self.lists.offsets[batch + 1]
+        index, real = places(starts, ends)
+        ends = self.lists.place[batch]
+        length = min(self.recent, self.manifest["max_length"])  # a history that is served is no longer
+        newest = self.dataset.events(np.maximum(ends - length, self.dataset.offsets[self.lists.user[batch]]), ends)
+        recent, ages = recent_events(newest, self.lists.now[batch], self.recent, self.dataset.has_time)
+        listed = Listed(
+            state=torch.from_numpy(self.read_states(batch)),
+            items=torch.from_numpy(np.where(real, self.lists.items[index], c.PAD).astype(np.int64)),
+            score=torch.from_numpy(self.lists.score[index]),
+            rank=torch.from_numpy(self.lists.rank[index].astype(np.int64)).clamp(min=1),
+            signals=torch.from_numpy(self.lists.signals[index]),
+            recent=recent,
+            ages=ages,
+        )
+        return Lists(listed, torch.from_numpy(self.lists.positive[batch]))
+
+    def read_states(self, batch: np.ndarray) -> Float[np.ndarray, "B D"]:
+        """The users' query vectors; zero in lists that another retriever made."""
+        own = batch < len(self.states)
+        states = np.asarray(self.states[np.where(own, batch, 0)], dtype=np.float32)
+        return states * own[:, None]
+
+
+def mined(folder: Path) -> dict[str, Any]:
+    """The manifest of mined lists, whose parents must be as they were."""
+    manifest = read_manifest(folder, "candidates", f"recsys mine-negatives --output {folder}")
+    for name, parent in manifest["parents"].items():
+        if fingerprint(parent["path"]) != parent["hash"]:
+            raise ValueError(
+                f"{folder} was mined from another {name} than the one now in {parent['path']}; mine again: "
+                f"recsys mine-negatives --output {folder}"
+            )
+    return manifest
