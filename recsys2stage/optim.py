@@ -1,6 +1,7 @@
 """The optimiser both stages start from."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,7 +30,19 @@ class RecsysAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
-def with_warmup(optimizer: Optimizer, steps: int) -> OptimizerLRSchedulerConfig:
-    """What Lightning's configure_optimizers returns: the learning rate rises linearly over `steps`, then stays."""
-    scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(steps, 1)))
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+def with_schedule(
+    optimizer: Optimizer, warmup: int, final: float = 1.0, progress: Callable[[], float] = lambda: 0.0
+) -> OptimizerLRSchedulerConfig:
+    """What Lightning's configure_optimizers returns: the learning rate rises linearly, then falls along a half cosine.
+
+    Args:
+        optimizer: with the learning rate at its highest.
+        warmup: steps of the rise.
+        final: share of the learning rate that is left at the end (Loshchilov & Hutter 2017, without restarts); 1: all.
+        progress: how much of the run is done, from 0 to 1.
+    """
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / max(warmup, 1)) * (final + (1 - final) * (1 + math.cos(math.pi * progress())) / 2)
+
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"}}

@@ -14,7 +14,7 @@ from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.columns import PAD
 from recsys2stage.losses.lists import ListLoss, Listwise
 from recsys2stage.metrics import RankMetrics, rank_of
-from recsys2stage.optim import RecsysAdamW, with_warmup
+from recsys2stage.optim import RecsysAdamW, with_schedule
 from recsys2stage.reranker import Reranker
 from recsys2stage.scorers import MLP, ScorerFactory
 
@@ -128,4 +128,4 @@ class Ranker(LightningModule):
             self.log(name, value, prog_bar=name.endswith("ndcg@10"))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return with_warmup(self.optimizer(self.parameters()), self.warmup_steps)
+        return with_schedule(self.optimizer(self.parameters()), self.warmup_steps)

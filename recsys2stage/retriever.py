@@ -18,7 +18,7 @@ from recsys2stage.items import ItemsFactory, ItemTable
 from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.objectives import Cloze, NextItem, Objective
-from recsys2stage.optim import RecsysAdamW, with_warmup
+from recsys2stage.optim import RecsysAdamW, with_schedule
 from recsys2stage.shapes import History, Similarity
 from recsys2stage.towers import TwoTower, full_precision
 from recsys2stage.users import UserFactory
@@ -48,6 +48,8 @@ class Retriever(LightningModule):
         norm_penalty: what long states cost; None: nothing.
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
+        final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
+            1: it stays. Let early stopping be patient where it falls.
         compiled: whether the encoder goes through torch.compile, which pays on a GPU.
         recompute_rows: so many histories at a time keep their activations, the others' are computed again for the
             gradient: much less memory, about a fifth more time. None: all keep them.
@@ -79,6 +81,7 @@ class Retriever(LightningModule):
         norm_penalty: NormPenalty | None = None,
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 100,
+        final_lr: float = 1.0,
         compiled: bool = False,
         recompute_rows: int | None = None,
     ) -> None:
@@ -107,10 +110,13 @@ class Retriever(LightningModule):
                 f"{type(self.objective).__name__} does not suit it; leave the objective out"
             )
         self.loss, self.norm_penalty = loss or InfoNCE(), norm_penalty
-        self.optimizer, self.warmup_steps, self.recompute_rows = optimizer, warmup_steps, recompute_rows
+        self.optimizer, self.warmup_steps, self.final_lr = optimizer, warmup_steps, final_lr
+        self.recompute_rows = recompute_rows
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
+        if not 0 <= final_lr <= 1:
+            raise ValueError(f"final_lr is {final_lr}, expected a share of the learning rate, from 0 to 1")
         if recompute_rows is not None and recompute_rows < 1:
             raise ValueError(f"recompute_rows is {recompute_rows}, expected at least 1, or null to keep everything")
         if compiled:
@@ -136,9 +142,10 @@ class Retriever(LightningModule):
 
     def on_train_start(self) -> None:
         self.planned_steps = float(self.trainer.estimated_stepping_batches)
-        if self.loss.scheduled and self.planned_steps == float("inf"):
+        changes = [type(self.loss).__name__] * self.loss.scheduled + ["the learning rate"] * (self.final_lr < 1)
+        if changes and self.planned_steps == float("inf"):
             raise ValueError(
-                f"{type(self.loss).__name__} changes with the share of the run that is done, and this run has no end; "
+                f"{changes[0]} changes with the share of the run that is done, and this run has no end; "
                 "set trainer.max_epochs or trainer.max_steps"
             )
 
@@ -209,4 +216,5 @@ class Retriever(LightningModule):
         self.log_dict(self.test_metrics.take("test/"))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return with_warmup(self.optimizer(self.parameters()), self.warmup_steps)
+        optimizer = self.optimizer(self.parameters())
+        return with_schedule(optimizer, self.warmup_steps, self.final_lr, lambda: self.progress)

@@ -92,7 +92,7 @@ def test_help_shows_the_descriptions(verb: str, capsys: pytest.CaptureFixture[st
         recsys(verb, "--help")
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert {"mine-negatives": "candidates of each user.", "fit": "Folder of this run's checkpoints"}[verb] in shown
+    assert {"mine-negatives": "candidates of each request.", "fit": "Folder of this run's checkpoints"}[verb] in shown
 
 
 def parts() -> Iterator[type]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import sys
 from functools import partial
@@ -18,7 +19,7 @@ from recsys2stage.data import Histories
 from recsys2stage.encoders import Transformer
 from recsys2stage.losses import InfoNCE, NormPenalty
 from recsys2stage.metrics import metrics_of
-from recsys2stage.optim import RecsysAdamW, with_warmup
+from recsys2stage.optim import RecsysAdamW, with_schedule
 from recsys2stage.prepare import prepare
 from recsys2stage.retriever import Retriever
 from recsys2stage.shapes import History
@@ -234,7 +235,7 @@ def test_item_vectors_are_unit_and_padding_is_none(cycle: Path) -> None:
 
 def test_the_rate_warms_up_linearly_and_stays() -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
-    both = with_warmup(RecsysAdamW([weight], lr=0.5), 4)
+    both = with_schedule(RecsysAdamW([weight], lr=0.5), 4)
     optimizer, schedule = both["optimizer"], both["lr_scheduler"]
     rates = []
     for _ in range(6):
@@ -243,6 +244,25 @@ def test_the_rate_warms_up_linearly_and_stays() -> None:
         schedule["scheduler"].step()
     assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
     assert schedule["interval"] == "step"
+
+
+def test_the_rate_falls_along_a_half_cosine_to_its_share() -> None:
+    weight, step = torch.nn.Parameter(torch.zeros(1)), 0
+    both = with_schedule(RecsysAdamW([weight], lr=0.5), 2, final=0.1, progress=lambda: step / 8)
+    rates = []
+    for step in range(1, 10):  # noqa: B007  progress reads it
+        rates.append(both["optimizer"].param_groups[0]["lr"])
+        both["optimizer"].step()
+        both["lr_scheduler"]["scheduler"].step()
+    expected = [0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * done / 8)) / 2) for done in range(1, 9)]
+    assert rates[0] == pytest.approx(0.25)
+    assert rates[1:] == pytest.approx(expected)
+    assert rates[-1] == pytest.approx(0.05)
+
+
+def test_what_is_left_of_the_rate_is_a_share() -> None:
+    with pytest.raises(ValueError, match=r"final_lr is 1\.5, expected a share of the learning rate, from 0 to 1"):
+        Retriever(num_items=10, max_length=5, final_lr=1.5)
 
 
 def test_the_optimiser_is_that_of_the_seed() -> None:
