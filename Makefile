@@ -1,5 +1,6 @@
 # Artifacts are the targets: each rule reads files and writes files, redoes only what changed, and goes on after a kill.
-#   make pipeline DATASET=ml-1m RAW=path/to/ml-1m.zip SEED=1 WITH="hstu no-time"
+#   make pipeline DATASET=ml-1m RAW=path/to/ml-1m.zip SEED=1 WITH="item-tower dot"
+#   make results DATASET=ml-1m RAW=path/to/ml-1m.zip
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -9,12 +10,16 @@ DATASET ?= ml-20m
 RAW ?=
 SEED ?=
 WITH ?=
+REFIT ?=
+SEEDS ?= 0 1 2
 PYTHON ?= python3
 
 CONFIG := configs/$(DATASET)
 DATA := data/$(DATASET)
 space := $(subst ,, )
-RUN ?= runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))$(if $(SEED),-seed$(SEED))
+NAME := runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))
+RUN ?= $(NAME)$(if $(SEED),-seed$(SEED))
+RANKER = $(RUN)/$(if $(REFIT),refit,ranker)
 BIN := .venv/bin
 RECSYS := $(BIN)/recsys
 
@@ -43,7 +48,7 @@ resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $
 	echo --ckpt_path $(@D)/last.ckpt)
 fit_options = $(addprefix --seed_everything ,$(SEED)) --output $(@D)
 
-.PHONY: help setup demo pipeline test test-slow lint format clean
+.PHONY: help setup demo pipeline results test test-slow lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -61,6 +66,10 @@ demo: ## the whole pipeline on a generated world, in a few minutes
 pipeline: $(RUN)/report.json $(RUN)/recommendations.parquet ## both stages on DATASET (default ml-20m; RAW=folder or zip)
 	@sed '/^95 %/q' $(RUN)/report.md
 	@echo; echo "Written:"; ls -d $(DATA) $(RUN)/{retriever,index,candidates,ranker,bundle}/ $(RUN)/{report.md,report.json,ranks.parquet,recommendations.parquet} | sed 's/^/  /'
+
+results: ## the headline of DATASET: the pipeline with seeds 0, 1 and 2 (SEEDS), and the means
+	@for seed in $(SEEDS); do $(MAKE) --no-print-directory pipeline SEED=$$seed > /dev/null; done
+	@$(BIN)/python benchmarks/results.py $(SEEDS:%=$(NAME)-seed%)
 
 data/raw/demo/ratings.csv: | .venv/ready
 	$(RECSYS) simulate --size demo --output $(@D)
@@ -84,8 +93,13 @@ $(RUN)/ranker/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/candidates/manifest.js
 	$(RECSYS) fit --config $< --data.init_args.path $(RUN)/candidates $(fit_options) \
 		$(resume)
 
-$(RUN)/bundle/manifest.json: $(RUN)/index/manifest.json $(RUN)/ranker/manifest.json $(call config,bundle)
-	$(RECSYS) export-bundle $(call with_config,bundle) --index $(RUN)/index --ranker $(RUN)/ranker/best.ckpt --output $(@D)
+# REFIT=1: once it is selected, the ranker is trained anew on all lists, for as many epochs
+$(RUN)/refit/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/ranker/manifest.json
+	$(RECSYS) fit --config $< --data.init_args.path $(RUN)/candidates --data.init_args.refit $(RUN)/ranker $(fit_options) \
+		$(resume)
+
+$(RUN)/bundle/manifest.json: $(RUN)/index/manifest.json $(RANKER)/manifest.json $(call config,bundle)
+	$(RECSYS) export-bundle $(call with_config,bundle) --index $(RUN)/index --ranker $(RANKER)/best.ckpt --output $(@D)
 
 $(RUN)/report.json: $(RUN)/bundle/manifest.json $(call config,evaluate)
 	$(RECSYS) evaluate $(call with_config,evaluate) --bundle $(RUN)/bundle --data $(DATA) --output $(@D) > /dev/null

@@ -94,7 +94,7 @@ HARDER = [[0, None], [0.15, 2048], [0.3, 1024], [0.45, 512], [0.6, 256], [0.8, 1
 
 TABLES = {
     "encoders": Table(
-        dataset="ml-1m",
+        dataset="ml-1m-plain",
         minutes=8,
         seeds=(0,),
         rows={
@@ -144,7 +144,7 @@ TABLES = {
         },
     ),
     "losses": Table(
-        dataset="ml-1m",
+        dataset="ml-1m-plain",
         minutes=6,
         seeds=(0,),
         rows={
@@ -199,7 +199,7 @@ TABLES["finalist"] = Table(
     ),
 )
 TABLES["users"] = Table(
-    dataset="ml-1m",
+    dataset="ml-1m-plain",
     minutes=4,
     seeds=(0,),
     rows={

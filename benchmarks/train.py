@@ -57,7 +57,7 @@ def main() -> None:
         "--peers", type=Path, default=Path("runs/peers"), metavar="DIR", help="where they are installed"
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
-    parser.add_argument("--data", type=Path, default=Path("data/ml-1m"), help="prepared dataset")
+    parser.add_argument("--data", type=Path, default=Path("data/ml-1m-plain"), help="prepared dataset")
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 256], help="of the peers; the rest has the first")
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=2)

@@ -1,6 +1,5 @@
 """Mined candidate lists for the ranker."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +34,8 @@ class Candidates(ArrayModule):
         folds: further folders whose lists train too (cross-fitting over time): the same events, prepared with earlier
             targets (LeaveOneOut with a higher `val`), mined beside a retriever that never saw those. The states of
             another retriever mean nothing to this one's vectors, so the ranker must be without state.
-        refit: folder of a ranker that was selected on these lists: now all of them train, for as many epochs as that
-            one took to its best, and nothing is left to select by.
+        refit: folder of a finished fit of a ranker that was selected on these lists: now all of them train, for as many
+            epochs as that one took to its best, and nothing is left to select by.
     """
 
     def __init__(
@@ -78,10 +77,14 @@ class Candidates(ArrayModule):
         """How long to train, where that was selected before; None: as configured."""
         if self.refit is None:
             return None
-        checkpoint = self.refit / "best.ckpt"
-        if not checkpoint.is_file():
-            raise FileNotFoundError(f"{checkpoint} does not exist; first fit a ranker with --output {self.refit}")
-        best = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        made = read_manifest(self.refit, "ranker", f"recsys fit --output {self.refit}, without refit")
+        lists = {name: fingerprint(folder) for name, folder in self.parents.items() if name != "selected"}
+        if {name: parent["hash"] for name, parent in made["parents"].items()} != lists:
+            raise ValueError(
+                f"{self.refit} was not selected on the lists of {', '.join(map(str, [self.path, *self.folds]))}; refit "
+                "on the lists it was selected on, or select a ranker on these first"
+            )
+        best = torch.load(self.refit / "best.ckpt", weights_only=True, map_location="cpu")
         if not best["global_step"]:
             raise ValueError(
                 f"the best of {self.refit} is its step 0, the retriever's order; there is nothing to refit"
@@ -106,30 +109,39 @@ class Candidates(ArrayModule):
     def setup(self, stage: str) -> None:
         names = [signal["name"] for signal in self.signals]
         own = read_candidates(self.path, names)
+        selecting = np.unique(own.user[own.fold == "select"])
         self.states = np.load(self.path / STATES, mmap_mode="r")
         assert len(self.states) == len(own.user), "each state belongs to the list of the same number"
-        self.lists = joined([own, *(self.read_fold(folder, names) for folder in self.folds)])
+        self.lists = joined([own, *(self.read_fold(folder, names, selecting) for folder in self.folds)])
 
-    def read_fold(self, folder: Path, names: list[str]) -> CandidateLists:
-        """Lists of earlier targets of the same events; users who select do not train here either."""
+    def read_fold(self, folder: Path, names: list[str], selecting: np.ndarray) -> CandidateLists:
+        """Lists of earlier targets of the same events; users who select do not train here either.
+
+        Args:
+            folder: written by `recsys mine-negatives`.
+            names: columns of the signals.
+            selecting: users whose own lists select.
+        """
         manifest = mined(folder)
-        data = Dataset(manifest["parents"]["data"]["path"])
-        if manifest["signals"] != self.signals:
-            raise ValueError(f"{folder} was mined with other signals than {self.path}; mine both with the same ones")
+        data, own = Dataset(manifest["parents"]["data"]["path"]), self.manifest
+        if manifest["signals"] != self.signals or manifest["options"]["signals"] != own["options"]["signals"]:
+            raise ValueError(
+                f"{folder} was mined with other signals, or other options of them, than {self.path}; mine both with "
+                "the same ones"
+            )
+        if manifest["request_time"] != own["request_time"]:  # else "now" is another moment, to signals too
+            raise ValueError(
+                f"the retriever of {folder} has request_time {manifest['request_time']}, that of {self.path} "
+                f"{own['request_time']}; train both with the same one"
+            )
         same = np.array_equal(data.offsets, self.dataset.offsets) and np.array_equal(data.items, self.dataset.items)
         if not same:
             raise ValueError(f"{folder} was mined from other events than {self.path}; prepare both from the same log")
         lists = read_candidates(folder, names)
         if (late := int((lists.place >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
             raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
-        selects = np.isin(lists.user, self.select_users)
+        selects = np.isin(lists.user, selecting)
         return lists._replace(fold=np.where(selects | (lists.fold == "select"), "aside", lists.fold))
-
-    @cached_property
-    def select_users(self) -> np.ndarray:
-        """Users whose lists select."""
-        lists = read_candidates(self.path)
-        return np.unique(lists.user[lists.fold == "select"])
 
     def train_dataloader(self) -> BatchLoader:
         trains = self.lists.fold == "train" if self.refit is None else np.ones(len(self.lists.fold), dtype=bool)

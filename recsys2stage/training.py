@@ -64,6 +64,10 @@ class RecsysCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._load_weights_only("fit")
+        output = Path(self.config_init["fit"].output)
+        for name, folder in getattr(self.datamodule, "parents", {}).items():
+            if output.resolve() == Path(folder).resolve():  # its manifest would be lost, and a refit's epochs with it
+                raise ValueError(f"{output} is the {name} of this fit and would be overwritten; name another --output")
         epochs = getattr(self.datamodule, "epochs", None)
         if epochs is not None:  # selected before: train so long, and keep the last weights
             self.trainer.fit_loop.max_epochs = epochs

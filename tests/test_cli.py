@@ -28,6 +28,7 @@ from recsys2stage import (
     optim,
     positions,
     scorers,
+    signals,
     sources,
     split,
     times,
@@ -101,7 +102,7 @@ def parts() -> Iterator[type]:
         *(encoders.Encoder, positions.Position, times.Time, objectives.Objective, losses.Loss, losses.lists.ListLoss),
         *(losses.Negatives, losses.NormPenalty, inputs.Input, users.UserTower),
         *(mining.Miner, scorers.Scorer, index.Index, sources.Source, split.Split, items.ItemTable, optim.RecsysAdamW),
-        *(Retriever, Ranker, Histories, Candidates),
+        *(signals.Signal, Retriever, Ranker, Histories, Candidates),
     ]
     while bases:
         kind = bases.pop()

@@ -318,9 +318,9 @@ def test_who_learns_nothing_is_stopped_as_is_asked(
 
 
 def test_arguments_are_attributes_and_parameters() -> None:
-    model = TwoStageRecommender.from_config("configs/ml-1m", max_epochs=3, overlays=["hstu"])
+    model = TwoStageRecommender.from_config("configs/ml-1m-plain", max_epochs=3, overlays=["hstu"])
     params = model.get_params()
-    assert params["config"] == model.config == "configs/ml-1m"
+    assert params["config"] == model.config == "configs/ml-1m-plain"
     assert (model.max_epochs, model.overlays, model.user) == (3, ["hstu"], "user_id")
     assert TwoStageRecommender(**params).get_params() == params
 

@@ -1,12 +1,17 @@
 """What all signals share: they are kept as they were, look up what they counted, and their lists are merged by rank."""
 
+import importlib
 import inspect
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from pipeline_fixtures import K, Run, recsys
 from worlds import write_movielens
 
 from recsys2stage import signals
@@ -226,6 +231,71 @@ def test_known_items_equal_a_loop(rng: np.random.Generator) -> None:
     assert is_known(items, known, 21).tolist() == want
     nobody = Ragged(np.zeros(0, dtype=np.int64), np.zeros(31, dtype=np.int64))
     assert np.array_equal(is_known(items, nobody, 21), items <= 0)
+
+
+# --- what docs/second_stage.md says of them
+
+PAGE = (Path(__file__).parents[1] / "docs/second_stage.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    """The page's one block of code in a language."""
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return found
+
+
+@pytest.fixture
+def hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Signal]:
+    """The signal that the page shows, saved where it says."""
+    (tmp_path / "hours.py").write_text(block("python"), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hours", raising=False)
+    return importlib.import_module("hours").HourOfDay
+
+
+def test_the_page_s_own_signal_counts_hours(
+    hours: type[Signal], dataset: Dataset, vectors: np.ndarray, tmp_path: Path
+) -> None:
+    signal, (requests, _) = fitted(hours, {"smoothing": 4.0}, dataset, vectors), asked(dataset, vectors)
+    train = [
+        (int(dataset.items[place]), int(dataset.times[place]) // 3600 % 24)
+        for user in range(dataset.num_users)
+        for place in range(dataset.offsets[user], dataset.train_ends[user])
+    ]
+    numbers = signal(requests)
+    assert numbers.shape == (*requests.items.shape, 1)
+    assert numbers.dtype == np.float32
+    for row, now in enumerate(requests.now.tolist()):
+        hour = now // 3600 % 24
+        usual = (1 + sum(other == hour for _, other in train)) / (len(train) + 24)
+        for place, item in enumerate(requests.items[row].tolist()):
+            own = [other for one, other in train if one == item]
+            want = np.log((own.count(hour) + 4 * usual) / ((len(own) + 4) * usual))
+            assert numbers[row, place, 0] == pytest.approx(want if item else 0, abs=1e-5)
+    save_signals([signal], tmp_path / "signals")
+    assert np.array_equal(load_signals(tmp_path / "signals")[0](requests), numbers)
+
+
+def test_the_page_s_signals_are_mined_beside_one_s_own(hours: type[Signal], trained: Run, tmp_path: Path) -> None:
+    named = yaml.safe_load(block("yaml"))["signals"]
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({"signals": [*named, {"class_path": f"hours.{hours.__name__}"}]}))
+    of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "candidates", "--k", K)
+    recsys("mine-negatives", "--config", config, *of)
+    mined = {signal["name"] for signal in json.loads((tmp_path / "candidates/manifest.json").read_text())["signals"]}
+    assert {"HourOfDay.lift", "Session.gap", "Neighbours.cosine_max", "source.index", "source.Transitions"} <= mined
+    assert "Transitions.after_5" not in mined
+
+
+def test_the_page_lists_every_number_of_every_signal_and_whom_a_mask_zeroes(
+    dataset: Dataset, vectors: np.ndarray
+) -> None:
+    for kind, _ in KINDS:
+        (row,) = re.findall(rf"^\| `{kind.__name__}` \|(.*?)\|.*\| (0|stays) \|$", PAGE, re.MULTILINE)
+        words = re.findall(r"`(\w+)`", row[0])
+        for name in fitted(kind, {}, dataset, vectors).names:
+            assert name in words or any(word[0] == "_" and name.endswith(word) for word in words), name
+        assert (row[1] == "0") == kind.by_id
 
 
 # --- lists of several sources
