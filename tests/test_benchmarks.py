@@ -2,7 +2,10 @@
 
 import importlib
 import itertools
+import json
+import shutil
 import subprocess
+import sys
 import time
 import venv
 from importlib.metadata import version
@@ -10,13 +13,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pipeline_fixtures import Run
 from torch.utils.flop_counter import FlopCounterMode
 
+from recsys2stage import columns as c
 from recsys2stage import encoders
 from recsys2stage.data import Histories
+from recsys2stage.dataset import Dataset
 from recsys2stage.encoders import BERT4Rec, SASRec, Transformer
+from recsys2stage.evaluate import rank_users
+from recsys2stage.recommend import Recommender
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -40,6 +49,16 @@ def ours() -> ModuleType:
 @pytest.fixture
 def train() -> ModuleType:
     return importlib.import_module("train")
+
+
+@pytest.fixture
+def exchange() -> ModuleType:
+    return importlib.import_module("peers.exchange")
+
+
+@pytest.fixture
+def accuracy() -> ModuleType:
+    return importlib.import_module("accuracy_vs_peers")
 
 
 def job(clock: ModuleType, **options: Any) -> Any:
@@ -175,3 +194,150 @@ def test_the_peers_get_the_torch_that_is_here(
     (made, pip) = commands
     assert made == (tmp_path, True)
     assert f"torch=={version('torch')}" in pip
+
+
+def test_a_peer_is_given_what_came_before_and_nothing_else(exchange: ModuleType, ragged: Path) -> None:
+    dataset = Dataset(ragged)
+    found = exchange.export(dataset)
+    train, history, request = [], [], []
+    tested = set(dataset.users("test").tolist())
+    assert 0 < len(tested) < dataset.num_users  # the shortest histories have no test target
+    for user in range(dataset.num_users):
+        start, val, test = dataset.offsets[user], dataset.train_ends[user], dataset.val_ends[user]
+        events = [(user, int(dataset.items[place]), int(dataset.times[place])) for place in range(start, test)]
+        train += [(*event, start + number >= val) for number, event in enumerate(events)]
+        if user in tested:
+            history += events
+            request.append((user, int(dataset.times[test])))
+
+    def rows(name: str, *columns: str) -> list[tuple[int, ...]]:
+        return list(zip(*(found[f"{name}_{column}"].tolist() for column in columns), strict=True))
+
+    assert rows("train", "user", "item", "time", "held") == train
+    assert rows("history", "user", "item", "time") == history
+    assert rows("request", "user", "time") == request
+
+
+def test_a_peer_cannot_see_test_targets(exchange: ModuleType, ragged: Path, tmp_path: Path) -> None:
+    shutil.copytree(ragged, tmp_path / "changed")
+    items = np.load(ragged / c.EVENT_ITEMS)
+    dataset = Dataset(ragged)
+    targets = dataset.val_ends[dataset.users("test")]
+    items[targets] = items[targets] % dataset.num_items + 1
+    np.save(tmp_path / "changed" / c.EVENT_ITEMS, items)
+    before, after = exchange.export(dataset), exchange.export(Dataset(tmp_path / "changed"))
+    for name, values in before.items():
+        np.testing.assert_array_equal(values, after[name])
+
+
+def test_only_the_first_of_several_validation_events_is_held(
+    exchange: ModuleType, ragged: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(ragged, tmp_path / "more")
+    dataset = Dataset(ragged)
+    users = dataset.users("test")
+    long = users[dataset.train_ends[users] - dataset.offsets[users] > 1]
+    ends = np.array(dataset.train_ends)
+    ends[long] -= 1  # two events of these validate
+    np.save(tmp_path / "more" / c.TRAIN_ENDS, ends)
+    found = exchange.export(Dataset(tmp_path / "more"))
+    assert len(long) > 5
+    assert np.bincount(found["train_user"][found["train_held"]]).max() == 1
+    last = np.flatnonzero(found["train_held"] & np.isin(found["train_user"], long))
+    np.testing.assert_array_equal(found["train_item"][last], dataset.items[ends[long]])
+
+
+def test_a_peer_is_ranked_by_our_definition(exchange: ModuleType, ragged: Path, rng: np.random.Generator) -> None:
+    """Against a loop: ties count against the target, known items do not compete, what is not known comes last."""
+    dataset = Dataset(ragged)
+    users = dataset.users("test")
+    targets = dataset.targets(users, "test")
+    served, items = users[1:], np.delete(np.arange(1, dataset.num_items + 1), targets[2] - 1)
+    vectors = {
+        "users": rng.permutation(served),
+        "user_vectors": rng.integers(-1, 2, (len(served), 2)).astype(np.float32),  # few values, so many ties
+        "items": rng.permutation(items),
+        "item_vectors": rng.integers(-1, 2, (len(items), 2)).astype(np.float32),
+    }
+    expected = []
+    for user, target in zip(users.tolist(), targets.tolist(), strict=True):
+        scores = dict.fromkeys(range(1, dataset.num_items + 1), -np.inf)
+        if user in served:
+            own = vectors["user_vectors"][vectors["users"].tolist().index(user)]
+            known = dataset.items[dataset.offsets[user] : dataset.val_ends[user]].tolist()
+            for item, vector in zip(vectors["items"].tolist(), vectors["item_vectors"], strict=True):
+                scores[item] = -np.inf if item in known else float(own @ vector)
+        expected.append(sum(score >= scores[target] for score in scores.values()))
+    assert expected[0] == dataset.num_items  # nobody's
+    assert targets[2] not in items
+    assert expected[2] == dataset.num_items  # nobody knows the item
+    assert len(set(expected)) > 3
+    assert exchange.ranks(dataset, vectors, batch_size=7).tolist() == expected
+
+
+def test_our_own_vectors_rank_as_in_our_evaluation(exchange: ModuleType, trained: Run) -> None:
+    dataset, recommender = Dataset(trained.data), Recommender.load(trained.index)
+    users = dataset.users("test")
+    history = dataset.histories(users, "test", recommender.towers.max_length)
+    vectors = {
+        "users": users,
+        "user_vectors": recommender.queries(history, dataset.request_times(users, "test"), None),
+        "items": np.arange(1, dataset.num_items + 1),
+        "item_vectors": recommender.towers.every_item().detach().numpy(),
+    }
+    ours = rank_users(dataset, recommender, users, "test").ranks["retriever"]
+    np.testing.assert_array_equal(exchange.ranks(dataset, vectors), ours)
+
+
+def test_accuracy_goes_on_with_the_rows_that_are_missing(
+    accuracy: ModuleType, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def of(label: str, dataset: Dataset, folder: Path, options: Any) -> dict[str, Any]:
+        measured.append((label, options.minutes, options.seed))
+        if label == "RecTools HSTU":
+            raise RuntimeError("it fails")
+        return {"told": "request time: none"}
+
+    monkeypatch.setattr(accuracy, "measure_peer", of)
+    monkeypatch.setattr(accuracy, "measure_ours", of)
+    monkeypatch.setattr(accuracy.tables, "ROOT", tmp_path)
+    rows = tmp_path / "rows.jsonl"
+
+    def run(*words: str) -> list[str]:
+        measured.clear()
+        monkeypatch.setattr(sys, "argv", ["it", "--data", str(trained.data), "--rows", str(rows), *words])
+        accuracy.main()
+        return [label for label, _, _ in measured]
+
+    assert run("--only", "ours", "RecTools SASRec") == ["ours", "RecTools SASRec"]
+    assert run("--only", "RecTools SASRec") == []
+    assert run("--show") == []
+    with pytest.raises(SystemExit, match="not measured: RecTools HSTU"):
+        run("--only", "ours", "RecTools HSTU")
+    assert measured == [("RecTools HSTU", 30.0, 0)]
+    assert run("--only", "ours", "--minutes", "2") == ["ours"]
+    assert run("--only", "ours", "--seed", "1") == ["ours"]
+    kept = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["label"], row["minutes"], row["seed"]) for row in kept] == [
+        ("ours", 30.0, 0), ("RecTools SASRec", 30.0, 0), ("ours", 2.0, 0), ("ours", 30.0, 1)
+    ]  # fmt: skip
+
+
+def test_a_run_on_other_targets_is_not_shown_beside(accuracy: ModuleType, ragged: Path, tmp_path: Path) -> None:
+    dataset = Dataset(ragged)
+    values = {metric: {"value": 0.5} for metric in accuracy.SHOWN}
+    own = {"split_hash": dataset.manifest["split_hash"], "evaluated": "test", "ranking": "full, over all"}
+    report = {"protocol": {**own, "request_time": "none"}, "models": {"markov": values, "retriever": values}}
+    file = tmp_path / "report.json"
+    with pytest.raises(FileNotFoundError, match="recsys evaluate"):
+        accuracy.trained_before(tmp_path, dataset)
+    file.write_text(json.dumps(report))
+    (row,) = accuracy.trained_before(tmp_path, dataset)
+    assert (row["label"], row["test_ndcg@10"]) == (f"ours, {tmp_path}: retriever", 0.5)
+    for other, message in (({"split_hash": "x"}, "test targets"), ({"evaluated": "val"}, "test targets"),
+                           ({"ranking": "sampled: 1"}, "protocol: full")):  # fmt: skip
+        file.write_text(json.dumps({**report, "protocol": report["protocol"] | other}))
+        with pytest.raises(ValueError, match=message):
+            accuracy.trained_before(tmp_path, dataset)
