@@ -58,7 +58,8 @@ class TwoStageRecommender:
     Args:
         config: a folder with prepare.yaml (whose source is not used), retriever.yaml and ranker.yaml, and perhaps
             index.yaml, mine.yaml and bundle.yaml; or the name of such a folder in configs/. None: every class's own
-            options.
+            options. Signals that the frames cannot give, for want of times, ratings or features, are left out with a
+            warning.
         retriever: the retriever's YAML file, in place of the folder's.
         ranker: the ranker's YAML file, in place of the folder's.
         overlays: YAML files on top of the retriever's, one on top of the other, or their names in configs/with/.
@@ -166,7 +167,7 @@ class TwoStageRecommender:
             self._train("retriever", paths["data"], paths["retriever"], self.overlays)
             best = paths["retriever"] / "best.ckpt"
             self._run(commands.export_index, "index", retriever=best, data=paths["data"], output=paths["index"])
-            of = {"data": paths["data"], "index": paths["index"], "seed": self.seed}
+            of = {"data": paths["data"], "index": paths["index"], "seed": self.seed, "strict": False}
             self._run(mine_negatives, "mine", **of, output=paths["candidates"])
             self._train("ranker", paths["candidates"], paths["ranker"])
             best = paths["ranker"] / "best.ckpt"

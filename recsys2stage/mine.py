@@ -1,5 +1,6 @@
 """The verb mine-negatives: candidate lists around targets that the retriever has never seen."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from recsys2stage.recommend import Recommender, in_chunks, load_for
 from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.signals.base import Signal, save_signals, specify
 
+logger = logging.getLogger("recsys2stage")
+
 Table = dict[str, np.ndarray]  # columns of like length
 
 
@@ -41,6 +44,7 @@ def mine_negatives(
     users: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    strict: bool = True,
 ) -> None:
     """Mine candidate lists around each user's validation targets, which the retriever has never been trained on.
 
@@ -61,6 +65,7 @@ def mine_negatives(
         users: how many users to mine, drawn at random; None: all.
         batch_size: lists at a time.
         seed: of the draws.
+        strict: whether a signal that the data cannot give is an error; else it is left out with a warning.
     """
     output, dataset = output or index.parent / "candidates", Dataset(data)
     recommender = load_for(dataset, index)
@@ -76,9 +81,8 @@ def mine_negatives(
         raise ValueError(
             f"{data} has no user with a validation target and events before it; see the counts in {data / c.MANIFEST}"
         )
-    recommender.signals, recommender.num_candidates = signals or [], k
-    for signal in recommender.signals:
-        signal.fit(dataset, recommender.vectors)
+    recommender.signals = [signal for signal in signals or [] if is_given(signal, dataset, recommender.vectors, strict)]
+    recommender.num_candidates = k
     work = Mine(dataset, recommender, miner, select, seed)
     with whole(output, "candidates") as folder:
         folder.mkdir()
@@ -114,6 +118,18 @@ def mine_negatives(
         f"({counts['train_lists']:,} lists train the ranker, {counts['select_lists']:,} select it); the target of "
         f"{counts['target_outside_candidates']:,} lies outside the {k} candidates"
     )
+
+
+def is_given(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool) -> bool:
+    """Fits a signal; whether the data have what it needs."""
+    try:
+        signal.fit(dataset, vectors)
+    except ValueError as error:
+        if strict:
+            raise
+        logger.warning("%s is left out: %s", type(signal).__name__, error)
+        return False
+    return True
 
 
 class Mine:

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -315,6 +316,20 @@ def test_who_learns_nothing_is_stopped_as_is_asked(
     )
     model.fit(events.filter(pl.col("who") <= 40))
     assert read_manifest(model.path / "ranker", "ranker", "")["epochs"] == epochs
+
+
+def test_signals_that_the_frame_cannot_give_are_left_out(
+    configs: Path, events: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(configs, tmp_path / "told")
+    (folder / "mine.yaml").write_text(f"k: {K}\nsignals: [Ratings, Affinity, Transitions]\n", encoding="utf-8")
+    model = TwoStageRecommender(folder, user="who", item="what", time="at", max_epochs=1)
+    model.fit(events.filter(pl.col("who") <= 40))
+    told = read_manifest(model.path / "candidates", "candidates", "")["signals"]
+    assert {signal["name"].partition(".")[0] for signal in told} == {"Transitions"}
+    left_out = [line for line in caplog.messages if "is left out" in line]
+    assert [line.partition(" ")[0] for line in left_out] == ["Ratings", "Affinity"]
+    assert len(model.recommend(users=[1, 2], k=5)) == 10
 
 
 def test_arguments_are_attributes_and_parameters() -> None:
