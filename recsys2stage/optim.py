@@ -1,10 +1,11 @@
-"""The optimiser both stages start from."""
+"""The optimiser both stages start from, and how its learning rate goes."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,6 +31,28 @@ class RecsysAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
+class Planned(LightningModule):
+    """A module that knows how much of its run is done, for what changes on the way."""
+
+    planned_steps = float("inf")  # of the whole run
+
+    def on_train_start(self) -> None:
+        self.planned_steps = float(self.trainer.estimated_stepping_batches)
+
+    @property
+    def progress(self) -> float:
+        """The share of the planned steps that is done."""
+        return min(1.0, self.global_step / self.planned_steps) if self._trainer else 0.0
+
+    def needs_an_end(self, what: str) -> None:
+        """Refuses a run without an end, by the share of which something changes."""
+        if self.planned_steps == float("inf"):
+            raise ValueError(
+                f"{what} changes with the share of the run that is done, and this run has no end; "
+                "set trainer.max_epochs or trainer.max_steps"
+            )
+
+
 def with_schedule(
     optimizer: Optimizer, warmup: int, final: float = 1.0, progress: Callable[[], float] = lambda: 0.0
 ) -> OptimizerLRSchedulerConfig:
@@ -41,6 +64,8 @@ def with_schedule(
         final: share of the learning rate that is left at the end (Loshchilov & Hutter 2017, without restarts); 1: all.
         progress: how much of the run is done, from 0 to 1.
     """
+    if not 0 <= final <= 1:
+        raise ValueError(f"final_lr is {final}, expected a share of the learning rate, from 0 to 1")
 
     def share(step: int) -> float:
         return min(1.0, (step + 1) / max(warmup, 1)) * (final + (1 - final) * (1 + math.cos(math.pi * progress())) / 2)

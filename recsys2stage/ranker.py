@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -14,14 +13,14 @@ from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.columns import PAD
 from recsys2stage.losses.lists import ListLoss, Listwise
 from recsys2stage.metrics import RankMetrics, rank_of
-from recsys2stage.optim import RecsysAdamW, with_schedule
+from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
 from recsys2stage.reranker import Reranker
 from recsys2stage.scorers import MLP, ScorerFactory
 
 NOWHERE = 1 << 30  # rank of a target that is not among the candidates
 
 
-class Ranker(LightningModule):
+class Ranker(Planned):
     """Trains a Reranker.
 
     Args:
@@ -39,6 +38,8 @@ class Ranker(LightningModule):
         id_dropout: probability with which a list's ids are masked in training.
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
+        final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
+            1: it stays.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Ranker(LightningModule):
         id_dropout: float = 0.1,
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 20,
+        final_lr: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= id_dropout <= 1:
@@ -63,7 +65,8 @@ class Ranker(LightningModule):
         self.save_hyperparameters(ignore=["loss"])
         self.reranker = Reranker(num_items, vector_dim, features, scorer, feature_dim, signals or (), without)
         self.loss = loss or Listwise()
-        self.id_dropout, self.optimizer, self.warmup_steps = id_dropout, optimizer, warmup_steps
+        self.id_dropout, self.optimizer = id_dropout, optimizer
+        self.warmup_steps, self.final_lr = warmup_steps, final_lr
         self.metrics, self.retriever_metrics, self.masked_metrics = RankMetrics(), RankMetrics(), RankMetrics()
 
     def setup(self, stage: str) -> None:
@@ -87,6 +90,9 @@ class Ranker(LightningModule):
 
     def on_train_start(self) -> None:
         """Measures step 0, the retriever's own order, so that best.ckpt is at least as good on the selecting users."""
+        super().on_train_start()
+        if self.final_lr < 1:
+            self.needs_an_end("the learning rate")
         checkpoint = self.trainer.checkpoint_callback
         if self.global_step or not isinstance(checkpoint, ModelCheckpoint):
             return
@@ -128,4 +134,5 @@ class Ranker(LightningModule):
             self.log(name, value, prog_bar=name.endswith("ndcg@10"))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return with_schedule(self.optimizer(self.parameters()), self.warmup_steps)
+        optimizer = self.optimizer(self.parameters())
+        return with_schedule(optimizer, self.warmup_steps, self.final_lr, lambda: self.progress)

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -18,13 +17,13 @@ from recsys2stage.items import ItemsFactory, ItemTable
 from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.objectives import Cloze, NextItem, Objective
-from recsys2stage.optim import RecsysAdamW, with_schedule
+from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
 from recsys2stage.shapes import History, Similarity
 from recsys2stage.towers import TwoTower, full_precision
 from recsys2stage.users import UserFactory
 
 
-class Retriever(LightningModule):
+class Retriever(Planned):
     """Trains a TwoTower.
 
     Args:
@@ -57,7 +56,6 @@ class Retriever(LightningModule):
 
     target_counts: Tensor
     last_times: Tensor
-    planned_steps = float("inf")  # of the whole run
 
     def __init__(
         self,
@@ -115,8 +113,6 @@ class Retriever(LightningModule):
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
-        if not 0 <= final_lr <= 1:
-            raise ValueError(f"final_lr is {final_lr}, expected a share of the learning rate, from 0 to 1")
         if recompute_rows is not None and recompute_rows < 1:
             raise ValueError(f"recompute_rows is {recompute_rows}, expected at least 1, or null to keep everything")
         if compiled:
@@ -141,13 +137,11 @@ class Retriever(LightningModule):
         self.towers.look_up(dataset.item_features, dataset.user_features, trained)
 
     def on_train_start(self) -> None:
-        self.planned_steps = float(self.trainer.estimated_stepping_batches)
-        changes = [type(self.loss).__name__] * self.loss.scheduled + ["the learning rate"] * (self.final_lr < 1)
-        if changes and self.planned_steps == float("inf"):
-            raise ValueError(
-                f"{changes[0]} changes with the share of the run that is done, and this run has no end; "
-                "set trainer.max_epochs or trainer.max_steps"
-            )
+        super().on_train_start()
+        if self.loss.scheduled:
+            self.needs_an_end(type(self.loss).__name__)
+        if self.final_lr < 1:
+            self.needs_an_end("the learning rate")
 
     def training_step(self, window: History, batch_idx: int) -> Tensor:
         losses = self.losses(window)
@@ -180,11 +174,6 @@ class Retriever(LightningModule):
             price = self.norm_penalty(norm)
             loss, facts = loss + price, {**facts, "state_norm": norm.detach(), "norm_penalty": price.detach()}
         return {"loss": loss, **facts}
-
-    @property
-    def progress(self) -> float:
-        """The share of the planned steps that is done."""
-        return min(1.0, self.global_step / self.planned_steps) if self._trainer else 0.0
 
     def states(self, history: History) -> Float[Tensor, "B L D"]:
         """What the towers say at every place, with activations kept for all rows or for some at a time."""

@@ -262,7 +262,7 @@ def test_the_rate_falls_along_a_half_cosine_to_its_share() -> None:
 
 def test_what_is_left_of_the_rate_is_a_share() -> None:
     with pytest.raises(ValueError, match=r"final_lr is 1\.5, expected a share of the learning rate, from 0 to 1"):
-        Retriever(num_items=10, max_length=5, final_lr=1.5)
+        Retriever(num_items=10, max_length=5, final_lr=1.5).configure_optimizers()
 
 
 def test_the_optimiser_is_that_of_the_seed() -> None:
