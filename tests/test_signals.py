@@ -20,6 +20,7 @@ from recsys2stage.mining import NONE
 from recsys2stage.prepare import prepare
 from recsys2stage.signals import (
     Affinity,
+    Demographics,
     Neighbours,
     PopularityAsOf,
     Proposer,
@@ -36,6 +37,7 @@ from recsys2stage.sources import MovieLens
 USERS, ITEMS, D = 40, 30, 6
 KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (Affinity, {"decay": 0.5, "smoothing": 2.0, "released": None}),
+    (Demographics, {"alpha": 2.0}),
     (Neighbours, {"candidates": 4, "history": 3, "count": 5, "decay": 0.5}),
     (PopularityAsOf, {"candidates": 6, "windows": [86_400, 20 * 86_400], "trending": 86_400}),
     (Ratings, {"prior": 3.0}),
@@ -47,7 +49,7 @@ every = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ f
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Users of 3 to 14 events over some weeks, rated, with genres."""
+    """Users of 3 to 14 events over some weeks, rated, with genres; users are of three kinds or unknown."""
     rng, folder = np.random.default_rng(3), tmp_path_factory.mktemp("signals")
     events = [
         (user, int(item) + 1, float(rng.integers(1, 6)), 10**9 + int(time))
@@ -59,7 +61,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     genres = ["(no genres listed)", "Drama", "Drama|War", "Crime|Drama|War"]
     movies = {item: (f"Movie {item} ({1960 + item})", genres[item % 4]) for item in range(1, ITEMS + 1)}
     prepare(MovieLens(write_movielens(folder / "raw", events, movies)), folder / "data")
-    return Dataset(folder / "data")
+    dataset, kinds = Dataset(folder / "data"), np.arange(USERS, dtype=np.int32) % 4
+    dataset.user_features = [
+        {"name": "kind", "kind": "categorical", "size": 4, "values": kinds}
+    ]  # this layout has none
+    return dataset
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +79,19 @@ def asked(dataset: Dataset, vectors: np.ndarray) -> tuple[Requests, Ragged]:
     """Of every user's test item: 12 items each, a few of them none; one request comes without a history."""
     users = dataset.users("test")
     padded = dataset.histories(users, "test", 8)
-    padded = Padded(*(part.copy() for part in (padded.items, padded.times, padded.lengths, padded.ratings)))
+    parts = (padded.items, padded.times, padded.lengths, padded.ratings)
+    padded = Padded(*(part.copy() for part in parts), user=padded.user)
     for part in padded[:2]:
         part[5] = 0
     padded.lengths[5], padded.ratings[5] = 0, 0
     items = np.random.default_rng(5).integers(0, ITEMS + 1, size=(len(users), 12))
     return Requests(items, padded, dataset.request_times(users, "test"), vectors), dataset.known(users, "test")
+
+
+def some(history: Padded, rows: slice) -> Padded:
+    """Some of the users."""
+    people = tuple(values[rows] for values in history.user or ())
+    return Padded(*(part[rows] for part in history[:4]), user=people)
 
 
 def fitted(kind: type[Signal], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray) -> Signal:
@@ -155,7 +168,7 @@ def test_a_candidate_is_measured_alone(
     signal, (requests, _) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
     numbers = signal(requests)
     for row in range(0, len(requests.items), 3):
-        history = Padded(*(part[row : row + 1] for part in requests.history[:4]))
+        history = some(requests.history, slice(row, row + 1))
         alone = Requests(requests.items[row : row + 1, 3:5], history, requests.now[row : row + 1], vectors)
         np.testing.assert_allclose(signal(alone)[0], numbers[row, 3:5], rtol=1e-5, atol=1e-5)
 
@@ -163,9 +176,7 @@ def test_a_candidate_is_measured_alone(
 @every
 def test_nobody_may_ask(kind: type[Signal], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray) -> None:
     signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
-    nobody = Requests(
-        requests.items[:0], Padded(*(part[:0] for part in requests.history[:4])), requests.now[:0], vectors
-    )
+    nobody = Requests(requests.items[:0], some(requests.history, slice(0)), requests.now[:0], vectors)
     assert signal(nobody).shape == (0, 12, len(signal.names))
     nothing = requests._replace(items=requests.items[:, :0])
     assert signal(nothing).shape == (len(requests.items), 0, len(signal.names))

@@ -12,7 +12,8 @@ from worlds import write_movielens
 from recsys2stage.dataset import Dataset, Ragged, left_aligned
 from recsys2stage.prepare import prepare
 from recsys2stage.signals.base import Requests, load_signals, save_signals, specify
-from recsys2stage.signals.transitions import Transitions, best, cut, find
+from recsys2stage.signals.keys import best, cut, find
+from recsys2stage.signals.transitions import Transitions
 from recsys2stage.sources import MovieLens
 
 USERS, ITEMS = 50, 25

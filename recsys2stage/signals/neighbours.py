@@ -4,7 +4,7 @@ import numpy as np
 
 from recsys2stage.dataset import Dataset, Ragged
 from recsys2stage.signals.base import Proposer, Requests
-from recsys2stage.signals.transitions import ROWS_IN_FLIGHT, best, cut
+from recsys2stage.signals.keys import ROWS_IN_FLIGHT, best, cut
 
 NUMBERS_IN_FLIGHT = 1 << 22  # of vectors or marks that are looked at together
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from recsys2stage.dataset import Dataset, Ragged, spans
-from recsys2stage.signals.base import Proposer, Requests, is_known
+from recsys2stage.signals.base import Proposer, Requests
+from recsys2stage.signals.keys import END, ROWS_IN_FLIGHT, best, cut, find
 
 PAIRS_IN_FLIGHT = 1 << 24  # pairs of events that are counted at once
-ROWS_IN_FLIGHT = 1 << 10  # requests whose lists are merged at once
-NONE = -1  # "no item" in a row that is not full
-END = np.iinfo(np.int64).max  # past the last key, so that every look-up lands on one
 
 
 class Transitions(Proposer):
@@ -174,48 +172,3 @@ def _count(
         "rest": np.where(missing > 0, missing / np.where(missing > 0, missing_share, 1), 0),
         "least": least,
     }
-
-
-def find(keys: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """`np.searchsorted` of many values in a long table, in their order: what one look-up reads the next has in cache.
-
-    Args:
-        keys: ascending.
-        asked: values of any shape.
-    """
-    order = np.argsort(asked, axis=None)
-    place = np.empty(asked.size, dtype=np.int64)
-    place[order] = np.searchsorted(keys, asked.ravel()[order])
-    return place.reshape(asked.shape)
-
-
-def best(rows: np.ndarray, items: np.ndarray, scores: np.ndarray, known: Ragged, size: int, count: int) -> np.ndarray:
-    """The `count` items of each row with the largest sum of scores that are not known, −1 past the last.
-
-    Args:
-        rows: (n,) row of each entry.
-        items: (n,) its item.
-        scores: (n,) what it adds to the item's score, above 0.
-        known: the items each row's user has met.
-        size: above every item number.
-        count: columns of what is returned.
-
-    Returns:
-        (B, count) int64, best first; ties go to the lower item number, whatever else is in the batch.
-    """
-    keys, place = np.unique(rows * size + items, return_inverse=True)
-    row, item = np.divmod(keys, size)
-    column = np.arange(len(keys)) - np.searchsorted(row, row)
-    shape = (len(known.offsets) - 1, max(int(column.max(initial=0)) + 1, count))
-    found, score = np.zeros(shape, dtype=np.int64), np.zeros(shape)
-    found[row, column] = item
-    score[row, column] = np.bincount(place, scores, len(keys))
-    score[is_known(found, known, size)] = 0
-    order = np.argsort(-score, axis=1, kind="stable")[:, :count]
-    return np.where(np.take_along_axis(score, order, axis=1) > 0, np.take_along_axis(found, order, axis=1), NONE)
-
-
-def cut(known: Ragged, begin: int, end: int) -> Ragged:
-    """Rows begin .. end - 1."""
-    offsets = known.offsets[begin : end + 1]
-    return Ragged(known.values[offsets[0] : offsets[-1]], offsets - offsets[0])

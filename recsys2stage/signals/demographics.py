@@ -1,0 +1,71 @@
+"""What people like this one take: popularity within the classes of the users' own features."""
+
+import numpy as np
+
+from recsys2stage.columns import UNKNOWN
+from recsys2stage.dataset import Dataset, spans
+from recsys2stage.signals.base import Requests, Signal
+from recsys2stage.signals.keys import END, find
+
+
+class Demographics(Signal):
+    """How much oftener users of this one's class take a candidate than its popularity explains.
+
+    For each categorical user feature, with g the user's class and b the candidate,
+
+        log((n(b, g) + alpha) / (n(b) · p(g) + alpha))
+
+    where n(b, g) counts the training events of b by users of class g, n(b) those of b, and p(g) is the share of all
+    training events that are by users of class g: observed over expected counts, as in Transitions. It is 0 where the
+    user's class is unknown, and where b has no events.
+
+    Args:
+        alpha: events that are added to both counts.
+    """
+
+    def __init__(self, alpha: float = 5.0) -> None:
+        if alpha <= 0:
+            raise ValueError(f"alpha is {alpha}, expected a number of events above 0")
+        self.alpha = alpha
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on the data, and come with the tables
+        return tuple(self.tables["names"].tolist())
+
+    def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
+        told = [(place, f) for place, f in enumerate(dataset.user_features) if f["kind"] == "categorical"]
+        if not told:
+            raise ValueError(
+                f"the users of {dataset.path} have no categorical features; declare some when the data are prepared, "
+                "or leave Demographics out"
+            )
+        train, size = spans(np.asarray(dataset.offsets[:-1]), np.asarray(dataset.train_ends)), dataset.num_items + 1
+        items = np.asarray(dataset.items)[train.values].astype(np.int64)
+        self.tables = {
+            "names": np.array([f"{feature['name']}_lift" for _, feature in told]),
+            "features": np.array([place for place, _ in told]),  # their places among all user features
+            "counts": dataset.train_counts,
+        }
+        for number, (_, feature) in enumerate(told):
+            classes = np.asarray(feature["values"])[train.rows].astype(np.int64)
+            keys, counts = np.unique(classes * size + items, return_counts=True)
+            self.tables |= {
+                f"keys{number}": np.append(keys, END),  # class · (V + 1) + item
+                f"events{number}": np.append(counts, 0),
+                f"share{number}": np.bincount(classes, minlength=feature["size"]) / max(len(items), 1),
+            }
+
+    def __call__(self, requests: Requests) -> np.ndarray:
+        out = np.zeros((*requests.items.shape, len(self.names)), dtype=np.float32)
+        if requests.history.user is None:
+            return out
+        counts = np.asarray(self.tables["counts"])
+        for number, place in enumerate(self.tables["features"].tolist()):
+            own = requests.history.user[place].reshape(-1, 1).astype(np.int64)
+            keys, asked = self.tables[f"keys{number}"], own * len(counts) + requests.items
+            found = find(keys, asked)
+            events = np.where(keys[found] == asked, self.tables[f"events{number}"][found], 0)
+            expected = counts[requests.items] * np.asarray(self.tables[f"share{number}"])[own]
+            lift = np.log((events + self.alpha) / (expected + self.alpha))
+            out[..., number] = np.where((own != UNKNOWN) & (counts[requests.items] > 0), lift, 0)
+        return out
