@@ -83,6 +83,12 @@ def mine_negatives(
         )
     recommender.signals = [signal for signal in signals or [] if is_given(signal, dataset, recommender.vectors, strict)]
     recommender.num_candidates = k
+    names = [signal["name"] for signal in recommender.signal_names]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"two signals give the number {twice}, and columns need names of their own; name each class once"
+        )
     work = Mine(dataset, recommender, miner, select, seed)
     with whole(output, "candidates") as folder:
         folder.mkdir()

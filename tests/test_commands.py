@@ -186,6 +186,15 @@ def test_signals_of_other_candidates_than_those_of_the_ranker_are_refused(inform
     assert not run.bundle.exists()
 
 
+def test_a_signal_is_named_once(trained: Run, tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("signals: [Transitions, Neighbours, Transitions]")
+    of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "candidates")
+    refused(
+        r"two signals give the number Transitions\.after_1", "mine-negatives", *of, "--config", tmp_path / "twice.yaml"
+    )
+    assert not (tmp_path / "candidates").exists()
+
+
 def test_signals_that_the_data_cannot_give_are_refused(trained: Run, tmp_path: Path) -> None:
     data = shutil.copytree(trained.data, tmp_path / "data")
     manifest = json.loads((data / "manifest.json").read_text())
