@@ -1,5 +1,6 @@
 """The first stage in training: a two-tower model that learns which item comes next."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data import Histories, Queries
 from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import EncoderFactory, Transformer
@@ -49,6 +51,7 @@ class Retriever(Planned):
         warmup_steps: steps over which the learning rate rises linearly from 0.
         final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
             1: it stays. Let early stopping be patient where it falls.
+        start: checkpoint of a like retriever whose weights this one starts from; None: from the beginning.
         compiled: whether the encoder goes through torch.compile, which pays on a GPU.
         recompute_rows: so many histories at a time keep their activations, the others' are computed again for the
             gradient: much less memory, about a fifth more time. None: all keep them.
@@ -80,11 +83,12 @@ class Retriever(Planned):
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 100,
         final_lr: float = 1.0,
+        start: Path | None = None,
         compiled: bool = False,
         recompute_rows: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["objective", "loss", "norm_penalty"])
+        self.save_hyperparameters(ignore=["objective", "loss", "norm_penalty", "start"])
         self.towers = TwoTower(
             num_items=num_items,
             max_length=max_length,
@@ -109,7 +113,7 @@ class Retriever(Planned):
             )
         self.loss, self.norm_penalty = loss or InfoNCE(), norm_penalty
         self.optimizer, self.warmup_steps, self.final_lr = optimizer, warmup_steps, final_lr
-        self.recompute_rows = recompute_rows
+        self.recompute_rows, self.start = recompute_rows, start
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
@@ -127,6 +131,14 @@ class Retriever(Planned):
                     f"{histories.path} has an order and no times; put configs/with/no-time.yaml on top"
                 )
             check_inputs(self.towers.inputs, histories.dataset, histories.next_action)
+            if self.start is not None:  # a fit that goes on from its own last checkpoint reads that after this
+                _, weights = read_checkpoint(self.start, "towers", "recsys fit --config configs/NAME/retriever.yaml")
+                try:
+                    self.towers.load_state_dict(weights)
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{self.start} holds another model, so this one cannot start from it: {error}"
+                    ) from error
             self.look_up(histories.dataset)
 
     def look_up(self, dataset: Dataset) -> None:

@@ -25,7 +25,7 @@ VERBS = {
     "recommend": "recommend",
     "evaluate": "evaluate",
 }
-DATASETS = {"demo", "ml-20m", "ml-1m", "ml-1m-plain", "likes-ml-1m", "ml-latest-small", "amazon-beauty"}
+DATASETS = {"demo", "ml-20m", "ml-20m-plain", "ml-1m", "ml-1m-plain", "likes-ml-1m", "ml-latest-small", "amazon-beauty"}
 
 shipped = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "with")
 overlays = sorted(path.relative_to(ROOT).as_posix() for path in (CONFIGS / "with").glob("*.yaml"))
@@ -156,8 +156,19 @@ def test_a_config_that_says_too_much_would_be_found(tmp_path: Path, capsys: pyte
     assert "id_dorpout" in capsys.readouterr().err
 
 
-def test_ml_20m_is_seed_000(capsys: pytest.CaptureFixture[str]) -> None:
-    model = parsed("fit", ["configs/ml-20m/retriever.yaml"], capsys)["model"]["init_args"]
+def test_ml_20m_is_the_choice_of_ml_1m_at_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = (parsed("fit", [f"configs/{name}/retriever.yaml"], capsys) for name in ("ml-1m", "ml-20m"))
+    encoders = [config["model"]["init_args"]["encoder"] for config in (small, large)]
+    assert encoders[0]["class_path"] == encoders[1]["class_path"]
+    assert encoders[0]["init_args"]["time"] == encoders[1]["init_args"]["time"]
+    for name in ("request_time", "max_length"):
+        assert small["data"]["init_args"][name] == large["data"]["init_args"][name]
+    for name in ("loss", "items", "similarity", "final_lr"):
+        assert small["model"]["init_args"][name] == large["model"]["init_args"][name]
+
+
+def test_ml_20m_plain_is_seed_000(capsys: pytest.CaptureFixture[str]) -> None:
+    model = parsed("fit", ["configs/ml-20m-plain/retriever.yaml"], capsys)["model"]["init_args"]
     encoder = model["encoder"]["init_args"]
     assert model["dim"] == 256
     assert [encoder[name] for name in ("layers", "heads", "dropout")] == [4, 8, 0.1]

@@ -166,11 +166,12 @@ def test_the_newest_events_are_told_newest_first_with_their_ages() -> None:
     )
     assert newest_first(padded.items, padded.lengths, 2).tolist() == [[9, 8], [4, 0], [0, 0]]
     assert newest_first(padded.items, padded.lengths, 5).tolist() == [[9, 8, 7, 0, 0], [4, 0, 0, 0, 0], [0] * 5]
-    items, ages = recent_events(padded, np.array([60, 80, 99]), 4)
+    items, ages = recent_events(padded, np.array([60, 80, 99]), 4, has_time=True)
     assert items.tolist() == [[9, 8, 7, 0], [4, 0, 0, 0], [0, 0, 0, 0]]
     want = [[10, 40, 50, 0], [0, 0, 0, 0], [0, 0, 0, 0]]  # an event after the request is of age 0
     assert np.expm1(ages.numpy()) == pytest.approx(np.array(want), rel=1e-5)
-    items, ages = recent_events(padded, np.array([60, 80, 99]), 0)
+    assert not recent_events(padded, np.array([60, 80, 99]), 4, has_time=False)[1].any(), "an order has no ages"
+    items, ages = recent_events(padded, np.array([60, 80, 99]), 0, has_time=True)
     assert items.shape == ages.shape == (3, 0)
 
 

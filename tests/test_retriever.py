@@ -361,3 +361,23 @@ def test_a_schedule_wants_a_run_with_an_end(cycle: Path) -> None:
     trainer = Trainer(max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match=r"InfoNCE changes with the share .* set trainer.max_epochs"):
         trainer.fit(model_for(data, loss=InfoNCE(hard=[(0.0, None), (0.5, 4)])), data)
+
+
+# --- a start from another fit's weights
+
+
+def test_a_fit_may_start_from_anothers_weights(cycle: Path, fit: Fit, tmp_path: Path) -> None:
+    data = Histories(cycle, max_length=12, batch_size=16)
+    theirs = fit.checkpoint("best.ckpt")["state_dict"]
+    frozen = partial(RecsysAdamW, lr=0.0)
+    encoder = partial(Transformer, layers=1, dropout=0.1)
+    model = model_for(data, dim=32, encoder=encoder, optimizer=frozen, start=fit.output / "best.ckpt")
+    Trainer(max_epochs=1, limit_val_batches=0, **QUIET).fit(model, data)
+    for name, weight in model.towers.state_dict().items():
+        assert torch.equal(weight, theirs[f"towers.{name}"]), name
+    assert "start" not in model.hparams, "where it came from must not matter to those who load it"
+    other = model_for(data, dim=16, encoder=encoder, start=fit.output / "best.ckpt")
+    with pytest.raises(ValueError, match=r"best\.ckpt holds another model, so this one cannot start from it"):
+        Trainer(max_epochs=1, **QUIET).fit(other, data)
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt does not exist; run: recsys fit"):
+        Trainer(max_epochs=1, **QUIET).fit(model_for(data, start=tmp_path / "none.ckpt"), data)
