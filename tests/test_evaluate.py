@@ -39,6 +39,11 @@ MODELS = ["popularity", "markov", "retriever", "ranker", "ranker_ids_masked"]
 METRICS = [*(f"{name}@{k}" for k in KS for name in ("hr", "ndcg", "recall")), "mrr"]
 
 
+def evaluated(*words: object) -> None:
+    """`recsys evaluate WORDS`, without figures."""
+    recsys("evaluate", "--plots", "false", *words)
+
+
 @pytest.fixture(scope="module")
 def dataset(trained: Run) -> Dataset:
     return Dataset(trained.data)
@@ -59,7 +64,7 @@ def recommender(trained: Run) -> Recommender:
 @pytest.fixture(scope="module")
 def report(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    recsys("evaluate", "--plots", "false", "--bundle", trained.bundle, "--output", folder, "--resamples", 200)
+    evaluated("--bundle", trained.bundle, "--output", folder, "--resamples", 200)
     return folder
 
 
@@ -286,19 +291,7 @@ def test_a_sampled_report_stands_beside_the_full_one_and_warns(
 ) -> None:
     shutil.copytree(report, tmp_path, dirs_exist_ok=True)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    recsys(
-        "evaluate",
-        "--plots",
-        "false",
-        "--bundle",
-        trained.bundle,
-        "--output",
-        tmp_path,
-        "--resamples",
-        10,
-        "--protocol",
-        f"sampled-{N}",
-    )
+    evaluated("--bundle", trained.bundle, "--output", tmp_path, "--resamples", 10, "--protocol", f"sampled-{N}")
     printed = capsys.readouterr().out
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     new = {f"report-sampled-{N}.json", f"report-sampled-{N}.md", f"ranks-sampled-{N}.parquet"}
@@ -320,10 +313,7 @@ def test_a_sampled_report_stands_beside_the_full_one_and_warns(
 @pytest.mark.parametrize("protocol", ["sampled-0", "sampled", "sampled-1e3", "half"])
 def test_a_protocol_that_is_none_is_refused(trained: Run, tmp_path: Path, protocol: str) -> None:
     with pytest.raises(SystemExit, match=f"protocol is '{protocol}', expected full or sampled-N"):
-        recsys(
-            "evaluate",
-            "--plots",
-            "false",
+        evaluated(
             "--bundle",
             trained.bundle,
             "--output",
@@ -384,7 +374,7 @@ def test_the_values_are_the_means_over_the_ranks_that_lie_beside(report: Path, d
 def test_the_table_is_printed_between_the_protocol_and_the_paths(
     trained: Run, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recsys("evaluate", "--plots", "false", "--bundle", trained.bundle, "--output", tmp_path, "--resamples", 200)
+    evaluated("--bundle", trained.bundle, "--output", tmp_path, "--resamples", 200)
     printed = capsys.readouterr().out.strip()
     content = json.loads((report / "report.json").read_text())
     table = as_table(content)
@@ -401,26 +391,14 @@ def test_the_table_is_printed_between_the_protocol_and_the_paths(
 
 
 def test_the_retriever_is_measured_as_it_was_in_training(trained: Run, tmp_path: Path) -> None:
-    recsys(
-        "evaluate",
-        "--plots",
-        "false",
-        "--bundle",
-        trained.bundle,
-        "--output",
-        tmp_path,
-        "--split",
-        "val",
-        "--resamples",
-        10,
-    )
+    evaluated("--bundle", trained.bundle, "--output", tmp_path, "--split", "val", "--resamples", 10)
     value = json.loads((tmp_path / "report.json").read_text())["models"]["retriever"]["ndcg@10"]["value"]
     best = read_manifest(trained.retriever.parent, "retriever", "")["best"]
     assert value == pytest.approx(best, abs=1e-6)
 
 
 def test_the_first_stage_alone_is_measured_too(trained: Run, report: Path, tmp_path: Path) -> None:
-    recsys("evaluate", "--plots", "false", "--bundle", trained.index, "--output", tmp_path, "--resamples", 200)
+    evaluated("--bundle", trained.index, "--output", tmp_path, "--resamples", 200)
     alone, both = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, report))
     assert list(alone["models"]) == MODELS[:3]
     assert "comparison" not in alone
@@ -433,19 +411,7 @@ def test_the_first_stage_alone_is_measured_too(trained: Run, report: Path, tmp_p
 
 
 def test_some_users_are_a_seeded_draw(trained: Run, report: Path, tmp_path: Path) -> None:
-    recsys(
-        "evaluate",
-        "--plots",
-        "false",
-        "--bundle",
-        trained.bundle,
-        "--output",
-        tmp_path,
-        "--users",
-        20,
-        "--resamples",
-        10,
-    )
+    evaluated("--bundle", trained.bundle, "--output", tmp_path, "--users", 20, "--resamples", 10)
     some, every = (pl.read_parquet(folder / "ranks.parquet") for folder in (tmp_path, report))
     assert len(some) == 20
     assert some.equals(every.filter(pl.col("user").is_in(some["user"].to_list())))
@@ -465,19 +431,7 @@ def test_a_dataset_of_another_split_is_refused(trained: Run, raw: Path, tmp_path
 
 def test_the_same_split_elsewhere_is_welcome(trained: Run, tmp_path: Path) -> None:
     moved = shutil.copytree(trained.data, tmp_path / "moved")
-    recsys(
-        "evaluate",
-        "--plots",
-        "false",
-        "--bundle",
-        trained.bundle,
-        "--data",
-        moved,
-        "--output",
-        tmp_path,
-        "--resamples",
-        10,
-    )
+    evaluated("--bundle", trained.bundle, "--data", moved, "--output", tmp_path, "--resamples", 10)
     assert (tmp_path / "report.json").is_file()
 
 

@@ -43,7 +43,7 @@ class Affinity(Signal):
         self.decay, self.smoothing, self.released = decay, smoothing, released
 
     @property
-    def names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on the data, and come with the tables
+    def names(self) -> tuple[str, ...]:  # they depend on the data, and come with the tables
         return tuple(self.tables["names"].tolist())
 
     @property

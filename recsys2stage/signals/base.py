@@ -39,8 +39,12 @@ class Signal(ABC):
 
     by_id: ClassVar[bool] = False  # whether they come from the item's id, and are 0 where ids are masked
     reads_ratings: ClassVar[bool] = False  # whether it looks at how a history's events were rated
-    names: tuple[str, ...]  # of the S numbers
     tables: dict[str, np.ndarray]  # all it has counted
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Of the S numbers; a plain attribute of the class where they never change."""
 
     @property
     def reads_times(self) -> bool:

@@ -29,7 +29,7 @@ class Demographics(Signal):
         self.alpha = alpha
 
     @property
-    def names(self) -> tuple[str, ...]:  # type: ignore[override]  # they depend on the data, and come with the tables
+    def names(self) -> tuple[str, ...]:  # they depend on the data, and come with the tables
         return tuple(self.tables["names"].tolist())
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:

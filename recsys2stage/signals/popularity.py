@@ -47,8 +47,11 @@ class PopularityAsOf(Proposer):
             raise ValueError(f"windows are {self.windows}, expected seconds above 0, ascending, none twice")
         if trending not in self.windows:
             raise ValueError(f"trending is {trending}, expected one of the windows {self.windows}; add it to them")
+
+    @property
+    def names(self) -> tuple[str, ...]:
         lengths = [f"{window // DAY}d" if window % DAY == 0 else f"{window}s" for window in self.windows]
-        self.names = (*(f"popularity_{length}" for length in (*lengths, "all")), "trend", "age", "gap")
+        return (*(f"popularity_{length}" for length in (*lengths, "all")), "trend", "age", "gap")
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         if not dataset.has_time:

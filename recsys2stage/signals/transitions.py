@@ -65,7 +65,10 @@ class Transitions(Proposer):
             raise ValueError(f"top is {top}, history {history} and window {window}, expected at least 1 each")
         if alpha <= 0 or not 0 < decay <= 1:
             raise ValueError(f"alpha is {alpha} and decay {decay}, expected alpha above 0 and 0 < decay <= 1")
-        self.names = (*(f"after_{lag}" for lag in self.lags), "covisit", "covisit_max")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*(f"after_{lag}" for lag in self.lags), "covisit", "covisit_max")
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         train = spans(dataset.offsets[:-1], dataset.train_ends)
