@@ -19,6 +19,7 @@ from recsys2stage.dataset import Dataset, Padded, Ragged
 from recsys2stage.mining import NONE
 from recsys2stage.prepare import prepare
 from recsys2stage.signals import (
+    SLIT,
     Affinity,
     Demographics,
     Neighbours,
@@ -42,6 +43,7 @@ KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (PopularityAsOf, {"candidates": 6, "windows": [86_400, 20 * 86_400], "trending": 86_400}),
     (Ratings, {"prior": 3.0}),
     (Session, {"session": 7_200}),
+    (SLIT, {"candidates": 5, "decays": [0.5, 1.0], "ridge": 0.1, "history": 4, "items": 29}),
     (Transitions, {"candidates": 5, "lags": [1, 3], "top": 4, "alpha": 2.0, "history": 4, "window": 2, "decay": 0.5}),
 ]
 every = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ for kind, _ in KINDS])
@@ -205,7 +207,7 @@ def test_proposals_are_new_to_the_user_and_each_is_made_once(
     assert np.array_equal(again, named), "what is asked for does not matter"
 
 
-@pytest.mark.parametrize("kind", [Neighbours, PopularityAsOf, Transitions])
+@pytest.mark.parametrize("kind", [Neighbours, PopularityAsOf, SLIT, Transitions])
 def test_a_number_of_proposals_is_not_negative(kind: type[Proposer]) -> None:
     assert kind().candidates == 0
     with pytest.raises(ValueError, match="candidates is -1, expected 0 for none, or more"):

@@ -9,4 +9,5 @@ from recsys2stage.signals.neighbours import Neighbours as Neighbours
 from recsys2stage.signals.popularity import PopularityAsOf as PopularityAsOf
 from recsys2stage.signals.ratings import Ratings as Ratings
 from recsys2stage.signals.session import Session as Session
+from recsys2stage.signals.slit import SLIT as SLIT
 from recsys2stage.signals.transitions import Transitions as Transitions
