@@ -61,7 +61,7 @@ def test_the_numbers_equal_least_squares(dataset: Dataset, options: dict[str, ob
             for column, item in enumerate(requests.items[row].tolist()):
                 s = said[frequent.index(item)] if item in frequent else 0.0
                 want = np.sign(s) * np.log1p(100 * abs(s))
-                assert numbers[row, column, number] == pytest.approx(want, abs=1e-4)
+                assert numbers[row, column, number] == pytest.approx(want, abs=2e-3)  # three digits are kept
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -75,7 +75,7 @@ def test_proposals_have_the_largest_sums_and_are_not_known(dataset: Dataset, opt
         said = sum(marked(events, decay, reach, frequent) @ weights for decay, _, reach, weights in models)
         scores = {item: float(s) for item, s in zip(frequent, said, strict=True) if item not in events and s > 1e-7}
         chosen = proposed[row][proposed[row] > 0].tolist()
-        assert [scores[item] for item in chosen] == pytest.approx(sorted(scores.values(), reverse=True)[:6], abs=1e-5)
+        assert [scores[item] for item in chosen] == pytest.approx(sorted(scores.values(), reverse=True)[:6], abs=1e-3)
 
 
 def test_what_happened_after_training_is_not_counted(dataset: Dataset) -> None:

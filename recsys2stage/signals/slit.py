@@ -26,7 +26,7 @@ class SLIT(Proposer):
     with m the mean of the diagonal of Σ x_t x_tᵀ, are one model for each decay. Where `Transitions` counts what follows
     each event alone, these know that two events of the history say the same.
 
-    The numbers are sign(s) · log(1 + 100 |s|) of s = Wᵀx at the candidate, which is near the share of times that it came
+    The numbers are sign(s) · log(1 + 100 |s|) of s = Wᵀx at the candidate: near the share of times that it came
     next. They are 0, which says nothing, without a history and for items outside `items`.
 
     Proposals have the largest sum of s over the decays.
@@ -74,9 +74,9 @@ class SLIT(Proposer):
         self.tables = {"row": row}
         for number, decay in enumerate(self.decays):
             gram, answers = _moments(row[items].astype(np.int64), after, decay, self._reach(decay), len(frequent) + 1)
-            weights = np.zeros(gram.shape, dtype=np.float32)
+            weights = np.zeros(gram.shape, dtype=np.float16)  # three digits are more than noise leaves
             if gram[1:, 1:].any():
-                weights[1:, 1:] = _ridge(gram[1:, 1:], answers[1:, 1:].copy(), self.ridge)
+                weights[1:, 1:] = _ridge(gram[1:, 1:], answers[1:, 1:], self.ridge)
             self.tables[f"weights_{number}"] = weights
 
     def _reach(self, decay: float) -> int:
@@ -95,7 +95,7 @@ class SLIT(Proposer):
             for begin in range(0, len(items), block):
                 rows = slice(begin, begin + block)
                 pairs = weights[newest[rows, :reach, None], items[rows, None]]  # (B, history, C)
-                numbers[rows, :, number] = fade @ pairs
+                numbers[rows, :, number] = fade @ pairs.astype(np.float32)
         return np.sign(numbers) * np.log1p(100 * np.abs(numbers))
 
     def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
@@ -111,7 +111,7 @@ class SLIT(Proposer):
                 history, reach = np.zeros((len(place), len(met)), dtype=np.float32), self._reach(decay)
                 at = np.broadcast_to(np.arange(len(place))[:, None], (len(place), reach))
                 np.add.at(history, (at, place[:, :reach]), (decay ** np.arange(reach)).astype(np.float32))
-                scores += history @ self.tables[f"weights_{number}"][met][:, 1:]
+                scores += history @ self.tables[f"weights_{number}"][met][:, 1:].astype(np.float32)
             few = cut(known, begin, begin + len(place))
             scores[is_known(np.broadcast_to(item, scores.shape), few, len(row))] = 0
             order = np.argsort(-scores, axis=1, kind="stable")[:, : self.candidates]
@@ -148,7 +148,6 @@ def _moments(
 
 
 def _ridge(gram: np.ndarray, answers: np.ndarray, ridge: float) -> np.ndarray:
-    """(gram + ridge · its mean diagonal · I)⁻¹ answers."""
-    penalised = gram + ridge * np.diag(gram).mean() * np.eye(len(gram))
-    half = torch.linalg.cholesky(torch.from_numpy(penalised))
-    return torch.cholesky_solve(torch.from_numpy(answers), half).numpy()
+    """(gram + ridge · its mean diagonal · I)⁻¹ answers; gram is changed."""
+    gram[np.diag_indices_from(gram)] += ridge * np.diag(gram).mean()
+    return torch.cholesky_solve(torch.from_numpy(answers), torch.linalg.cholesky(torch.from_numpy(gram))).numpy()
