@@ -31,11 +31,11 @@ from recsys2stage.mine import mine_negatives
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.plots import draw
 from recsys2stage.prepare import prepare
-from recsys2stage.recommend import POPULARITY, RERANKER, TOWERS, Recommender, check_split, in_chunks
+from recsys2stage.recommend import POPULARITY, RERANKER, Recommender, check_split, in_chunks
 from recsys2stage.report import HEADLINE, against_text, as_markdown, as_table
 from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.simulate import simulate
-from recsys2stage.towers import TwoTower
+from recsys2stage.towers import TOWERS, TwoTower
 
 
 def export_index(

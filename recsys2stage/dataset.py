@@ -250,6 +250,19 @@ class Dataset:
         index, real = places(offsets[:-1], offsets[1:])
         return np.where(real, np.append(codes, c.UNKNOWN)[index], c.UNKNOWN).astype(np.int32)
 
+    def check_split(self, folder: Path, split_hash: str) -> None:
+        """Refuses what was made from other training events.
+
+        Args:
+            folder: what was made.
+            split_hash: of the dataset it was made from.
+        """
+        if split_hash != self.manifest["split_hash"]:
+            raise ValueError(
+                f"{folder} was made from a dataset with split hash {split_hash[:12]}…, but {self.path} has "
+                f"{self.manifest['split_hash'][:12]}…: its test events may have been trained on; make {folder} again"
+            )
+
     def check_request_time(self, request_time: RequestTime) -> None:
         if request_time != "none" and not self.has_time:
             raise ValueError(

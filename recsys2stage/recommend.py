@@ -26,11 +26,11 @@ from recsys2stage.shapes import Listed
 from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.signals.base import Proposer, Requests, Signal, load_signals
 from recsys2stage.signals.merge import merge, nearness
-from recsys2stage.towers import TwoTower
+from recsys2stage.towers import TOWERS, TwoTower
 
 logger = logging.getLogger("recsys2stage")
 
-TOWERS, RERANKER, POPULARITY = "towers.pt", "reranker.pt", "popularity.npy"  # files of a served folder
+RERANKER, POPULARITY = "reranker.pt", "popularity.npy"  # files of a served folder
 NOT_TOLD = (
     "this model is not told what kind of action is asked for; leave the action out, or train a model with the input "
     "NextAction on data with next_action: target"
@@ -416,9 +416,5 @@ def load_for(dataset: Dataset, folder: Path) -> Recommender:
 
 def check_split(dataset: Dataset, folder: Path) -> None:
     """Refuses to use a model with a dataset whose training events may be other than those it was trained on."""
-    theirs = read_manifest(folder, Recommender.kind(folder), "recsys export-index")["split_hash"]
-    if theirs != dataset.manifest["split_hash"]:
-        raise ValueError(
-            f"{folder} was made from a dataset with split hash {theirs[:12]}…, but {dataset.path} has "
-            f"{dataset.manifest['split_hash'][:12]}…: its test events may have been trained on; make {folder} again"
-        )
+    manifest = read_manifest(folder, Recommender.kind(folder), "recsys export-index")
+    dataset.check_split(folder, manifest["split_hash"])

@@ -15,6 +15,8 @@ from recsys2stage.items import ItemsFactory, ItemTable
 from recsys2stage.shapes import History, Similarity
 from recsys2stage.users import UserFactory
 
+TOWERS = "towers.pt"  # a served folder's file of their weights
+
 
 class TwoTower(nn.Module):
     """An encoder over histories and an item table that it shares with the candidates.

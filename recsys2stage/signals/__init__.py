@@ -6,6 +6,7 @@ from recsys2stage.signals.base import Requests as Requests
 from recsys2stage.signals.base import Signal as Signal
 from recsys2stage.signals.demographics import Demographics as Demographics
 from recsys2stage.signals.neighbours import Neighbours as Neighbours
+from recsys2stage.signals.other import OtherRetriever as OtherRetriever
 from recsys2stage.signals.popularity import PopularityAsOf as PopularityAsOf
 from recsys2stage.signals.ratings import Ratings as Ratings
 from recsys2stage.signals.session import Session as Session

@@ -38,7 +38,6 @@ class Signal(ABC):
     """Numbers of each candidate of a request, from tables of training events. Options are kept under their names."""
 
     by_id: ClassVar[bool] = False  # whether they come from the item's id, and are 0 where ids are masked
-    reads_ratings: ClassVar[bool] = False  # whether it looks at how a history's events were rated
     tables: dict[str, np.ndarray]  # all it has counted
 
     @property
@@ -49,6 +48,11 @@ class Signal(ABC):
     @property
     def reads_times(self) -> bool:
         """Whether a request must say when it and its events happened."""
+        return False
+
+    @property
+    def reads_ratings(self) -> bool:
+        """Whether it looks at how a history's events were rated."""
         return False
 
     @abstractmethod

@@ -23,7 +23,6 @@ class Ratings(Signal):
         prior: average ratings that are added to those of each item.
     """
 
-    reads_ratings = True
     names = ("item_mean", "item_count", "user_mean", "newest_over_mean", "user_spread", "item_over_user")
 
     def __init__(self, prior: float = 20.0) -> None:
@@ -34,6 +33,10 @@ class Ratings(Signal):
     @property
     def reads_times(self) -> bool:  # not of data that have none
         return "clock" in self.tables
+
+    @property
+    def reads_ratings(self) -> bool:
+        return True
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         if dataset.ratings is None:

@@ -135,16 +135,14 @@ def _moments(
     gram, answers = np.zeros(size * size), np.zeros(size * size)
     for lag in range(history):
         first = np.flatnonzero(after >= lag + 1)  # with an event `lag` places on and one to predict after that
-        answers += np.bincount(items[first] * size + items[first + lag + 1], minlength=size**2) * decay**lag
         last = first + lag
+        np.add.at(answers, items[first] * size + items[last + 1], decay**lag)
         # both stand in x at each answer from last + 1 on, until the first has left: Σ_s decay^(lag + 2s)
         times = np.minimum(after[last], history - lag)
         weight = times if decay == 1 else (1 - decay ** (2 * times)) / (1 - decay**2)
-        pairs = np.bincount(items[first] * size + items[last], weight * decay**lag, size**2)
-        gram += pairs
-        if lag:
-            gram += pairs.reshape(size, size).T.ravel()
-    return gram.reshape(size, size), answers.reshape(size, size)
+        np.add.at(gram, items[first] * size + items[last], weight * decay**lag * (1 if lag else 0.5))
+    pairs = gram.reshape(size, size)
+    return pairs + pairs.T, answers.reshape(size, size)
 
 
 def _ridge(gram: np.ndarray, answers: np.ndarray, ridge: float) -> np.ndarray:

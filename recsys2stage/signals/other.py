@@ -1,0 +1,130 @@
+"""What a second retriever says of the first one's candidates."""
+
+import io
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recsys2stage.artifacts import read_manifest
+from recsys2stage.checkpoints import build
+from recsys2stage.dataset import Dataset, Padded, Ragged, as_history
+from recsys2stage.index import Index
+from recsys2stage.inputs import fields_read
+from recsys2stage.mining import NONE
+from recsys2stage.signals.base import Proposer, Requests, is_known
+from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut
+from recsys2stage.towers import TOWERS, TwoTower
+
+ROWS_AT_ONCE = 64  # histories that are encoded together
+
+
+class OtherRetriever(Proposer):
+    """The score of a second retriever, of another encoder, loss or only another seed, trained on the same split.
+
+    Two retrievers err differently, so that a ranker of both knows more than either. It is kept whole among the tables,
+    and encodes each history once more wherever lists are measured; it is told as much of the time as the first one is.
+
+    Proposals are its nearest items, by exact search.
+
+    Args:
+        index: folder written by export-index for the second retriever.
+        candidates: how many it names at each request; 0: none.
+    """
+
+    by_id = True
+    names = ("score",)
+
+    def __init__(self, index: str, candidates: int = 0) -> None:
+        super().__init__(candidates)
+        self.index = str(index)
+
+    def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
+        folder = Path(self.index)
+        manifest = read_manifest(folder, "index", f"recsys export-index --output {folder}")
+        dataset.check_split(folder, manifest["split_hash"])
+        own = Index.load(folder).vectors
+        kept = {"towers": manifest["towers"], "request_time": manifest["request_time"]}
+        self.tables = {
+            "vectors": np.concatenate([np.zeros_like(own[:1]), own]),
+            "weights": np.frombuffer((folder / TOWERS).read_bytes(), dtype=np.uint8),
+            "described": np.frombuffer(json.dumps(kept).encode(), dtype=np.uint8),
+        }
+        self.__dict__.pop("_towers", None)
+        if read := fields_read(self._towers.inputs) - {"ratings"}:
+            raise ValueError(
+                f"the retriever of {folder} reads {', '.join(sorted(read))} of events, which signals are not told; "
+                "name one without such inputs"
+            )
+
+    @property
+    def _described(self) -> dict[str, Any]:
+        return json.loads(np.asarray(self.tables["described"]).tobytes())
+
+    @cached_property
+    def _towers(self) -> TwoTower:
+        weights = torch.load(io.BytesIO(np.asarray(self.tables["weights"]).tobytes()), weights_only=True)
+        return build(TwoTower, self._described["towers"], weights)
+
+    @property
+    def reads_times(self) -> bool:
+        return self._described["request_time"] != "none" or bool(self._towers.encoder.reads_times)
+
+    @property
+    def reads_ratings(self) -> bool:
+        return "ratings" in fields_read(self._towers.inputs)
+
+    def __call__(self, requests: Requests) -> np.ndarray:
+        vectors, items = np.asarray(self.tables["vectors"]), requests.items.clip(min=0)
+        score = np.einsum("bd,bcd->bc", self._queries(requests), vectors[items])
+        return np.where(items > 0, score, np.float32(0))[..., None]
+
+    @torch.inference_mode()
+    def _queries(self, requests: Requests) -> np.ndarray:
+        """(B, D) float32; zero where there is no history."""
+        queries = np.zeros((len(requests.now), self.tables["vectors"].shape[1]), dtype=np.float32)
+        someone = np.flatnonzero(requests.history.lengths)
+        for begin in range(0, len(someone), ROWS_AT_ONCE):
+            rows = someone[begin : begin + ROWS_AT_ONCE]
+            padded = _newest(requests.history, rows, self._towers.max_length)
+            history = as_history(padded, self._described["request_time"], requests.now[rows])
+            queries[rows] = self._towers.queries(history).float().numpy()
+        return queries
+
+    def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
+        vectors, queries = np.asarray(self.tables["vectors"]), self._queries(requests)
+        proposals = np.full((len(queries), self.candidates), NONE, dtype=np.int64)
+        every = np.arange(len(vectors))
+        for begin in range(0, len(queries), ROWS_IN_FLIGHT):
+            rows = slice(begin, begin + ROWS_IN_FLIGHT)
+            score = queries[rows] @ vectors.T
+            known_here = cut(known, begin, begin + len(score))
+            score[is_known(np.broadcast_to(every, score.shape), known_here, len(vectors))] = -np.inf
+            score[np.asarray(requests.history.lengths)[rows] == 0] = -np.inf
+            best = np.argsort(-score, axis=1, kind="stable")[:, : self.candidates]
+            named = np.where(np.isfinite(np.take_along_axis(score, best, axis=1)), best, NONE)
+            proposals[rows, : named.shape[1]] = named
+        return proposals
+
+
+def _newest(padded: Padded, rows: np.ndarray, length: int) -> Padded:
+    """Some rows, cut to their newest events."""
+    lengths = np.asarray(padded.lengths)[rows]
+    kept = np.minimum(lengths, length)
+    place = (lengths - kept)[:, None] + np.arange(max(int(kept.max(initial=0)), 1))
+    real = np.arange(place.shape[1]) < kept[:, None]
+    place = np.where(real, place, 0)
+
+    def part(values: np.ndarray) -> np.ndarray:
+        return np.where(real, np.take_along_axis(values[rows], place, axis=1), values.dtype.type(0))
+
+    return Padded(
+        items=part(padded.items),
+        times=part(padded.times),
+        lengths=kept,
+        ratings=None if padded.ratings is None else part(padded.ratings),
+        user=None if padded.user is None else tuple(values[rows] for values in padded.user),
+    )
