@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from pipeline_fixtures import K, Run, recsys
-from worlds import write_movielens
+from worlds import untrained_index, write_movielens
 
 from recsys2stage import signals
 from recsys2stage.dataset import Dataset, Padded, Ragged
@@ -23,6 +23,7 @@ from recsys2stage.signals import (
     Affinity,
     Demographics,
     Neighbours,
+    OtherRetriever,
     PopularityAsOf,
     Proposer,
     Ratings,
@@ -40,6 +41,7 @@ KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (Affinity, {"decay": 0.5, "smoothing": 2.0, "released": None}),
     (Demographics, {"alpha": 2.0}),
     (Neighbours, {"candidates": 4, "history": 3, "count": 5, "decay": 0.5}),
+    (OtherRetriever, {"index": "index", "candidates": 4}),  # as `placed` has it
     (PopularityAsOf, {"candidates": 6, "windows": [86_400, 20 * 86_400], "trending": 86_400}),
     (Ratings, {"prior": 3.0}),
     (Session, {"session": 7_200}),
@@ -47,6 +49,8 @@ KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (Transitions, {"candidates": 5, "lags": [1, 3], "top": 4, "alpha": 2.0, "history": 4, "window": 2, "decay": 0.5}),
 ]
 every = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ for kind, _ in KINDS])
+NAMERS = [pair for pair in KINDS if issubclass(pair[0], Proposer)]
+proposers = pytest.mark.parametrize(("kind", "options"), NAMERS, ids=[kind.__name__ for kind, _ in NAMERS])
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +68,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     movies = {item: (f"Movie {item} ({1960 + item})", genres[item % 4]) for item in range(1, ITEMS + 1)}
     prepare(MovieLens(write_movielens(folder / "raw", events, movies)), folder / "data")
     dataset, kinds = Dataset(folder / "data"), np.arange(USERS, dtype=np.int32) % 4
+    untrained_index(folder / "index", dataset)
     dataset.user_features = [
         {"name": "kind", "kind": "categorical", "size": 4, "values": kinds}
     ]  # this layout has none
     return dataset
+
+
+@pytest.fixture(autouse=True)
+def placed(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second retriever lies beside the data."""
+    monkeypatch.chdir(dataset.path.parent)
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +197,7 @@ def test_nobody_may_ask(kind: type[Signal], options: dict[str, Any], dataset: Da
         assert signal.propose(nobody, Ragged(known.values[:0], known.offsets[:1])).shape == (0, signal.candidates)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [pair for pair in KINDS if issubclass(pair[0], Proposer)], ids=lambda part: str(part)[-20:]
-)
+@proposers
 def test_proposals_are_new_to_the_user_and_each_is_made_once(
     kind: type[Proposer], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
 ) -> None:
@@ -207,11 +216,11 @@ def test_proposals_are_new_to_the_user_and_each_is_made_once(
     assert np.array_equal(again, named), "what is asked for does not matter"
 
 
-@pytest.mark.parametrize("kind", [Neighbours, PopularityAsOf, SLIT, Transitions])
-def test_a_number_of_proposals_is_not_negative(kind: type[Proposer]) -> None:
-    assert kind().candidates == 0
+@proposers
+def test_a_number_of_proposals_is_not_negative(kind: type[Proposer], options: dict[str, Any]) -> None:
+    assert inspect.signature(kind).parameters["candidates"].default == 0
     with pytest.raises(ValueError, match="candidates is -1, expected 0 for none, or more"):
-        kind(candidates=-1)
+        kind(**options | {"candidates": -1})
 
 
 def test_signals_are_kept_in_their_order_however_many(dataset: Dataset, vectors: np.ndarray, tmp_path: Path) -> None:
@@ -303,10 +312,12 @@ def test_the_page_s_signals_are_mined_beside_one_s_own(hours: type[Signal], trai
 def test_the_page_lists_every_number_of_every_signal_and_whom_a_mask_zeroes(
     dataset: Dataset, vectors: np.ndarray
 ) -> None:
-    for kind, _ in KINDS:
+    for kind, options in KINDS:
+        parameters = inspect.signature(kind).parameters.values()
+        needed = {part.name: options[part.name] for part in parameters if part.default is part.empty}
         (row,) = re.findall(rf"^\| `{kind.__name__}` \|(.*?)\|.*\| (0|stays) \|$", PAGE, re.MULTILINE)
         words = re.findall(r"`(\w+)`", row[0])
-        for name in fitted(kind, {}, dataset, vectors).names:
+        for name in fitted(kind, needed, dataset, vectors).names:
             assert name in words or any(word[0] == "_" and name.endswith(word) for word in words), name
         assert (row[1] == "0") == kind.by_id
 

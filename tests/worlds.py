@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
+from recsys2stage.artifacts import write_manifest
+from recsys2stage.checkpoints import build, factory
+from recsys2stage.dataset import Dataset
+from recsys2stage.index import Exact
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import Feature, MovieLens, SideTable, Table
+from recsys2stage.towers import TOWERS, TwoTower
 
 Event = tuple[int, int, float, int]  # user, item, rating, time
 
@@ -167,3 +173,27 @@ def directions_world(folder: Path, users: int = 900, items: int = 40) -> Path:
     source = Table(folder / "events.csv", users=SideTable("users.csv", "user_id", features))
     prepare(source, folder / "data")
     return folder / "data"
+
+
+def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Iterable[str] = ()) -> TwoTower:
+    """Writes what a second retriever leaves: random weights, told the request time; gives its towers."""
+    torch.manual_seed(seed)
+    time = {"class_path": "recsys2stage.times.RequestGap"}
+    encoder = {
+        "class_path": "recsys2stage.encoders.Transformer",
+        "init_args": {"layers": 1, "heads": 2, "time": time},
+    }
+    options = {"num_items": dataset.num_items, "max_length": 5, "dim": 8, "encoder": encoder}
+    options |= {"inputs": [{"class_path": f"recsys2stage.inputs.{name}"} for name in inputs], "actions": ["look"]}
+    towers = TwoTower(**{name: factory(value) for name, value in options.items()})
+    for part in towers.modules():  # so that what is told of times and ratings shows
+        if isinstance(part, torch.nn.Embedding):
+            torch.nn.init.normal_(part.weight)
+    folder.mkdir()
+    index = Exact()
+    index.build(towers.every_item().detach().numpy())
+    index.save(folder)
+    torch.save(towers.state_dict(), folder / TOWERS)
+    facts = {"split_hash": dataset.manifest["split_hash"], "request_time": "target", "towers": options}
+    write_manifest(folder, "index", {}, {}, **facts)
+    return build(TwoTower, options, towers.state_dict())
