@@ -12,13 +12,17 @@ SEED ?=
 WITH ?=
 REFIT ?=
 SEEDS ?= 0 1 2
+OTHER ?=
+PAIR ?= $(word 2,$(SEEDS))
 PYTHON ?= python3
 
 CONFIG := configs/$(DATASET)
 DATA := data/$(DATASET)
 space := $(subst ,, )
 NAME := runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))
-RUN ?= $(NAME)$(if $(SEED),-seed$(SEED))
+seeded := $(if $(SEED),-seed$(SEED))
+RUN ?= $(NAME)$(if $(OTHER),-pair)$(seeded)
+FIRST = $(if $(OTHER),$(NAME)$(seeded),$(RUN))# with OTHER, the first stage is that of the run without it
 RANKER = $(RUN)/$(if $(REFIT),refit,ranker)
 BIN := .venv/bin
 RECSYS := $(BIN)/recsys
@@ -65,11 +69,13 @@ demo: ## the whole pipeline on a generated world, in a few minutes
 
 pipeline: $(RUN)/report.json $(RUN)/recommendations.parquet ## both stages on DATASET (default ml-20m; RAW=folder or zip)
 	@sed '/^95 %/q' $(RUN)/report.md
-	@echo; echo "Written:"; ls -d $(DATA) $(RUN)/{retriever,index,candidates,ranker,bundle}/ $(RUN)/{report.md,report.json,ranks.parquet,recommendations.parquet} | sed 's/^/  /'
+	@echo; echo "Written:"; ls -d $(DATA) $(FIRST)/{retriever,index}/ $(RUN)/{candidates,ranker,bundle}/ $(RUN)/{report.md,report.json,ranks.parquet,recommendations.parquet} | sed 's/^/  /'
 
-results: ## the headline of DATASET: the pipeline with seeds 0, 1 and 2 (SEEDS), and the means
-	@for seed in $(SEEDS); do $(MAKE) --no-print-directory pipeline SEED=$$seed > /dev/null; done
-	@$(BIN)/python benchmarks/results.py $(SEEDS:%=$(NAME)-seed%)
+results: ## the headline of DATASET: seeds 0, 1 and 2 (SEEDS), each beside the next one's retriever (PAIR= for none)
+	@for seed in $(SEEDS); do $(MAKE) --no-print-directory SEED=$$seed $(NAME)-seed$$seed/index/manifest.json; done
+	@set -- $(SEEDS); for seed in $(SEEDS); do shift; $(MAKE) --no-print-directory pipeline SEED=$$seed \
+		$(if $(PAIR),OTHER=$(NAME)-seed$${1:-$(firstword $(SEEDS))}/index) > /dev/null; done
+	@$(BIN)/python benchmarks/results.py $(SEEDS:%=$(NAME)$(if $(PAIR),-pair)-seed%)
 
 data/raw/demo/ratings.csv: | .venv/ready
 	$(RECSYS) simulate --size demo --output $(@D)
@@ -79,15 +85,17 @@ data/demo/manifest.json: data/raw/demo/ratings.csv
 $(DATA)/manifest.json: $(CONFIG)/prepare.yaml $(RAW) $(raw) | .venv/ready
 	$(RECSYS) prepare-data --config $< --output $(@D) $(if $(RAW),--source.path $(RAW))
 
-$(RUN)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlays) $(DATA)/manifest.json | .venv/ready
+$(FIRST)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlays) $(DATA)/manifest.json | .venv/ready
 	$(RECSYS) fit --config $< $(addprefix --config ,$(overlays)) --data.init_args.path $(DATA) $(fit_options) \
 		$(resume)
 
-$(RUN)/index/manifest.json: $(RUN)/retriever/manifest.json $(call config,index)
-	$(RECSYS) export-index $(call with_config,index) --retriever $(RUN)/retriever/best.ckpt --data $(DATA) --output $(@D)
+$(FIRST)/index/manifest.json: $(FIRST)/retriever/manifest.json $(call config,index)
+	$(RECSYS) export-index $(call with_config,index) --retriever $(FIRST)/retriever/best.ckpt --data $(DATA) --output $(@D)
 
-$(RUN)/candidates/manifest.json: $(RUN)/index/manifest.json $(call config,mine)
-	$(RECSYS) mine-negatives $(call with_config,mine) $(addprefix --seed ,$(SEED)) --data $(DATA) --index $(RUN)/index --output $(@D)
+# OTHER=folder: the index of a second retriever on the same data, which joins the second stage
+other := $(if $(OTHER),--signals+=OtherRetriever --signals.index=$(OTHER) --signals.candidates=100)
+$(RUN)/candidates/manifest.json: $(FIRST)/index/manifest.json $(call config,mine) $(addsuffix /manifest.json,$(OTHER))
+	$(RECSYS) mine-negatives $(call with_config,mine) $(other) $(addprefix --seed ,$(SEED)) --data $(DATA) --index $(FIRST)/index --output $(@D)
 
 $(RUN)/ranker/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/candidates/manifest.json
 	$(RECSYS) fit --config $< --data.init_args.path $(RUN)/candidates $(fit_options) \
@@ -98,8 +106,8 @@ $(RUN)/refit/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/ranker/manifest.json
 	$(RECSYS) fit --config $< --data.init_args.path $(RUN)/candidates --data.init_args.refit $(RUN)/ranker $(fit_options) \
 		$(resume)
 
-$(RUN)/bundle/manifest.json: $(RUN)/index/manifest.json $(RANKER)/manifest.json $(call config,bundle)
-	$(RECSYS) export-bundle $(call with_config,bundle) --index $(RUN)/index --ranker $(RANKER)/best.ckpt --output $(@D)
+$(RUN)/bundle/manifest.json: $(FIRST)/index/manifest.json $(RANKER)/manifest.json $(call config,bundle)
+	$(RECSYS) export-bundle $(call with_config,bundle) --index $(FIRST)/index --ranker $(RANKER)/best.ckpt --output $(@D)
 
 $(RUN)/report.json: $(RUN)/bundle/manifest.json $(call config,evaluate)
 	$(RECSYS) evaluate $(call with_config,evaluate) --bundle $(RUN)/bundle --data $(DATA) --output $(@D) > /dev/null
@@ -120,4 +128,4 @@ format: .venv/ready ## let ruff rewrite the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean: ## remove what the pipeline made for DATASET
-	rm -rf $(DATA) $(RUN)
+	rm -rf $(DATA) $(FIRST) $(RUN)

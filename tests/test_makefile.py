@@ -70,6 +70,21 @@ def test_the_pipeline_runs_every_stage_once(project: Project) -> None:
     assert project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip") == []
 
 
+def test_results_pair_each_seed_with_the_next_one_s_retriever(project: Project) -> None:
+    calls = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3 5")
+    assert verbs(calls) == ["prepare-data", *ALL[:2], *ALL[:2], *ALL[2:], *ALL[2:]]
+    mined = [call for call in calls if call.startswith("mine-negatives")]
+    for call, seed, other in zip(mined, (3, 5), (5, 3), strict=True):
+        assert f"--signals+=OtherRetriever --signals.index=runs/ml-1m-seed{other}/index" in call
+        assert f"--seed {seed} " in call
+        assert f"--index runs/ml-1m-seed{seed}/index --output runs/ml-1m-pair-seed{seed}/candidates" in call
+    assert all("runs/ml-1m-seed" not in call for call in calls if call.startswith("evaluate"))
+    alone = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3 5", "PAIR=")
+    assert verbs(alone) == [*ALL[2:], *ALL[2:]], "the first stages are there"
+    assert "OtherRetriever" not in "".join(alone)
+    assert verbs(project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3")) == [], "one seed has no other"
+
+
 def test_the_demo_makes_its_own_world(project: Project) -> None:
     assert verbs(project.make("demo")) == ["simulate", "prepare-data", *ALL]
 
