@@ -1,5 +1,6 @@
 """The training benchmark counts what it says it counts; how fast anything is, is not tested."""
 
+import csv
 import importlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recsys2stage import columns as c
 from recsys2stage import encoders
+from recsys2stage.candidates import Candidates
 from recsys2stage.data import Histories
 from recsys2stage.dataset import Dataset
 from recsys2stage.encoders import BERT4Rec, SASRec, Transformer
@@ -341,3 +343,48 @@ def test_a_run_on_other_targets_is_not_shown_beside(accuracy: ModuleType, ragged
         file.write_text(json.dumps({**report, "protocol": report["protocol"] | other}))
         with pytest.raises(ValueError, match=message):
             accuracy.trained_before(tmp_path, dataset)
+
+
+# --- ablation.py
+
+
+@pytest.fixture
+def ablation() -> ModuleType:
+    return importlib.import_module("ablation")
+
+
+def test_an_ablation_measures_what_selected_the_ranker(ablation: ModuleType, informed: Run) -> None:
+    """NDCG@10 of the best checkpoint's lists is the best that its fit has logged, of both stages."""
+    data = Candidates(informed.candidates, batch_size=16, recent=20)
+    data.setup("validate")
+    ranker, retriever = ablation.ndcgs(informed.ranker, data)
+    (log,) = informed.ranker.parent.rglob("metrics.csv")
+    with log.open(newline="") as file:
+        logged = [row for row in csv.DictReader(file) if row["val/ndcg@10"]]
+    assert ranker.mean() == pytest.approx(max(float(row["val/ndcg@10"]) for row in logged), abs=1e-6)
+    assert retriever.mean() == pytest.approx(float(logged[0]["val/retriever_ndcg@10"]), abs=1e-6)
+
+
+def test_an_ablation_leaves_each_signal_out(ablation: ModuleType, informed: Run) -> None:
+    groups = ablation.groups(informed.candidates)
+    assert groups["everything"] == []
+    assert groups["Transitions"] == ["Transitions"]
+    assert set(groups["all signals and sources"]) == {*groups} - {
+        *ablation.PARTS,
+        "everything",
+        "all signals and sources",
+    }
+    assert "source" in groups["all signals and sources"]
+
+
+def test_the_error_of_an_ablation_counts_users(ablation: ModuleType, tmp_path: Path) -> None:
+    """Five copies of a user's list say no more than one."""
+    rng = np.random.default_rng(0)
+    before, gain, users = rng.random(200), rng.normal(0.1, 0.3, 200), np.arange(200)
+    for name, times in (("once", 1), ("often", 5)):
+        np.savez(tmp_path / f"{name}.npz", ranker=before.repeat(times), users=users.repeat(times))
+    once = ablation.against(tmp_path / "once.npz", before + gain)
+    often = ablation.against(tmp_path / "often.npz", (before + gain).repeat(5))
+    assert once == often
+    assert once["difference"] == pytest.approx(gain.mean(), abs=1e-5)
+    assert once["standard_error"] == pytest.approx(gain.std() / 200**0.5, abs=1e-5)
