@@ -5,6 +5,7 @@
     python benchmarks/tables.py losses          all losses, their negatives and corrections on ml-1m
     python benchmarks/tables.py finalist        a TAAC 2025 finalist's parts on ml-latest-small, added one by one
     python benchmarks/tables.py users           what ml-1m knows of users and events
+    python benchmarks/tables.py ties            who is last among events of one second, and whether the time is told
     python benchmarks/tables.py losses --show   only print the table
 
 Run again, it goes on with the rows that are missing. Every row is a fit by `recsys fit` that ends when its process has
@@ -211,6 +212,17 @@ TABLES["users"] = Table(
         "events: ratings": overlays("event-ratings"),
         "told the target's rating": [*inputs("NextAction"), "--data.init_args.next_action=target"],
         "events: ratings, and told the target's": overlays("next-action"),
+    },
+)
+TIE_BREAKS = {name: f"--data.init_args.path=data/ml-1m-{name}" for name in ("plain", "item_id", "hash")}
+TABLES["ties"] = Table(  # data/ml-1m-hash: prepare-data with --tie_break hash --output data/ml-1m-hash, and so item_id
+    dataset="ml-1m-plain",
+    minutes=5,
+    seeds=(0,),
+    rows={
+        f"{name.replace('plain', 'file_order')}, {told}": [*overlays(*times), data]
+        for name, data in TIE_BREAKS.items()
+        for told, times in {"not told": ["hstu", "no-time"], "told": ["hstu"]}.items()
     },
 )
 
