@@ -49,6 +49,25 @@ def best(rows: np.ndarray, items: np.ndarray, scores: np.ndarray, known: Ragged,
     return np.where(np.take_along_axis(score, order, axis=1) > 0, np.take_along_axis(found, order, axis=1), NONE)
 
 
+def highest(scores: np.ndarray, items: np.ndarray, known: Ragged, size: int, count: int) -> np.ndarray:
+    """The `count` items of each row with the highest scores that are not known, −1 past the last.
+
+    Args:
+        scores: (B, n), −inf where there is none; changed.
+        items: (n,) which they are of, ascending.
+        known: the items each row's user has met.
+        size: above every item number.
+        count: columns of what is returned.
+
+    Returns:
+        (B, count) int64, best first; ties go to the lower item number.
+    """
+    scores[is_known(np.broadcast_to(items, scores.shape), known, size)] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    named = np.where(np.isfinite(np.take_along_axis(scores, order, axis=1)), items[order], NONE)
+    return np.pad(named, ((0, 0), (0, count - named.shape[1])), constant_values=NONE)
+
+
 def cut(known: Ragged, begin: int, end: int) -> Ragged:
     """Rows begin .. end - 1."""
     offsets = known.offsets[begin : end + 1]

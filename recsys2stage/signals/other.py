@@ -14,9 +14,8 @@ from recsys2stage.checkpoints import build
 from recsys2stage.dataset import Dataset, Padded, Ragged, as_history
 from recsys2stage.index import Index
 from recsys2stage.inputs import fields_read
-from recsys2stage.mining import NONE
-from recsys2stage.signals.base import Proposer, Requests, is_known
-from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut
+from recsys2stage.signals.base import Proposer, Requests
+from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest
 from recsys2stage.towers import TOWERS, TwoTower
 
 ROWS_AT_ONCE = 64  # histories that are encoded together
@@ -101,17 +100,13 @@ class OtherRetriever(Proposer):
 
     def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
         vectors, queries = np.asarray(self.tables["vectors"]), self._queries(requests)
-        proposals = np.full((len(queries), self.candidates), NONE, dtype=np.int64)
-        every = np.arange(len(vectors))
+        proposals = np.zeros((len(queries), self.candidates), dtype=np.int64)
         for begin in range(0, len(queries), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)
-            score = queries[rows] @ vectors.T
-            known_here = cut(known, begin, begin + len(score))
-            score[is_known(np.broadcast_to(every, score.shape), known_here, len(vectors))] = -np.inf
-            score[np.asarray(requests.history.lengths)[rows] == 0] = -np.inf
-            best = np.argsort(-score, axis=1, kind="stable")[:, : self.candidates]
-            named = np.where(np.isfinite(np.take_along_axis(score, best, axis=1)), best, NONE)
-            proposals[rows, : named.shape[1]] = named
+            scores = queries[rows] @ vectors.T
+            scores[np.asarray(requests.history.lengths)[rows] == 0] = -np.inf
+            few = cut(known, begin, begin + len(scores))
+            proposals[rows] = highest(scores, np.arange(len(vectors)), few, len(vectors), self.candidates)
         return proposals
 
 

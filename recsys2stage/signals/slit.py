@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from recsys2stage.dataset import Dataset, Ragged, spans
-from recsys2stage.mining import NONE
-from recsys2stage.signals.base import Proposer, Requests, is_known
-from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut
+from recsys2stage.signals.base import Proposer, Requests
+from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest
 
 NEGLIGIBLE = 0.01  # weight below which an event of the history is left out
 NUMBERS_IN_FLIGHT = 1 << 22  # weights that are looked up together
@@ -102,7 +101,7 @@ class SLIT(Proposer):
         row = np.asarray(self.tables["row"])
         item = np.flatnonzero(row)  # of each row of the weights but the first
         newest = row[requests.newest(max(map(self._reach, self.decays)))[0]]
-        proposals = np.full((len(newest), self.candidates), NONE, dtype=np.int64)
+        proposals = np.zeros((len(newest), self.candidates), dtype=np.int64)
         for begin in range(0, len(newest), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)
             met, place = np.unique(newest[rows], return_inverse=True)
@@ -113,10 +112,8 @@ class SLIT(Proposer):
                 np.add.at(history, (at, place[:, :reach]), (decay ** np.arange(reach)).astype(np.float32))
                 scores += history @ self.tables[f"weights_{number}"][met][:, 1:].astype(np.float32)
             few = cut(known, begin, begin + len(place))
-            scores[is_known(np.broadcast_to(item, scores.shape), few, len(row))] = 0
-            order = np.argsort(-scores, axis=1, kind="stable")[:, : self.candidates]
-            named = np.where(np.take_along_axis(scores, order, axis=1) > 0, item[order], NONE)
-            proposals[rows, : named.shape[1]] = named
+            scores[scores <= 0] = -np.inf
+            proposals[rows] = highest(scores, item, few, len(row), self.candidates)
         return proposals
 
 
