@@ -13,7 +13,8 @@ ROWS = """
     artifacts checkpoints metrics positions times losses objectives mining split checks download optim features
     dataset items users index encoders sources simulate
     inputs
-    towers scorers prepare baselines signals cohorts compare report
+    towers scorers prepare baselines cohorts compare report
+    signals
     data reranker
     candidates
     retriever ranker callbacks recommend
