@@ -105,6 +105,7 @@ class SLIT(Proposer):
         for begin in range(0, len(newest), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)
             met, place = np.unique(newest[rows], return_inverse=True)
+            place = place.reshape(-1, newest.shape[1])
             scores = np.zeros((len(place), len(item)), dtype=np.float32)
             for number, decay in enumerate(self.decays):
                 history, reach = np.zeros((len(place), len(met)), dtype=np.float32), self._reach(decay)
