@@ -23,8 +23,8 @@ from tables import ROOT, commit, recsys
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.candidates import Candidates
 from recsys2stage.columns import PAD
-from recsys2stage.metrics import rank_of
-from recsys2stage.ranker import Ranker
+from recsys2stage.metrics import metrics_of, rank_of
+from recsys2stage.ranker import NOWHERE, Ranker
 
 EVERYTHING, NOTHING = "everything", "all signals and sources"
 PARTS = ("score", "rank", "margin", "popularity")
@@ -46,10 +46,9 @@ def ndcgs(checkpoint: Path, data: Candidates) -> tuple[np.ndarray, np.ndarray]:
             real, place = lists.listed.items != PAD, lists.positive.clamp(min=0)
             logits = reranker(lists.listed, torch.zeros_like(real)).masked_fill(~real, -torch.inf)
             own = lists.listed.rank.gather(1, place[:, None]).squeeze(1)
-            ranks = torch.stack([rank_of(logits, place), own], dim=1).double()
-            hits = (ranks <= 10) & (lists.positive >= 0)[:, None]
-            found.append(torch.where(hits, 1 / torch.log2(1 + ranks), 0).numpy())
-    ranker, retriever = np.concatenate(found).T
+            ranks = torch.stack([rank_of(logits, place), own], dim=1)
+            found.append(torch.where((lists.positive >= 0)[:, None], ranks, NOWHERE).numpy())
+    ranker, retriever = metrics_of(np.concatenate(found), [10])["ndcg@10"].T
     return ranker, retriever
 
 

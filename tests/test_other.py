@@ -106,7 +106,14 @@ def test_a_bundle_serves_both_retrievers_without_the_other_s_folder(trained: Run
     run.fit_ranker()
     run.export_bundle()
     shutil.rmtree(other)
-    history = Dataset(trained.data).items[:5]
-    served = Recommender.load(run.bundle)
-    ids = served.catalogue["item_id"].to_numpy()[history - 1].tolist()
+    dataset, served = Dataset(trained.data), Recommender.load(run.bundle)
+    asked = pl.read_parquet(run.candidates / "requests.parquet")
+    users, places, now = (asked[name].to_numpy() for name in ("user", "place", "time"))
+    lists = zip(users, places, now, mined.partition_by("request", maintain_order=True), strict=True)
+    for user, place, time, rows in list(lists)[::10]:
+        padded = dataset.histories(np.array([user]), np.array([place]), served.towers.max_length)
+        items = rows["item"].to_numpy().astype(np.int64)[None]
+        said = served.signals[-1](Requests(items, padded, np.array([time]), VECTORS))
+        np.testing.assert_allclose(said[0, :, 0], rows["OtherRetriever.score"].to_numpy(), atol=1e-5)
+    ids = served.catalogue["item_id"].to_numpy()[dataset.items[:5] - 1].tolist()
     assert len(served.recommend(ids, k=10, times=list(range(5)), request_time=9)) == 10

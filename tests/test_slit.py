@@ -1,5 +1,7 @@
 """SLIT against least squares over one row a training event, and nothing of validation and test."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from test_transitions import ITEMS, NO_VECTORS, asked, histories
@@ -9,7 +11,7 @@ from test_transitions import folder as folder
 from recsys2stage.dataset import Dataset, left_aligned
 from recsys2stage.signals import SLIT, Requests
 
-OPTIONS: dict[str, dict[str, object]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "one event": {"history": 1, "decays": [1.0]},
     "short": {"history": 3, "decays": [0.9, 0.005], "ridge": 2.0},
@@ -17,8 +19,8 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-def fitted(dataset: Dataset, **options: object) -> SLIT:
-    signal = SLIT(**options)  # type: ignore[arg-type]  # options of all sorts
+def fitted(dataset: Dataset, **options: Any) -> SLIT:
+    signal = SLIT(**options)
     signal.fit(dataset, NO_VECTORS)
     return signal
 
@@ -51,7 +53,7 @@ def model(dataset: Dataset, signal: SLIT, decay: float) -> tuple[list[int], int,
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_numbers_equal_least_squares(dataset: Dataset, options: dict[str, object]) -> None:
+def test_the_numbers_equal_least_squares(dataset: Dataset, options: dict[str, Any]) -> None:
     signal, (requests, _) = fitted(dataset, **options), asked(dataset)
     numbers = signal(requests)
     for number, decay in enumerate(signal.decays):
@@ -67,7 +69,7 @@ def test_the_numbers_equal_least_squares(dataset: Dataset, options: dict[str, ob
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_proposals_have_the_largest_sums_and_are_not_known(dataset: Dataset, options: dict[str, object]) -> None:
+def test_proposals_have_the_largest_sums_and_are_not_known(dataset: Dataset, options: dict[str, Any]) -> None:
     signal, (requests, known) = fitted(dataset, candidates=6, **options), asked(dataset)
     proposed = signal.propose(requests, known)
     assert proposed.shape == (len(requests.now), 6)
@@ -121,6 +123,6 @@ def test_no_pair_of_events_says_nothing(dataset: Dataset) -> None:
         ({"history": 0}, "history is 0 and items 4096, expected at least 1 each"),
     ],
 )
-def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> None:
+def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SLIT(**options)  # type: ignore[arg-type]  # wrong on purpose
+        SLIT(**options)
