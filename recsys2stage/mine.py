@@ -182,7 +182,8 @@ class Mine:
                 "must be lower or k higher"
             )
         index, real = places(np.cumsum(length) - length, np.cumsum(length))
-        numbers = recommender.measure_signals(np.where(real, table[c.ITEM][index], c.PAD), found, padded, now)
+        asked = np.where(real, table[c.ITEM][index], c.PAD)
+        numbers = recommender.measure_signals(asked, queries, found, padded, now)
         hit = (found.items == target[:, None]).any(1)
         self.counts["train_lists"] += int((~selects & hit).sum())
         self.counts["select_lists"] += int(selects.sum())

@@ -217,7 +217,7 @@ class Recommender:
         if not self.proposers:
             return Found(items, score, [items])
         nothing = np.zeros((len(queries), 0), dtype=np.int64)
-        requests = Requests(nothing, padded, self.moment(padded, request), self.vectors)
+        requests = Requests(nothing, padded, self.moment(padded, request), self.vectors, queries)
         named = [items, *(signal.propose(requests, known) for signal in self.proposers)]
         items = merge(named, depth)
         named[0] = named[0][:, : self.num_candidates]  # however many are asked for, the second stage knows no more
@@ -227,16 +227,17 @@ class Recommender:
         return Found(np.take_along_axis(items, order, axis=1), np.take_along_axis(score, order, axis=1), named)
 
     def measure_signals(
-        self, items: np.ndarray, found: Found, padded: Padded, request: np.ndarray | None
+        self, items: np.ndarray, queries: np.ndarray, found: Found, padded: Padded, request: np.ndarray | None
     ) -> np.ndarray:
         """What the signals say of any items at each request, (B, C, S) float32.
 
         Args:
             items: (B, C), 0 or −1 where there is none.
+            queries: (B, D) of the retriever.
             found: the requests' candidates, whose sources count too.
         """
         items = np.maximum(items, c.PAD).astype(np.int64)
-        requests = Requests(items, padded, self.moment(padded, request), self.vectors)
+        requests = Requests(items, padded, self.moment(padded, request), self.vectors, queries)
         numbers = [signal(requests) for signal in self.signals]
         if self.proposers:
             numbers.append(nearness(items, found.named, len(self.vectors)))
@@ -251,7 +252,7 @@ class Recommender:
             items=torch.from_numpy(found.items).clamp(min=c.PAD),
             score=torch.from_numpy(found.score).masked_fill(~real, 0),
             rank=torch.arange(1, found.items.shape[1] + 1).expand(found.items.shape),
-            signals=torch.from_numpy(self.measure_signals(found.items, found, padded, request)),
+            signals=torch.from_numpy(self.measure_signals(found.items, queries, found, padded, request)),
             recent=recent,
             ages=ages,
         )

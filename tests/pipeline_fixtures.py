@@ -39,6 +39,7 @@ signals:
 - {class_path: PopularityAsOf, init_args: {candidates: 5}}
 - {class_path: Transitions, init_args: {candidates: 10, lags: [1, 2], top: 20}}
 - {class_path: Neighbours, init_args: {candidates: 5}}
+- Content
 - Affinity
 - Session
 - Ratings

@@ -44,6 +44,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+NO_RETRIEVER = np.zeros((ITEMS + 1, 2), np.float32), np.zeros((1, 2), np.float32)  # its vectors, its queries
+
+
 def fitted(path: Path, **options: Any) -> Affinity:
     signal = Affinity(**{"released": "year"} | options)
     signal.fit(Dataset(path), np.zeros((ITEMS + 1, 2), np.float32))
@@ -56,7 +59,7 @@ def asked(histories: list[list[int]], items: list[int], now: int = NOW) -> Reque
     events = np.concatenate([np.array(history, dtype=np.int64) for history in histories])
     padded = left_aligned(events, np.full(len(events), now), ends - [len(history) for history in histories], ends)
     rows = len(histories)
-    return Requests(np.tile(items, (rows, 1)), padded, np.full(rows, now), np.zeros((ITEMS + 1, 2), np.float32))
+    return Requests(np.tile(items, (rows, 1)), padded, np.full(rows, now), *NO_RETRIEVER)
 
 
 def naive(dataset: Dataset, history: list[int], item: int, now: int, decay: float, smoothing: float) -> list[float]:
@@ -228,5 +231,5 @@ def test_only_an_age_looks_at_the_clock() -> None:
 
 def test_an_empty_batch_is_an_empty_answer(path: Path) -> None:
     nobody = Padded(np.zeros((0, 1), np.int64), np.zeros((0, 1), np.int64), np.zeros(0, np.int64))
-    empty = Requests(np.zeros((0, 4), np.int64), nobody, np.zeros(0, np.int64), np.zeros((ITEMS + 1, 2), np.float32))
+    empty = Requests(np.zeros((0, 4), np.int64), nobody, np.zeros(0, np.int64), *NO_RETRIEVER)
     assert fitted(path)(empty).shape == (0, 4, 9)

@@ -37,7 +37,8 @@ def asked(dataset: Dataset, users: np.ndarray) -> Requests:
     """All items, and one place without, for each user's test."""
     items = np.tile(np.arange(dataset.num_items + 1), (len(users), 1))
     vectors = np.zeros((dataset.num_items + 1, 2), np.float32)
-    return Requests(items, dataset.histories(users, "test", 50), dataset.request_times(users, "test"), vectors)
+    now = dataset.request_times(users, "test")
+    return Requests(items, dataset.histories(users, "test", 50), now, vectors, vectors)
 
 
 def fitted(dataset: Dataset, alpha: float = 2.0) -> Demographics:

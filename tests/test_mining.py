@@ -467,7 +467,7 @@ def test_signals_of_mined_rows_are_those_that_are_served(told: Informed) -> None
     items = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
     real = np.arange(items.shape[1]) < lengths[:, None]
     items[real] = told.rows["item"].to_numpy()
-    numbers = told.recommender.measure_signals(items, told.found, told.padded, told.now)[real]
+    numbers = told.recommender.measure_signals(items, told.queries, told.found, told.padded, told.now)[real]
     assert told.rows["origin"].n_unique() == 2
     for place, name in enumerate(told.names):
         np.testing.assert_allclose(told.rows[name], numbers[:, place], rtol=1e-4, atol=1e-4, err_msg=name)

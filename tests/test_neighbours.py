@@ -29,7 +29,8 @@ def asked(rng: np.random.Generator, vectors: np.ndarray) -> tuple[Requests, Ragg
     offsets = np.cumsum([0, *lengths])
     events = rng.integers(1, V + 1, offsets[-1])
     history = left_aligned(events, np.arange(len(events)), offsets[:-1], offsets[1:])
-    return Requests(rng.integers(0, V + 1, (B, C)), history, np.zeros(B, np.int64), vectors), Ragged(events, offsets)
+    items, now = rng.integers(0, V + 1, (B, C)), np.zeros(B, np.int64)
+    return Requests(items, history, now, vectors, vectors), Ragged(events, offsets)
 
 
 @pytest.fixture
@@ -136,14 +137,14 @@ def test_fewer_items_than_neighbours_are_wanted(dataset: Dataset) -> None:
     signal = fitted(dataset, vectors, candidates=3)
     history = left_aligned(np.array([1, 3, 4]), np.arange(3), np.array([0, 1, 2]), np.array([1, 2, 3]))
     nothing = Ragged(np.array([1, 3, 4]), np.arange(4))
-    requests = Requests(np.tile([2, 4], (3, 1)), history, np.zeros(3, np.int64), vectors)
+    requests = Requests(np.tile([2, 4], (3, 1)), history, np.zeros(3, np.int64), vectors, vectors)
     assert signal.propose(requests, nothing).tolist() == [[2, -1, -1], [-1] * 3, [-1] * 3]
     seen = signal(requests)[..., 4]
     assert seen.tolist() == [[0.5, 0], [0.5, 0], [0, 0]]  # 2 has two neighbours, of which each knows one
 
     signal = fitted(dataset, vectors[:2], candidates=3)
     history = history._replace(items=history.items[:1], times=history.times[:1], lengths=history.lengths[:1])
-    requests = Requests(np.array([[1]]), history, np.zeros(1, np.int64), vectors[:2])
+    requests = Requests(np.array([[1]]), history, np.zeros(1, np.int64), vectors[:2], vectors)
     assert signal(requests).tolist() == [[[1, 1, 1, 1, 0]]]
     assert signal.propose(requests, Ragged(np.array([1]), np.array([0, 1]))).tolist() == [[-1, -1, -1]]
 

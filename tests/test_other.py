@@ -22,7 +22,9 @@ VECTORS = np.zeros((1, 1), np.float32)  # the first retriever's, which do not ma
 def requests_of(dataset: Dataset, length: int = 9) -> Requests:
     users = dataset.users("test")
     items = np.random.default_rng(2).integers(0, dataset.num_items + 1, (len(users), 7))
-    return Requests(items, dataset.histories(users, "test", length), dataset.request_times(users, "test"), VECTORS)
+    return Requests(
+        items, dataset.histories(users, "test", length), dataset.request_times(users, "test"), VECTORS, VECTORS
+    )
 
 
 def test_the_score_is_that_of_the_other_retriever(ragged: Path, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_a_bundle_serves_both_retrievers_without_the_other_s_folder(trained: Run
     for user, place, time, rows in list(lists)[::10]:
         padded = dataset.histories(np.array([user]), np.array([place]), served.towers.max_length)
         items = rows["item"].to_numpy().astype(np.int64)[None]
-        said = served.signals[-1](Requests(items, padded, np.array([time]), VECTORS))
+        said = served.signals[-1](Requests(items, padded, np.array([time]), VECTORS, VECTORS))
         np.testing.assert_allclose(said[0, :, 0], rows["OtherRetriever.score"].to_numpy(), atol=1e-5)
     ids = served.catalogue["item_id"].to_numpy()[dataset.items[:5] - 1].tolist()
     assert len(served.recommend(ids, k=10, times=list(range(5)), request_time=9)) == 10

@@ -51,7 +51,7 @@ def training(dataset: Dataset) -> list[tuple[int, int]]:
 def asked_at(now: np.ndarray, items: np.ndarray | None = None) -> Requests:
     nothing = np.zeros((len(now), 1), dtype=np.int64)
     history = Padded(nothing, nothing, np.zeros(len(now), dtype=np.int64))
-    return Requests(nothing if items is None else items, history, now, NO_VECTORS)
+    return Requests(nothing if items is None else items, history, now, NO_VECTORS, NO_VECTORS)
 
 
 def moments(dataset: Dataset) -> np.ndarray:

@@ -57,7 +57,7 @@ def asked(ratings: list[list[float]], now: list[int], items: list[int] | None = 
     given = np.concatenate([np.array(row, dtype=np.float32) for row in ratings])
     ones = np.ones(len(given), dtype=np.int64)
     padded = left_aligned(ones, ones, ends - [len(row) for row in ratings], ends, given)
-    return Requests(np.tile(items or ALL, (len(now), 1)), padded, np.array(now), NOTHING)
+    return Requests(np.tile(items or ALL, (len(now), 1)), padded, np.array(now), NOTHING, NOTHING)
 
 
 def naive(dataset: Dataset, ratings: list[float], item: int, now: int, prior: float) -> list[float]:

@@ -24,7 +24,7 @@ def asked(histories: list[list[int]], now: list[int], candidates: int = 1) -> Re
     ends = np.cumsum([len(history) for history in histories])
     times = np.concatenate([np.array(history, dtype=np.int64) for history in histories])
     padded = left_aligned(np.ones_like(times), times, ends - [len(history) for history in histories], ends)
-    return Requests(np.tile(np.arange(candidates) + 1, (len(now), 1)), padded, np.array(now), NOTHING)
+    return Requests(np.tile(np.arange(candidates) + 1, (len(now), 1)), padded, np.array(now), NOTHING, NOTHING)
 
 
 def naive(times: list[int], now: int, session: int) -> list[float]:

@@ -21,6 +21,7 @@ from recsys2stage.prepare import prepare
 from recsys2stage.signals import (
     SLIT,
     Affinity,
+    Content,
     Demographics,
     Neighbours,
     OtherRetriever,
@@ -39,6 +40,7 @@ from recsys2stage.sources import MovieLens
 USERS, ITEMS, D = 40, 30, 6
 KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (Affinity, {"decay": 0.5, "smoothing": 2.0, "released": None}),
+    (Content, {"candidates": 3, "rare": 6, "ridge": 2.0, "classes": 2}),
     (Demographics, {"alpha": 2.0}),
     (Neighbours, {"candidates": 4, "history": 3, "count": 5, "decay": 0.5}),
     (OtherRetriever, {"index": "index", "candidates": 4}),  # as `placed` has it
@@ -98,7 +100,9 @@ def asked(dataset: Dataset, vectors: np.ndarray) -> tuple[Requests, Ragged]:
         part[5] = 0
     padded.lengths[5], padded.ratings[5] = 0, 0
     items = np.random.default_rng(5).integers(0, ITEMS + 1, size=(len(users), 12))
-    return Requests(items, padded, dataset.request_times(users, "test"), vectors), dataset.known(users, "test")
+    queries = np.random.default_rng(6).normal(size=(len(users), D)).astype(np.float32)
+    requests = Requests(items, padded, dataset.request_times(users, "test"), vectors, queries)
+    return requests, dataset.known(users, "test")
 
 
 def some(history: Padded, rows: slice) -> Padded:
@@ -182,14 +186,16 @@ def test_a_candidate_is_measured_alone(
     numbers = signal(requests)
     for row in range(0, len(requests.items), 3):
         history = some(requests.history, slice(row, row + 1))
-        alone = Requests(requests.items[row : row + 1, 3:5], history, requests.now[row : row + 1], vectors)
+        now, query = requests.now[row : row + 1], requests.queries[row : row + 1]
+        alone = Requests(requests.items[row : row + 1, 3:5], history, now, vectors, query)
         np.testing.assert_allclose(signal(alone)[0], numbers[row, 3:5], rtol=1e-5, atol=1e-5)
 
 
 @every
 def test_nobody_may_ask(kind: type[Signal], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray) -> None:
     signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
-    nobody = Requests(requests.items[:0], some(requests.history, slice(0)), requests.now[:0], vectors)
+    history, queries = some(requests.history, slice(0)), requests.queries[:0]
+    nobody = Requests(requests.items[:0], history, requests.now[:0], vectors, queries)
     assert signal(nobody).shape == (0, 12, len(signal.names))
     nothing = requests._replace(items=requests.items[:, :0])
     assert signal(nothing).shape == (len(requests.items), 0, len(signal.names))
@@ -240,7 +246,8 @@ def test_signals_are_kept_in_their_order_however_many(dataset: Dataset, vectors:
 
 def test_the_newest_events_stand_newest_first() -> None:
     history = Padded(np.array([[7, 8, 9], [4, 0, 0]]), np.array([[1, 2, 5], [9, 0, 0]]), np.array([3, 1]))
-    items, times = Requests(np.zeros((2, 0)), history, np.array([6, 9]), np.zeros((1, 1))).newest(2)
+    none = np.zeros((1, 1))
+    items, times = Requests(np.zeros((2, 0)), history, np.array([6, 9]), none, none).newest(2)
     assert items.tolist() == [[9, 8], [4, 0]]
     assert times.tolist() == [[5, 2], [9, 0]]
 

@@ -98,7 +98,7 @@ def test_two_events_that_say_the_same_are_not_counted_twice(dataset: Dataset) ->
     dataset.offsets, dataset.train_ends = np.array([0, 5000]), np.array([5000])
     signal = fitted(dataset, decays=[1.0], history=2, ridge=1e-9)
     history = left_aligned(np.array([1, 2]), np.arange(2), np.array([0, 1, 0]), np.array([2, 2, 1]))
-    said = signal(Requests(np.full((3, 1), 3), history, np.zeros(3, np.int64), NO_VECTORS))[:, 0, 0]
+    said = signal(Requests(np.full((3, 1), 3), history, np.zeros(3, np.int64), NO_VECTORS, NO_VECTORS))[:, 0, 0]
     both, two, one = np.expm1(said) / 100
     assert both == pytest.approx(1.0, abs=1e-3)
     assert two + one == pytest.approx(1.0, abs=1e-3)

@@ -63,7 +63,7 @@ def asked(dataset: Dataset, seed: int = 0) -> tuple[Requests, Ragged]:
     items = rng.integers(0, ITEMS + 1, (len(starts), 8))
     met = [np.asarray(dataset.items[start:end]).astype(np.int64) for start, end in zip(starts, ends, strict=True)]
     return (
-        Requests(items, history, np.zeros(len(starts), np.int64), NO_VECTORS),
+        Requests(items, history, np.zeros(len(starts), np.int64), NO_VECTORS, NO_VECTORS),
         Ragged(np.concatenate(met), np.cumsum([0, *map(len, met)])),
     )
 
@@ -165,7 +165,7 @@ def test_a_request_gets_the_same_alone_and_among_others(dataset: Dataset, monkey
         history = requests.history._replace(
             items=requests.history.items[one], times=requests.history.times[one], lengths=requests.history.lengths[one]
         )
-        alone = Requests(requests.items[one], history, requests.now[one], NO_VECTORS)
+        alone = Requests(requests.items[one], history, requests.now[one], NO_VECTORS, NO_VECTORS)
         assert np.array_equal(signal.propose(alone, cut(known, row, row + 1)), together[one])
         assert np.array_equal(signal(alone), numbers[one])
 
@@ -179,7 +179,7 @@ def test_what_always_follows_stands_out_in_its_direction(cycle: Path) -> None:
     newest, following = dataset.items[ends - 1].astype(np.int64), dataset.items[ends].astype(np.int64)
     before = dataset.items[ends - 2].astype(np.int64)
     requests = Requests(
-        np.stack([following, newest, before], axis=1), history, np.zeros(len(ends), np.int64), NO_VECTORS
+        np.stack([following, newest, before], axis=1), history, np.zeros(len(ends), np.int64), NO_VECTORS, NO_VECTORS
     )
     after_one, after_two = np.moveaxis(signal(requests), -1, 0)[:2]
     assert (after_one[:, 0] > 1.5).all()
@@ -194,7 +194,7 @@ def test_what_was_never_seen_says_nothing(dataset: Dataset) -> None:
     dataset.__dict__.pop("train_counts", None)
     signal = fitted(dataset, candidates=3)
     history = left_aligned(np.array([7, 7, 3, 7]), np.arange(4), np.array([0, 2, 3]), np.array([2, 3, 3]))
-    requests = Requests(np.array([[5, 9], [9, 9], [5, 9]]), history, np.zeros(3, np.int64), NO_VECTORS)
+    requests = Requests(np.array([[5, 9], [9, 9], [5, 9]]), history, np.zeros(3, np.int64), NO_VECTORS, NO_VECTORS)
     assert not signal(requests).any()  # 5 after 7, 9 after 3, and 5 after nothing
     proposed = signal.propose(requests, Ragged(np.zeros(0, np.int64), np.zeros(4, np.int64)))
     assert (proposed[[0, 2]] == -1).all()

@@ -4,6 +4,7 @@ from recsys2stage.signals.affinity import Affinity as Affinity
 from recsys2stage.signals.base import Proposer as Proposer
 from recsys2stage.signals.base import Requests as Requests
 from recsys2stage.signals.base import Signal as Signal
+from recsys2stage.signals.content import Content as Content
 from recsys2stage.signals.demographics import Demographics as Demographics
 from recsys2stage.signals.neighbours import Neighbours as Neighbours
 from recsys2stage.signals.other import OtherRetriever as OtherRetriever

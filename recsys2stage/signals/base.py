@@ -26,6 +26,7 @@ class Requests(NamedTuple):
     history: Padded  # the newest events before each request
     now: np.ndarray  # (B,) int64 seconds of each request; of the newest event where the model is not told
     vectors: np.ndarray  # (V + 1, D) float32, the retriever's item vectors, row 0 zero
+    queries: np.ndarray  # (B, D) float32, its query vectors
 
     def newest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Items and times of the newest `count` events, newest first, (B, count) int64 each; 0 where there are none."""
@@ -102,6 +103,12 @@ def is_known(items: np.ndarray, known: Ragged, size: int) -> np.ndarray:
     asked = np.arange(len(items))[:, None] * size + items
     place = np.searchsorted(keys, asked).clip(max=max(len(keys) - 1, 0))
     return (items <= 0) | (keys[place] == asked if len(keys) else False)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of length 1 along the last axis; zero stays zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
 
 
 def specify(signal: Signal) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from recsys2stage.dataset import Dataset, Ragged
-from recsys2stage.signals.base import Proposer, Requests
+from recsys2stage.signals.base import Proposer, Requests, unit
 from recsys2stage.signals.keys import ROWS_IN_FLIGHT, best, cut
 
 NUMBERS_IN_FLIGHT = 1 << 22  # of vectors or marks that are looked at together
@@ -38,7 +38,7 @@ class Neighbours(Proposer):
         self.history, self.count, self.decay = history, count, decay
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
-        vectors = _unit(np.asarray(vectors))
+        vectors = unit(np.asarray(vectors))
         there = np.flatnonzero(vectors.any(axis=1))  # the others are near to nothing
         there = there[there > 0]
         own, width = vectors[there], min(self.count, max(len(there) - 1, 0))
@@ -69,7 +69,7 @@ class Neighbours(Proposer):
 
     def _cosines(self, vectors: np.ndarray, items: np.ndarray, newest: np.ndarray) -> np.ndarray:
         """To the newest item, the largest, the mean of the best three and of all, (B, C, 4)."""
-        cosine = _unit(vectors[items]) @ _unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
+        cosine = unit(vectors[items]) @ unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
         real = newest > 0
         some = np.any(real, axis=1)[:, None]
         number = np.maximum(real.sum(axis=1), 1)[:, None]
@@ -100,9 +100,3 @@ class Neighbours(Proposer):
             few = cut(known, begin, begin + len(items))
             parts.append(best(rows[real], near[real], scores[real], few, len(nearest), self.candidates))
         return np.concatenate([*parts, np.zeros((0, self.candidates), np.int64)])
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1; zero stays zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
