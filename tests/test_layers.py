@@ -12,9 +12,9 @@ ROWS = """
     layers
     artifacts checkpoints metrics positions times losses objectives mining split checks download optim features
     dataset items users index encoders sources simulate
-    inputs
-    towers scorers prepare baselines cohorts compare report
-    signals
+    inputs events
+    towers side_tables scorers baselines cohorts compare report
+    signals prepare
     data reranker
     candidates
     retriever ranker callbacks recommend

@@ -15,7 +15,8 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import hash_arrays
 from recsys2stage.data import prepare_dataset
 from recsys2stage.dataset import Dataset, declared
-from recsys2stage.prepare import mix, number_ids, prepare, stable_order
+from recsys2stage.events import mix, number_ids, stable_order
+from recsys2stage.prepare import prepare
 from recsys2stage.sources import Feature, MovieLens, SideTable, Table, Vectors
 from recsys2stage.split import GlobalTime
 
