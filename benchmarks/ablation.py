@@ -1,11 +1,12 @@
-"""What each thing that the ranker sees is worth: it is fitted without it, on the same lists, and selected by them.
+"""What each thing that the ranker sees is worth, and each scorer and loss: it is fitted without it, or with another.
 
     python benchmarks/ablation.py runs/ml-1m-pair-seed0 --config configs/ml-1m/ranker.yaml
     python benchmarks/ablation.py runs/ml-1m-pair-seed0 --config configs/ml-1m/ranker.yaml --show    only print
 
-RUN holds candidates/. Every row is a `recsys fit` of the config with more in `without`; candidates stay. NDCG@10
-is of the lists of the users that select, at the best epoch, targets outside the candidates counted as 0; its
-difference to the row that sees everything is paired, with a standard error over users. The test is not looked at.
+RUN holds candidates/. Every row is a `recsys fit` of the config on the same lists, with more in `without` or another
+scorer or loss; candidates stay. NDCG@10 is of the lists of the users that select, at the best epoch, targets outside
+the candidates counted as 0; its difference to the row that sees everything is paired, with a standard error over
+users. The test is not looked at.
 Run again, it goes on with the rows that are missing.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +29,46 @@ from recsys2stage.ranker import NOWHERE, Ranker
 
 EVERYTHING, NOTHING = "everything", "all signals and sources"
 PARTS = ("score", "rank", "margin", "popularity")
+MODEL = "--model.init_args"
 
 
-def groups(candidates: Path) -> dict[str, list[str]]:
-    """Label -> what is left out."""
+class Change(NamedTuple):
+    """How a row differs from the config.
+
+    Args:
+        hidden: what the scorer is not shown.
+        shown: what it is shown, though the config's own `without` names it.
+        words: further options of `recsys fit`.
+        recent: newest events that it looks at; None: as configured.
+    """
+
+    hidden: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    recent: int | None = None
+
+
+def scorer(name: str) -> tuple[str, ...]:
+    """That scorer with the layers of configs/ml-1m."""
+    described = {"class_path": name, "init_args": {"hidden": [128, 64], "dropout": 0.2}}
+    return (f"{MODEL}.scorer={json.dumps(described)}",)
+
+
+OTHERWISE = {
+    "MLP, shown state and vectors": Change(shown=("state", "vectors")),
+    "DIN, shown vectors and 20 newest events": Change(shown=("vectors", "recent"), words=scorer("DIN"), recent=20),
+    "MoL, shown state and vectors": Change(shown=("state", "vectors"), words=scorer("MoL")),
+    "DCN": Change(words=scorer("DCN")),
+    **{loss: Change(words=(f"{MODEL}.loss={loss}",)) for loss in ("LambdaRank", "BCE", "BPR")},
+}
+
+
+def changes(candidates: Path) -> dict[str, Change]:
+    """All rows by their labels."""
     mined = read_manifest(candidates, "candidates", f"recsys mine-negatives --output {candidates}")["signals"]
-    signals = list(dict.fromkeys(signal["name"].partition(".")[0] for signal in mined))
-    return {EVERYTHING: [], **{name: [name] for name in [*signals, *PARTS]}, NOTHING: signals}
+    signals = dict.fromkeys(signal["name"].partition(".")[0] for signal in mined)
+    apart = {name: Change(hidden=(name,)) for name in (*signals, *PARTS)}
+    return {EVERYTHING: Change(), **apart, NOTHING: Change(hidden=tuple(signals)), **OTHERWISE}
 
 
 def ndcgs(checkpoint: Path, data: Candidates) -> tuple[np.ndarray, np.ndarray]:
@@ -52,19 +86,22 @@ def ndcgs(checkpoint: Path, data: Candidates) -> tuple[np.ndarray, np.ndarray]:
     return ranker, retriever
 
 
-def measure(label: str, left_out: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure(label: str, change: Change, options: argparse.Namespace) -> dict[str, Any]:
     """One fit, its own lists' NDCG@10 kept beside it."""
     candidates = options.run / "candidates"
     slug = "".join(letter if letter.isalnum() else "-" for letter in label)
     folder = ROOT / "runs/tables/ablation" / f"{options.run.name}-{slug}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    own = yaml.safe_load(options.config.read_text())["model"]["init_args"].get("without") or []
-    words = ["--config", str(options.config), f"--data.init_args.path={candidates.resolve()}"]
-    words += [f"--model.init_args.without={json.dumps([*own, *left_out])}", f"--seed_everything={options.seed}"]
-    words += ["--trainer.enable_progress_bar=false", f"--output={folder}"]
+    config = yaml.safe_load(options.config.read_text())
+    own = config["model"]["init_args"].get("without") or []
+    without = [name for name in own if name not in change.shown] + list(change.hidden)
+    recent = config["data"]["init_args"].get("recent", 20) if change.recent is None else change.recent
+    words = ["--config", str(options.config), f"--data.init_args.path={candidates.resolve()}", *change.words]
+    words += [f"{MODEL}.without={json.dumps(without)}", f"--data.init_args.recent={recent}"]
+    words += [f"--seed_everything={options.seed}", "--trainer.enable_progress_bar=false", f"--output={folder}"]
     recsys("fit", *words, log=folder / "fit.log")
-    data = Candidates(candidates, batch_size=128, recent=0)
+    data = Candidates(candidates, batch_size=128, recent=recent)
     data.setup("validate")
     ranker, retriever = ndcgs(folder / "best.ckpt", data)
     users = data.lists.user[data.lists.fold == "select"]
@@ -92,7 +129,7 @@ def against(everything: Path, ranker: np.ndarray) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print("| without | NDCG@10 | difference | over the retriever |")
+    print("| without, or instead | NDCG@10 | difference | over the retriever |")
     print("|---|---|---|---|")
     for row in rows:
         ratio = row["ndcg@10"] / row["retriever_ndcg@10"]
@@ -114,9 +151,9 @@ def main() -> None:
     rows = [row for row in every if (row["run"], row["seed"]) == (options.run.name, options.seed)]
     done = {row["label"] for row in rows}
     if not options.show:
-        for label, left_out in groups(options.run / "candidates").items():
+        for label, change in changes(options.run / "candidates").items():
             if label not in done:
-                rows.append(measure(label, left_out, options))
+                rows.append(measure(label, change, options))
                 with file.open("a") as out:
                     out.write(json.dumps(rows[-1]) + "\n")
     show(rows)

@@ -1,5 +1,6 @@
 """The training benchmark counts what it says it counts; how fast anything is, is not tested."""
 
+import argparse
 import csv
 import importlib
 import itertools
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline_fixtures import Run
+import yaml
+from pipeline_fixtures import RANKER, Run, recsys
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys2stage import columns as c
@@ -366,15 +368,46 @@ def test_an_ablation_measures_what_selected_the_ranker(ablation: ModuleType, inf
 
 
 def test_an_ablation_leaves_each_signal_out(ablation: ModuleType, informed: Run) -> None:
-    groups = ablation.groups(informed.candidates)
-    assert groups["everything"] == []
-    assert groups["Transitions"] == ["Transitions"]
-    assert set(groups["all signals and sources"]) == {*groups} - {
-        *ablation.PARTS,
-        "everything",
-        "all signals and sources",
-    }
-    assert "source" in groups["all signals and sources"]
+    rows = ablation.changes(informed.candidates)
+    assert rows["everything"] == ablation.Change()
+    assert rows["Transitions"].hidden == ("Transitions",)
+    apart = {*rows} - {*ablation.OTHERWISE, *ablation.PARTS, "everything", "all signals and sources"}
+    assert set(rows["all signals and sources"].hidden) == apart
+    assert "source" in apart
+
+
+@pytest.mark.parametrize("label", ["DIN, shown vectors and 20 newest events", "LambdaRank", "Transitions"])
+def test_a_row_of_an_ablation_is_a_fit_with_its_change(
+    ablation: ModuleType, informed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    monkeypatch.setattr(ablation, "ROOT", tmp_path)
+    words: list[str] = []
+
+    def fit(*given: str, log: Path) -> None:
+        words.extend(given)
+        recsys(*given, "--trainer.max_epochs", 1)
+
+    monkeypatch.setattr(ablation, "recsys", fit)
+    config = yaml.safe_load(RANKER)
+    config["model"]["init_args"]["without"] = ["vectors", "recent", "rank"]
+    (tmp_path / "ranker.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (tmp_path / "candidates").symlink_to(informed.candidates)
+    options = argparse.Namespace(run=tmp_path, config=tmp_path / "ranker.yaml", seed=0)
+    rows = ablation.changes(informed.candidates)
+    everything = ablation.measure("everything", rows["everything"], options)
+    assert (everything["difference"], everything["standard_error"]) == (0, 0)
+    first, words[:] = list(words), []
+    row = ablation.measure(label, rows[label], options)
+    assert row["lists"] == everything["lists"]
+    changed = {word.partition("=")[0] for word in set(words) ^ set(first)} - {"--output"}
+    assert (
+        changed
+        == {
+            "DIN, shown vectors and 20 newest events": {"--model.init_args.scorer", "--model.init_args.without"},
+            "LambdaRank": {"--model.init_args.loss"},
+            "Transitions": {"--model.init_args.without"},
+        }[label]
+    )
 
 
 def test_the_error_of_an_ablation_counts_users(ablation: ModuleType, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class Content(Proposer):
 
 
 def columns(feature: dict[str, Any], counts: np.ndarray, classes: int) -> np.ndarray:
-    """A feature as columns of numbers, (V + 1, p) float64, or as numbers of classes, (V + 1, n) int64, −1 for none.
+    """A feature as columns of numbers, (V + 1, p), or as numbers of classes, (V + 1, n) int64, −1 for none.
 
     Args:
         feature: a declared feature with its array.
@@ -100,8 +100,8 @@ def columns(feature: dict[str, Any], counts: np.ndarray, classes: int) -> np.nda
     if feature["kind"] == "numeric":
         return np.nan_to_num(standardised(values[:, 0], counts)).clip(-FURTHEST, FURTHEST)[:, None]
     if feature["kind"] == "vector":
-        known = np.nan_to_num(values.astype(np.float64))
-        return known / max(np.sqrt(np.square(known).sum(1).mean()), np.finfo(np.float64).tiny)
+        known = np.nan_to_num(values)
+        return known / max(np.sqrt(np.square(known).sum(1).mean()), np.finfo(known.dtype).tiny)
     items = np.bincount(values[values != UNKNOWN], minlength=feature["size"])
     frequent = np.argsort(-items, kind="stable")[:classes]
     number = np.full(len(items), -1)
