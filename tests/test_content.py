@@ -56,7 +56,8 @@ def features_of(dataset: Dataset, popular: bool) -> np.ndarray:
     mean = (weight * value).sum() / weight.sum()
     spread = np.sqrt((weight * (value - mean) ** 2).sum() / weight.sum())
     log = np.log1p(counts[1:])
-    z = (log - log.mean()) / log.std()
+    trained = counts[1:] > 0
+    z = (log - log[trained].mean()) / log[trained].std()
     rows = []
     for item in range(1, dataset.num_items + 1):
         row = [1.0]
@@ -79,7 +80,7 @@ def test_vectors_are_what_the_other_items_make_of_features(
     assert (weights == 0).any()
     for item in range(dataset.num_items):
         w = np.where(np.arange(len(weights)) == item, 0, weights)
-        gram = features.T @ (w[:, None] * features) + 2.0 * weights.mean() * np.eye(features.shape[1])
+        gram = features.T @ (w[:, None] * features) + 2.0 * weights[weights > 0].mean() * np.eye(features.shape[1])
         want = features[item] @ np.linalg.solve(gram, features.T @ (w[:, None] * vectors[1:]))
         np.testing.assert_allclose(got[item + 1], want / np.linalg.norm(want), atol=1e-4)
 
@@ -90,6 +91,24 @@ def test_an_item_s_own_vector_says_nothing_of_it(dataset: Dataset, vectors: np.n
     one, two = (fitted(dataset, table).tables["vectors"] for table in (vectors, other))
     np.testing.assert_allclose(one[7], two[7], atol=1e-4)
     assert not np.allclose(one[8], two[8], atol=1e-2)
+
+
+def test_what_no_training_event_shows_has_no_say(
+    dataset: Dataset, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items, features and vectors that only later events know change nothing of the others."""
+    before = fitted(dataset, vectors).tables
+    unseen = np.flatnonzero(np.asarray(dataset.train_counts)[1:] == 0) + 1
+    features, other = [dict(feature) for feature in dataset.item_features], vectors.copy()
+    for feature in features:
+        feature["values"] = np.array(feature["values"])
+        feature["values"][unseen] = 1
+    other[unseen] = 9
+    monkeypatch.setattr(dataset, "item_features", features)
+    after, rest = fitted(dataset, other).tables, np.setdiff1d(np.arange(len(vectors)), unseen)
+    assert not np.allclose(before["vectors"][unseen], after["vectors"][unseen], atol=1e-3)
+    for name in ("vectors", "vectors_popular"):
+        np.testing.assert_allclose(before[name][rest], after[name][rest], atol=1e-6)
 
 
 def test_numbers_are_cosines_of_the_query(dataset: Dataset, vectors: np.ndarray, rng: np.random.Generator) -> None:
@@ -125,7 +144,7 @@ def test_proposals_are_items_that_no_training_event_has_shown(
 
 def test_rare_classes_are_not_told_apart(dataset: Dataset) -> None:
     kind, tags = dataset.item_features[:2]
-    counts = np.asarray(dataset.train_counts)
+    counts = np.append(0, np.ones(dataset.num_items))
     all_tags = columns(tags, counts, classes=1000)
     two = columns(tags, counts, classes=2)
     carried = np.bincount(all_tags[all_tags >= 0])

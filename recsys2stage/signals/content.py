@@ -20,7 +20,7 @@ class Content(Proposer):
     With f_i the declared features of item i, v_i its vector as the retriever made it and w_i = log(1 + n_i) of its n_i
     training events, the map is
 
-        W = argmin  Σ_i w_i |v_i − W f_i|² + ridge · w · |W|²,    w the mean of the w_i,
+        W = argmin  Σ_i w_i |v_i − W f_i|² + ridge · w · |W|²,    w the mean of the w_i above 0,
 
     and an item's vector is what the *other* items make of its features, by the identity of leave-one-out in ridge
     regression:
@@ -60,7 +60,7 @@ class Content(Proposer):
         counts = np.asarray(dataset.train_counts)
         told = [np.ones((len(counts), 1)), *(columns(f, counts, self.classes) for f in dataset.item_features)]
         log = np.log1p(counts.astype(np.float64))
-        popular = standardised(log, np.arange(len(counts)) > 0)[:, None]
+        popular = standardised(log, counts > 0)[:, None]
         self.tables = {
             "vectors": _left_out(told, log, vectors, self.ridge),
             "vectors_popular": _left_out([*told, popular, popular**2, popular**3], log, vectors, self.ridge),
@@ -101,8 +101,10 @@ def columns(feature: dict[str, Any], counts: np.ndarray, classes: int) -> np.nda
         return np.nan_to_num(standardised(values[:, 0], counts)).clip(-FURTHEST, FURTHEST)[:, None]
     if feature["kind"] == "vector":
         known = np.nan_to_num(values)
-        return known / max(np.sqrt(np.square(known).sum(1).mean()), np.finfo(known.dtype).tiny)
-    items = np.bincount(values[values != UNKNOWN], minlength=feature["size"])
+        length = np.square(known[counts > 0]).sum(1).mean() if counts.any() else 0
+        return known / max(np.sqrt(length), np.finfo(known.dtype).tiny)
+    shown = values[counts > 0]  # what no training event shows has no say
+    items = np.bincount(shown[shown != UNKNOWN], minlength=feature["size"])
     frequent = np.argsort(-items, kind="stable")[:classes]
     number = np.full(len(items), -1)
     number[frequent] = np.where(items[frequent] > 0, np.arange(len(frequent)), -1)
@@ -118,7 +120,7 @@ def _left_out(told: Sequence[np.ndarray], weights: np.ndarray, vectors: np.ndarr
         vectors: (V + 1, D) of the items.
         ridge: penalty, in items of the mean weight.
     """
-    penalty = ridge * max(weights[1:].mean(), np.finfo(np.float64).tiny)
+    penalty = ridge * (weights[weights > 0].mean() if weights.any() else 1)
     width = _dense(told, slice(0, 1)).shape[1]
     gram, answers = penalty * np.eye(width), np.zeros((width, vectors.shape[1]))
     for rows in _blocks(len(vectors)):
