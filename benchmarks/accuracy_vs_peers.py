@@ -19,7 +19,7 @@ ours, SASRec                 the same with the encoder SASRec, without a clock
 RecTools SASRec              the defaults of its SASRecModel, of 200 events instead of 100
 RecTools SASRec, width 64    the same with two heads of 32, so that an epoch costs less
 RecTools HSTU                its HSTU tutorial for MovieLens-1M: width 50, 128 sampled negatives
-RecTools HSTU, full softmax  the same with the loss of its SASRec, which costs less on a CPU
+RecTools HSTU, full softmax  the same with the loss of its SASRec
 
 `told` says what a model knows of times. `request time: none` is the order of the history alone; with `target` it also
 knows when each event was and when the request comes, which is the target's own time.
