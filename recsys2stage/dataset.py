@@ -167,16 +167,24 @@ class Dataset:
             return at
         return np.asarray(self.offsets[users + 1]) if at == "all" else self.target_places(at)[users]
 
-    def val_targets(self, newest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def val_targets(self, newest: int | None = None, gap: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """All validation events that have one before them, by user and time: users and places, (n,) int64 each.
 
         Args:
             newest: so many of each user at most; None: all.
+            gap: seconds since the event before, at least.
         """
-        starts, ends = np.asarray(self.train_ends), np.asarray(self.val_ends)
-        starts = np.maximum(starts, self.offsets[:-1] + 1)
-        found = spans(starts if newest is None else np.maximum(starts, ends - newest), ends)
-        return found.rows, found.values
+        starts = np.maximum(np.asarray(self.train_ends), self.offsets[:-1] + 1)
+        found = spans(starts, np.asarray(self.val_ends))
+        users, places = found.rows, found.values
+        if gap:
+            late = self.times[places] - self.times[places - 1] >= gap
+            users, places = users[late], places[late]
+        if newest is not None:
+            ends = np.cumsum(np.bincount(users, minlength=self.num_users))
+            kept = np.arange(len(users)) >= ends[users] - newest
+            users, places = users[kept], places[kept]
+        return users, places
 
     def histories(self, users: np.ndarray, at: At, max_length: int) -> Padded:
         """The newest events before each user's target, at most `max_length`."""

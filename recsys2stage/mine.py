@@ -40,6 +40,7 @@ def mine_negatives(
     signals: list[Signal] | None = None,
     k: int = 200,
     targets: int | None = None,
+    gap: int = 0,
     select: float = 0.2,
     users: int | None = None,
     batch_size: int = 256,
@@ -61,6 +62,8 @@ def mine_negatives(
             may name candidates of their own. None: nothing.
         k: candidates of each request.
         targets: so many of each user's newest validation targets, a list each; None: all.
+        gap: only targets that come so many seconds after the event before them, at least, and `targets` of these; 3600
+            leaves the beginnings of sessions, which the test requests of GlobalTime are.
         select: share of the users, by seeded hash, that select the ranker and do not train it.
         users: how many users to mine, drawn at random; None: all.
         batch_size: lists at a time.
@@ -73,13 +76,18 @@ def mine_negatives(
         raise ValueError(f"select is {select}, expected a share of the users from 0 to below 1")
     if targets is not None and targets < 1:
         raise ValueError(f"targets is {targets}, expected at least 1 of each user, or none given for all")
+    if gap < 0:
+        raise ValueError(f"gap is {gap}, expected a number of seconds, or 0 for all targets")
+    if gap and not dataset.has_time:
+        raise ValueError(f"gap is {gap} seconds, but {data} has an order and no times; leave it out")
     miner = miner or Mixture([RankBand(), Uniform(10), Popular(10)])
-    mined, ends = dataset.val_targets(targets)
+    mined, ends = dataset.val_targets(targets, gap)
     chosen = np.isin(mined, some(np.unique(mined), users, seed))
     mined, ends = mined[chosen], ends[chosen]
     if not len(mined):
         raise ValueError(
-            f"{data} has no user with a validation target and events before it; see the counts in {data / c.MANIFEST}"
+            f"{data} has no user with a validation target and events before it{f' by {gap} seconds' if gap else ''}; "
+            f"see the counts in {data / c.MANIFEST}"
         )
     recommender.signals = [signal for signal in signals or [] if is_given(signal, dataset, recommender.vectors, strict)]
     recommender.num_candidates = k
@@ -109,7 +117,7 @@ def mine_negatives(
             options={
                 "miner": specify_miner(miner),
                 "signals": [specify(signal) for signal in recommender.signals],
-                **{"k": k, "targets": targets, "select": select, "users": users, "seed": seed},
+                **{"k": k, "targets": targets, "gap": gap, "select": select, "users": users, "seed": seed},
             },
             parents={"index": index, "data": data},
             vector_dim=width,

@@ -101,12 +101,13 @@ def test_histories_targets_and_times_equal_a_loop(dataset: Dataset, split: Any, 
 # --- several targets of a user
 
 
-def val_targets(dataset: Dataset, newest: int | None) -> list[tuple[int, int]]:
-    """User and place of every validation event that is not its user's first, by a loop."""
+def val_targets(dataset: Dataset, newest: int | None, gap: int = 0) -> list[tuple[int, int]]:
+    """User and place of every validation event that is not its user's first and late enough, by a loop."""
     found = []
     for user in range(dataset.num_users):
         start, train, val = (int(a[user]) for a in (dataset.offsets, dataset.train_ends, dataset.val_ends))
-        own = [(user, place) for place in range(train, val) if place > start]
+        late = [place for place in range(start + 1, val) if dataset.times[place] - dataset.times[place - 1] >= gap]
+        own = [(user, place) for place in late if place >= train]
         found += own if newest is None else own[-newest:]
     return found
 
@@ -117,6 +118,15 @@ def test_validation_targets_equal_a_loop(dataset: Dataset, newest: int | None) -
     assert list(zip(users.tolist(), ends.tolist(), strict=True)) == val_targets(dataset, newest)
     most = np.bincount(users).max()
     assert (most > 1) == (newest != 1 and dataset.protocol.get("val") != 1), "the world must show both cases"
+
+
+@pytest.mark.parametrize("newest", [None, 1, 2])
+def test_validation_targets_after_a_gap_equal_a_loop(dataset: Dataset, newest: int | None) -> None:
+    every = dataset.val_targets()[1]
+    gap = int(np.quantile(dataset.times[every] - dataset.times[every - 1], 0.6)) + 1
+    users, ends = dataset.val_targets(newest, gap)
+    assert list(zip(users.tolist(), ends.tolist(), strict=True)) == val_targets(dataset, newest, gap)
+    assert 0 < len(users) < len(every)
 
 
 def test_a_first_event_is_no_target(tmp_path: Path) -> None:

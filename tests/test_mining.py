@@ -505,6 +505,20 @@ def test_only_the_newest_targets_may_be_mined(told: Informed, tmp_path: Path) ->
         recsys("mine-negatives", *of, "--targets", 0)
 
 
+def test_only_targets_after_a_gap_may_be_mined(told: Informed, tmp_path: Path) -> None:
+    of = ("--data", told.run.data, "--index", told.run.index, "--output", tmp_path / "candidates", "--k", K)
+    times, places = told.dataset.times, told.requests["place"].to_numpy()
+    gaps = times[places] - times[places - 1]
+    gap = int(np.median(gaps)) + 1
+    recsys("mine-negatives", *of, "--gap", gap)
+    mined = pl.read_parquet(tmp_path / "candidates/requests.parquet")
+    assert mined["place"].to_list() == places[gaps >= gap].tolist() != []
+    assert read_manifest(tmp_path / "candidates", "candidates", "")["options"]["gap"] == gap
+    for wrong, says in ((-1, "gap is -1, expected a number of seconds"), (10**9, "events before it by 1000000000 sec")):
+        with pytest.raises(SystemExit, match=says):
+            recsys("mine-negatives", *of, "--gap", wrong)
+
+
 def test_the_ranks_of_an_evaluation_are_those_of_the_lists_that_select(told: Informed, tmp_path: Path) -> None:
     """Both stages, with ids and without: what chooses the ranker is what a report says of the bundle."""
     recsys("evaluate", "--bundle", told.run.bundle, "--output", tmp_path, "--split", "val", "--resamples", 10)
