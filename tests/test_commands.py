@@ -164,7 +164,7 @@ def test_a_bundle_with_signals_holds_their_tables(informed: Run) -> None:
     assert served["reranker"]["signals"] == mined["signals"] == Recommender.load(informed.bundle).signal_names
     assert served["recent"] == 20
     kinds = [signal["class_path"].rpartition(".")[2] for signal in mined["options"]["signals"]]
-    assert kinds == ["PopularityAsOf", "Transitions", "Neighbours", "Affinity", "Session", "Ratings"]
+    assert kinds == ["PopularityAsOf", "Transitions", "Neighbours", "Content", "Affinity", "Session", "Ratings"]
     assert mined["options"]["signals"][1]["init_args"]["lags"] == [1, 2]
     assert mined["options"]["targets"] is None
 
