@@ -96,9 +96,11 @@ def number_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
         table = np.zeros(int(physical.max()) + 1, np.int32)
         table[physical] = np.arange(len(physical), dtype=np.int32)
         return table[ids.to_physical().to_numpy()], text.gather(order).rename(ids.name)
-    if ids.dtype.is_integer() and int(ids.max()) - int(ids.min()) < 4 * len(ids) + 1_000_000:  # type: ignore[arg-type]
-        codes, raw = number(ids.to_numpy())
-        return codes, pl.Series(ids.name, raw)
+    if ids.dtype.is_integer():
+        raw = ids.to_numpy()
+        if int(raw.max()) - int(raw.min()) < 4 * len(raw) + 1_000_000:  # a table over the range is small
+            codes, raw = number(raw)
+            return codes, pl.Series(ids.name, raw)
     values = ids.unique().sort()
     return values.search_sorted(ids).cast(pl.Int32).to_numpy(writable=True), values
 

@@ -505,7 +505,7 @@ def test_only_the_newest_targets_may_be_mined(told: Informed, tmp_path: Path) ->
         recsys("mine-negatives", *of, "--targets", 0)
 
 
-def test_only_targets_after_a_gap_may_be_mined(told: Informed, tmp_path: Path) -> None:
+def test_only_targets_after_a_gap_may_be_mined(told: Informed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = ("--data", told.run.data, "--index", told.run.index, "--output", tmp_path / "candidates", "--k", K)
     times, places = told.dataset.times, told.requests["place"].to_numpy()
     gaps = times[places] - times[places - 1]
@@ -517,6 +517,9 @@ def test_only_targets_after_a_gap_may_be_mined(told: Informed, tmp_path: Path) -
     for wrong, says in ((-1, "gap is -1, expected a number of seconds"), (10**9, "events before it by 1000000000 sec")):
         with pytest.raises(SystemExit, match=says):
             recsys("mine-negatives", *of, "--gap", wrong)
+    monkeypatch.setattr(Dataset, "has_time", False)
+    with pytest.raises(SystemExit, match=r"gap is 60 seconds, but .* has an order and no times; leave it out"):
+        recsys("mine-negatives", *of, "--gap", 60)
 
 
 def test_the_ranks_of_an_evaluation_are_those_of_the_lists_that_select(told: Informed, tmp_path: Path) -> None:
