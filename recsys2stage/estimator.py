@@ -15,8 +15,9 @@ import weakref
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 import yaml  # type: ignore[import-untyped]  # it comes without annotations
@@ -26,15 +27,12 @@ from tqdm import tqdm
 from recsys2stage import columns as c
 from recsys2stage import commands, sources, training
 from recsys2stage.artifacts import read_manifest, whole, write_manifest
-from recsys2stage.checks import require, whole_number
 from recsys2stage.dataset import Part
+from recsys2stage.frames import Frames, Sides, TimeUnit, as_polars
 from recsys2stage.mine import mine_negatives
 from recsys2stage.prepare import prepare
 from recsys2stage.sources.base import Kind
-from recsys2stage.sources.table import iso
-from recsys2stage.split import PARTS, Marked
-
-TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
+from recsys2stage.split import Marked
 
 KIND = "model"  # what a folder with a fitted model says it is
 DEFAULTS = {  # a fit without a config: the classes' own options, and an end
@@ -158,8 +156,8 @@ class TwoStageRecommender:
             ValueError: for columns that are missing, rows that are bad, or where no user has a validation target.
         """
         self._fitted, self._pandas = None, type(events).__module__.partition(".")[0] == "pandas"
-        log = self._marked(as_polars(events), None if validation is None else as_polars(validation))
-        sides = {"items": self._side(items, self.item, "items"), "users": self._side(users, self.user, "users")}
+        log = self._frames.marked(as_polars(events), None if validation is None else as_polars(validation))
+        sides = self._frames.sides(items, users)
         folder = self._new_folder()
         paths = {stage: folder / stage for stage in ("data", "retriever", "index", "candidates", "ranker", "bundle")}
         with quiet(self.verbose):
@@ -210,7 +208,7 @@ class TwoStageRecommender:
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
-                self._histories(as_polars(histories)).write_parquet(log)
+                self._frames.histories(as_polars(histories)).write_parquet(log)
             commands.recommend(
                 bundle=model / "bundle",
                 data=model / "data",
@@ -265,77 +263,9 @@ class TwoStageRecommender:
         model._fitted, model._pandas = Path(path).resolve(), manifest["pandas"]
         return model
 
-    # the frames
-
-    def _marked(self, events: pl.DataFrame, validation: pl.DataFrame | None) -> pl.DataFrame:
-        """The columns that count; with validation events, all events with a mark of what they are for."""
-        names = [name for name in (self.user, self.item, self.time, self.rating, self.action) if name is not None]
-        require(names, events.columns, "the frame of events")
-        events = events.select(names)
-        if validation is None:
-            return events
-        require(names, validation.columns, "the frame of validation events")
-        later = validation.select(pl.col(name).cast(events.schema[name]) for name in names)
-        later = later.join(events, on=self.user, how="semi", maintain_order="left")
-        if later.is_empty():
-            raise ValueError(
-                f"none of the {len(validation):,} validation events is of a user who has other events, so there is "
-                "nothing to stop early by; give later events of the same users, or leave validation out"
-            )
-        if self.time is not None:
-            later = later.sort(self._milliseconds(later[self.time]), maintain_order=True)
-        first = later.unique(self.user, keep="first", maintain_order=True)
-        train, val, _ = PARTS
-        marked = [frame.with_columns(pl.lit(part).alias(c.PART)) for frame, part in ((events, train), (first, val))]
-        return pl.concat(marked)
-
-    def _side(self, frame: Any, own_id: str, name: Literal["items", "users"]) -> pl.DataFrame | None:
-        """What is known of items or users, as the table of them wants it."""
-        if frame is None:
-            return None
-        table = as_polars(frame)
-        require([own_id, *self._kinds(table, own_id, name)], table.columns, f"the frame of {name}")
-        lists = [column for column, dtype in table.schema.items() if dtype.is_nested()]
-        for column in lists:
-            if getattr(table.schema[column], "inner", pl.String()).is_float():
-                raise ValueError(
-                    f"the column {column!r} of {name} holds lists of floats, which are no classes; leave it out, and "
-                    "where they are vectors of items, name their file in the config: item_vectors in prepare.yaml"
-                )
-        return table.with_columns(pl.col(column).cast(pl.List(pl.String)) for column in lists)
-
-    def _kinds(self, table: pl.DataFrame, own_id: str, name: Literal["items", "users"]) -> dict[str, Kind]:
-        given = self.item_features if name == "items" else self.user_features
-        if given is not None:
-            return dict(given)
-        return {column.name: kind_of(column) for column in table if column.name not in (own_id, c.TITLE)}
-
-    def _histories(self, log: pl.DataFrame) -> pl.DataFrame:
-        """Histories as `recsys recommend` reads them, oldest first."""
-        names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
-        require([self.user, self.item], log.columns, "the frame of histories")
-        columns = [pl.col(own).alias(name) for name, own in names.items() if own in log.columns]
-        if self.time is not None and self.time in log.columns:
-            order = self._milliseconds(log[self.time])
-            log = log.sort(order, maintain_order=True)
-            if self._unit(log[self.time]) != "order":
-                columns.append((order // 1000).alias(c.TIME))
-        return log.select(columns)
-
-    def _unit(self, times: pl.Series) -> TimeUnit:
-        if times.dtype.is_temporal():
-            return "milliseconds"  # a Table turns dates into the unit that it is told
-        return self.time_unit or ("iso" if times.dtype == pl.String else "seconds")
-
-    def _milliseconds(self, times: pl.Series) -> pl.Expr:
-        """A column of times in milliseconds, or as it is where times are an order."""
-        raw = pl.col(times.name)
-        if times.dtype.is_temporal():
-            return raw.dt.epoch("ms")
-        unit = self._unit(times)
-        return iso(raw) if unit == "iso" else whole_number(raw) * (1000 if unit == "seconds" else 1)
-
-    # the stages
+    @property
+    def _frames(self) -> Frames:
+        return Frames(**{field.name: getattr(self, field.name) for field in fields(Frames)})
 
     def _new_folder(self) -> Path:
         if self.folder is None:
@@ -347,33 +277,11 @@ class TwoStageRecommender:
         (folder / c.MANIFEST).unlink(missing_ok=True)  # until the new one is complete, there is no model here
         return folder
 
-    def _prepare(self, log: pl.DataFrame, sides: Mapping[str, pl.DataFrame | None], frames: Path, output: Path) -> None:
-        frames.mkdir(exist_ok=True)
-        log.write_parquet(frames / "events.parquet")
-        options: dict[str, Any] = {
-            "path": str(frames / "events.parquet"),
-            "user": self.user,
-            "item": self.item,
-            "time": self.time,
-            "time_unit": "order" if self.time is None else self._unit(log[self.time]),
-            "rating": self.rating,
-            "action": self.action,
-        }
-        for name, own_id in (("items", self.item), ("users", self.user)):
-            if (table := sides[name]) is not None:
-                table.write_parquet(frames / f"{name}.parquet")
-                kinds = self._kinds(table, own_id, "items" if name == "items" else "users")
-                options[name] = {
-                    "path": str(frames / f"{name}.parquet"),
-                    "id": own_id,
-                    "columns": {column: {"kind": kind} for column, kind in kinds.items()},
-                    "title": c.TITLE if c.TITLE in table.columns else None,
-                }
-        further: dict[str, Any] = {}
-        if c.PART in log.columns:
-            options["part"], further["split"] = c.PART, {"class_path": class_path(Marked)}
+    def _prepare(self, log: pl.DataFrame, sides: Sides, frames: Path, output: Path) -> None:
+        options = self._frames.write(log, sides, frames)
+        split = {"split": {"class_path": class_path(Marked)}} if "part" in options else {}
         source = {"class_path": class_path(sources.Table), "init_args": options}
-        self._run(prepare, "prepare", source=source, output=output, **further)
+        self._run(prepare, "prepare", source=source, output=output, **split)
         manifest = read_manifest(output, "dataset", "recsys prepare-data")
         if not manifest["counts"]["val_users"]:
             raise ValueError(
@@ -416,20 +324,6 @@ class TwoStageRecommender:
             return None
         path = found(self.config, "configs") / f"{stage}.yaml"
         return path if path.is_file() else None
-
-
-def as_polars(frame: Any) -> pl.DataFrame:
-    """A frame of any kind that polars reads."""
-    if isinstance(frame, pl.LazyFrame):
-        return frame.collect()
-    return frame if isinstance(frame, pl.DataFrame) else pl.DataFrame(frame)
-
-
-def kind_of(column: pl.Series) -> Kind:
-    """What the type of a column says that it is."""
-    if column.dtype.is_nested():
-        return "multi"
-    return "numeric" if column.dtype.is_numeric() else "categorical"
 
 
 def found(name: str | Path, place: str, suffix: str = "") -> Path:

@@ -12,7 +12,7 @@ ROWS = """
     layers
     artifacts checkpoints metrics positions times losses objectives mining split checks download optim features
     dataset items users index encoders sources simulate
-    inputs events
+    inputs events frames
     towers side_tables scorers baselines cohorts compare report
     signals prepare
     data reranker
