@@ -98,8 +98,13 @@ class Candidates(ArrayModule):
 
     @property
     def signals(self) -> list[dict[str, Any]]:
-        """{"name", "by_id"} of each number of the signals that were mined."""
+        """{"name", "by_id", "counted"} of each number of the signals that were mined."""
         return self.manifest["signals"]
+
+    @property
+    def scores_cold(self) -> bool:
+        """Whether the retriever's score of an item without training events means something."""
+        return bool(self.manifest["scores_cold"])
 
     def item_vectors(self) -> Float[Tensor, "W D"]:
         """The retriever's vectors, row 0 for padding."""

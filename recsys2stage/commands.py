@@ -152,7 +152,7 @@ def export_bundle(
                 "dim": options["vector_dim"],
                 **{
                     name: options[name]
-                    for name in ("num_items", "features", "scorer", "feature_dim", "signals", "without")
+                    for name in ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
                 },
             },
             recent=options["recent"],

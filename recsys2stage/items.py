@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,8 @@ class ItemTable(nn.Module):
         std: of the initial vectors. Under a cosine only directions count, and AdamW turns a short vector sooner than a
             long one: N(0, 1), PyTorch's and nanoRecSys's, learns several times slower than N(0, 0.02²).
     """
+
+    knows_cold: ClassVar[bool] = False  # whether the vector of an item without training events means something
 
     def __init__(self, num_items: int, dim: int, features: Sequence[dict[str, Any]] = (), std: float = 0.02) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class ItemTower(ItemTable):
         std: of the initial vectors of ids.
     """
 
+    knows_cold = True
     trained: Tensor
 
     def __init__(

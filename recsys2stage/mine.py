@@ -50,8 +50,9 @@ def mine_negatives(
     """Mine candidate lists around each user's validation targets, which the retriever has never been trained on.
 
     Candidates come through the path that serves: the index and the signals that name some, with the user's known items
-    excluded. Every positive up to and including the target is kept out of the negatives; the test event is never
-    consulted. Users kept to select the ranker get all candidates, in order, as they are served.
+    excluded, and those that are withheld from all training. Every positive up to and including the target is kept out
+    of the negatives; the test event is never consulted. Users kept to select the ranker get all candidates, in order,
+    as they are served.
 
     Args:
         data: prepared dataset.
@@ -123,6 +124,7 @@ def mine_negatives(
             vector_dim=width,
             max_length=recommender.towers.max_length,
             signals=recommender.signal_names,
+            scores_cold=recommender.towers.items.knows_cold,
             request_time=recommender.request_time,
             next_action=recommender.next_action,
             counts=counts,
@@ -174,7 +176,7 @@ class Mine:
         """
         dataset, recommender = self.dataset, self.recommender
         padded = dataset.histories(users, at, recommender.towers.max_length)
-        known, target, now = dataset.known(users, at), dataset.targets(users, at), dataset.request_times(users, at)
+        known, target, now = dataset.barred(users, at), dataset.targets(users, at), dataset.request_times(users, at)
         queries = recommender.queries(padded, now, dataset.asked(users, at, recommender.next_action))
         found = recommender.candidates(queries, known, padded, now)
         selects = select_fold(users, self.select, self.seed)

@@ -29,6 +29,7 @@ class Ranker(Planned):
         features: declared item features (set by the data).
         num_candidates: how many candidates to order when it serves (set by the data, kept for serving).
         signals: numbers of signals (set by the data).
+        scores_cold: whether the retriever's score of an item without training events means something (set by the data).
         recent: how many of the newest events are shown (set by the data, kept for serving).
         without: what the scorer is not shown: parts of its input (score, rank, margin, popularity, features, state,
             vectors, recent), signals, or single numbers of signals, as SIGNAL.NUMBER. None: it sees everything.
@@ -36,6 +37,8 @@ class Ranker(Planned):
         loss: how a list is judged.
         feature_dim: width of the embedding of a categorical or multi-valued feature.
         id_dropout: probability with which a list's ids are masked in training.
+        cold_dropout: probability with which a candidate is taken for cold in training, for an item that no training
+            event shows, so that the ranker learns what such an item is worth beside others.
         optimizer: built with the parameters.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
@@ -49,23 +52,28 @@ class Ranker(Planned):
         features: list[dict[str, Any]],
         num_candidates: int = 200,
         signals: list[dict[str, Any]] | None = None,
+        scores_cold: bool = False,
         recent: int = 20,
         without: list[str] | None = None,
         scorer: ScorerFactory = MLP,
         loss: ListLoss | None = None,
         feature_dim: int = 16,
         id_dropout: float = 0.1,
+        cold_dropout: float = 0.0,
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 20,
         final_lr: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 <= id_dropout <= 1:
-            raise ValueError(f"id_dropout is {id_dropout}, expected a probability between 0 and 1")
+        for name, value in (("id_dropout", id_dropout), ("cold_dropout", cold_dropout)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}, expected a probability between 0 and 1")
         self.save_hyperparameters(ignore=["loss"])
-        self.reranker = Reranker(num_items, vector_dim, features, scorer, feature_dim, signals or (), without)
+        self.reranker = Reranker(
+            num_items, vector_dim, features, scorer, feature_dim, signals or (), scores_cold, without
+        )
         self.loss = loss or Listwise()
-        self.id_dropout, self.optimizer = id_dropout, optimizer
+        self.id_dropout, self.cold_dropout, self.optimizer = id_dropout, cold_dropout, optimizer
         self.warmup_steps, self.final_lr = warmup_steps, final_lr
         self.metrics, self.retriever_metrics, self.masked_metrics = RankMetrics(), RankMetrics(), RankMetrics()
 
@@ -104,7 +112,8 @@ class Ranker(Planned):
         checkpoint.on_train_epoch_end(self.trainer, self)  # it saves at ends of epochs
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
-        logits = self.reranker(lists.listed, self.drop_ids(lists.listed.items))
+        items = lists.listed.items
+        logits = self.reranker(lists.listed, self.drop_ids(items), self.drop_counts(items))
         loss = self.loss(logits, lists.positive, lists.listed.items != PAD)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits))
         return loss
@@ -116,6 +125,14 @@ class Ranker(Planned):
         id is masked would only learn that it loses.
         """
         return (torch.rand(len(items), 1, device=items.device) < self.id_dropout).expand_as(items)
+
+    def drop_counts(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"] | None:
+        """Takes each candidate for cold with probability `cold_dropout`.
+
+        Each on its own, unlike ids: a cold item is served beside others that are known, and what it is worth there is
+        what the ranker must learn. The target is taken as often as any.
+        """
+        return torch.rand(items.shape, device=items.device) < self.cold_dropout if self.cold_dropout else None
 
     def validation_step(self, lists: Lists, batch_idx: int) -> None:
         real, found = lists.listed.items != PAD, lists.positive >= 0

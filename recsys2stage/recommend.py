@@ -132,14 +132,17 @@ class Recommender:
 
     @property
     def signal_names(self) -> list[dict[str, Any]]:
-        """{"name", "by_id"} of each number of the signals, and of the sources of candidates where there are several."""
+        """What each number of the signals is, and of the sources of candidates where there are several.
+
+        {"name", "by_id", "counted"}, the last two as a Signal has them.
+        """
         named = [
-            {"name": f"{type(signal).__name__}.{name}", "by_id": signal.by_id}
+            {"name": f"{type(signal).__name__}.{name}", "by_id": signal.by_id, "counted": signal.counted}
             for signal in self.signals
             for name in signal.names
         ]
         sources = ["index", *(type(signal).__name__ for signal in self.proposers)] if self.proposers else []
-        return named + [{"name": f"source.{name}", "by_id": True} for name in sources]
+        return named + [{"name": f"source.{name}", "by_id": True, "counted": False} for name in sources]
 
     @classmethod
     def load(cls, path: str | Path) -> "Recommender":

@@ -32,13 +32,18 @@ class Reranker(nn.Module):
     Where an id is masked, everything that comes from the item's id is zero: vector, retriever score, rank, margin, the
     signals that say so, and the base logit; `is_unknown` is 1. Popularity and declared features stay.
 
+    A cold item, one that no training event shows, goes by what may be known of it: its id is masked, and popularity
+    and the signals that count its events are zero too, as those of an average candidate (DropoutNet, Volkovs et al.,
+    NeurIPS 2017). The retriever's score stays where its item tower made it of features.
+
     Args:
         num_items: V.
         dim: width D of the retriever's vectors.
         features: name, kind, size and width of each declared item feature.
         scorer: called with (D, F).
         feature_dim: width of the vector that a feature becomes, but for numeric ones.
-        signals: {"name", "by_id"} of each of the S numbers of signals; a name is SIGNAL.NUMBER.
+        signals: {"name", "by_id", "counted"} of each of the S numbers of signals; a name is SIGNAL.NUMBER.
+        scores_cold: whether the retriever's score of a cold item means something.
         without: what the scorer is not shown (it sees zeros): parts of its input (score, rank, margin, popularity,
             features, state, vectors, recent), signals, or single numbers of signals. None: it sees everything.
     """
@@ -49,6 +54,8 @@ class Reranker(nn.Module):
     signal_mean: Tensor
     signal_scale: Tensor
     signal_by_id: Tensor
+    signal_counted: Tensor
+    cold: Tensor
 
     def __init__(
         self,
@@ -58,9 +65,11 @@ class Reranker(nn.Module):
         scorer: ScorerFactory,
         feature_dim: int = 16,
         signals: Sequence[dict[str, Any]] = (),
+        scores_cold: bool = False,
         without: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.scores_cold = scores_cold
         self.without = frozenset(without or ())
         names = [signal["name"] for signal in signals]
         shown = {*PARTS, *names, *(name.partition(".")[0] for name in names)}
@@ -68,41 +77,50 @@ class Reranker(nn.Module):
             raise ValueError(f"without names {', '.join(unknown)}, expected some of {', '.join(sorted(shown))}")
         self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # as the retriever made them
         self.register_buffer("popularity", torch.zeros(num_items + 1))
+        self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
         hidden = [bool({name, name.partition(".")[0]} & self.without) for name in names]
         self.hidden = torch.tensor(hidden, dtype=torch.bool)
         self.register_buffer("signal_mean", torch.zeros(len(names)))
         self.register_buffer("signal_scale", (~self.hidden).float())  # 0 where a number is not shown
-        self.register_buffer("signal_by_id", torch.tensor([signal["by_id"] for signal in signals], dtype=torch.bool))
+        for flag in ("by_id", "counted"):
+            self.register_buffer(f"signal_{flag}", torch.tensor([signal[flag] for signal in signals], dtype=torch.bool))
         # score, log rank, margin, is_unknown, popularity
         width = 5 + (self.features.width if self.features else 0) + len(names)
         self.scorer = scorer(dim, width)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("center", torch.zeros(()))
 
-    def forward(self, listed: Listed, masked: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    def forward(
+        self, listed: Listed, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
+    ) -> Float[Tensor, "B C"]:
         """
         Args:
             listed: candidates, and what is told of each request.
             masked: where ids are masked.
+            cold: which are taken for cold beside those that are; None: no others.
         """
-        known, real = (~masked).to(listed.score.dtype), listed.items != PAD
+        cold = self.cold[listed.items] if cold is None else cold | self.cold[listed.items]
+        scored = ~masked if self.scores_cold else ~(masked | cold)
+        masked, real = masked | cold, listed.items != PAD
         best = listed.score.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True)
-        base = self.log_scale.exp() * (listed.score - self.center) * known
-        margin = (self.log_scale.exp() * (listed.score - best)).where(real, 0) * known
-        by_id = [
+        base = self.log_scale.exp() * (listed.score - self.center) * scored
+        margin = (self.log_scale.exp() * (listed.score - best)).where(real, 0) * scored
+        own = [
             self.shown("score", base),
-            self.shown("rank", listed.rank.to(base.dtype).log() * known),
+            self.shown("rank", listed.rank.to(base.dtype).log() * scored),
             self.shown("margin", margin),
             masked.to(base.dtype),
+            self.shown("popularity", self.popularity[listed.items] * ~cold),
         ]
         signals = ((listed.signals - self.signal_mean) * self.signal_scale).clamp(-5, 5)  # far out means little more
-        signals = signals * torch.where(self.signal_by_id, known[..., None], 1)
-        features = torch.cat([torch.stack(by_id, dim=-1), self.item_features(listed.items), signals], dim=-1)
+        hidden = self.signal_by_id & masked[..., None] | self.signal_counted & cold[..., None]
+        signals = signals.masked_fill(hidden, 0)
+        features = torch.cat([torch.stack(own, dim=-1), *self.item_features(listed.items), signals], dim=-1)
         there = listed.recent != PAD
         shown = Shown(
             state=self.shown("state", unit(listed.state)),
-            vectors=self.shown("vectors", unit(self.vectors[listed.items]) * known[..., None]),
+            vectors=self.shown("vectors", unit(self.vectors[listed.items]) * ~masked[..., None]),
             features=features,
             recent=unit(self.vectors[listed.recent]),
             ages=listed.ages,
@@ -118,13 +136,12 @@ class Reranker(nn.Module):
     def shown(self, part: str, values: Tensor) -> Tensor:
         return torch.zeros_like(values) if part in self.without else values
 
-    def item_features(self, items: Int[Tensor, "B C"]) -> Float[Tensor, "B C G"]:
-        """What is known of items beside their ids."""
+    def item_features(self, items: Int[Tensor, "B C"]) -> list[Float[Tensor, "B C G"]]:
+        """The declared features as vectors, where there are some."""
+        if self.features is None:
+            return []
         distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
-        known = self.shown("popularity", self.popularity[distinct, None])
-        if self.features is not None:
-            known = torch.cat([known, self.shown("features", self.features(distinct))], dim=-1)
-        return known[place]
+        return [self.shown("features", self.features(distinct))[place]]
 
     def look_up(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
         """Fills the buffers.
@@ -137,6 +154,7 @@ class Reranker(nn.Module):
         self.vectors.copy_(vectors)
         log_share = np.log((counts[1:] + 1) / (counts[1:].sum() + len(counts) - 1))
         self.popularity[1:] = torch.from_numpy((log_share - log_share.mean()) / (log_share.std() + 1e-6))
+        self.cold[1:] = torch.from_numpy(counts[1:] == 0)
         if self.features is not None:
             self.features.look_up(features)
 

@@ -47,7 +47,7 @@ class RecsysCLI(LightningCLI):
             parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
         # the data knows, the model asks; what a model has no argument for is not passed
         for name in (
-            *("num_items", "features", "vector_dim", "num_candidates", "signals", "recent"),
+            *("num_items", "features", "vector_dim", "num_candidates", "signals", "scores_cold", "recent"),
             *("max_length", "request_time", "next_action", "user_features", "actions"),
         ):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")

@@ -38,7 +38,8 @@ class Requests(NamedTuple):
 class Signal(ABC):
     """Numbers of each candidate of a request, from tables of training events. Options are kept under their names."""
 
-    by_id: ClassVar[bool] = False  # whether they come from the item's id, and are 0 where ids are masked
+    by_id: ClassVar[bool] = False  # whether they come from the item's id, and are hidden where ids are masked
+    counted: ClassVar[bool] = False  # whether they count the item's own events, and are hidden where it has none
     tables: dict[str, np.ndarray]  # all it has counted
 
     @property

@@ -36,7 +36,7 @@ class PopularityAsOf(Proposer):
         trending: the one of them whose counts rank the proposals, and make the trend.
     """
 
-    reads_times = True
+    reads_times, counted = True, True
 
     def __init__(
         self, candidates: int = 0, windows: Sequence[int] = (DAY, WEEK, 30 * DAY, 365 * DAY), trending: int = WEEK
