@@ -209,7 +209,7 @@ def test_no_batch_reads_a_test_event(mined: Mined, selected: Path, refit: bool) 
 
 
 def test_a_fold_of_other_signals_is_refused(mined: Mined, tmp_path: Path) -> None:
-    other = changed(mined.fold, tmp_path / "other", signals=[{"name": "Session.gap", "by_id": False}])
+    other = changed(mined.fold, tmp_path / "other", signals=[{"name": "Session.gap", "by_id": False, "counted": False}])
     with pytest.raises(ValueError, match=r"mined with other signals.*mine both with the same ones"):
         ready(mined.own, folds=[mined.fold, other])
 

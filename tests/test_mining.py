@@ -522,6 +522,21 @@ def test_only_targets_after_a_gap_may_be_mined(told: Informed, tmp_path: Path, m
         recsys("mine-negatives", *of, "--gap", 60)
 
 
+def test_no_list_shows_what_is_withheld(told: Informed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the ranker would learn that such items are never right, which is so in no log but this one."""
+    dataset, size = told.dataset, told.dataset.num_items + 1
+    targets = dataset.targets(told.user, told.place)
+    withheld = np.bincount(told.rows["item"].to_numpy(), minlength=size) > 0
+    withheld[targets] = False
+    monkeypatch.setattr(Dataset, "cold", withheld)
+    of = ("--data", told.run.data, "--index", told.run.index, "--output", tmp_path / "candidates", "--k", K)
+    recsys("mine-negatives", *of, "--config", told.run.folder / "signals.yaml")
+    mined = pl.read_parquet(tmp_path / "candidates/candidates.parquet")
+    assert withheld.sum() > 3
+    assert not withheld[mined["item"].to_numpy()].any()
+    assert told.requests["user"].equals(pl.read_parquet(tmp_path / "candidates/requests.parquet")["user"])
+
+
 def test_the_ranks_of_an_evaluation_are_those_of_the_lists_that_select(told: Informed, tmp_path: Path) -> None:
     """Both stages, with ids and without: what chooses the ranker is what a report says of the bundle."""
     recsys("evaluate", "--bundle", told.run.bundle, "--output", tmp_path, "--split", "val", "--resamples", 10)

@@ -97,16 +97,25 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "index" / VECTORS, (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
     parents = {"index": folder / "index", "data": cycle}
     write_manifest(
-        folder / "candidates", "candidates", options={"k": 20}, parents=parents, vector_dim=D, signals=[], max_length=20
+        folder / "candidates",
+        "candidates",
+        options={"k": 20},
+        parents=parents,
+        vector_dim=D,
+        signals=[],
+        scores_cold=False,
+        max_length=20,
     )
     return folder / "candidates"
 
 
-def told_of_signals(checkerboard: Path, folder: Path, by_id: bool = False) -> Path:
+def told_of_signals(checkerboard: Path, folder: Path, by_id: bool = False, counted: bool = False) -> Path:
     """The same lists, with the numbers of the signals."""
     folder = shutil.copytree(checkerboard, folder / "candidates")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["signals"] = [{"name": name, "by_id": by_id} for name in ("Match.noise", "Match.right")]
+    manifest["signals"] = [
+        {"name": name, "by_id": by_id, "counted": counted} for name in ("Match.noise", "Match.right")
+    ]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -254,6 +263,41 @@ def test_a_signal_that_says_the_answer_is_believed(
     found = sum(user % 7 != 6 for user in range(4, USERS, 5)) / len(range(4, USERS, 5))
     for name, learned in (("val/mrr", known), ("val/masked_mrr", masked)):
         assert metrics[name] == pytest.approx(found, abs=0.05) if learned else metrics[name] < 0.6, name
+
+
+def test_a_cold_target_is_found_by_its_genre_beside_others_that_are_known(checkerboard: Path) -> None:
+    data = Candidates(checkerboard, batch_size=16)
+    model = ranker_for(data, id_dropout=0.0, cold_dropout=0.3)
+    fitted(model, data, epochs=30)
+    lists = data.read(np.array([user for user in range(4, USERS, 5) if user % 7 != 6]))
+    cold = torch.zeros_like(lists.listed.items, dtype=torch.bool)
+    cold[torch.arange(len(cold)), lists.positive] = True
+    with torch.no_grad():
+        logits = model.eval().reranker(lists.listed, torch.zeros_like(cold), cold)
+    ranks = (logits >= logits.gather(1, lists.positive[:, None])).sum(1)
+    assert (1 / ranks).mean() > 0.9
+
+
+@pytest.mark.parametrize(("dropout", "learned"), [(0.0, True), (1.0, False)])
+def test_what_is_counted_is_not_learned_from_items_that_are_taken_for_cold(
+    checkerboard: Path, tmp_path: Path, dropout: float, learned: bool
+) -> None:
+    folder = told_of_signals(checkerboard, tmp_path, counted=True)
+    data = Candidates(folder, batch_size=16)
+    metrics = fitted(ranker_for(data, cold_dropout=dropout, without=["features"]), data)
+    assert (metrics["val/mrr"] > 0.7) == learned
+
+
+def test_a_candidate_is_taken_for_cold_on_its_own(checkerboard: Path) -> None:
+    data = Candidates(checkerboard)
+    items = torch.ones(200, 50, dtype=torch.int64)
+    assert ranker_for(data).drop_counts(items) is None
+    cold = ranker_for(data, cold_dropout=0.2).drop_counts(items)
+    assert cold is not None
+    assert cold.float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert cold.any(1).all()
+    with pytest.raises(ValueError, match=r"cold_dropout is -0\.1, expected a probability"):
+        ranker_for(data, cold_dropout=-0.1)
 
 
 def test_signals_are_standardised_before_the_first_step(checkerboard: Path, tmp_path: Path) -> None:

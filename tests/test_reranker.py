@@ -21,9 +21,9 @@ FEATURES: list[dict[str, Any]] = [
     {"name": "price", "kind": "numeric", "size": 1, "values": 1},
 ]
 SIGNALS: list[dict[str, Any]] = [
-    {"name": "Clock.hour", "by_id": False},
-    {"name": "Clock.day", "by_id": False},
-    {"name": "Follows.once", "by_id": True},
+    {"name": "Clock.hour", "by_id": False, "counted": False},
+    {"name": "Clock.day", "by_id": False, "counted": False},
+    {"name": "Follows.once", "by_id": True, "counted": False},
 ]
 S = len(SIGNALS)
 SCORERS = [
@@ -46,10 +46,10 @@ def built(
     rng: np.random.Generator, scorer: Callable[[int, int], Scorer] = MLP, learned: bool = True, **options: Any
 ) -> Reranker:
     """In evaluation mode, as it stands at step 0 or with weights as after some training."""
-    reranker = Reranker(V, D, FEATURES, scorer, signals=SIGNALS, **options)
+    reranker = Reranker(V, D, FEATURES, scorer, **({"signals": SIGNALS} | options))
     vectors = torch.nn.functional.normalize(torch.randn(V + 1, D), dim=-1)
     vectors[0] = 0
-    reranker.look_up(vectors, rng.integers(0, 100, size=V + 1), arrays(rng))
+    reranker.look_up(vectors, rng.integers(1, 100, size=V + 1), arrays(rng))
     if learned:
         with torch.no_grad():
             for weight in reranker.parameters():
@@ -191,6 +191,50 @@ def test_a_mask_hides_exactly_its_own_candidates(rng: np.random.Generator) -> No
     with torch.no_grad():
         mixed, known, masked = (reranker(listed, mask) for mask in (some, NONE, ALL))
     torch.testing.assert_close(mixed, torch.where(some, masked, known))
+
+
+# --- what nothing is counted of
+
+
+@pytest.mark.parametrize("scores_cold", [False, True])
+def test_a_cold_item_goes_by_what_may_be_known_of_it(scores_cold: bool, rng: np.random.Generator) -> None:
+    """No id and no count; the retriever's score where that was made of features."""
+    counts = [{**signal, "counted": signal["name"] == "Clock.day"} for signal in SIGNALS]
+    reranker, listed = built(rng, signals=counts, scores_cold=scores_cold), lists(rng)
+    cold = torch.rand(B, C) < 0.4
+    known = torch.tensor([True, False, False])  # Clock.hour alone is neither of the id nor counted
+    changes = {
+        "score": listed.score + torch.rand(B, C) - 2,  # below the best of each list
+        "rank": listed.rank.flip(1),
+        "known": torch.where(known, torch.randn(B, C, S), listed.signals),
+        "hidden": torch.where(known, listed.signals, torch.randn(B, C, S)),
+    }
+    listed.score[:, 0], cold[:, 0] = 2, False  # the best
+    with torch.no_grad():
+        before = reranker(listed, NONE, cold)
+        for name, values in changes.items():
+            field = name if name in ("score", "rank") else "signals"
+            values = torch.where(cold if field != "signals" else cold[..., None], values, getattr(listed, field))
+            felt = (reranker(listed._replace(**{field: values}), NONE, cold) - before).abs()
+            assert (felt[cold].max() > 1e-3) == (name == "known" or (scores_cold and field != "signals")), name
+            assert not felt[~cold].any()
+        for buffer in (reranker.popularity, reranker.vectors):
+            buffer.copy_(buffer.roll(1, dims=0))
+        felt = (reranker(listed, NONE, cold) - before).abs()
+    assert not felt[cold].any(), "popularity and vectors"
+    assert felt[~cold].max() > 1e-3
+
+
+def test_what_no_training_event_shows_is_cold_by_itself(rng: np.random.Generator) -> None:
+    counts, listed = rng.integers(0, 3, size=V + 1), lists(rng)
+    reranker = built(rng)
+    with torch.no_grad():
+        told = reranker(listed, NONE, torch.from_numpy(counts == 0)[listed.items])
+        reranker.cold[1:] = torch.from_numpy(counts == 0)[1:]
+        assert torch.equal(reranker(listed, NONE), told)
+        assert (told - built(np.random.default_rng(0))(listed, NONE)).abs().max() > 1e-3
+    reranker.look_up(reranker.vectors, counts, arrays(rng))
+    assert reranker.cold.tolist() == [False, *(counts[1:] == 0).tolist()]
 
 
 def test_what_the_scorer_sees(rng: np.random.Generator) -> None:
@@ -360,12 +404,10 @@ def test_the_declared_features_are_those_of_a_table(rng: np.random.Generator) ->
     reranker = built(rng)
     assert reranker.features is not None
     items = torch.tensor([[4, 2, 0], [2, 2, 30]])
-    seen = reranker.item_features(items)
+    (seen,) = reranker.item_features(items)
     for row in range(2):
         for place in range(3):
-            item = items[row, place]
-            assert seen[row, place, 0] == reranker.popularity[item]
-            torch.testing.assert_close(seen[row, place, 1:], reranker.features(item[None])[0])
+            torch.testing.assert_close(seen[row, place], reranker.features(items[row, place][None])[0])
     assert reranker.features.get_buffer("values2")[[4, 9]].isnan().all(), "looked up"
 
 
