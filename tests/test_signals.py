@@ -316,9 +316,7 @@ def test_the_page_s_signals_are_mined_beside_one_s_own(hours: type[Signal], trai
     assert "Transitions.after_5" not in mined
 
 
-def test_the_page_lists_every_number_of_every_signal_and_whom_a_mask_zeroes(
-    dataset: Dataset, vectors: np.ndarray
-) -> None:
+def test_the_page_lists_every_number_of_every_signal_and_what_is_hidden(dataset: Dataset, vectors: np.ndarray) -> None:
     for kind, options in KINDS:
         parameters = inspect.signature(kind).parameters.values()
         needed = {part.name: options[part.name] for part in parameters if part.default is part.empty}
@@ -327,6 +325,8 @@ def test_the_page_lists_every_number_of_every_signal_and_whom_a_mask_zeroes(
         for name in fitted(kind, needed, dataset, vectors).names:
             assert name in words or any(word[0] == "_" and name.endswith(word) for word in words), name
         assert (row[1] == "0") == kind.by_id
+        (counted,) = re.findall(r"what counts its events\n?\s*\((.*?)\)", PAGE, re.DOTALL)
+        assert (f"`{kind.__name__}`" in counted) == kind.counted
 
 
 # --- lists of several sources
