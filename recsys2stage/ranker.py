@@ -59,7 +59,7 @@ class Ranker(Planned):
         loss: ListLoss | None = None,
         feature_dim: int = 16,
         id_dropout: float = 0.1,
-        cold_dropout: float = 0.0,
+        cold_dropout: float = 0.05,
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 20,
         final_lr: float = 1.0,
