@@ -363,7 +363,8 @@ def test_id_dropout_masks_whole_lists_at_its_rate(checkerboard: Path) -> None:
 def test_id_dropout_drops_the_very_set_that_evaluation_masks(checkerboard: Path, rate: float) -> None:
     """At rate 1 the training loss is that of ids masked, at rate 0 that of ids known; the two differ."""
     data = Candidates(checkerboard)
-    model, lists = ranker_for(data, id_dropout=rate, scorer=partial(MLP, hidden=(32,), dropout=0.0)), batch_of(data)
+    alone = {"cold_dropout": 0.0, "scorer": partial(MLP, hidden=(32,), dropout=0.0)}
+    model, lists = ranker_for(data, id_dropout=rate, **alone), batch_of(data)
     found = lists.positive >= 0
     lists = Lists(Listed(*(part[found] for part in lists.listed)), lists.positive[found])
     model.log = lambda *args, **kwargs: None
