@@ -114,7 +114,7 @@ class Ranker(Planned):
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
         items = lists.listed.items
         logits = self.reranker(lists.listed, self.drop_ids(items), self.drop_counts(items))
-        loss = self.loss(logits, lists.positive, lists.listed.items != PAD)
+        loss = self.loss(logits, lists.positive, items != PAD)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits))
         return loss
 
