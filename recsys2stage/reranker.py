@@ -26,16 +26,15 @@ class Reranker(nn.Module):
         logit = scale · (retriever score − center) + scorer(user state, item vectors, newest events, features)
 
     Features of a candidate: the calibrated score (the first term), log rank, the calibrated distance to the list's best
-    score, `is_unknown`, the popularity z-score, `is_cold`, the declared item features, as a FeatureTable makes numbers
-    of them, and the signals, standardised. State and vectors are made unit for the scorer, whatever the retriever's
-    similarity.
+    score, `is_unknown`, the popularity z-score, the declared item features, as a FeatureTable makes numbers of them,
+    and the signals, standardised. State and vectors are made unit for the scorer, whatever the retriever's similarity.
 
     Where an id is masked, everything that comes from the item's id is zero: vector, retriever score, rank, margin, the
     signals that say so, and the base logit; `is_unknown` is 1. Popularity and declared features stay.
 
     A cold item, one that no training event shows, goes by what may be known of it: its id is masked, and popularity
     and the signals that count its events are zero too, as those of an average candidate (DropoutNet, Volkovs et al.,
-    NeurIPS 2017); `is_cold` is 1. The retriever's score stays where its item tower made it of features.
+    NeurIPS 2017). The retriever's score stays where its item tower made it of features.
 
     Args:
         num_items: V.
@@ -86,8 +85,8 @@ class Reranker(nn.Module):
         self.register_buffer("signal_scale", (~self.hidden).float())  # 0 where a number is not shown
         for flag in ("by_id", "counted"):
             self.register_buffer(f"signal_{flag}", torch.tensor([signal[flag] for signal in signals], dtype=torch.bool))
-        # score, log rank, margin, is_unknown, popularity, is_cold
-        width = 6 + (self.features.width if self.features else 0) + len(names)
+        # score, log rank, margin, is_unknown, popularity
+        width = 5 + (self.features.width if self.features else 0) + len(names)
         self.scorer = scorer(dim, width)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("center", torch.zeros(()))
@@ -113,7 +112,6 @@ class Reranker(nn.Module):
             self.shown("margin", margin),
             masked.to(base.dtype),
             self.shown("popularity", self.popularity[listed.items] * ~cold),
-            cold.to(base.dtype),
         ]
         signals = ((listed.signals - self.signal_mean) * self.signal_scale).clamp(-5, 5)  # far out means little more
         hidden = self.signal_by_id & masked[..., None] | self.signal_counted & cold[..., None]

@@ -225,14 +225,6 @@ def test_a_cold_item_goes_by_what_may_be_known_of_it(scores_cold: bool, rng: np.
     assert felt[~cold].max() > 1e-3
 
 
-def test_the_scorer_is_told_what_is_masked_and_what_is_cold(rng: np.random.Generator) -> None:
-    reranker, listed = built(rng, Seen, learned=False), lists(rng)
-    masked, cold = torch.rand(2, B, C) < 0.4
-    reranker(listed, masked, cold)
-    assert torch.equal(reranker.scorer.shown.features[..., 3], (masked | cold).float())
-    assert torch.equal(reranker.scorer.shown.features[..., 5], cold.float())
-
-
 def test_what_no_training_event_shows_is_cold_by_itself(rng: np.random.Generator) -> None:
     counts, listed = rng.integers(0, 3, size=V + 1), lists(rng)
     reranker = built(rng)
@@ -246,7 +238,7 @@ def test_what_no_training_event_shows_is_cold_by_itself(rng: np.random.Generator
 
 
 def test_what_the_scorer_sees(rng: np.random.Generator) -> None:
-    """Score, log rank, margin, is_unknown, popularity, is_cold; then the declared features, then the signals."""
+    """Score, log rank, margin, is_unknown, popularity; then the declared features, then the signals."""
     reranker, listed = built(rng, Seen, learned=False), lists(rng)
     listed.score[0, 7:], listed.items[0, 7:] = 0, 0  # a list of seven
     listed.score[:, :7] -= 3  # so that the padding's score is the largest number
@@ -270,8 +262,7 @@ def test_what_the_scorer_sees(rng: np.random.Generator) -> None:
             torch.testing.assert_close(seen.features[row, place, 2], margin)
     torch.testing.assert_close(seen.vectors[~some], reranker.vectors[listed.items[~some]])
     assert torch.equal(seen.features[..., 4], reranker.popularity[listed.items])
-    assert not seen.features[..., 5].any()
-    assert seen.features.shape[-1] == reranker.scorer.num_features == 6 + 16 + 16 + 2 + S
+    assert seen.features.shape[-1] == reranker.scorer.num_features == 5 + 16 + 16 + 2 + S
     assert torch.equal(seen.features[..., -S:-1], listed.signals[..., :-1]), "that do not come from the id"
     assert torch.equal(seen.features[..., -1], listed.signals[..., -1].where(~some, 0))
     torch.testing.assert_close(seen.state, listed.state)
@@ -285,8 +276,8 @@ def test_what_the_scorer_sees(rng: np.random.Generator) -> None:
 # --- what is left out
 
 
-WHERE = {"score": [0], "rank": [1], "margin": [2], "popularity": [4], "features": range(6, 40)}
-WHERE |= {"Clock": [40, 41], "Clock.hour": [40], "Clock.day": [41], "Follows": [42], "Follows.once": [42]}
+WHERE = {"score": [0], "rank": [1], "margin": [2], "popularity": [4], "features": range(5, 39)}
+WHERE |= {"Clock": [39, 40], "Clock.hour": [39], "Clock.day": [40], "Follows": [41], "Follows.once": [41]}
 
 
 @pytest.mark.parametrize("part", [*PARTS, "Clock", "Clock.hour", "Clock.day", "Follows", "Follows.once"])
@@ -319,7 +310,7 @@ def test_several_things_are_left_out_at_once(rng: np.random.Generator) -> None:
     reranker, listed = built(rng, Seen, learned=False, without=["rank", "Clock.day", "Follows", "recent"]), lists(rng)
     reranker(listed, NONE)
     seen = reranker.scorer.shown
-    assert seen.features.any(0).any(0)[[0, 1, 2, 4, 40, 41, 42]].tolist() == [
+    assert seen.features.any(0).any(0)[[0, 1, 2, 4, 39, 40, 41]].tolist() == [
         True,
         False,
         True,
@@ -389,7 +380,7 @@ def test_without_signals_there_is_nothing_to_standardise(rng: np.random.Generato
     reranker, listed = Reranker(V, D, FEATURES, Seen), lists(rng)
     reranker.standardise(torch.zeros(7, 0))
     reranker(listed._replace(signals=torch.zeros(B, C, 0)), NONE)
-    assert reranker.scorer.shown.features.shape == (B, C, 40)
+    assert reranker.scorer.shown.features.shape == (B, C, 39)
 
 
 # --- what is looked up
