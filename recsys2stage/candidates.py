@@ -134,6 +134,11 @@ class Candidates(ArrayModule):
                 f"{folder} was mined with other signals, or other options of them, than {self.path}; mine both with "
                 "the same ones"
             )
+        if manifest["scores_cold"] != own["scores_cold"]:
+            raise ValueError(
+                f"of the retrievers of {folder} and {self.path} only one has an item tower, and its scores of items "
+                "without training events mean another thing; train both with one or both without"
+            )
         if manifest["request_time"] != own["request_time"]:  # else "now" is another moment, to signals too
             raise ValueError(
                 f"the retriever of {folder} has request_time {manifest['request_time']}, that of {self.path} "

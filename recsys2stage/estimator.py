@@ -15,7 +15,6 @@ import weakref
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +264,16 @@ class TwoStageRecommender:
 
     @property
     def _frames(self) -> Frames:
-        return Frames(**{field.name: getattr(self, field.name) for field in fields(Frames)})
+        return Frames(
+            user=self.user,
+            item=self.item,
+            time=self.time,
+            time_unit=self.time_unit,
+            rating=self.rating,
+            action=self.action,
+            item_features=self.item_features,
+            user_features=self.user_features,
+        )
 
     def _new_folder(self) -> Path:
         if self.folder is None:

@@ -176,13 +176,13 @@ class Mine:
         """
         dataset, recommender = self.dataset, self.recommender
         padded = dataset.histories(users, at, recommender.towers.max_length)
-        known, target, now = dataset.barred(users, at), dataset.targets(users, at), dataset.request_times(users, at)
+        barred, target, now = dataset.barred(users, at), dataset.targets(users, at), dataset.request_times(users, at)
         queries = recommender.queries(padded, now, dataset.asked(users, at, recommender.next_action))
-        found = recommender.candidates(queries, known, padded, now)
+        found = recommender.candidates(queries, barred, padded, now)
         selects = select_fold(users, self.select, self.seed)
-        request = Request.of(found.items, target, known.rows, known.values, dataset.train_counts)
+        request = Request.of(found.items, target, barred.rows, barred.values, dataset.train_counts)
         every = queries @ recommender.vectors.T  # (B, V + 1)
-        every[:, c.PAD] = every[known.rows, known.values] = -np.inf
+        every[:, c.PAD] = every[barred.rows, barred.values] = -np.inf
         table = lists(request, found.score, self.miner.choose(request, self.rng), every, selects)
         row = table.pop("row")
         length = np.bincount(row, minlength=len(users))

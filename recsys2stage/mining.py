@@ -19,7 +19,7 @@ class Request(NamedTuple):
 
     candidates: np.ndarray  # (B, K) int64, as they are served, best first, −1 where there is no more
     target: np.ndarray  # (B,) int64
-    known: np.ndarray  # sorted keys row · (V + 1) + item of every positive up to and including the target
+    known: np.ndarray  # sorted keys row · (V + 1) + item of every positive up to the target, and of what is withheld
     counts: np.ndarray  # (V + 1,) training events of each item
 
     @classmethod

@@ -97,7 +97,7 @@ class Ranker(Planned):
         self.reranker.standardise(torch.cat([b.listed.signals[b.listed.items != PAD] for b in lists]))
 
     def on_train_start(self) -> None:
-        """Measures step 0, the retriever's own order, so that best.ckpt is at least as good on the selecting users."""
+        """Measures step 0, the retriever's order, so that best.ckpt is at least as good on the selecting users."""
         super().on_train_start()
         if self.final_lr < 1:
             self.needs_an_end("the learning rate")
@@ -126,13 +126,13 @@ class Ranker(Planned):
         """
         return (torch.rand(len(items), 1, device=items.device) < self.id_dropout).expand_as(items)
 
-    def drop_counts(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"] | None:
+    def drop_counts(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:
         """Takes each candidate for cold with probability `cold_dropout`.
 
         Each on its own, unlike ids: a cold item is served beside others that are known, and what it is worth there is
         what the ranker must learn. The target is taken as often as any.
         """
-        return torch.rand(items.shape, device=items.device) < self.cold_dropout if self.cold_dropout else None
+        return torch.rand(items.shape, device=items.device) < self.cold_dropout
 
     def validation_step(self, lists: Lists, batch_idx: int) -> None:
         real, found = lists.listed.items != PAD, lists.positive >= 0

@@ -134,10 +134,10 @@ class Recommender:
     def signal_names(self) -> list[dict[str, Any]]:
         """What each number of the signals is, and of the sources of candidates where there are several.
 
-        {"name", "by_id", "counted"}, the last two as a Signal has them.
+        {"name", "by_id", "counted"}, as a Signal has them.
         """
         named = [
-            {"name": f"{type(signal).__name__}.{name}", "by_id": signal.by_id, "counted": signal.counted}
+            {"name": f"{type(signal).__name__}.{name}", "by_id": signal.by_id, "counted": name in signal.counted}
             for signal in self.signals
             for name in signal.names
         ]

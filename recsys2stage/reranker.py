@@ -33,8 +33,8 @@ class Reranker(nn.Module):
     signals that say so, and the base logit; `is_unknown` is 1. Popularity and declared features stay.
 
     A cold item, one that no training event shows, goes by what may be known of it: its id is masked, and popularity
-    and the signals that count its events are zero too, as those of an average candidate (DropoutNet, Volkovs et al.,
-    NeurIPS 2017). The retriever's score stays where its item tower made it of features.
+    and the signals that count its events are zero too, the means of the catalogue and of the candidates (DropoutNet,
+    Volkovs et al., NeurIPS 2017). The retriever's score stays where its item tower made it of features.
 
     Args:
         num_items: V.
@@ -116,7 +116,7 @@ class Reranker(nn.Module):
         signals = ((listed.signals - self.signal_mean) * self.signal_scale).clamp(-5, 5)  # far out means little more
         hidden = self.signal_by_id & masked[..., None] | self.signal_counted & cold[..., None]
         signals = signals.masked_fill(hidden, 0)
-        features = torch.cat([torch.stack(own, dim=-1), *self.item_features(listed.items), signals], dim=-1)
+        features = torch.cat([torch.stack(own, dim=-1), self.item_features(listed.items), signals], dim=-1)
         there = listed.recent != PAD
         shown = Shown(
             state=self.shown("state", unit(listed.state)),
@@ -136,12 +136,12 @@ class Reranker(nn.Module):
     def shown(self, part: str, values: Tensor) -> Tensor:
         return torch.zeros_like(values) if part in self.without else values
 
-    def item_features(self, items: Int[Tensor, "B C"]) -> list[Float[Tensor, "B C G"]]:
-        """The declared features as vectors, where there are some."""
+    def item_features(self, items: Int[Tensor, "B C"]) -> Float[Tensor, "B C G"]:
+        """The declared features as vectors."""
         if self.features is None:
-            return []
+            return self.popularity.new_zeros(*items.shape, 0)
         distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
-        return [self.shown("features", self.features(distinct))[place]]
+        return self.shown("features", self.features(distinct))[place]
 
     def look_up(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
         """Fills the buffers.

@@ -57,7 +57,7 @@ def features_of(dataset: Dataset, popular: bool) -> np.ndarray:
     spread = np.sqrt((weight * (value - mean) ** 2).sum() / weight.sum())
     log = np.log1p(counts[1:])
     trained = counts[1:] > 0
-    z = np.where(trained, (log - log[trained].mean()) / log[trained].std(), 0)  # 0: the mean
+    z = (log - log[trained].mean()) / log[trained].std()
     rows = []
     for item in range(1, dataset.num_items + 1):
         row = [1.0]

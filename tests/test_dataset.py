@@ -10,6 +10,7 @@ from worlds import write_movielens
 from recsys2stage.dataset import (
     Dataset,
     Padded,
+    Part,
     RequestTime,
     as_history,
     left_aligned,
@@ -220,6 +221,16 @@ def test_train_counts_and_cold_items(dataset: Dataset) -> None:
     assert dataset.train_counts.tolist() == counts.tolist()
     assert not counts[dataset.cold].any()
     assert dataset.cold.any() == bool(dataset.protocol["cold_items"])
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_what_no_list_may_show_is_what_is_known_or_withheld(dataset: Dataset, split: Part) -> None:
+    users = dataset.users(split)
+    known, barred = dataset.known(users, split), dataset.barred(users, split)
+    for row in range(len(users)):
+        own = known.values[known.offsets[row] : known.offsets[row + 1]].tolist()
+        want = own + np.flatnonzero(dataset.cold).tolist()
+        assert barred.values[barred.offsets[row] : barred.offsets[row + 1]].tolist() == want
 
 
 def test_features_are_padded_with_unknown(dataset: Dataset) -> None:

@@ -222,6 +222,12 @@ def test_a_fold_whose_signals_have_other_options_is_refused(mined: Mined, tmp_pa
         ready(mined.own, folds=[other])
 
 
+def test_a_fold_whose_retriever_alone_knows_cold_items_is_refused(mined: Mined, tmp_path: Path) -> None:
+    other = changed(mined.fold, tmp_path / "other", scores_cold=True)
+    with pytest.raises(ValueError, match="only one has an item tower"):
+        ready(mined.own, folds=[other])
+
+
 def test_a_fold_with_another_now_is_refused(mined: Mined, tmp_path: Path) -> None:
     other = changed(mined.fold, tmp_path / "other", request_time="target")
     with pytest.raises(ValueError, match=r"has request_time target, that of .* none; train both with the same one"):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from pipeline_fixtures import RETRIEVER, recsys
+from pipeline_fixtures import RANKER, RETRIEVER, recsys
 from torch import Tensor
 from worlds import cold_world
 
@@ -227,16 +227,18 @@ def served(data: Path, folder: Path, items: str) -> Served:
     return Served(folder / "index", dataset.cold[target], (scores >= own[:, None]).sum(1))
 
 
-def test_cold_items_are_found_by_their_features(data: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def towered(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return served(data, tmp_path_factory.mktemp("tower"), "ItemTower")
+
+
+def test_cold_items_are_found_by_their_features(data: Path, towered: Served, tmp_path: Path) -> None:
     """Of 1000 items chance is a recall@100 of .1: a tower finds at least five times as many, a table about as many.
 
     No more than 15/16 can be found: the target's group is one of the next four with that probability.
     """
     recall = {}
-    for items in ("ItemTable", "ItemTower"):
-        folder = tmp_path / items
-        folder.mkdir()
-        run = served(data, folder, items)
+    for items, run in (("ItemTable", served(data, tmp_path, "ItemTable")), ("ItemTower", towered)):
         assert run.cold.sum() > 150
         recall[items] = float((run.ranks <= 100)[run.cold].mean())
         vectors = np.load(run.folder / VECTORS)
@@ -244,3 +246,27 @@ def test_cold_items_are_found_by_their_features(data: Path, tmp_path: Path) -> N
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     assert recall["ItemTable"] < 0.2, recall
     assert recall["ItemTower"] >= 0.5, recall
+
+
+def test_a_ranker_keeps_the_cold_items_that_a_tower_found(data: Path, towered: Served, tmp_path: Path) -> None:
+    """Though none was a target of any list, and it is told how popular items are."""
+    (tmp_path / "ranker.yaml").write_text(RANKER, encoding="utf-8")
+    (tmp_path / "signals.yaml").write_text("signals: [PopularityAsOf, Content]", encoding="utf-8")
+    of = ("--data", data, "--index", towered.folder, "--config", tmp_path / "signals.yaml", "--k", 200)
+    recsys("mine-negatives", *of, "--output", tmp_path / "candidates")
+    recsys(
+        *("fit", "--config", tmp_path / "ranker.yaml", "--output", tmp_path / "ranker", "--trainer.max_epochs", 6),
+        *("--data.path", tmp_path / "candidates"),
+    )
+    checkpoint = tmp_path / "ranker" / "best.ckpt"
+    recsys("export-bundle", "--index", towered.folder, "--ranker", checkpoint, "--output", tmp_path / "bundle")
+    dataset, recommender = Dataset(data), Recommender.load(tmp_path / "bundle")
+    assert recommender.reranker is not None
+    assert recommender.reranker.scores_cold
+    assert np.array_equal(recommender.reranker.cold[1:], dataset.train_counts[1:] == 0)
+    users = dataset.users("test")
+    target, padded = dataset.targets(users, "test"), dataset.histories(users, "test", 20)
+    ranking = recommender.rank(padded, dataset.known(users, "test"), None, 200)
+    found = (ranking.items[:, :100] == target[:, None]).any(1)[towered.cold].mean()
+    first = (towered.ranks <= 100)[towered.cold].mean()
+    assert found > 0.9 * first > 0.4

@@ -114,6 +114,18 @@ def test_a_scorer_from_outside_starts_from_the_retriever_too(rng: np.random.Gene
     assert torch.equal(logits.argsort(dim=1, descending=True), listed.rank - 1)
 
 
+def test_at_step_0_cold_items_stand_where_an_item_tower_put_them(rng: np.random.Generator) -> None:
+    """Those of a plain table, whose score means nothing, stand where a score at the center would put them."""
+    for scores_cold in (True, False):
+        reranker, listed = built(rng, learned=False, scores_cold=scores_cold), lists(rng)
+        reranker.cold[1:] = torch.rand(V) < 0.3
+        logits, cold = reranker(listed, NONE), reranker.cold[listed.items]
+        assert cold.any()
+        assert torch.equal(logits[cold] == 0, torch.full((int(cold.sum()),), not scores_cold))
+        if scores_cold:
+            assert torch.equal(logits.argsort(dim=1, descending=True), listed.rank - 1)
+
+
 # --- what a masked id hides
 
 
@@ -230,9 +242,9 @@ def test_what_no_training_event_shows_is_cold_by_itself(rng: np.random.Generator
     reranker = built(rng)
     with torch.no_grad():
         told = reranker(listed, NONE, torch.from_numpy(counts == 0)[listed.items])
+        assert (told - reranker(listed, NONE)).abs().max() > 1e-3
         reranker.cold[1:] = torch.from_numpy(counts == 0)[1:]
         assert torch.equal(reranker(listed, NONE), told)
-        assert (told - built(np.random.default_rng(0))(listed, NONE)).abs().max() > 1e-3
     reranker.look_up(reranker.vectors, counts, arrays(rng))
     assert reranker.cold.tolist() == [False, *(counts[1:] == 0).tolist()]
 
@@ -404,7 +416,7 @@ def test_the_declared_features_are_those_of_a_table(rng: np.random.Generator) ->
     reranker = built(rng)
     assert reranker.features is not None
     items = torch.tensor([[4, 2, 0], [2, 2, 30]])
-    (seen,) = reranker.item_features(items)
+    seen = reranker.item_features(items)
     for row in range(2):
         for place in range(3):
             torch.testing.assert_close(seen[row, place], reranker.features(items[row, place][None])[0])

@@ -7,7 +7,7 @@ lists are mined, when they are measured and when they are served. S numbers of a
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,13 +39,17 @@ class Signal(ABC):
     """Numbers of each candidate of a request, from tables of training events. Options are kept under their names."""
 
     by_id: ClassVar[bool] = False  # whether they come from the item's id, and are hidden where ids are masked
-    counted: ClassVar[bool] = False  # whether they count the item's own events, and are hidden where it has none
     tables: dict[str, np.ndarray]  # all it has counted
 
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """Of the S numbers; a plain attribute of the class where they never change."""
+
+    @property
+    def counted(self) -> Collection[str]:
+        """Those of the names that count the item's own events, and are hidden where it has none."""
+        return ()
 
     @property
     def reads_times(self) -> bool:

@@ -29,8 +29,7 @@ class Content(Proposer):
 
     So it holds nothing that was learned from the item's own id, and speaks of an item without training events as of any
     other. The numbers are cosines of the query and v̂: of declared features (`cosine`), and of these with log(1 + n_i),
-    its square and its cube (`cosine_popular`), where an item without training events has the mean of them. They are 0
-    without a history.
+    its square and its cube (`cosine_popular`). They are 0 without a history.
 
     Proposals are the items with at most `rare` training events whose `cosine` is largest: those that an index of
     learned vectors cannot find.
@@ -42,7 +41,7 @@ class Content(Proposer):
         classes: of a categorical or multi-valued feature the most frequent so many are told apart.
     """
 
-    names = ("cosine", "cosine_popular")
+    names, counted = ("cosine", "cosine_popular"), ("cosine_popular",)
 
     def __init__(self, candidates: int = 0, rare: int = 0, ridge: float = 30.0, classes: int = 1000) -> None:
         super().__init__(candidates)
@@ -61,7 +60,7 @@ class Content(Proposer):
         counts = np.asarray(dataset.train_counts)
         told = [np.ones((len(counts), 1)), *(columns(f, counts, self.classes) for f in dataset.item_features)]
         log = np.log1p(counts.astype(np.float64))
-        popular = np.where(counts > 0, standardised(log, counts > 0), 0)[:, None]
+        popular = standardised(log, counts > 0)[:, None]
         self.tables = {
             "vectors": _left_out(told, log, vectors, self.ridge),
             "vectors_popular": _left_out([*told, popular, popular**2, popular**3], log, vectors, self.ridge),

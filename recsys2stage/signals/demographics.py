@@ -23,8 +23,6 @@ class Demographics(Signal):
         alpha: events that are added to both counts.
     """
 
-    counted = True
-
     def __init__(self, alpha: float = 5.0) -> None:
         if alpha <= 0:
             raise ValueError(f"alpha is {alpha}, expected a number of events above 0")
@@ -33,6 +31,10 @@ class Demographics(Signal):
     @property
     def names(self) -> tuple[str, ...]:  # they depend on the data, and come with the tables
         return tuple(self.tables["names"].tolist())
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        return self.names
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         told = [(place, f) for place, f in enumerate(dataset.user_features) if f["kind"] == "categorical"]

@@ -36,7 +36,7 @@ class PopularityAsOf(Proposer):
         trending: the one of them whose counts rank the proposals, and make the trend.
     """
 
-    reads_times, counted = True, True
+    reads_times = True
 
     def __init__(
         self, candidates: int = 0, windows: Sequence[int] = (DAY, WEEK, 30 * DAY, 365 * DAY), trending: int = WEEK
@@ -52,6 +52,10 @@ class PopularityAsOf(Proposer):
     def names(self) -> tuple[str, ...]:
         lengths = [f"{window // DAY}d" if window % DAY == 0 else f"{window}s" for window in self.windows]
         return (*(f"popularity_{length}" for length in (*lengths, "all")), "trend", "age", "gap")
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        return self.names
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         if not dataset.has_time:

@@ -23,8 +23,8 @@ class Ratings(Signal):
         prior: average ratings that are added to those of each item.
     """
 
-    counted = True
     names = ("item_mean", "item_count", "user_mean", "newest_over_mean", "user_spread", "item_over_user")
+    counted = ("item_mean", "item_count", "item_over_user")
 
     def __init__(self, prior: float = 20.0) -> None:
         if prior <= 0:
