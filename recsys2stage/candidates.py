@@ -199,6 +199,11 @@ class Candidates(ArrayModule):
 def mined(folder: Path) -> dict[str, Any]:
     """The manifest of mined lists, whose parents must be as they were."""
     manifest = read_manifest(folder, "candidates", f"recsys mine-negatives --output {folder}")
+    if "scores_cold" not in manifest:
+        raise ValueError(
+            f"{folder} was mined by an older version, which does not say what its numbers count; mine again: "
+            f"recsys mine-negatives --output {folder}"
+        )
     for name, parent in manifest["parents"].items():
         if fingerprint(parent["path"]) != parent["hash"]:
             raise ValueError(

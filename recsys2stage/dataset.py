@@ -209,16 +209,6 @@ class Dataset:
         kept = np.bincount(known.rows[other], minlength=len(users))
         return Ragged(known.values[other], np.concatenate([[0], np.cumsum(kept)]))
 
-    def barred(self, users: np.ndarray, at: At) -> Ragged:
-        """What no list that trains may show: the items that a user has met, and those that are withheld."""
-        known, withheld = self.known(users, at), np.flatnonzero(self.cold)
-        if not len(withheld):
-            return known
-        rows = np.concatenate([known.rows, np.repeat(np.arange(len(users)), len(withheld))])
-        values = np.concatenate([known.values, np.tile(withheld, len(users))])
-        ends = np.cumsum(np.bincount(rows, minlength=len(users)))
-        return Ragged(values[np.argsort(rows, kind="stable")], np.concatenate([[0], ends]))
-
     def targets(self, users: np.ndarray, at: At) -> np.ndarray:
         """The item each user takes next, (B,) int64."""
         return self.items[self.ends(users, at)].astype(np.int64)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, ParquetStream, whole, write_manifest
-from recsys2stage.dataset import Dataset, places, some
+from recsys2stage.dataset import At, Dataset, Ragged, places, some
 from recsys2stage.mining import (
     CANDIDATES,
     REQUESTS,
@@ -148,6 +148,17 @@ def is_given(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool
     return True
 
 
+def barred_from(dataset: Dataset, users: np.ndarray, at: At) -> Ragged:
+    """What no list may show: the items that a user has met, and those that are withheld from all training."""
+    known, withheld = dataset.known(users, at), np.flatnonzero(dataset.cold)
+    if not len(withheld):
+        return known
+    rows = np.concatenate([known.rows, np.repeat(np.arange(len(users)), len(withheld))])
+    values = np.concatenate([known.values, np.tile(withheld, len(users))])
+    ends = np.cumsum(np.bincount(rows, minlength=len(users)))
+    return Ragged(values[np.argsort(rows, kind="stable")], np.concatenate([[0], ends]))
+
+
 class Mine:
     """Makes lists, batch after batch, and counts them.
 
@@ -176,7 +187,11 @@ class Mine:
         """
         dataset, recommender = self.dataset, self.recommender
         padded = dataset.histories(users, at, recommender.towers.max_length)
-        barred, target, now = dataset.barred(users, at), dataset.targets(users, at), dataset.request_times(users, at)
+        barred, target, now = (
+            barred_from(dataset, users, at),
+            dataset.targets(users, at),
+            dataset.request_times(users, at),
+        )
         queries = recommender.queries(padded, now, dataset.asked(users, at, recommender.next_action))
         found = recommender.candidates(queries, barred, padded, now)
         selects = select_fold(users, self.select, self.seed)

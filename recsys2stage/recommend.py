@@ -153,6 +153,11 @@ class Recommender:
                 f"{path} holds neither a bundle nor an index; run: recsys export-bundle --output {path}"
             )
         manifest = read_manifest(path, kind, f"recsys export-{kind} --output {path}")
+        if kind == "bundle" and "scores_cold" not in manifest["reranker"]:
+            raise ValueError(
+                f"{path} was exported by an older version, whose second stage knows nothing of cold items; mine, fit "
+                "and export again"
+            )
         return cls(
             towers=build(TwoTower, manifest["towers"], torch.load(path / TOWERS, weights_only=True)),
             index=Index.load(path),

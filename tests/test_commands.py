@@ -336,3 +336,12 @@ def test_a_miner_that_leaves_lists_empty_is_refused(trained: Run, tmp_path: Path
         20,
     )
     assert not (tmp_path / "c").exists()
+
+
+def test_a_bundle_of_an_older_version_is_refused(trained: Run, tmp_path: Path) -> None:
+    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["reranker"]["scores_cold"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"bundle was exported by an older version.*export again"):
+        Recommender.load(bundle)

@@ -20,6 +20,7 @@ from recsys2stage.dataset import (
     spans,
     windows,
 )
+from recsys2stage.mine import barred_from
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import MovieLens, Table
 from recsys2stage.split import GlobalTime, LeaveOneOut
@@ -226,7 +227,7 @@ def test_train_counts_and_cold_items(dataset: Dataset) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_what_no_list_may_show_is_what_is_known_or_withheld(dataset: Dataset, split: Part) -> None:
     users = dataset.users(split)
-    known, barred = dataset.known(users, split), dataset.barred(users, split)
+    known, barred = dataset.known(users, split), barred_from(dataset, users, split)
     for row in range(len(users)):
         own = known.values[known.offsets[row] : known.offsets[row + 1]].tolist()
         want = own + np.flatnonzero(dataset.cold).tolist()

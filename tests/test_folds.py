@@ -228,6 +228,15 @@ def test_a_fold_whose_retriever_alone_knows_cold_items_is_refused(mined: Mined, 
         ready(mined.own, folds=[other])
 
 
+def test_lists_of_an_older_version_are_refused(mined: Mined, tmp_path: Path) -> None:
+    other = shutil.copytree(mined.own, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    del manifest["scores_cold"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"was mined by an older version.*mine again"):
+        ready(other)
+
+
 def test_a_fold_with_another_now_is_refused(mined: Mined, tmp_path: Path) -> None:
     other = changed(mined.fold, tmp_path / "other", request_time="target")
     with pytest.raises(ValueError, match=r"has request_time target, that of .* none; train both with the same one"):
