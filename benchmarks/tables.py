@@ -5,12 +5,12 @@
     python benchmarks/tables.py losses          all losses, their negatives and corrections on ml-1m
     python benchmarks/tables.py finalist        a TAAC 2025 finalist's parts on ml-latest-small, added one by one
     python benchmarks/tables.py users           what ml-1m knows of users and events
-    python benchmarks/tables.py ties            who is last among events of one second, and whether the time is told
+    python benchmarks/tables.py ties            tie breaks among events of one second, each fit of four epochs
     python benchmarks/tables.py losses --show   only print the table
 
 Run again, it goes on with the rows that are missing. Every row is a fit by `recsys fit` that ends when its process has
 used its CPU time, or by early stopping, and `recsys test` of its best checkpoint by validation. Schedules go by the
-share of the CPU time.
+share of the CPU time. A table without a budget of time (ties) ends each fit at the same number of epochs instead.
 """
 
 import argparse
@@ -38,14 +38,16 @@ class Table(NamedTuple):
     """Rows of a table: label -> what is added to the dataset's retriever config, beside what all rows add."""
 
     dataset: str
-    minutes: float
+    minutes: float | None  # of CPU time; None: the rows say themselves when they end
     seeds: tuple[int, ...]
     rows: dict[str, list[str]]
     common: tuple[str, ...] = ()
+    cohort: str | None = None  # kind of cohorts whose test NDCG@10 is kept with each row
 
     def words(self, label: str) -> str:
         """What a row measures: a row whose words have changed is measured anew."""
-        return " ".join([f"{self.dataset} {self.minutes} min", *self.rows[label], *self.common])
+        budget = [] if self.minutes is None else [f"{self.minutes} min"]
+        return " ".join([self.dataset, *budget, *self.rows[label], *self.common])
 
 
 def overlays(*names: str) -> list[str]:
@@ -217,8 +219,10 @@ TABLES["users"] = Table(
 TIE_BREAKS = {name: f"--data.init_args.path=data/ml-1m-{name}" for name in ("plain", "item_id", "hash")}
 TABLES["ties"] = Table(  # data/ml-1m-hash: prepare-data with --tie_break hash --output data/ml-1m-hash, and so item_id
     dataset="ml-1m-plain",
-    minutes=5,
+    minutes=None,
     seeds=(0,),
+    common=("--trainer.max_epochs=4",),
+    cohort="gap_to_request",
     rows={
         f"{name.replace('plain', 'file_order')}, {told}": [*overlays(*times), data]
         for name, data in TIE_BREAKS.items()
@@ -231,17 +235,19 @@ class CpuBudget(Callback):
     """Ends a fit when its process has used its CPU time, and writes what it has cost; schedules go by its time, too.
 
     Args:
-        minutes: of CPU time, from the start of the fit.
+        minutes: of CPU time, from the start of the fit; None: the fit ends as its own options say.
         output: file for what was used.
     """
 
-    def __init__(self, minutes: float, output: str) -> None:
+    def __init__(self, minutes: float | None, output: str) -> None:
         self.minutes, self.output = minutes, Path(output)
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.start = time.process_time()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
+        if self.minutes is None:
+            return
         share = (time.process_time() - self.start) / (60 * self.minutes)
         if isinstance(module, Retriever):
             module.planned_steps = trainer.global_step / share
@@ -274,7 +280,7 @@ def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
         str(output / "retriever"),
     ]
     words += ["--trainer.enable_progress_bar=false"]
-    budget = ["--trainer.callbacks+=tables.CpuBudget", f"--trainer.callbacks.minutes={table.minutes}"]
+    budget = ["--trainer.callbacks+=tables.CpuBudget", f"--trainer.callbacks.minutes={json.dumps(table.minutes)}"]
     budget += [f"--trainer.callbacks.output={output / 'used.json'}"]
     recsys("fit", *words, f"--seed_everything={seed}", *budget, log=output / "fit.log")
     recsys("test", *words, f"--trainer.logger={json.dumps(csv_logger(output))}", log=output / "test.log")
@@ -294,7 +300,20 @@ def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
         "test_hr@10": round(float(test["test/hr@10"]), 4),
         "test_ndcg@10": round(float(test["test/ndcg@10"]), 4),
         **used,
+        **({} if table.cohort is None else {"cohorts": cohorts(output, words, table.cohort)}),
     }
+
+
+def cohorts(output: Path, words: list[str], kind: str) -> dict[str, list[float]]:
+    """How many users each cohort of the test has, and the retriever's NDCG@10 on them."""
+    data = next(word.partition("=")[2] for word in words if word.startswith("--data.init_args.path="))
+    index = str(output / "index")
+    retriever = str(output / "retriever/best.ckpt")
+    exported = ["--retriever", retriever, "--data", data, "--output", index, "--measured=0"]
+    recsys("export-index", *exported, log=output / "index.log")
+    recsys("evaluate", "--bundle", index, "--data", data, "--output", str(output), log=output / "evaluate.log")
+    groups = json.loads((output / "report.json").read_text(encoding="utf-8"))["cohorts"][kind]
+    return {label: [group["users"], round(group["retriever"]["ndcg@10"], 4)] for label, group in groups.items()}
 
 
 def csv_logger(output: Path) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def gap_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Groups:
     gap = dataset.request_times(users, split) - dataset.times[np.maximum(ends - 1, 0)]
     yield "no event before", empty
     for label, low, high in (
-        ("under a minute", -NEVER, 60),
+        ("the same second", -NEVER, 1),
+        ("under a minute", 1, 60),
         ("a minute to an hour", 60, 3_600),
         ("an hour to a day", 3_600, DAY),
         ("a day to a month", DAY, MONTH),

@@ -268,7 +268,7 @@ def describe(
         "ranking": "full, over all rated items" if negatives is None else SAMPLED.format(negatives),
         **({} if negatives is None else {"negatives_seed": seed}),
         "seen_filter": "all items the user has met" + (", but the target" if dataset.keeps_repeats else ""),
-        "validation_item": "in the input at test time, never a training target",
+        "validation_item": "in the input at test time; the ranker trains on it, the retriever never does",
         "request_time": request_time,
         **({} if next_action == "none" else {"next_action": next_action}),
         "score_ties": "counted against the target",
