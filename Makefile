@@ -42,6 +42,11 @@ endif
 raw := $(if $(RAW),data/.$(DATASET).raw)
 $(if $(RAW),$(shell mkdir -p data; [ "$$(cat $(raw) 2>&1)" = "$(RAW)" ] || echo "$(RAW)" > $(raw)))
 
+# the manifest names the raw files and folders that were read: where one is newer or gone, the data are made anew
+listed := sed -n '/^  "inputs": \[$$/,/^  \]/s/^    "\(.*\)",\{0,1\}$$/\1/p' $(DATA)/manifest.json
+changed := $(shell [ ! -e $(DATA)/manifest.json ] || $(listed) | while IFS= read -r path; do \
+	if [ ! -e "$$path" ] || [ "$$path" -nt $(DATA)/manifest.json ]; then echo changed; break; fi; done)
+
 overlays := $(WITH:%=configs/with/%.yaml)
 unknown := $(filter-out $(wildcard $(overlays)),$(overlays))
 ifneq ($(unknown),)
@@ -52,7 +57,7 @@ resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $
 	echo --ckpt_path $(@D)/last.ckpt)
 fit_options = $(addprefix --seed_everything ,$(SEED)) --output $(@D)
 
-.PHONY: help setup demo pipeline results test test-slow lint format clean
+.PHONY: changed help setup demo pipeline results test test-slow lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -82,7 +87,7 @@ data/raw/demo/ratings.csv: | .venv/ready
 
 data/demo/manifest.json: data/raw/demo/ratings.csv
 
-$(DATA)/manifest.json: $(CONFIG)/prepare.yaml $(RAW) $(raw) | .venv/ready
+$(DATA)/manifest.json: $(CONFIG)/prepare.yaml $(RAW) $(raw) $(changed) | .venv/ready
 	$(RECSYS) prepare-data --config $< --output $(@D) $(if $(RAW),--source.path $(RAW))
 
 $(FIRST)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlays) $(DATA)/manifest.json | .venv/ready

@@ -151,11 +151,13 @@ def prepare(
                 "test_users": int((val_end < offsets[1:]).sum()),
             }
             warn(counts, repeats)
+            inputs = [*tables.files, *(file for vectors in item_vectors.values() for file in vectors.files)]
             write_manifest(
                 folder,
                 "dataset",
                 options,
-                {str(file): file for file in [*tables.files, *(f for v in item_vectors.values() for f in v.files)]},
+                {str(file): file for file in inputs},
+                inputs=[str(path) for path in [*inputs, *tables.folders]],  # make looks whether one is newer
                 counts=counts,
                 ties=ties,
                 protocol={

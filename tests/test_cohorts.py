@@ -66,7 +66,8 @@ def found(groups: list[tuple[str, np.ndarray]]) -> list[str]:
 
 
 GAPS = [
-    *((0, "the same second"), (1, "under a minute"), (59, "under a minute"), (60, "a minute to an hour"), (3_599, "a minute to an hour")),
+    *((0, "the same second"), (1, "under a minute"), (59, "under a minute")),
+    *((60, "a minute to an hour"), (3_599, "a minute to an hour")),
     *((3_600, "an hour to a day"), (DAY - 1, "an hour to a day"), (DAY, "a day to a month")),
     *((30 * DAY - 1, "a day to a month"), (30 * DAY, "a month or longer"), (4_000 * DAY, "a month or longer")),
 ]

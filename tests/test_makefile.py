@@ -1,5 +1,6 @@
 """Make's rules, with a stand-in for `recsys` that only touches what each verb would write."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -100,6 +101,25 @@ def test_another_archive_is_another_dataset_however_old(project: Project) -> Non
     (project.folder / "other.zip").touch()
     os.utime(project.folder / "other.zip", (1, 1))
     assert "--source.path other.zip" in project.make("pipeline", "DATASET=ml-1m", "RAW=other.zip")[0]
+
+
+@pytest.mark.parametrize("touched", ["events of 2026/a.csv", "items.csv", "events of 2026/new shard.csv", None])
+def test_new_rows_in_a_file_that_the_manifest_names_make_the_data_anew(project: Project, touched: str | None) -> None:
+    """None: a file is removed."""
+    inputs = ["events of 2026/a.csv", "items.csv", "events of 2026"]
+    (project.folder / "events of 2026").mkdir()
+    for name in inputs[:2]:
+        (project.folder / name).touch()
+    project.make("pipeline", "DATASET=ml-1m")
+    text = json.dumps({"kind": "dataset", "inputs": inputs, "counts": {"users": 3}}, indent=2) + "\n"
+    (project.folder / "data/ml-1m/manifest.json").write_text(text)
+    project.make("pipeline", "DATASET=ml-1m")
+    assert project.make("pipeline", "DATASET=ml-1m") == []
+    if touched is None:
+        (project.folder / "items.csv").unlink()
+    else:
+        project.touch(touched)
+    assert verbs(project.make("pipeline", "DATASET=ml-1m")) == ["prepare-data", *ALL]
 
 
 def test_a_killed_fit_goes_on_from_its_last_checkpoint(project: Project) -> None:

@@ -115,6 +115,7 @@ def test_the_manifest_counts_and_states_the_protocol(tmp_path: Path) -> None:
     }
     assert manifest["ties"] == {"events_share": 3 / 9, "last_time_share": 1 / 3}
     assert manifest["max_history"] == 4
+    assert manifest["inputs"] == [str(tmp_path / "raw" / "events.csv")]
     assert manifest["has"] == {"time": True, "rating": True, "action": False}
     assert manifest["protocol"] == {
         "split": "LeaveOneOut",

@@ -269,6 +269,20 @@ def test_a_table_of_parquet(tmp_path: Path, write: Callable[[Path], Table]) -> N
     assert events_of(write(tmp_path)) == WANTED
 
 
+def test_a_table_names_the_files_that_were_read_and_where_shards_are_looked_for(tmp_path: Path) -> None:
+    for write, files, folders in (
+        (one_csv, ["log.csv"], []),
+        (csv_glob, ["log/part-0.csv", "log/part-1.csv", "log/part-2.csv"], ["log"]),
+    ):
+        (tmp_path / write.__name__).mkdir()
+        with write(tmp_path / write.__name__).open() as tables:
+            found = [
+                [str(path.relative_to(tmp_path / write.__name__)) for path in paths]
+                for paths in (tables.files, tables.folders)
+            ]
+        assert found == [files, folders]
+
+
 def test_a_table_is_read_lazily(tmp_path: Path) -> None:
     source = shards(tmp_path)
     with source.open() as tables:

@@ -30,6 +30,7 @@ class Tables:
         item_features: feature column -> categorical (any type), multi (a list of text) or numeric.
         user_features: the same of users.
         files: the raw files, whose hashes go into the manifest.
+        folders: folders in which a further file would be read too, as a shard.
         has_time: False where `time` only gives the order of events.
         ticks: units of `time` in a second.
         untyped_ids: ids come from a file without types, so those that are all plain whole numbers are such.
@@ -41,6 +42,7 @@ class Tables:
     item_features: dict[str, Kind] = field(default_factory=dict)
     user_features: dict[str, Kind] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
     has_time: bool = True
     ticks: int = 1
     untyped_ids: bool = False

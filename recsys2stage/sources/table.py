@@ -146,6 +146,7 @@ class Table(Source):
                 item_features=item_features,
                 user_features=user_features,
                 files=[self.path] if zipped else [*files, *item_file, *user_file],
+                folders=[] if zipped or files == [self.path] else sorted({file.parent for file in files}),
                 has_time=self.time_unit != "order",
                 ticks=TICKS[self.time_unit],
                 untyped_ids=files[0].suffix not in PARQUET,
