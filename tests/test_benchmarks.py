@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 import venv
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -421,3 +423,30 @@ def test_the_error_of_an_ablation_counts_users(ablation: ModuleType, tmp_path: P
     assert once == often
     assert once["difference"] == pytest.approx(gain.mean(), abs=1e-5)
     assert once["standard_error"] == pytest.approx(gain.std() / 200**0.5, abs=1e-5)
+
+
+def test_figures_with_and_without_targets_of_unknown_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four users, of whom the one of raw id 30 has a target whose time is status 3."""
+    rows = [(10, 7, 0), (10, 9, 0), (20, 7, 1), (20, 9, 2), (30, 9, 0), (30, 7, 3), (40, 7, 3), (40, 9, 0)]
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w") as archive:
+        archive.writestr("ml-1m/ratings.dat", "".join(f"{user}::{item}::3::1\n" for user, item, _ in rows))
+        with archive.open("ml-1m/ratings_ts_status.npy", "w") as file:
+            np.save(file, np.array([status for *_, status in rows], dtype=np.uint8))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "run").mkdir()
+    pl.DataFrame({"user": range(4), "user_id": [10, 20, 30, 40]}).write_parquet(tmp_path / "data" / c.USER_TABLE)
+    pl.DataFrame({"item": [1, 2], "item_id": [7, 9]}).write_parquet(tmp_path / "data" / c.ITEM_TABLE)
+    ranks = pl.DataFrame({"user": [3, 2, 1, 0], "target": [2, 1, 2, 2], "retriever": [11, 1, 12, 1]})
+    ranks.write_parquet(tmp_path / "run" / "ranks.parquet")
+    words = [tmp_path / "raw.zip", tmp_path / "run", "--data", tmp_path / "data", "--json", tmp_path / "figures.json"]
+    monkeypatch.setattr(sys, "argv", ["estimated_times.py", *map(str, words)])
+    importlib.import_module("estimated_times").main()
+    assert "status 3 (1)" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())[str(tmp_path / "run")]["retriever"]
+    assert {label: group["hr@10"] for label, group in figures.items()} == {
+        "all": 0.5,
+        "time known or bounded": pytest.approx(1 / 3),
+        "status 3": 1.0,
+    }
