@@ -450,3 +450,21 @@ def test_figures_with_and_without_targets_of_unknown_time(
         "time known or bounded": pytest.approx(1 / 3),
         "status 3": 1.0,
     }
+
+
+def test_a_recorded_run_has_its_report_and_the_manifest_of_every_ancestor(tmp_path: Path, trained: Run) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "report.json").write_text('{"users": 3}')
+    (run / "bundle").symlink_to(trained.bundle)
+    (folder,) = importlib.import_module("record").record("world", [run], tmp_path)
+    assert folder == tmp_path / "docs/measured/world/run"
+    assert json.loads((folder / "report.json").read_text()) == {"users": 3}
+    content = (folder / "manifests.json").read_text()
+    kinds = [manifest["kind"] for manifest in json.loads(content)["artifacts"].values()]
+    assert kinds[0] == "dataset"
+    assert kinds[-1] == "bundle"
+    assert {"retriever", "index", "candidates", "ranker"} < set(kinds)
+    assert str(tmp_path.parent) not in content
+    with pytest.raises(SystemExit, match="no report"):
+        importlib.import_module("record").record("world", [tmp_path], tmp_path)
