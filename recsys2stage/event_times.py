@@ -38,21 +38,27 @@ def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
     if median < YEAR_1980 * ticks:
         if ticks > 1 and YEAR_1980 <= median <= YEAR_2100:
             raise ValueError(
-                f"{rows.file}, column {column.name!r}: half of the times are up to {median:.0f}, which is "
-                f"{_date(median / ticks)} in milliseconds and {_date(median)} in seconds; say time_unit: seconds"
+                f"{rows.file}, column {column.name!r}: the times look like seconds taken for milliseconds: their "
+                f"median {median:.0f} is {_date(median / ticks)}, in seconds {_date(median)}; say time_unit: seconds, "
+                "or correct the dates"
             )
         logger.warning(
-            "%s, column %r: half of the times are up to %.0f, which is %s; where they are not %s since 1970, name their "
-            "time_unit, and where they only say what came first, time_unit: order",
+            "%s, column %r: the median of the times, %.0f, is %s; if they are not %s since 1970, name their time_unit, "
+            "and if they only say what came first, time_unit: order",
             *(rows.file, column.name, median, _date(median / ticks), "seconds" if ticks == 1 else "milliseconds"),
         )
-    elif ticks > 1 and ((times >= YEAR_1980) & (times < YEAR_1980 * ticks)).any():
-        low = YEAR_1980 * ticks  # the earliest that seconds cannot be taken for
+    else:
+        if ticks > 1 and times.is_between(YEAR_1980, YEAR_2100).any():  # seconds among milliseconds
+            low = YEAR_2100 + 1
+        if zeros := int((times == 0).sum()):
+            logger.warning(
+                "%s, column %r: %s times are 0, which is 1970; if the time is missing, leave the field empty",
+                *(rows.file, column.name, f"{zeros:,}"),
+            )
     if low <= times.min() and times.max() <= high:  # type: ignore[operator]
         return None
-    # round: as the bounds of a column have it
-    what = f"{'seconds' if ticks == 1 else 'a time in milliseconds'} from {_date(low / ticks)} to {_date(high / ticks)}"
-    what += ", as most are" if low else ", a day from now"
+    what = f"{'seconds' if ticks == 1 else 'a time'} from {_date(low / ticks)} to {_date(high / ticks)}, a day from now"
+    what += "; most are in milliseconds" if low else ""
     bounded: Column = replace(column, low=low, high=min(high, column.high), what=what)
     return replace(rows, columns=rows.columns | {TIME: bounded})
 
@@ -70,8 +76,8 @@ def warn_of_newest(frame: pl.DataFrame, ticks: int, file: str) -> None:
     before, after = newest[gaps[0]], newest[gaps[0] + 1]
     row = frame.row(int(np.argmax(times)), named=True)
     logger.warning(
-        "%s: %d of %s events are from %s on, years after all others (until %s); the newest, of user %s and item %s at %s, "
-        "is the request time where none is given; remove them if they are wrong",
+        "%s: %d of %s events are from %s on, years after all others (until %s); the newest, of user %s and item %s at "
+        "%s, is the request time where none is given; remove them if they are wrong",
         *(file, len(newest) - 1 - gaps[0], f"{len(times):,}", _date(after / ticks), _date(before / ticks)),
         *(row[USER_ID], row[ITEM_ID], _date(newest[-1] / ticks)),
     )

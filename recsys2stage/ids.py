@@ -7,10 +7,12 @@ import logging
 import math
 import numbers
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import yaml  # type: ignore[import-untyped]
 
 from recsys2stage.columns import PLAIN_NUMBER
 
@@ -56,18 +58,20 @@ def as_text(value: Any) -> str | None:
     Raises:
         ValueError: for booleans, bytes, and floats that are no whole numbers within ±2^53.
     """
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+    if type(value) in (int, str):
+        return str(value)
+    kind = type(value).__name__
+    if value is None or kind in ("NAType", "NaTType"):
         return None
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (bool, bytes, bytearray)) or type(value).__name__ == "bool_":
+    if isinstance(value, (bytes, bytearray)) or kind in ("bool", "bool_"):
         raise ValueError(f"{value!r} is not an id; expected a whole number, a text or an object with a text of its own")
-    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+    if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, numbers.Integral):
         if math.isnan(value):
             return None
-        if not (math.isfinite(value) and value == math.floor(value) and abs(value) <= 2**53):
-            raise ValueError(f"{value!r} is not an id; floats are ids only if they are whole and within ±2^53")
-        value = math.floor(value)
+        bound = math.inf if isinstance(value, Decimal) else WHOLE[pl.Float32 if kind == "float32" else pl.Float64]
+        if not math.isfinite(value) or value != math.floor(value) or not abs(int(value)) <= bound:
+            raise ValueError(f"{value!r} is not an id; floats are ids only if they are whole and within ±{bound}")
+        value = int(value)
     return str(value)
 
 
@@ -78,17 +82,58 @@ def of_objects(name: str, values: Iterable[Any]) -> pl.Series:
     return texts if any(isinstance(value, str) for value in values) else narrowed(texts)
 
 
+def given_ids(values: Iterable[Any]) -> list[str]:
+    """Ids that somebody gives, as text."""
+    texts = [as_text(value) for value in values]
+    if None in texts:
+        raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing; leave it out")
+    return [text for text in texts if text is not None]
+
+
 def narrowed(ids: pl.Series) -> pl.Series:
     """Text that is all plain whole numbers of 64 bits as such (007 is none), and numbers in the narrowest of Int64,
     UInt64 and text that holds all."""
-    if ids.dtype == pl.String:
-        if not len(ids) or ids.null_count() == len(ids) or not ids.str.contains(PLAIN_NUMBER).all():
-            return ids
+    if ids.dtype == pl.String and (ids.null_count() == len(ids) or not ids.str.contains(PLAIN_NUMBER).all()):
+        return ids
     for dtype in (pl.Int64, pl.UInt64):
         narrow = ids.cast(dtype, strict=False)
         if narrow.null_count() == ids.null_count():
             return narrow
     return ids.cast(pl.String)
+
+
+def typed(ids: pl.Series, where: str | Path) -> pl.Series:
+    """The ids of a typed column, null where they are missing.
+
+    Raises:
+        ValueError: naming the first row whose value is no id.
+    """
+    found = ids.to_frame().select(of_column(pl.col(ids.name), ids.dtype, f"{where}, column {ids.name!r}:")).to_series()
+    bad = found.is_null() & ids.is_not_null()
+    if ids.dtype.is_float():
+        bad &= ids.is_not_nan()
+    if bad.any():
+        row = bad.arg_true()[0]
+        raise ValueError(f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {what_of(ids.dtype)}")
+    return found
+
+
+def checked(ids: pl.Series, where: str | Path) -> pl.Series:
+    """The ids of a typed column, one in every row.
+
+    Raises:
+        ValueError: for values that are no ids, and for missing ones.
+    """
+    found = typed(ids, where)
+    missing = found.is_null()
+    if found.dtype == pl.String:
+        missing |= found.str.strip_chars() == ""
+    if missing.any():
+        raise ValueError(
+            f"{missing.sum():,} of {len(ids):,} rows have no {ids.name} in {where}, the first is row "
+            f"{missing.arg_true()[0] + 1}; fill in or drop them"
+        )
+    return found
 
 
 def common(dtypes: Iterable[Any]) -> Any:
@@ -101,8 +146,55 @@ def common(dtypes: Iterable[Any]) -> Any:
     return pl.String
 
 
+def as_written(text: str) -> list[str] | None:
+    """The ids of a list in the notation of YAML, each as it is written: 0012 is not 10; None for any other text.
+
+    Raises:
+        ValueError: for a list within the list.
+    """
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    return _scalars(node) if isinstance(node, yaml.SequenceNode) else None
+
+
+def written_in(config: Path, option: str) -> list[str] | None:
+    """The same of an option of a YAML file; None where it is no list there."""
+    try:
+        node = yaml.compose(config.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError):  # who reads it says so
+        return None
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    lists = [value for name, value in pairs if name.value == option and isinstance(value, yaml.SequenceNode)]
+    return _scalars(lists[-1]) if lists else None
+
+
+def _scalars(node: yaml.SequenceNode) -> list[str]:
+    for one in node.value:
+        if not isinstance(one, yaml.ScalarNode):
+            raise ValueError(
+                "a list of ids holds a list or a mapping; expected ids, in quotes where they hold , : or ]"
+            )
+    return [one.value for one in node.value]
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file of ids, without their ends; an id may hold what Python's splitlines() splits at."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it with iconv") from error
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
 def warn_of_texts(ids: pl.Series, name: str, where: str | Path) -> None:
-    """Warns of ids, each once in (n,) text, that differ as text only, and of those that usually mean a missing value."""
+    """Warns of ids that differ as text only, and of those that usually mean a missing value.
+
+    Args:
+        ids: each once, (n,) text.
+        name: what to call them.
+    """
     texts = ids.drop_nulls()
     stripped = texts.str.strip_chars()
     number = stripped.cast(pl.Float64, strict=False)
