@@ -62,9 +62,9 @@ class Frames:
         """What is known of items and users, as the tables of them want it."""
         return {"items": self._side(items, "items"), "users": self._side(users, "users")}
 
-    def histories(self, log: Any) -> pl.DataFrame:
+    def histories(self, frame: Any) -> pl.DataFrame:
         """Histories as `recsys recommend` reads them, oldest first."""
-        log = as_polars(log, (self.user, self.item))
+        log = as_polars(frame, (self.user, self.item))
         names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
         require([self.user, self.item], log.columns, "the frame of histories")
         columns = [pl.col(own).alias(name) for name, own in names.items() if own in log.columns]

@@ -69,9 +69,9 @@ def as_text(value: Any) -> str | None:
         if math.isnan(value):
             return None
         bound = math.inf if isinstance(value, Decimal) else WHOLE[pl.Float32 if kind == "float32" else pl.Float64]
-        if not math.isfinite(value) or value != math.floor(value) or not abs(int(value)) <= bound:
+        if not math.isfinite(value) or value != math.floor(value) or abs(float(value)) > bound:
             raise ValueError(f"{value!r} is not an id; floats are ids only if they are whole and within ±{bound}")
-        value = int(value)
+        return str(math.floor(value))
     return str(value)
 
 
