@@ -360,8 +360,11 @@ def _complaint(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) -> str
     if TIME in columns and columns[TIME].high == YEAR_2100:
         late = bad.filter((pl.col("column") == columns[TIME].name) & pl.col("reason").str.contains("is not seconds"))
         times = late["reason"].str.extract(r"^(\d+)").cast(pl.Int64, strict=False).drop_nulls()
-        if len(times) and ((times > YEAR_2100) & (times // 1000 <= YEAR_2100)).all():
-            hint = " The times look like milliseconds: say time_unit: milliseconds (a Table) or divide them by 1000."
+        for factor, unit in ((10**3, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds")):
+            if len(times) and ((times > YEAR_2100) & (times // factor).is_between(1, YEAR_2100)).all():
+                advice = "say time_unit: milliseconds (a Table) or divide" if unit == "milliseconds" else "divide"
+                hint = f" The times look like {unit}: {advice} them by {factor}."
+                break
     return (
         "; ".join(parts)
         + "."

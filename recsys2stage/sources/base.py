@@ -114,7 +114,10 @@ def csv_rows(
         layout = layout_of(file, separator, quote, header is None)
         names = header or read_header(file, separator, layout.quote)
         require((column.name for column in columns.values()), names, file)
-        names = [name if name not in names[:place] else f"{name} ({place})" for place, name in enumerate(names)]
+        names = [  # as polars names columns that have the name of another
+            f"{name}_duplicated_{names[:place].count(name) - 1}" if name in names[:place] else name
+            for place, name in enumerate(names)
+        ]
         dtypes = dict.fromkeys(names, pl.String()) | {column.name: column.dtype for column in columns.values()}
         chosen = [
             (column.parse(pl.col(column.name)) if column.dtype == pl.String else pl.col(column.name)).alias(name)

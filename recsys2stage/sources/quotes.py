@@ -4,6 +4,7 @@ A parser that meets a quote which nothing closes takes all up to the next one as
 So a file is looked through before it is parsed.
 """
 
+import codecs
 import mmap
 import re
 from dataclasses import dataclass, field
@@ -82,7 +83,8 @@ class _Scan:
     def layout(self) -> Layout:
         """The layout of the file, or the error of its first bad quote."""
         found = Layout(self.mark.decode())
-        content, place, line, counted, beyond = self.content, 0, 1, 0, 0
+        content, line, counted, beyond = self.content, 1, 0, 0
+        place = len(codecs.BOM_UTF8) if content[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8 else 0
         stray = 0  # the first line with a quote within a field
         while True:
             place = self.fields.match(content, place).end()  # type: ignore[union-attr]
@@ -104,24 +106,28 @@ class _Scan:
                 )
             if b"\n" not in content[place:end]:
                 raise self._error(line, "a quote closes a field before its end")
-            until = self._end_of_line(end)
-            lines = content[place:until].split(b"\n")[1:]
             if not start and self.has_header:
                 raise self._error(line, "a quote in the names of the columns is not closed on their line")
-            if self.guess and self.separators and any(one.count(self.separator) == self.separators for one in lines):
-                raise self._error(
-                    line, f"a quoted field takes in the {len(lines)} lines after it, which look like rows", closed=True
-                )
-            inside = field.group().count(b"\n")
+            inside = content[place:end].count(b"\n")
+            if self.guess and self._takes_in_rows(place, end):
+                what = f"a quoted field takes in the {inside:,} lines after it, which look like rows"
+                raise self._error(line, what, closed=True)
             beyond += inside
             found.rows.append(line - 1 - self.has_header - (beyond - inside))
             found.lines.append(beyond)
             place = end + 1 if content[end : end + 1] != b"\r" else end + 2
         if stray:
-            if self.guess and not self.proper.search(content):
+            if self.guess and not found.rows and not self.proper.search(content):
                 return Layout(None)
             raise self._error(stray, "a quote stands within a field that does not begin with one")
         return found
+
+    def _takes_in_rows(self, start: int, end: int) -> bool:
+        """Whether a line that a field takes in has the separators of a row, some of them within the field."""
+        *lines, last = self.content[start:end].split(b"\n")[1:]
+        if self.separator in last:
+            lines.append(self.content[end - len(last) : self._end_of_line(end)])
+        return self.separators > 0 and any(line.count(self.separator) == self.separators for line in lines)
 
     def _lines(self, start: int, end: int) -> int:
         return sum(self.content[at : min(at + BLOCK, end)].count(b"\n") for at in range(start, end, BLOCK))
