@@ -272,7 +272,7 @@ def _sound(frame: pl.DataFrame, columns: dict[str, Column]) -> bool:
             return False
         if values.dtype.is_float() and column.required and values.is_nan().any():
             return False
-        if values.dtype in (pl.String, pl.Categorical) and column.required:
+        if isinstance(values.dtype, (pl.String, pl.Categorical)) and column.required:
             words = values if values.dtype == pl.String else values.unique().cast(pl.String)
             if (words.str.strip_chars() == "").any():
                 return False

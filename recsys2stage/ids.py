@@ -40,7 +40,7 @@ def of_column(raw: pl.Expr, dtype: Any, where: str) -> pl.Expr:
         return pl.when((raw == raw.floor()) & (raw.abs() <= bound)).then(raw).cast(pl.Int64, strict=False)
     if dtype.is_decimal():
         return raw.cast(pl.String).str.extract(r"^(-?\d+)(?:\.0*)?$", 1).cast(pl.Int128, strict=False)
-    if dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+    if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         return raw.cast(pl.String)
     raise ValueError(f"{where} has the type {dtype}, which holds no ids; expected whole numbers or text: convert it")
 
@@ -115,7 +115,7 @@ def typed(ids: pl.Series, where: str | Path) -> pl.Series:
     if bad.any():
         row = bad.arg_true()[0]
         raise ValueError(f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {what_of(ids.dtype)}")
-    return found
+    return narrowed(found) if found.dtype in (pl.Int128, pl.UInt128) else found
 
 
 def checked(ids: pl.Series, where: str | Path) -> pl.Series:
