@@ -71,9 +71,9 @@ def keep_ids_as_written(argv: list[str]) -> None:
     place = 1
     while place < len(argv):
         option, equals, value = argv[place].partition("=")
-        if not equals and option in ("--users", "--config") and place + 1 < len(argv):
+        if not equals and option in ("--users", "--users+", "--config") and place + 1 < len(argv):
             place, value = place + 1, argv[place + 1]
-        if option == "--users" and (written := ids.as_written(value)) is not None:
+        if option in ("--users", "--users+") and (written := ids.as_written(value)) is not None:
             argv[place] = f"{option}{equals}{json.dumps(written)}" if equals else json.dumps(written)
         elif option == "--config" and Path(value).is_file() and (written := ids.written_in(Path(value), "users")):
             argv[place + 1 : place + 1] = ["--users", json.dumps(written)]

@@ -42,7 +42,7 @@ def of_column(raw: pl.Expr, dtype: Any, where: str) -> pl.Expr:
         return raw.cast(pl.String).str.extract(r"^(-?\d+)(?:\.0*)?$", 1).cast(pl.Int128, strict=False)
     if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         return raw.cast(pl.String)
-    raise ValueError(f"{where} has the type {dtype}, which holds no ids; expected whole numbers or text: convert it")
+    raise ValueError(f"{where} the type {dtype} holds no ids; expected whole numbers or text: convert the column")
 
 
 def what_of(dtype: Any) -> str:
@@ -83,7 +83,7 @@ def of_objects(name: str, values: Iterable[Any]) -> pl.Series:
 
 
 def given_ids(values: Iterable[Any]) -> list[str]:
-    """Ids that somebody gives, as text."""
+    """Ids from the arguments of a call, as text; none may be missing."""
     texts = [as_text(value) for value in values]
     if None in texts:
         raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing; leave it out")

@@ -59,11 +59,11 @@ NO_IDS: dict[str, tuple[pl.Series, str]] = {
     "Float32": (pl.Series([7.0, 2.0**24 + 2, 9.0], dtype=pl.Float32), "is not an id: floats are ids only if"),
     "infinite": (pl.Series([7.0, float("inf"), 9.0]), "inf is not an id"),
     "Decimal": (pl.Series([Decimal("7.50"), Decimal(1), Decimal(2)], dtype=pl.Decimal(9, 2)), "7.50 is not an id"),
-    "Boolean": (pl.Series([True, False, True]), "has the type Boolean, which holds no ids"),
-    "Binary": (pl.Series([b"a", b"b", b"c"]), "has the type Binary, which holds no ids"),
-    "Date": (pl.Series([1, 2, 3]).cast(pl.Date), "has the type Date, which holds no ids"),
-    "Duration": (pl.Series([1, 2, 3]).cast(pl.Duration), "which holds no ids"),
-    "List": (pl.Series([[1], [2], [3]]), "which holds no ids"),
+    "Boolean": (pl.Series([True, False, True]), "the type Boolean holds no ids"),
+    "Binary": (pl.Series([b"a", b"b", b"c"]), "the type Binary holds no ids"),
+    "Date": (pl.Series([1, 2, 3]).cast(pl.Date), "the type Date holds no ids"),
+    "Duration": (pl.Series([1, 2, 3]).cast(pl.Duration), "holds no ids"),
+    "List": (pl.Series([[1], [2], [3]]), "holds no ids"),
 }
 
 
@@ -333,10 +333,11 @@ def test_ids_of_a_text_file_hold_what_python_takes_for_line_ends(tmp_path: Path)
     ],
 )
 @pytest.mark.parametrize("joined", [True, False])
-def test_users_are_the_text_that_was_typed(typed: str, wanted: list[str], joined: bool) -> None:
-    argv = ["recsys", "recommend", *([f"--users={typed}"] if joined else ["--users", typed]), "--k", "3"]
+@pytest.mark.parametrize("option", ["--users", "--users+"])
+def test_users_are_the_text_that_was_typed(typed: str, wanted: list[str], joined: bool, option: str) -> None:
+    argv = ["recsys", "recommend", *([f"{option}={typed}"] if joined else [option, typed]), "--k", "3"]
     keep_ids_as_written(argv)
-    assert json.loads(argv[2].removeprefix("--users=") if joined else argv[3]) == wanted
+    assert json.loads(argv[2].removeprefix(f"{option}=") if joined else argv[3]) == wanted
     assert argv[-2:] == ["--k", "3"]
 
 
