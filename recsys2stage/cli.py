@@ -4,6 +4,7 @@ fit, validate and test are Lightning's verbs; the others carry data from stage t
 --print_config and dotted overrides such as --trainer.max_epochs 3.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 # short class names in YAML resolve once their module is imported
-from recsys2stage import index, mining, signals, sources, split  # noqa: F401
+from recsys2stage import ids, index, mining, signals, sources, split  # noqa: F401
 from recsys2stage.commands import COMMANDS
 
 
@@ -49,6 +50,8 @@ def main() -> None:
         if verb in TRAINING:
             TRAINING[verb]()
         else:
+            if verb == "recommend":
+                keep_ids_as_written(sys.argv)
             auto_cli(TRAINING | COMMANDS, as_positional=False, prog="recsys", description=__doc__)
     except (ValueError, FileNotFoundError, OSError) as error:  # what a user can cause; RECSYS_DEBUG=1 shows where
         if os.environ.get("RECSYS_DEBUG"):
@@ -61,6 +64,21 @@ def own_words(error: BaseException) -> BaseException:
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
         error = error.__cause__
     return error
+
+
+def keep_ids_as_written(argv: list[str]) -> None:
+    """Puts the ids of --users, and of users in a config, in quotes; to YAML 0012 is 10, and no is false."""
+    place = 1
+    while place < len(argv):
+        option, equals, value = argv[place].partition("=")
+        if not equals and option in ("--users", "--users+", "--config") and place + 1 < len(argv):
+            place, value = place + 1, argv[place + 1]
+        if option in ("--users", "--users+") and (written := ids.as_written(value)) is not None:
+            argv[place] = f"{option}{equals}{json.dumps(written)}" if equals else json.dumps(written)
+        elif option == "--config" and Path(value).is_file() and (written := ids.written_in(Path(value), "users")):
+            argv[place + 1 : place + 1] = ["--users", json.dumps(written)]
+            place += 2
+        place += 1
 
 
 def step_out_of_configs(argv: list[str]) -> None:

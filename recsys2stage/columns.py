@@ -3,7 +3,7 @@
 PAD = 0  # item 0 is padding; real items are numbered 1..V
 MASK = -1  # an event that is hidden from the model
 UNKNOWN = 0  # feature value 0 is "not known"; real values are numbered from 1
-PLAIN_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # ids in text that are all such are whole numbers; 007 is a text
+PLAIN_NUMBER = r"^(0|-?[1-9]\d{0,19})$"  # if all ids are such text and 64 bits hold them, they are numbers; 007 is text
 
 # columns of events, items and users as a Source yields them
 USER_ID, ITEM_ID, TIME, RATING, ACTION, TITLE = "user_id", "item_id", "time", "rating", "action", "title"

@@ -26,6 +26,7 @@ from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.compare import TARGET, check_opponent, compare, read_opponent
 from recsys2stage.dataset import Dataset, Part, some
 from recsys2stage.evaluate import beyond_accuracy, describe, negatives_of, protocol_line, rank_users, summarise
+from recsys2stage.ids import given_ids, lines_of
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.mine import mine_negatives
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
@@ -182,7 +183,8 @@ def recommend(
         histories: CSV or Parquet with user_id, item_id and, where the model is told the request time, time in seconds;
             oldest first where there is no time. It may have rating and action, the name of the kind of event, for
             models with an input for them. These users need not be in the data.
-        users: only these user ids, as a list or as a text file with one a line; None: all.
+        users: only these user ids, as a list or as a text file with one a line, each as it is written: 0012 is not 12;
+            None: all.
         output: Parquet file to write; None: recommendations.parquet, beside the bundle.
         k: how many items a user.
         request_time: seconds at which the recommendations are asked for; None: the newest event of the log.
@@ -195,8 +197,8 @@ def recommend(
     if isinstance(users, Path):
         if not users.is_file():
             raise ValueError(f"--users {users} is not a file; give one with an id a line, or a list: --users '[5, 7]'")
-        users = [line.strip() for line in users.read_text(encoding="utf-8").splitlines() if line.strip()]
-    only = None if users is None else list(map(str, users))
+        users = [line for line in lines_of(users) if line.strip()]
+    only = None if users is None else given_ids(users)
     if histories is not None:
         people: PreparedUsers | FileUsers = FileUsers(histories, recommender, only)
     else:

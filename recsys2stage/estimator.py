@@ -27,7 +27,8 @@ from recsys2stage import columns as c
 from recsys2stage import commands, sources, training
 from recsys2stage.artifacts import read_manifest, whole, write_manifest
 from recsys2stage.dataset import Part
-from recsys2stage.frames import Frames, Sides, TimeUnit, as_polars
+from recsys2stage.frames import Frames, Sides, TimeUnit
+from recsys2stage.ids import given_ids
 from recsys2stage.mine import mine_negatives
 from recsys2stage.prepare import prepare
 from recsys2stage.sources.base import Kind
@@ -155,7 +156,7 @@ class TwoStageRecommender:
             ValueError: for columns that are missing, rows that are bad, or where no user has a validation target.
         """
         self._fitted, self._pandas = None, type(events).__module__.partition(".")[0] == "pandas"
-        log = self._frames.marked(as_polars(events), None if validation is None else as_polars(validation))
+        log = self._frames.marked(events, validation)
         sides = self._frames.sides(items, users)
         folder = self._new_folder()
         paths = {stage: folder / stage for stage in ("data", "retriever", "index", "candidates", "ranker", "bundle")}
@@ -207,12 +208,12 @@ class TwoStageRecommender:
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
-                self._frames.histories(as_polars(histories)).write_parquet(log)
+                self._frames.histories(histories).write_parquet(log)
             commands.recommend(
                 bundle=model / "bundle",
                 data=model / "data",
                 histories=None if histories is None else log,
-                users=None if users is None else [str(user) for user in users],
+                users=None if users is None else [*given_ids(users)],
                 output=output,
                 k=k,
                 request_time=request_time,

@@ -7,7 +7,9 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
+from recsys2stage import ids as id_rule
 from recsys2stage.checks import OnBadRows, read
+from recsys2stage.event_times import check_times, warn_of_newest
 from recsys2stage.hashing import splitmix64
 from recsys2stage.sources.base import Tables
 
@@ -52,7 +54,12 @@ def load_events(
 ) -> tuple[Events, pl.DataFrame]:
     """Reads, checks, filters by rating and numbers; the events stay in the order of the file."""
     needs = (c.USER_ID, c.ITEM_ID, c.TIME) if tables.has_time else (c.USER_ID, c.ITEM_ID)
-    frame, rejected = read(tables.events, on_bad_rows, needs, categorical=(c.USER_ID, c.ITEM_ID, c.ACTION))
+    packed = (c.USER_ID, c.ITEM_ID, c.ACTION)
+    frame, rejected = read(tables.events, on_bad_rows, needs, packed)
+    if tables.has_time and (narrower := check_times(tables.events, frame[c.TIME], tables.ticks)):
+        frame, rejected = read(narrower, on_bad_rows, needs, packed)
+    if tables.has_time:
+        warn_of_newest(frame, tables.ticks, tables.events.file)
     counts["events_read"] = len(frame) + len(rejected)
     counts["removed_by_rating"] = 0
     if min_rating is not None:
@@ -68,6 +75,9 @@ def load_events(
     user, user_ids = number_ids(columns.pop(c.USER_ID), tables.untyped_ids)
     item, item_ids = number_ids(columns.pop(c.ITEM_ID), tables.untyped_ids)
     item += 1
+    for ids in (user_ids, item_ids):
+        if ids.dtype == pl.String:
+            id_rule.warn_of_texts(ids, ids.name, tables.events.file)
     action, action_names = None, []
     if c.ACTION in columns:
         named = columns.pop(c.ACTION).cast(pl.String)
@@ -89,31 +99,44 @@ def number_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
     if isinstance(ids.dtype, pl.Categorical):
         values = ids.unique()
         text = values.cast(pl.String)
-        if untyped and text.str.contains(c.PLAIN_NUMBER).all():
-            text = text.cast(pl.Int64)
+        if untyped:
+            text = id_rule.narrowed(text)
         order = text.arg_sort()
         physical = values.to_physical().gather(order).to_numpy()
         table = np.zeros(int(physical.max()) + 1, np.int32)
         table[physical] = np.arange(len(physical), dtype=np.int32)
         return table[ids.to_physical().to_numpy()], text.gather(order).rename(ids.name)
+    if ids.dtype in (pl.UInt64, pl.Int128, pl.UInt128):
+        ids = id_rule.narrowed(ids)
     if ids.dtype.is_integer():
         raw = ids.to_numpy()
         if int(raw.max()) - int(raw.min()) < 4 * len(raw) + 1_000_000:  # a table over the range is small
             codes, raw = number(raw)
             return codes, pl.Series(ids.name, raw)
     values = ids.unique().sort()
-    return values.search_sorted(ids).cast(pl.Int32).to_numpy(writable=True), values
+    codes = values.search_sorted(ids).cast(pl.Int32).to_numpy(writable=True)
+    return codes, values if values.dtype == pl.String else id_rule.narrowed(values)
 
 
 def number(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers from 0, int32, by a table over the range of whole numbers; and the values, sorted."""
     low = int(values.min())
     seen = np.zeros(int(values.max()) - low + 1, bool)
-    shifted = values - low if low else values
+    shifted = above(values, low)
     seen[shifted] = True
     table = np.cumsum(seen, dtype=np.int32)
     table -= 1
-    return table[shifted], np.flatnonzero(seen) + low
+    found = np.flatnonzero(seen)
+    return table[shifted], found.astype(np.uint64) + np.uint64(low) if values.dtype == np.uint64 else found + low
+
+
+def above(values: np.ndarray, low: int) -> np.ndarray:
+    """How far whole numbers are above the least of them, where that fits int64; their own type may not hold it."""
+    if values.dtype == np.uint64:
+        return (values - np.uint64(low)).astype(np.int64)
+    if low < 0 and values.dtype != np.int64:
+        values = values.astype(np.int64)
+    return values - low if low else values
 
 
 def stable_order(*keys: np.ndarray) -> np.ndarray:
@@ -128,8 +151,7 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
         key = key if order is None else key[order]
         low, high = int(key.min()), int(key.max())
         if (high - low).bit_length() + place_bits <= 63:
-            packed = key.astype(np.int64)
-            packed -= low
+            packed = above(key, low).astype(np.int64, copy=low == 0)
             packed <<= place_bits
             packed |= np.arange(len(key))
             packed.sort()

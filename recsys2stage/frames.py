@@ -1,6 +1,6 @@
 """Frames of a notebook, of polars or pandas or anything else that polars reads, as the files that the verbs read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage import columns as c
+from recsys2stage import ids
 from recsys2stage.checks import require, whole_number
 from recsys2stage.sources.base import Kind
 from recsys2stage.sources.table import iso
@@ -30,14 +31,19 @@ class Frames:
     item_features: Mapping[str, Kind] | None
     user_features: Mapping[str, Kind] | None
 
-    def marked(self, events: pl.DataFrame, validation: pl.DataFrame | None) -> pl.DataFrame:
+    def marked(self, events: Any, validation: Any) -> pl.DataFrame:
         """The columns of events that count; with validation events, all events with a mark of what they are for."""
-        names = [name for name in (self.user, self.item, self.time, self.rating, self.action) if name is not None]
+        events = as_polars(events, (self.user, self.item))
+        names = [self.user, self.item, *filter(None, (self.time, self.rating, self.action))]
         require(names, events.columns, "the frame of events")
         events = events.select(names)
         if validation is None:
             return events
+        validation = as_polars(validation, (self.user, self.item))
         require(names, validation.columns, "the frame of validation events")
+        for own in (self.user, self.item):  # one type for the ids of both
+            dtype = ids.common([events.schema[own], validation.schema[own]])
+            events = events.with_columns(events[own].cast(dtype))
         later = validation.select(pl.col(name).cast(events.schema[name]) for name in names)
         later = later.join(events, on=self.user, how="semi", maintain_order="left")
         if later.is_empty():
@@ -56,8 +62,9 @@ class Frames:
         """What is known of items and users, as the tables of them want it."""
         return {"items": self._side(items, "items"), "users": self._side(users, "users")}
 
-    def histories(self, log: pl.DataFrame) -> pl.DataFrame:
+    def histories(self, frame: Any) -> pl.DataFrame:
         """Histories as `recsys recommend` reads them, oldest first."""
+        log = as_polars(frame, (self.user, self.item))
         names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
         require([self.user, self.item], log.columns, "the frame of histories")
         columns = [pl.col(own).alias(name) for name, own in names.items() if own in log.columns]
@@ -105,7 +112,7 @@ class Frames:
     def _side(self, frame: Any, name: Literal["items", "users"]) -> pl.DataFrame | None:
         if frame is None:
             return None
-        table = as_polars(frame)
+        table = as_polars(frame, (self._id(name),))
         require([self._id(name), *self._kinds(table, name)], table.columns, f"the frame of {name}")
         lists = [column for column, dtype in table.schema.items() if dtype.is_nested()]
         for column in lists:
@@ -136,11 +143,34 @@ class Frames:
         return iso(raw) if unit == "iso" else whole_number(raw) * (1000 if unit == "seconds" else 1)
 
 
-def as_polars(frame: Any) -> pl.DataFrame:
-    """A frame of any kind that polars reads."""
+def as_polars(frame: Any, id_columns: Sequence[str] = ()) -> pl.DataFrame:
+    """A frame of any kind that polars reads, or a mapping of columns; its ids as `ids` has them.
+
+    Raises:
+        ValueError: for ids that are none, such as fractions and booleans.
+    """
     if isinstance(frame, pl.LazyFrame):
-        return frame.collect()
-    return frame if isinstance(frame, pl.DataFrame) else pl.DataFrame(frame)
+        frame = frame.collect()
+    if not isinstance(frame, pl.DataFrame):  # polars refuses Python objects, or guesses a type for them
+        names = list(frame) if isinstance(frame, Mapping) else list(getattr(frame, "columns", ()))
+        objects = {
+            name: ids.of_objects(name, frame[name]) for name in id_columns if name in names and _any(frame[name])
+        }
+        if objects and not isinstance(frame, Mapping):
+            rest = pl.DataFrame(frame.drop(columns=list(objects)))
+            frame = {name: objects[name] if name in objects else rest[name] for name in names}
+        frame = pl.DataFrame({**frame, **objects} if isinstance(frame, Mapping) else frame)
+    for name in dict.fromkeys(id_columns):
+        if name in frame.columns:
+            column = frame[name]
+            of_any = column.dtype == pl.Object
+            frame = frame.with_columns(ids.of_objects(name, column) if of_any else ids.typed(column, "the frame"))
+    return frame
+
+
+def _any(column: Any) -> bool:
+    """Whether a column is of Python objects: a list, or an array of them."""
+    return str(getattr(column, "dtype", "object")).lower() == "object"
 
 
 def kind_of(column: pl.Series) -> Kind:

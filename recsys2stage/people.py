@@ -9,8 +9,10 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
+from recsys2stage import ids
 from recsys2stage.dataset import Dataset, Padded, Ragged, left_aligned, spans
 from recsys2stage.recommend import NOT_TOLD, Recommender, known_ratings
+from recsys2stage.sources.quotes import layout_of
 
 logger = logging.getLogger("recsys2stage")
 
@@ -29,8 +31,7 @@ class PreparedUsers:
         self.dataset, self.max_length = dataset, recommender.towers.max_length
         table = pl.read_parquet(dataset.path / c.USER_TABLE, columns=[c.USER, c.USER_ID]).sort(c.USER)
         if only is not None:
-            table = table.filter(pl.col(c.USER_ID).cast(pl.String).is_in(list(only)))
-            _all_found(only, table[c.USER_ID], dataset.path)
+            table = table.filter(ids.select(only, table[c.USER_ID], dataset.path))
         self.users, self.user_ids = table[c.USER].to_numpy().astype(np.int64), table[c.USER_ID].to_numpy()
 
     @property
@@ -58,14 +59,13 @@ class FileUsers:
     def __init__(self, path: Path, recommender: Recommender, only: Sequence[str] | None = None) -> None:
         log = read_log(Path(path))
         require(log, [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else []), path)
-        for name in (c.USER_ID, c.ITEM_ID, c.TIME):
-            if name in log.columns and (nulls := log[name].null_count()):
-                raise ValueError(f"{nulls:,} of {len(log):,} rows have no {name} in {path}; fill in or drop them")
+        log = log.with_columns(ids.checked(log[name], path) for name in (c.USER_ID, c.ITEM_ID))
+        if c.TIME in log.columns and (nulls := log[c.TIME].null_count()):
+            raise ValueError(f"{nulls:,} of {len(log):,} rows have no {c.TIME} in {path}; fill in or drop them")
         if c.TIME in log.columns and not log[c.TIME].dtype.is_integer() and len(log):
             raise ValueError(f"{path} has the time {log[c.TIME][0]!r}; expected whole seconds since 1970")
         if only is not None:
-            log = log.filter(pl.col(c.USER_ID).cast(pl.String).is_in(list(only)))
-            _all_found(only, log[c.USER_ID].unique(), Path(path))
+            log = log.filter(ids.select(only, log[c.USER_ID], path))
         if not len(log):
             raise ValueError(f"{path} holds no events; expected one row for each event of each user")
         if c.TIME in log.columns:
@@ -164,6 +164,7 @@ def read_asked(path: Path) -> dict[str, str]:
         return {user: str(name) for user, name in found.items() if name is not None}
     log = read_log(path)
     require(log, [c.USER_ID, c.ACTION], path)
+    log = log.with_columns(ids.checked(log[c.USER_ID], path))
     log = log.select(pl.col(c.USER_ID, c.ACTION).cast(pl.String)).drop_nulls()
     twice = log.filter(pl.col(c.USER_ID).is_duplicated())[c.USER_ID].unique()
     if len(twice):
@@ -177,20 +178,14 @@ def read_log(path: Path) -> pl.DataFrame:
         if path.suffix == ".parquet":
             return pl.read_parquet(path)
         names = dict.fromkeys((c.USER_ID, c.ITEM_ID, c.ACTION), pl.String)
-        log = pl.read_csv(path, schema_overrides=names, infer_schema_length=None)
+        quote = layout_of(path, ",").quote if path.is_file() else None
+        log = pl.read_csv(path, schema_overrides=names, infer_schema_length=None, quote_char=quote)
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if c.USER_ID in log.columns and log[c.USER_ID].str.contains(c.PLAIN_NUMBER).all():
-        return log.with_columns(pl.col(c.USER_ID).cast(pl.Int64))
-    return log
+    return log.with_columns(ids.narrowed(log[c.USER_ID])) if c.USER_ID in log.columns else log
 
 
 def require(log: pl.DataFrame, names: Sequence[str], path: Path) -> None:
     """Raises a ValueError that says which columns a table lacks."""
     if missing := [name for name in names if name not in log.columns]:
         raise ValueError(f"{path} lacks the columns {missing}; it has {log.columns}")
-
-
-def _all_found(wanted: Sequence[str], found: pl.Series, where: Path) -> None:
-    if missing := sorted(set(map(str, wanted)) - set(found.cast(pl.String))):
-        raise ValueError(f"{len(missing)} of {len(set(wanted))} user ids are not in {where}, for example {missing[:3]}")

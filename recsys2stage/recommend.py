@@ -19,6 +19,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.checkpoints import build
 from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, as_history, left_aligned, recent_events
+from recsys2stage.ids import as_text
 from recsys2stage.index import Index
 from recsys2stage.inputs import Field, check_inputs, fields_read
 from recsys2stage.reranker import Reranker
@@ -351,8 +352,8 @@ class Recommender:
         return self.rows(ranking)[0]
 
     def numbers(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Item numbers of raw item ids, 0 for those the model does not know, (n,) int64. Ids compare as text."""
-        return np.array([self._number.get(str(item), 0) for item in item_ids], dtype=np.int64)
+        """Item numbers of raw item ids, 0 for those the model does not know, (n,) int64; `ids` has the rule."""
+        return np.array([self._number.get(as_text(item) or "", 0) for item in item_ids], dtype=np.int64)
 
     def kinds(self, names: Sequence[str | None], where: str | Path) -> np.ndarray:
         """Numbers of kinds of events by name, 0 for None and, with a warning, for unknown names, (n,) int64.

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
+from recsys2stage import ids as ids_rule
 from recsys2stage.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
 from recsys2stage.events import codes_of
 from recsys2stage.sources.base import Kind
@@ -47,8 +48,14 @@ def write_side(
         once = known.unique(raw_id, keep="first", maintain_order=True)
         if len(once) < len(known):
             log.warning("%s: %d rows repeat a %s; the first of each counts", rows.file, len(known) - len(once), raw_id)
+        ids_rule.warn_of_texts(once[raw_id], raw_id, rows.file)
         text_ids = table.select(owner, pl.col(raw_id).cast(pl.String))
         counts[f"{owner}s_without_metadata"] = text_ids.join(once, on=raw_id, how="anti").height
+        if counts[f"{owner}s_without_metadata"] == len(ids):
+            raise ValueError(
+                f"{rows.file} has none of the {len(ids):,} {owner}s of the events: its ids are such as "
+                f"{once[raw_id][0]!r}, those of the events such as {text_ids[raw_id][0]!r}; they must be the same text"
+            )
         facts = text_ids.join(once, on=raw_id, how="left", maintain_order="left").drop(owner, raw_id)
         table = pl.concat([table, facts], how="horizontal")
     table.write_parquet(folder / (c.ITEM_TABLE if owner == "item" else c.USER_TABLE))
@@ -68,7 +75,7 @@ def write_feature(folder: Path, stem: str, column: pl.Series, kind: Kind, paddin
         size += len(names)
     else:
         stripped = pl.element().str.strip_chars().replace("", None).drop_nulls()
-        lists = column.list.eval(stripped).list.unique(maintain_order=True)
+        lists = column.cast(pl.List(pl.String)).list.eval(stripped).list.unique(maintain_order=True)
         flat = lists.explode().drop_nulls()
         names = flat.unique().sort().to_list()
         lengths = np.concatenate([np.zeros(1 + padding, np.int64), lists.list.len().fill_null(0).to_numpy()])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage.checks import FILE, LINE, SURPLUS, Column, Rows, require
+from recsys2stage.sources.quotes import AUTO, layout_of
 
 Kind = Literal["categorical", "multi", "numeric"]
 
@@ -96,7 +97,11 @@ def fits(member: str, pattern: str) -> bool:
 
 
 def csv_rows(
-    files: Sequence[Path], columns: dict[str, Column], separator: str = ",", header: list[str] | None = None
+    files: Sequence[Path],
+    columns: dict[str, Column],
+    separator: str = ",",
+    header: list[str] | None = None,
+    quote: str | None = AUTO,
 ) -> Rows:
     """Delimited text files as lazy rows.
 
@@ -104,27 +109,32 @@ def csv_rows(
         files: shards of one table, each with the needed columns, in whatever order.
         columns: our name -> what the column must hold; several may be parsed from one raw column.
         header: the names of the columns of files that have none in their first line.
+        quote: the character that encloses fields, None, or auto, as `quotes.layout_of` has it.
     """
     typed, text = [], []
     for file in files:
-        names = header or read_header(file, separator)
+        layout = layout_of(file, separator, quote, header is None)
+        names = header or read_header(file, separator, layout.quote)
         require((column.name for column in columns.values()), names, file)
+        names = [  # as polars names columns that have the name of another
+            f"{name}_duplicated_{names[:place].count(name) - 1}" if name in names[:place] else name
+            for place, name in enumerate(names)
+        ]
         dtypes = dict.fromkeys(names, pl.String()) | {column.name: column.dtype for column in columns.values()}
         chosen = [
             (column.parse(pl.col(column.name)) if column.dtype == pl.String else pl.col(column.name)).alias(name)
             for name, column in columns.items()
         ]
-        typed.append(pl.scan_csv(file, schema=dtypes, separator=separator, has_header=header is None).select(chosen))
+        options: dict[str, Any] = {"separator": separator, "has_header": header is None, "quote_char": layout.quote}
+        typed.append(pl.scan_csv(file, schema=dtypes, **options).select(chosen))
         raw = pl.scan_csv(
             file,
             schema=dict.fromkeys([*names, SURPLUS], pl.String()),
-            separator=separator,
-            has_header=header is None,
             missing_columns="insert" if header is None else "raise",
             encoding="utf8-lossy",
             row_index_name=LINE,
-            row_index_offset=1 if header else 2,
-        )
+            **options,
+        ).with_columns(layout.line_of(pl.col(LINE).cast(pl.Int64), 1 if header else 2))
         own = [pl.col(column.name).alias(name) for name, column in columns.items()]
         blank = pl.all_horizontal(pl.all().exclude(LINE).is_null())  # as editors leave at the end of a file
         text.append(raw.filter(~blank).select(*own, LINE, SURPLUS, pl.lit(str(file)).alias(FILE)))
@@ -132,15 +142,20 @@ def csv_rows(
     return Rows(pl.concat(typed), name, columns, pl.concat(text))
 
 
-def read_header(file: Path, separator: str) -> list[str]:
+def read_header(file: Path, separator: str, quote: str | None = '"') -> list[str]:
     """The names in the first line of a delimited text file."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
     try:
         with file.open("rb") as lines:  # later lines are none of the header's business
             first = lines.readline().decode("utf-8-sig")
-        return next(csv.reader([first], delimiter=separator))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file} is not UTF-8 text ({error}); convert it: iconv -f ITS-ENCODING -t utf-8 {file.name} > new.csv"
         ) from error
+    if "\r" in first.rstrip("\r\n"):
+        raise ValueError(
+            f"{file} ends its lines with a carriage return alone; convert it: tr '\\r' '\\n' < {file.name} > new.csv"
+        )
+    quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if quote is None else {"quotechar": quote}
+    return next(csv.reader([first.rstrip("\r\n")], delimiter=separator, **quoting), [])

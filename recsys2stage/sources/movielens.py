@@ -151,7 +151,7 @@ def _dat_events(file: Path, columns: dict[str, Column]) -> Rows:
     header = ["userId", "_1", "movieId", "_2", "rating", "_3", "timestamp"]
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
-    return csv_rows([file], columns, ":", header)
+    return csv_rows([file], columns, ":", header, quote=None)
 
 
 def _dat(file: Path, header: list[str], columns: dict[str, Column]) -> Rows:
@@ -161,7 +161,8 @@ def _dat(file: Path, header: list[str], columns: dict[str, Column]) -> Rows:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    lines = pl.Series("all", text.splitlines(), dtype=pl.String)
+    rows = text.removesuffix("\n").split("\n")  # splitlines() also splits at characters that titles may hold
+    lines = pl.Series("all", [row.removesuffix("\r") for row in rows], dtype=pl.String)
     fields = lines.str.split_exact("::", len(header) - 1).struct.rename_fields(header).struct.unnest()
     raw = fields.lazy().with_row_index(LINE, 1)
     whole_table = raw.select(

@@ -1,34 +1,33 @@
 """Anyone's events in CSV, TSV or Parquet, with the columns mapped in YAML."""
 
-import dataclasses
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import polars as pl
 
 from recsys2stage.checks import (
-    FILE,
-    LINE,
     YEAR_2100,
     Column,
     Rows,
-    as_is,
+    filled,
     id_column,
     rating_column,
     real,
-    require,
     time_column,
+    typed_rows,
     whole_number,
 )
 from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID
 from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
+from recsys2stage.sources.quotes import AUTO
 from recsys2stage.split import PARTS
 
 DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
+MAX_FLOAT32 = 3.4e38  # of a numeric feature, whose array is of this type
 TICKS = {"seconds": 1, "milliseconds": 1000, "iso": 1000, "order": 1}
 
 
@@ -82,6 +81,8 @@ class Table(Source):
         member: the event file or a pattern of such, within a folder or zip that holds more than events.
         separator: what stands between the columns of .csv and .txt; .tsv and .tab have tabs.
         part: the column of what the event is for, train, val or test, where split: Marked shall go by it.
+        quote: the character that encloses fields of delimited text; null: none does; auto: `"`, unless it only ever
+            stands within fields. A quote that is not closed is an error in any case.
     """
 
     def __init__(
@@ -99,11 +100,17 @@ class Table(Source):
         member: str | None = None,
         separator: str = ",",
         part: str | None = None,
+        quote: str | None = AUTO,
     ):
         if time is None and time_unit != "order":
             raise ValueError(
                 f"time_unit is {time_unit!r} but no time column is named; without times say time_unit: order"
             )
+        if len(separator) != 1 or not separator.isascii():
+            raise ValueError(f"separator is {separator!r}, expected one ASCII character")
+        quote = None if quote == "none" else quote
+        if quote is not None and quote != AUTO and (len(quote) != 1 or not quote.isascii() or quote == separator):
+            raise ValueError(f"quote is {quote!r}, expected one ASCII character other than the separator, null or auto")
         self.path = path
         self.user = user
         self.item = item
@@ -117,6 +124,7 @@ class Table(Source):
         self.member = member
         self.separator = separator
         self.part = part
+        self.quote = quote
 
     @contextmanager
     def open(self) -> Iterator[Tables]:
@@ -140,7 +148,7 @@ class Table(Source):
             item_file, items, item_features = self._side(self.items, ITEM_ID, folder)
             user_file, users, user_features = self._side(self.users, USER_ID, folder)
             yield Tables(
-                events=_rows(files, self._columns(), self.separator),
+                events=self._rows(files, self._columns()),
                 items=items,
                 users=users,
                 item_features=item_features,
@@ -166,7 +174,7 @@ class Table(Source):
         if self.rating is not None:
             columns[RATING] = rating_column(self.rating, *(self.rating_range or ()))
         if self.action is not None:
-            columns[ACTION] = Column(self.action, "", required=False)
+            columns[ACTION] = Column(self.action, "", filled, required=False)
         if self.part is not None:
             columns[PART] = Column(self.part, " or ".join(PARTS), part_number)
         return columns
@@ -183,17 +191,28 @@ class Table(Source):
             )
         columns = {own_id: id_column(side.id)}
         if side.title is not None:
-            columns[TITLE] = Column(side.title, "", required=False)
+            columns[TITLE] = Column(side.title, "", filled, required=False)
         for name, feature in side.columns.items():
             raw = feature.column or name
             if feature.kind == "numeric":
-                columns[name] = Column(raw, "a number", real, pl.Float64(), required=False)
+                columns[name] = Column(raw, "a number", real, pl.Float64(), -MAX_FLOAT32, MAX_FLOAT32, required=False)
             elif feature.kind == "multi":
-                columns[name] = Column(raw, "", _splitter(feature.separator), required=False)
+                columns[name] = Column(raw, "", _splitter(feature.separator), required=False, lists=True)
             else:
-                columns[name] = Column(raw, "", required=False)
+                columns[name] = Column(raw, "", filled, required=False)
         kinds = {name: feature.kind for name, feature in side.columns.items()}
-        return found, _rows(found, columns, self.separator), kinds
+        return found, self._rows(found, columns), kinds
+
+    def _rows(self, files: Sequence[Path], columns: dict[str, Column]) -> Rows:
+        kinds = {file.suffix for file in files}
+        if kinds <= set(PARQUET):
+            return parquet_rows(files, columns)
+        if kinds & set(PARQUET) or len(kinds) > 1:
+            raise ValueError(
+                f"the shards are of several kinds: {', '.join(sorted(kinds))}; name one with a glob: path/*.csv"
+            )
+        separator = "\t" if kinds <= {".tsv", ".tab"} else self.separator
+        return csv_rows(files, columns, separator, quote=self.quote)
 
 
 def part_number(raw: pl.Expr) -> pl.Expr:
@@ -222,46 +241,17 @@ def _matching(folder: Path, patterns: Sequence[str], leave: Sequence[str] = ()) 
     return [file for file in wanted if not any(fits(names[file], pattern) for pattern in leave)]
 
 
-def _rows(files: Sequence[Path], columns: dict[str, Column], separator: str) -> Rows:
-    kinds = {file.suffix for file in files}
-    if kinds <= set(PARQUET):
-        return parquet_rows(files, columns)
-    if kinds & set(PARQUET) or len(kinds) > 1:
-        raise ValueError(
-            f"the shards are of several kinds: {', '.join(sorted(kinds))}; name one with a glob: path/*.csv"
-        )
-    return csv_rows(files, columns, "\t" if kinds <= {".tsv", ".tab"} else separator)
-
-
 def parquet_rows(files: Sequence[Path], columns: dict[str, Column]) -> Rows:
-    """Parquet files as lazy rows; a column of the wrong type is parsed as if it were text."""
+    """Parquet files as lazy rows, parsed as the same values in text would be."""
     shards = []
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"{file} is empty (0 bytes)")
         shard = pl.scan_parquet(file)
         try:
-            names = shard.collect_schema().names()
+            shard.collect_schema()
         except pl.exceptions.PolarsError as error:
             raise ValueError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-        require((column.name for column in columns.values()), names, file)
-        own = [pl.col(column.name).alias(name) for name, column in columns.items()]
-        shards.append(shard.select(own).with_row_index(LINE, 1).with_columns(pl.lit(str(file)).alias(FILE)))
-    raw = pl.concat(shards, how="vertical_relaxed")
-    schema = raw.collect_schema()
-    fitted = {name: _fit(name, column, schema[name]) for name, column in columns.items()}
-    typed = raw.select(column.parse(pl.col(name)).alias(name) for name, column in fitted.items())
+        shards.append((shard, str(file)))
     name = str(files[0]) + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
-    return Rows(typed, name, fitted, raw, unit="row")
-
-
-def _fit(name: str, column: Column, dtype: Any) -> Column:
-    """The column with a parse that knows the type the file gives it."""
-    if name == TIME and dtype in (pl.Date, pl.Datetime):
-        per_second = round(column.high / YEAR_2100)  # milliseconds or seconds, as declared
-        return dataclasses.replace(column, parse=lambda raw: raw.dt.epoch("ms") * per_second // 1000)
-    if isinstance(dtype, (pl.Categorical, pl.Enum)):
-        return dataclasses.replace(column, parse=lambda raw: column.parse(raw.cast(pl.String)))
-    if dtype.is_integer() or dtype.is_nested() or (dtype.is_float() and column.parse is not whole_number):
-        return dataclasses.replace(column, parse=as_is)
-    return column
+    return typed_rows(shards, columns, name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from recsys2stage import ids as id_rule
 from recsys2stage.checks import require
 from recsys2stage.columns import ITEM_ID
 
@@ -67,7 +68,7 @@ class Vectors:
             raise ValueError(
                 f"{self.path} has shape {vectors.shape} and type {vectors.dtype}, expected a row of numbers an item"
             )
-        ids = self.ids.read_text(encoding="utf-8").splitlines()
+        ids = id_rule.lines_of(self.ids)
         if len(ids) != len(vectors):
             raise ValueError(f"{self.path} has {len(vectors)} rows but {self.ids} has {len(ids)} lines; give one a row")
         return pl.Series(ITEM_ID, ids, dtype=pl.String), np.asarray(vectors, dtype=np.float32)
@@ -98,7 +99,7 @@ class Vectors:
                 "give all the same length"
             )
         flat = lists.explode().fill_null(float("nan"))
-        return table[ITEM_ID].cast(pl.String), flat.to_numpy().reshape(len(table), width)
+        return id_rule.typed(table[ITEM_ID], self.path).cast(pl.String), flat.to_numpy().reshape(len(table), width)
 
 
 def rows_where(bad: pl.Series) -> str:
