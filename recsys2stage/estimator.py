@@ -30,6 +30,7 @@ from recsys2stage.dataset import Part, Seen
 from recsys2stage.frames import Frames, Sides, TimeUnit, as_polars
 from recsys2stage.mine import mine_negatives
 from recsys2stage.prepare import prepare
+from recsys2stage.recommend import Recommender
 from recsys2stage.sources.base import Kind
 from recsys2stage.split import Marked
 
@@ -212,8 +213,8 @@ class TwoStageRecommender:
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
-                declared = read_manifest(model / "bundle", "bundle", "fit(events) in Python")["user_features"]
-                features = [feature["name"] for feature in declared]
+                made = read_manifest(model / "bundle", Recommender.kind(model / "bundle"), "fit(events) in Python")
+                features = [feature["name"] for feature in made["user_features"]]
                 self._frames.histories(as_polars(histories), features).write_parquet(log)
             commands.recommend(
                 bundle=model / "bundle",

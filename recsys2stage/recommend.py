@@ -352,7 +352,9 @@ class Recommender:
         if self.reranker is None:
             score = np.minimum(own, lowest)  # an approximate index may have missed a better one
         else:
-            score = lowest + float(self.reranker.log_scale.exp()) * (own - own[:, :1].clip(min=np.finfo(own.dtype).min))
+            score = lowest + float(self.reranker.log_scale.detach().exp()) * (
+                own - own[:, :1].clip(min=np.finfo(own.dtype).min)
+            )
         return Ranking(np.where(real, items, -1), np.where(real, score, -np.inf).astype(np.float32), own)
 
     def recommend(

@@ -106,10 +106,10 @@ def encode_users(specs: Sequence[Mapping[str, Any]], users: Sequence[Mapping[str
                 "%s: %s values of %s are not in the training data, for example %r; they count as unknown",
                 *(where, f"{len(unknown):,}", name, unknown[0]),
             )
-        table = np.zeros((len(users), max([1, *map(len, rows)])), dtype=np.int32)
-        for row, own in zip(table, rows, strict=True):
-            found = list(dict.fromkeys(code for value in own if (code := _code(value, codes))))
-            row[: len(found)] = found
+        coded = [list(dict.fromkeys(code for value in row if (code := _code(value, codes)))) for row in rows]
+        table = np.zeros((len(users), max([1, *map(len, coded)])), dtype=np.int32)
+        for row, own in zip(table, coded, strict=True):
+            row[: len(own)] = own
         encoded.append(table)
     return tuple(encoded)
 
