@@ -171,8 +171,8 @@ def test_the_first_k_are_the_same_however_many_are_requested(trained: Run, infor
         Recommender.load(run.bundle if run is informed or "both" in kind else run.index),
     )
     if kind == "approximate":
-        served.index = Faiss("IVF16,Flat", {"nprobe": 1})
-        served.index.build(served.vectors[1:])
+        vectors, served.index = served.vectors[1:], Faiss("IVF16,Flat", {"nprobe": 1})
+        served.index.build(vectors)
     if "stage" not in kind or kind == "first stage":
         served.num_candidates = 30
     users = dataset.users("test")[:6]
