@@ -77,7 +77,7 @@ class FileUsers:
                 raise ValueError(f"{nulls:,} of {len(log):,} rows have no {name} in {path}; fill in or drop them")
         if c.TIME in log.columns and not log[c.TIME].dtype.is_integer() and len(log):
             raise ValueError(f"{path} has the time {log[c.TIME][0]!r}; expected whole seconds since 1970")
-        if c.TIME in log.columns and len(log):
+        if c.TIME in log.columns and len(log) and recommender.has_time:
             as_seconds(log[c.TIME].to_numpy(), f"{path}, column time,", recommender.newest_time)
         self.newest = int(log[c.TIME].max() or 0) if c.TIME in log.columns else 0  # type: ignore[arg-type]  # whole
         if only is not None:

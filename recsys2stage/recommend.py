@@ -482,8 +482,17 @@ class Recommender:
         return 1 + self.actions.index(name)
 
     def check(self, dataset: Dataset) -> None:
-        """Refuses data that do not say of events what the model was trained to read."""
+        """Refuses data that do not say of events and users what the model was trained to read."""
         check_inputs(self.towers.inputs, dataset, self.next_action)
+        ours, theirs = (
+            [(feature["name"], feature["kind"], feature["size"]) for feature in features]
+            for features in (self.user_features, dataset.manifest["features"]["users"])
+        )
+        if self.reads_user and ours != theirs:
+            raise ValueError(
+                f"the model reads the user features (name, kind, classes) {ours}, but {dataset.path} has {theirs}; use "
+                "the data it was trained on"
+            )
         if self.reads_kinds and dataset.action_names != self.actions:
             raise ValueError(
                 f"the model knows the kinds of events {', '.join(self.actions)}, but {dataset.path} has "

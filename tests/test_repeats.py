@@ -19,7 +19,7 @@ from recsys2stage.encoders import Transformer
 from recsys2stage.evaluate import outside_ranking, rank_users
 from recsys2stage.index import Exact
 from recsys2stage.losses import InfoNCE
-from recsys2stage.mine import Mine, mine_negatives
+from recsys2stage.mine import Mine, barred_from, mine_negatives
 from recsys2stage.mining import Mixture, Popular, RankBand, Uniform
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender, load_for
@@ -102,6 +102,24 @@ def test_who_knows_only_what_was_seen_ranks_a_tenth_of_the_targets_first(keeping
         assert is_a_tenth((outcome.ranks["retriever"] == 1).mean())
         assert is_a_tenth((outcome.place == 1).mean()), "among the candidates"
         assert outcome.ranks["retriever"].max() <= MET
+
+
+@pytest.mark.parametrize("repeats", ["keep", "first"])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_what_is_filtered_does_not_depend_on_the_target(
+    returning: Run, tmp_path: Path, repeats: Any, split: Any
+) -> None:
+    """Change every target, in the log as prepared, to another item: the filter, and with it the candidates, stays."""
+    prepare(Table(returning.folder / "e.parquet"), tmp_path / "data", repeats=repeats)
+    dataset = Dataset(tmp_path / "data")
+    users = dataset.users(split)
+    before, excluded = dataset.known(users, split), barred_from(dataset, users, split)
+    items, places = np.array(dataset.items), dataset.target_places(split)[users]
+    items[places] = items[dataset.offsets[users]]  # an item that was seen
+    dataset.items = items
+    for one, other in ((before, dataset.known(users, split)), (excluded, barred_from(dataset, users, split))):
+        assert one.values.tolist() == other.values.tolist()
+        assert one.offsets.tolist() == other.offsets.tolist()
 
 
 def test_baselines_rank_seen_items_too(keeping: Dataset, oracle: Oracle) -> None:
