@@ -62,12 +62,14 @@ class Frames:
         """What is known of items and users, as the tables of them want it."""
         return {"items": self._side(items, "items"), "users": self._side(users, "users")}
 
-    def histories(self, frame: Any) -> pl.DataFrame:
-        """Histories as `recsys recommend` reads them, oldest first."""
+    def histories(self, frame: Any, features: Sequence[str] = ()) -> pl.DataFrame:
+        """Histories as `recsys recommend` reads them, oldest first, with those columns of user features that it has."""
         log = as_polars(frame, (self.user, self.item))
         names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
         require([self.user, self.item], log.columns, "the frame of histories")
         columns = [pl.col(own).alias(name) for name, own in names.items() if own in log.columns]
+        taken = {*names, c.TIME, self.time, *names.values()}
+        columns += [pl.col(name) for name in features if name in log.columns and name not in taken]
         if self.time is not None and self.time in log.columns:
             order = self._milliseconds(log[self.time])
             log = log.sort(order, maintain_order=True)
