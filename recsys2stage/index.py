@@ -11,6 +11,7 @@ it holds besides the vectors); what it misses is filled in for it.
 import importlib
 import inspect
 import json
+import logging
 import re
 import time
 from abc import ABC, abstractmethod
@@ -24,7 +25,10 @@ from jaxtyping import Float32, Int64, Integer
 
 from recsys2stage.artifacts import whole, write_json
 
+logger = logging.getLogger("recsys2stage")
+
 VECTORS, GRAPH, DESCRIPTION = "index.npy", "index.faiss", "index.json"
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 CELLS = 1 << 24  # scores or fetched numbers held at once, so that memory does not grow with the number of queries
 
 Exclude = tuple[Integer[np.ndarray, " _"], Integer[np.ndarray, " _"]]  # items (sum,) flat, offsets (B + 1,)
@@ -135,11 +139,16 @@ class Exact(Index):
     """Scores every item: the truth the others are measured against, and fast enough up to a few 100,000 items.
 
     Args:
-        device: where the scores are computed, for example cpu or cuda.
+        device: where the scores are computed, for example cpu or cuda. On a machine without it, on the CPU.
+
+    Raises:
+        ValueError: for a device that does not exist anywhere.
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+        if device.partition(":")[0] not in DEVICES or not re.fullmatch(r"[a-z]+(:\d+)?", device):
+            raise ValueError(f"device is {device!r}, expected {', '.join(DEVICES)}, or one of several such as cuda:1")
+        self.device = device  # as declared, for another machine that has it
 
     def search(self, queries: Float32[np.ndarray, "B D"], k: int, exclude: Exclude | None = None) -> Found:
         exclude = self._check(queries, k, exclude)
@@ -147,10 +156,12 @@ class Exact(Index):
         top = min(k, len(self.vectors))
         for rows in _chunks(np.arange(len(queries)), len(self.vectors)):
             items, offsets = _of(exclude, rows)
-            scores = torch.from_numpy(np.ascontiguousarray(queries[rows])).to(self.device) @ self._table.T  # (b, V)
+            scores = (
+                torch.from_numpy(np.ascontiguousarray(queries[rows])).to(self._table.device) @ self._table.T
+            )  # (b, V)
             owners = np.repeat(np.arange(len(rows)), np.diff(offsets))[items > 0]
             gone = owners * len(self.vectors) + items[items > 0] - 1
-            scores.view(-1)[torch.from_numpy(gone).to(self.device)] = -torch.inf
+            scores.view(-1)[torch.from_numpy(gone).to(scores.device)] = -torch.inf
             best, places = scores.topk(top)
             # topk takes any of the items that tie for the last place, so rows with such a tie are sorted whole
             tied = ((best[:, -1] > -torch.inf) & ((scores >= best[:, -1:]).sum(1) > top)).nonzero().squeeze(1)
@@ -163,7 +174,7 @@ class Exact(Index):
         return found_scores, found_items
 
     def _prepare(self) -> None:
-        self._table = torch.from_numpy(self.vectors).to(self.device)  # (V, D)
+        self._table = torch.from_numpy(self.vectors).to(here(self.device))  # (V, D)
 
 
 class Approximate(Index):
@@ -317,6 +328,16 @@ def measure(
         "p95_ms": float(np.quantile(latencies, 0.95) * 1e3),
         "batch_ms": batch / len(queries) * 1e3,
     }
+
+
+def here(device: str) -> str:
+    """The device, or the CPU with a warning where this machine or this build of torch does not have it."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):  # torch raises the one without the backend, the other without the device
+        logger.warning("the index is for the device %s, which this machine does not have; searching on the CPU", device)
+        return "cpu"
+    return device
 
 
 def _nothing(rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ def in_cache(x: Tensor) -> bool:
     Elsewhere, and under torch.compile, whole expressions are better, for the compiler to fuse.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Operations on the tensor's device in the precision of their inputs; a device without autocast needs nothing."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

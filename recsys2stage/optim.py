@@ -29,6 +29,9 @@ class RecsysAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        # a fused step can unscale float16 gradients itself, and Lightning then refuses to clip them; without this mark
+        # they are unscaled before the step, as for any other optimiser, and bf16 has no scale at all
+        self._step_supports_amp_scaling = False
 
 
 class Planned(LightningModule):

@@ -185,9 +185,13 @@ class Recommender:
                 "and export again"
             )
         return cls(
-            towers=build(TwoTower, manifest["towers"], torch.load(path / TOWERS, weights_only=True)),
+            towers=build(
+                TwoTower, manifest["towers"], torch.load(path / TOWERS, weights_only=True, map_location="cpu")
+            ),
             index=Index.load(path),
-            reranker=build(Reranker, manifest["reranker"], torch.load(path / RERANKER, weights_only=True))
+            reranker=build(
+                Reranker, manifest["reranker"], torch.load(path / RERANKER, weights_only=True, map_location="cpu")
+            )
             if kind == "bundle"
             else None,
             catalogue=pl.read_parquet(path / c.ITEM_TABLE),

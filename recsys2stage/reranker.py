@@ -56,6 +56,7 @@ class Reranker(nn.Module):
     signal_by_id: Tensor
     signal_counted: Tensor
     cold: Tensor
+    hidden: Tensor
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Reranker(nn.Module):
         self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
         hidden = [bool({name, name.partition(".")[0]} & self.without) for name in names]
-        self.hidden = torch.tensor(hidden, dtype=torch.bool)
+        self.register_buffer("hidden", torch.tensor(hidden, dtype=torch.bool), persistent=False)
         self.register_buffer("signal_mean", torch.zeros(len(names)))
         self.register_buffer("signal_scale", (~self.hidden).float())  # 0 where a number is not shown
         for flag in ("by_id", "counted"):
@@ -165,7 +166,7 @@ class Reranker(nn.Module):
         values = signals.double()
         spread = values.std(dim=0, correction=0)
         self.signal_mean.copy_(values.mean(dim=0))
-        self.signal_scale.copy_(torch.where((spread > 1e-6) & ~self.hidden.to(spread.device), 1 / spread, 0))
+        self.signal_scale.copy_(torch.where((spread > 1e-6) & ~self.hidden, 1 / spread, 0))
 
     def calibrate(self, score: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]) -> None:
         """Sets scale and center so that the softmax of the base logits fits the positives of some lists best.
@@ -179,7 +180,7 @@ class Reranker(nn.Module):
         apart = score - score.where(real, 0).sum(1, keepdim=True) / count  # all of a score that a softmax feels
         spread = apart[real].square().mean().sqrt()
         # cosines of a list lie within some tenths, dot products may lie hundreds apart: the grid is in units of spread
-        scales = torch.logspace(-1, 2, 61) / torch.where(spread > 0, spread, 1)
+        scales = torch.logspace(-1, 2, 61, device=score.device) / torch.where(spread > 0, spread, 1)
         losses = [nn.functional.cross_entropy((s * apart).masked_fill(~real, -torch.inf), positive) for s in scales]
         with torch.no_grad():
             self.log_scale.copy_(scales[int(torch.stack(losses).argmin())].log())

@@ -16,6 +16,7 @@ from recsys2stage.dataset import Dataset, RequestTime, Seen
 from recsys2stage.encoders import EncoderFactory, Transformer
 from recsys2stage.inputs import InputFactory, check_inputs
 from recsys2stage.items import ItemsFactory, ItemTable
+from recsys2stage.layers import without_autocast
 from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.objectives import Cloze, NextItem, Objective
@@ -209,7 +210,7 @@ class Retriever(Planned):
     def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
         """Rank of each target in the whole catalogue, filtered as in an evaluation."""
         queries, items = self.towers.queries(batch.history), self.towers.every_item()
-        with torch.autocast(queries.device.type, enabled=False):  # in bf16 many scores would tie
+        with without_autocast(queries):  # in bf16 many scores would tie
             scores = queries @ items.T  # (B, V)
         scores[batch.known_rows, batch.known_items - 1] = -torch.inf
         return rank_of(scores, batch.target - 1)

@@ -1,11 +1,13 @@
 """Lightning's verbs: any LightningModule on any LightningDataModule, both named in the config."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -18,6 +20,8 @@ from recsys2stage.candidates import Candidates  # noqa: F401
 from recsys2stage.data import Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
 from recsys2stage.retriever import Retriever  # noqa: F401
+
+logger = logging.getLogger("recsys2stage")
 
 
 class RecsysCLI(LightningCLI):
@@ -56,7 +60,16 @@ class RecsysCLI(LightningCLI):
         options = self.config[str(self.subcommand)]
         if options.trainer.logger is None:
             kwargs["logger"] = CSVLogger(options.output, name="log")
-        if options.trainer.precision is None and torch.cuda.is_available():
+        accelerator = options.trainer.accelerator
+        if MPSAccelerator.is_available() and accelerator in ("auto", "gpu", "mps"):
+            if accelerator != "auto":
+                raise ValueError(
+                    f"trainer.accelerator is {accelerator!r}, Apple's MPS, which has no float64 for times and metrics; "
+                    "use --trainer.accelerator cpu"
+                )
+            logger.warning("training on the CPU: Apple's MPS has no float64 for times and metrics")
+            kwargs["accelerator"] = "cpu"
+        elif options.trainer.precision is None and not options.trainer.plugins and computes_in_bf16(accelerator):
             kwargs["precision"] = "bf16-mixed"
         if options.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=20))  # a step takes milliseconds
@@ -101,10 +114,21 @@ class RecsysCLI(LightningCLI):
             self.config_init[verb].weights_only = True
 
 
+def computes_in_bf16(accelerator: Any) -> bool:
+    """Whether a trainer with this accelerator runs on CUDA GPUs that compute in bfloat16 natively, without emulation.
+
+    Args:
+        accelerator: value of --trainer.accelerator.
+    """
+    cuda = accelerator in ("auto", "gpu", "cuda") and CUDAAccelerator.is_available()
+    return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 IGNORED = (
     ".*exists and is not empty",  # log/ is there before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
     ".*smaller than the logging interval",  # what is logged is logged once an epoch
+    ".*GPU available but not used",  # where another accelerator was chosen
     ".*args parameter is intended to run from within Python",  # as it does where options are given
 )
 

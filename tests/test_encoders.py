@@ -310,7 +310,7 @@ def test_every_weight_learns(case: Case) -> None:
     built = build(case).train()
     length = LENGTH if case.causal else LENGTH + 1
     (built(*inputs(case, 8, length)) * torch.randn(8, length, DIM)).sum().backward()
-    idle = [name for name, weight in built.named_parameters() if weight.grad is None or not weight.grad.any()]
+    idle = [name for name, weight in built.named_parameters() if weight.grad is None or weight.grad.abs().max() < 1e-6]
     assert not idle
 
 

@@ -149,7 +149,7 @@ def test_an_encoder_alone_takes_the_scale_of_the_data() -> None:
     torch.testing.assert_close(x, torch.tensor([[(3 / 2) ** 0.5, 1], [0, 0], [0, 1]]))
     fresh = FeatureEncoder([feature], DIM)
     fresh.load_state_dict(encoder.state_dict())
-    assert torch.equal(fresh([torch.tensor([[60.0]])]), x[:1])
+    torch.testing.assert_close(fresh([torch.tensor([[60.0]])]), x[:1])
 
 
 def test_all_that_is_looked_up_is_in_the_state() -> None:

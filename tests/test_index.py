@@ -170,6 +170,26 @@ def test_load_gives_back_what_was_saved(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(left, right)
 
 
+def test_an_index_for_a_gpu_is_searched_on_the_cpu_where_there_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index, plain = Exact(device="cuda:99"), Exact()
+    for one in (index, plain):
+        one.build(normal(0, 30, 4))
+    index.save(tmp_path)
+    loaded = Index.load(tmp_path)
+    assert vars(loaded)["device"] == "cuda:99"  # for a machine that has it
+    assert caplog.text.count("the device cuda:99, which this machine does not have; searching on the CPU") == 2
+    for left, right in zip(loaded.search(normal(1, 3, 4), 5), plain.search(normal(1, 3, 4), 5), strict=True):
+        np.testing.assert_array_equal(left, right)  # the same sums on the same device
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:", "cuda:x", ""])
+def test_an_unknown_device_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device is '{device}', expected cpu, cuda"):
+        Exact(device=device)
+
+
 def test_a_class_outside_the_package_is_loaded_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_index.py").write_text(
         "from recsys2stage.index import Exact\n"

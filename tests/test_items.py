@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from closeness import close
 from pipeline_fixtures import RANKER, RETRIEVER, recsys
 from torch import Tensor
 from worlds import cold_world
@@ -108,7 +109,7 @@ def test_items_without_training_are_their_features() -> None:
     built = tower()
     with torch.no_grad():
         before = built.every()
-        assert torch.equal(before[2], before[3]), "3 and 4 have like features"
+        close(before[2], before[3])  # 3 and 4 have like features
         built.table.weight[1:] += torch.randn(V, D)
         moved = (built.every() - before).abs().amax(1) > 1e-4
         assert [int(item) + 1 for item in (~moved).nonzero()] == COLD, "what their ids are is felt nowhere"
@@ -148,7 +149,7 @@ def test_a_batch_trains_what_stands_for_a_dropped_id() -> None:
     built = tower(id_dropout=0.5).train()
     built(torch.tensor([[1, 2, 5, 6, 7, 8]])).square().sum().backward()
     assert built.unknown.grad is not None
-    assert built.unknown.grad.any()
+    assert built.unknown.grad.abs().max() > 1e-4
     assert built.table.weight.grad is not None
     assert 0 < int(built.table.weight.grad.any(1).sum()) < 6
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from closeness import close
 from lightning import Trainer
 
 from recsys2stage.cli import main
@@ -227,7 +228,7 @@ def test_item_vectors_are_unit_and_padding_is_none(cycle: Path) -> None:
     vectors = model.towers.every_item()
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(40))
     some = torch.tensor([3, 40, 1])
-    assert torch.equal(model.towers.item_vectors(some), vectors[some - 1])
+    close(model.towers.item_vectors(some), vectors[some - 1])
 
 
 # --- the optimiser

@@ -77,9 +77,12 @@ def test_a_few_steps_change_the_order(kind: Kind, by_features: bool) -> None:
         assert scorer(seen).detach().std(dim=1).min() > 1e-4, "each list is put in some order"
     assert losses[0] == pytest.approx(math.log(C))
     assert losses[2] < losses[1] < losses[0]
+    # a bias of the whole score moves all candidates alike, which a softmax does not feel: a gradient of 0 or a rounding
+    shift = "" if kind is SCORERS["MoL"] else f"deep.rest.{len(scorer.deep.rest) - 1}.bias"
     for name, weight in scorer.named_parameters():
         if weight.grad is not None and (by_features or "wide" not in name):
-            assert weight.grad.any(), f"{name} must learn"
+            size = weight.grad.abs().max()
+            assert size < 1e-7 if name == shift else size > 5e-7, f"{name} must learn, but for a shift of all"
 
 
 @every
@@ -217,7 +220,7 @@ def test_a_scorer_is_its_formula(kind: Kind, formula: Callable[..., Tensor]) -> 
         mass = torch.randn(len(said))
         got, wanted = (torch.autograd.grad((out * mass).sum(), weights.values()) for out in (said, torch.stack(want)))
         for name, one, other in zip(weights, got, wanted, strict=True):
-            assert other.any(), f"{name} must matter"
+            assert other.abs().max() > 1e-8, f"{name} must matter"
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 

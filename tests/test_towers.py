@@ -118,7 +118,7 @@ def test_a_hidden_event_is_the_learned_mask() -> None:
     assert built.mask is not None
     built.queries(given).sum().backward()
     assert built.mask.grad is not None
-    assert built.mask.grad.any()
+    assert built.mask.grad.abs().max() > 1e-4
     with torch.no_grad():
         before = built.queries(given)
         built.mask += torch.randn(D)

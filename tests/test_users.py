@@ -89,7 +89,7 @@ def test_film_starts_as_the_identity_and_learns() -> None:
     assert torch.equal(conditioned, x)
     assert built.film is not None
     (gradient,) = torch.autograd.grad((conditioned * torch.randn(B, L, D)).sum(), built.film.weight)
-    assert (gradient != 0).any(1).all(), "scale and shift both"
+    assert (gradient.abs().amax(1) > 1e-4).all(), "scale and shift both"
 
 
 def test_without_film_events_stay_as_they_are() -> None:
@@ -107,7 +107,7 @@ def test_a_stranger_is_who_has_every_feature_unknown() -> None:
     torch.testing.assert_close(known[2], nobody[0], msg="user 2 is one")
     assert (known[[0, 1, 3, 4, 5]] - nobody[0]).abs().amax(1).min() > 1e-3
     (gradient,) = torch.autograd.grad(nobody.sum(), built.features.parts[1].table.weight)
-    assert gradient[0].any(), "learned, not zeros"
+    assert gradient[0].abs().max() > 1e-4, "learned, not zeros"
     assert not gradient[1:].any()
 
 

@@ -197,3 +197,25 @@ def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Itera
     facts = {"split_hash": dataset.manifest["split_hash"], "request_time": "target", "towers": options}
     write_manifest(folder, "index", {}, {}, **facts)
     return build(TwoTower, options, towers.state_dict())
+
+
+def featured_world(folder: Path, users: int = 40, items: int = 30, length: int = 9) -> Path:
+    """Events with times, ratings and actions, of items and users with features: all that a model can read."""
+    rng = np.random.default_rng(8)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["user_id,item_id,action,rating,timestamp"]
+    for user in range(users):
+        for step, item in enumerate(rng.permutation(items)[: length - user % 4].tolist()):
+            action, rating, time = ("look", "buy")[item % 2], 1 + rng.integers(5), 10**9 + user * 1_000 + step * 86_400
+            rows.append(f"{user},{item + 1},{action},{rating},{time}")
+    ages = ["user_id,side,age", *(f"{user},{('on', 'back')[user % 2]},{20 + user}" for user in range(users))]
+    genres = ["item_id,genre,price", *(f"{item + 1},{'abc'[item % 3]},{item / 10}" for item in range(items))]
+    for name, lines in (("events", rows), ("users", ages), ("items", genres)):
+        (folder / f"{name}.csv").write_text("\n".join([*lines, ""]))
+    kinds = {"users": {"side": "categorical", "age": "numeric"}, "items": {"genre": "categorical", "price": "numeric"}}
+    sides = {
+        side: SideTable(f"{side}.csv", f"{side[:-1]}_id", {name: Feature(kind) for name, kind in features.items()})
+        for side, features in kinds.items()
+    }
+    prepare(Table(folder / "events.csv", action="action", rating="rating", **sides), folder / "data")
+    return folder / "data"

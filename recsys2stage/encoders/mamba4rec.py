@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from recsys2stage.encoders.base import Encoder
 from recsys2stage.encoders.blocks import initialise
-from recsys2stage.layers import GELU, Dropout, LayerNorm, RMSNorm, in_cache
+from recsys2stage.layers import GELU, Dropout, LayerNorm, RMSNorm, in_cache, without_autocast
 from recsys2stage.positions import Position, PositionFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 from recsys2stage.times import Time, TimeFactory
@@ -221,7 +221,7 @@ class Mamba2(nn.Module):
         vbc = F.silu(self._convolve(F.pad(vbc, (0, 0, self.taps.size(1) - 1, extra)))).to(dt.dtype)
         v, b, c = torch.split(vbc, self.vbc, dim=-1)
         v = v.view(*v.shape[:-1], self.heads, -1)
-        with torch.autocast(x.device.type, enabled=False):  # sums over a whole history want more than 8 bits
+        with without_autocast(x):  # sums over a whole history want more than 8 bits
             y = scan(v, b, c, dt, self.log_rate.exp(), places)
         return self._finish(y[:, :length], v[:, :length], z)
 
@@ -324,7 +324,7 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         v, b, c, dt, rate, states, y = ctx.saved_tensors
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v):
             own = _Chunks(v, b, c, dt, rate, ctx.places)
             by_head = dy.reshape(own.u.shape)
             faded = (by_head * own.since_start).flatten(2)

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recsys2stage.layers import without_autocast
+
 BLOCK = 1 << 20  # numbers in flight, 4 MB: a CPU keeps them in cache
 GPU_BLOCK = 1 << 26
 DENSE = 32  # vectors for each candidate of a row, up to which a product with all is cheaper than gathering some
@@ -46,8 +48,8 @@ def mean_price(
             return cost, d_own, torch.zeros_like(every).scatter_add_(1, mine[rows], d_others)
 
         sets = torch.arange(len(vectors), device=sets.device)[None]
-        starts = torch.tensor([0, len(queries)])
-    with torch.autocast(queries.device.type, enabled=False):  # bf16 would round scores of ±20 to steps of 1/8
+        starts = torch.tensor([0, len(queries)], device="cpu")  # read there: on a GPU that would wait for it
+    with without_autocast(queries):  # bf16 would round scores of ±20 to steps of 1/8
         return _MeanPrice.apply(  # type: ignore[no-untyped-call]  # torch does not type it
             queries, vectors, answer, sets, starts, price
         )

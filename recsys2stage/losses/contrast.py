@@ -134,7 +134,8 @@ class _Everything(Negatives):
         items = torch.arange(1, len(catalogue.counts), device=answers.items.device)[None]
         draws = torch.ones_like(items, dtype=torch.float64)
         places = len(answers.items)
-        return Drawn(items, draws, draws.log(), draws.new_zeros(places), torch.tensor([0, places]))
+        starts = torch.tensor([0, places], device="cpu")  # as `merged` has it
+        return Drawn(items, draws, draws.log(), draws.new_zeros(places), starts)
 
 
 def softmax(own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> Priced:

@@ -163,7 +163,7 @@ def merged(picked: Int[Tensor, " N"], log_expected: Float[Tensor, " W"], answers
         answers: the places.
     """
     items, draws = torch.unique(picked, return_counts=True)
-    starts = torch.tensor([0, len(answers.items)])
+    starts = torch.tensor([0, len(answers.items)], device="cpu")  # read there: on a GPU that would wait for it
     return Drawn(items[None], draws[None].double(), log_expected[items][None], log_expected[answers.items], starts)
 
 

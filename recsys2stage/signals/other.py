@@ -67,7 +67,9 @@ class OtherRetriever(Proposer):
 
     @cached_property
     def _towers(self) -> TwoTower:
-        weights = torch.load(io.BytesIO(np.asarray(self.tables["weights"]).tobytes()), weights_only=True)
+        weights = torch.load(
+            io.BytesIO(np.asarray(self.tables["weights"]).tobytes()), weights_only=True, map_location="cpu"
+        )
         return build(TwoTower, self._described["towers"], weights)
 
     @property
