@@ -1,22 +1,95 @@
-"""What every fit does beside training: it is a function of seed and step, leaves where to go on, and signs its work."""
+"""What every fit does beside training: it depends on seed and batch alone, can be resumed, and is signed at its end."""
 
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from torch import Tensor
 
-from recsys2stage.artifacts import write_manifest
+from recsys2stage.artifacts import whole, write_manifest
+from recsys2stage.columns import MANIFEST
 from recsys2stage.data import seed
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+NEVER = torch.iinfo(torch.int64).max
 
 
 class ReseedEveryStep(Callback):
-    """Makes dropout a function of (seed, step), so that a resumed run ends with the weights of an unbroken one."""
+    """Makes dropout and sampled negatives a function of (seed, batch, process): a resumed fit equals an unbroken one.
+
+    The count is of batches over all epochs, not of optimizer steps: batches accumulated for one step differ, too.
+    """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(((seed() * 1_000_003 + trainer.global_step) * 65_537 + trainer.global_rank) % 2**63)
+        number = trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(((seed() * 1_000_003 + number) * 65_537 + trainer.global_rank) % 2**63)
+
+
+class RequireFinite(Callback):
+    """Ends a fit at the first step whose loss is NaN or infinite; no checkpoint of such weights is written.
+
+    Reading a loss waits for the GPU, so there it is read after every `every` batches and before weights are measured or
+    saved; on a CPU after each batch.
+    """
+
+    every = 50
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.failed = torch.full((), NEVER, device=pl_module.device)  # the first step with such a loss
+        self.rates: dict[int, float] = {}  # step -> learning rate, of the steps whose losses were not read yet
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.step = trainer.global_step + 1
+        self.rates[self.step] = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            finite = torch.isfinite(loss.detach()).all()
+            self.failed = torch.where(finite, self.failed, self.failed.clamp(max=self.step))
+        if self.failed.device.type == "cpu" or (batch_idx + 1) % self.every == 0:
+            self._read(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._read(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            name = callback.monitor if isinstance(callback, ModelCheckpoint | EarlyStopping) else None
+            value = float(trainer.callback_metrics.get(name, 0.0)) if name else 0.0
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value} after step {trainer.global_step}, expected a number{self._end()}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._read(trainer)
+        finite = torch.stack([weight.isfinite().all() for weight in pl_module.parameters()]).all()
+        if not trainer.strategy.reduce_boolean_decision(bool(finite)):
+            raise ValueError(f"some weights are NaN or infinite after step {trainer.global_step}{self._end()}")
+
+    def _read(self, trainer: Trainer) -> None:
+        """On every process, so that all end where the loss of one is not finite."""
+        step = int(trainer.strategy.reduce(self.failed.clone(), reduce_op="min"))
+        if step < NEVER:
+            at = f"learning rate {self.rates.get(step, math.nan):g}, precision {trainer.precision}"
+            raise ValueError(f"the loss of step {step} is NaN or infinite ({at}){self._end()}")
+        self.rates.clear()
+
+    def _end(self) -> str:
+        return (
+            "; the fit ends here without a manifest, and last.ckpt, if there is one, is older: start anew with a lower "
+            "learning rate, a longer warm-up, trainer.gradient_clip_val or trainer.precision 32-true"
+        )
 
 
 class KeepLast(Checkpoint):
@@ -31,16 +104,37 @@ class KeepLast(Checkpoint):
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int | None = None) -> None:
-        self.path, self.every_n_train_steps = Path(dirpath) / "last.ckpt", every_n_train_steps
+        self.path, self.every_n_train_steps = Path(dirpath) / LAST, every_n_train_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
-            trainer.save_checkpoint(self.path, weights_only=False)
+        # between the batches of one accumulated step the gradients so far would be lost
+        stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        due = self.every_n_train_steps and self.step % self.every_n_train_steps == 0
+        if stepped and due and not trainer.is_last_batch:  # else the end of the epoch saves, when it has been measured
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)  # with the optimiser, that is
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path, weights_only=False)  # with the optimiser, that is
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them.
+
+    Lightning's own go through the folder for temporary files, from where a move to another disk can be cut short.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with whole(path) as beside:
+            torch.save(checkpoint, beside)
 
 
 class MeasureTheEnd(Callback):
@@ -61,11 +155,32 @@ class StayStopped(Callback):
             trainer.should_stop = True
 
 
+class NextEpoch(Callback):
+    """Starts the next epoch where a fit with `max_steps` is resumed at the end of one, as happens without `max_steps`.
+
+    Lightning would end the finished epoch once more, with nothing measured.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop = trainer.fit_loop
+        progress: Any = loop.epoch_progress
+        if loop.restarting and progress.current.ready == progress.current.started == progress.current.processed:
+            for counts in (progress.current, progress.total):
+                counts.completed = counts.processed
+            loop._restarting = loop.epoch_loop.restarting = False  # the loop's own setter has it True with `max_steps`
+            loop.reset_restart_stage()
+
+
 class SignFit(Callback):
-    """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end."""
+    """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end with a best.ckpt.
+
+    What another fit left in the folder goes when this one writes its first checkpoint there, so that best.ckpt,
+    last.ckpt and the manifest are always of one fit.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0  # of all attempts before this one
+        self.alone = False  # whether what another fit left is gone
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds + time.monotonic() - self.started}
@@ -76,18 +191,38 @@ class SignFit(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.monotonic()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saver = trainer.checkpoint_callback
+        if self.alone or not isinstance(saver, ModelCheckpoint):
+            return
+        folder, self.alone = Path(str(saver.dirpath)), True
+        resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == folder.resolve()
+        if trainer.is_global_zero:
+            for name in (MANIFEST,) if resumed else (MANIFEST, BEST, LAST):
+                (folder / name).unlink(missing_ok=True)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = trainer.checkpoint_callback
-        if not trainer.is_global_zero or not isinstance(checkpoint, ModelCheckpoint) or trainer.interrupted:
+        log = trainer.log_dir  # asked for on every process, because the first one tells it to the others
+        if trainer.fast_dev_run or not isinstance(checkpoint, ModelCheckpoint) or trainer.interrupted:  # type: ignore[attr-defined]
             return
-        best = checkpoint.best_model_score
+        if not trainer.is_global_zero:
+            return
+        folder, best, score = Path(str(checkpoint.dirpath)), checkpoint.best_model_path, checkpoint.best_model_score
+        if not best or Path(best).resolve().parent != folder.resolve() or not Path(best).is_file():
+            raise ValueError(
+                f"the fit ended after {trainer.global_step} steps without a best.ckpt in {folder}, because "
+                f"{checkpoint.monitor} was not measured, so no manifest is written; let it validate "
+                "(trainer.limit_val_batches, trainer.check_val_every_n_epoch), or keep the last weights with "
+                "--checkpoint.monitor null"
+            )
         write_manifest(
-            Path(str(checkpoint.dirpath)),
+            folder,
             type(pl_module).__name__.lower(),
-            options={"config": str(Path(str(trainer.log_dir)) / "config.yaml"), "seed": seed()},
+            options={"config": str(Path(str(log)) / "config.yaml"), "seed": seed()},
             parents=getattr(trainer.datamodule, "parents", {}),  # type: ignore[attr-defined]
             monitor=checkpoint.monitor,
-            best=None if best is None else float(best),
+            best=None if score is None else float(score),
             epochs=trainer.current_epoch,
             steps=trainer.global_step,
             seconds=round(self.seconds + time.monotonic() - self.started, 1),

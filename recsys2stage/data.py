@@ -3,6 +3,7 @@
 Batches are gathers over memory-mapped arrays, so there are no workers and no per-row Python.
 """
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,28 +38,47 @@ class BatchLoader:
     Args:
         read: indices -> batch.
         plan: gives index arrays, one a batch; always as many.
+        epoch: number of the epoch whose plan that is.
     """
 
-    def __init__(self, read: Callable[[np.ndarray], Any], plan: Callable[[], list[np.ndarray]]) -> None:
-        self.read, self.plan = read, plan
-        self.length, self.next = len(plan()), 0
+    def __init__(
+        self,
+        read: Callable[[np.ndarray], Any],
+        plan: Callable[[], list[np.ndarray]],
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.read, self.plan, self.epoch = read, plan, epoch
+        self.length = len(plan())
+        self.state = {"epoch": epoch(), "next": 0, "batches": self.length}
+        self.loaded: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        plan = self.plan()
-        first = self.next if self.next < len(plan) else 0
+        plan, epoch = self.plan(), self.epoch()
+        loaded, self.loaded = self.loaded, None  # it is of one epoch: the next one is whole, wherever this one ends
+        first = 0
+        if loaded is not None and loaded["epoch"] == epoch and loaded["next"] < loaded["batches"]:
+            if loaded["batches"] != len(plan):
+                raise ValueError(
+                    f"the checkpoint was saved after {loaded['next']} of the {loaded['batches']} batches of an epoch, "
+                    f"which now has {len(plan)}; resume with the data, batch size and number of processes of before, "
+                    "or start anew without --ckpt_path"
+                )
+            first = loaded["next"]
         for number in range(first, len(plan)):
-            self.next = number + 1  # before the yield: a checkpoint is saved while the batch is out
+            # before the yield: a checkpoint is saved while the batch is out
+            self.state = {"epoch": epoch, "next": number + 1, "batches": len(plan)}
             yield self.read(plan[number])
-        self.next = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
+        return self.state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
+        if state.keys() != self.state.keys():
+            raise ValueError("the checkpoint is of an older version; start anew without --ckpt_path")
+        self.loaded = state
 
 
 def seed() -> int:
@@ -82,6 +102,29 @@ def shuffled(lengths: np.ndarray, batch_size: int, epoch: int, pool: int = 32) -
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def equally_many(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
+    """Batches of which every process can take as many: the largest are split in two, and no index is lost or repeated.
+
+    Raises:
+        ValueError: where a process would be left without a batch.
+    """
+    if len(batches) < processes:
+        raise ValueError(
+            f"{processes} processes share {len(batches)} training batches, expected at least one batch for each; lower "
+            f"the data's batch_size, or set trainer.devices to at most {len(batches)}"
+        )
+    batches = list(batches)
+    while len(batches) % processes:
+        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+        if len(batches[largest]) == 1:
+            raise ValueError(
+                f"{len(batches)} training batches of one row cannot be shared equally by {processes} processes; set "
+                "the data's batch_size to at least 2"
+            )
+        batches[largest : largest + 1] = np.array_split(batches[largest], 2)
+    return batches
+
+
 class ArrayModule(LightningDataModule):
     path: Path
     batch_size: int
@@ -90,22 +133,38 @@ class ArrayModule(LightningDataModule):
         return f"{type(self).__name__}({self.path})"
 
     def _shuffled(self, read: Callable[[np.ndarray], Any], lengths: np.ndarray) -> BatchLoader:
-        """Training batches of this process."""
+        """Training batches of this process: together the processes take the epoch of one, each index once."""
+        rank, processes = self._rank()
+
+        def epoch() -> int:
+            return self.trainer.current_epoch if self.trainer else 0
 
         def plan() -> list[np.ndarray]:
-            epoch, rank, world = 0, 0, 1
-            if self.trainer:
-                epoch, rank, world = self.trainer.current_epoch, self.trainer.global_rank, self.trainer.world_size
-            batches = shuffled(lengths, self.batch_size, epoch)
-            return batches[: len(batches) // world * world][rank::world]  # every process takes as many steps
+            return equally_many(shuffled(lengths, self.batch_size, epoch()), processes)[rank::processes]
 
-        return BatchLoader(read, plan)
+        return BatchLoader(read, plan, epoch)
 
     def _in_order(self, read: Callable[[np.ndarray], Any], users: np.ndarray, batch_size: int) -> BatchLoader:
-        """Batches of this process that measure."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)][rank::world]
+        """Batches of this process that measure: each user once, and as many batches in every process.
+
+        Raises:
+            ValueError: for fewer users than processes.
+        """
+        rank, processes = self._rank()
+        batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)]
+        if len(users) < processes:
+            raise ValueError(
+                f"{processes} processes share {len(users)} users to measure, expected at least one user for each; set "
+                f"trainer.devices to at most {len(users)}"
+            )
+        if processes > 1:
+            count = -(-len(batches) // processes) * processes
+            batches = np.array_split(users, count if count <= len(users) else count - processes)[rank::processes]
         return BatchLoader(read, lambda: batches)
+
+    def _rank(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 class Histories(ArrayModule):
@@ -150,8 +209,17 @@ class Histories(ArrayModule):
 
     def prepare_data(self) -> None:
         """Prepares the dataset where it is missing and `prepare` says how."""
-        if not (self.path / c.MANIFEST).is_file() and self.prepare is not None:
-            prepare_dataset(self.prepare, self.path)
+        if self.prepare is None or (self.path / c.MANIFEST).is_file():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of processes that start together one prepares, and the others wait
+            try:
+                if not (self.path / c.MANIFEST).is_file():
+                    prepare_dataset(self.prepare, self.path)
+            finally:
+                lock.unlink(missing_ok=True)
 
     @property
     def num_items(self) -> int:

@@ -115,7 +115,7 @@ class Ranker(Planned):
         items = lists.listed.items
         logits = self.reranker(lists.listed, self.drop_ids(items), self.drop_counts(items))
         loss = self.loss(logits, lists.positive, items != PAD)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), sync_dist=True)
         return loss
 
     def drop_ids(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:
@@ -148,7 +148,7 @@ class Ranker(Planned):
         """Both stages on the same users, and the ranker with all ids masked."""
         values = self.metrics.take("val/") | self.retriever_metrics.take("val/retriever_")
         for name, value in (values | self.masked_metrics.take("val/masked_")).items():
-            self.log(name, value, prog_bar=name.endswith("ndcg@10"))
+            self.log(name, value, prog_bar=name.endswith("ndcg@10"), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(self.parameters())

@@ -163,7 +163,7 @@ class Retriever(Planned):
     def training_step(self, window: History, batch_idx: int) -> Tensor:
         losses = self.losses(window)
         for name, value in losses.items():
-            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(window.items))
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(window.items), sync_dist=True)
         return losses["loss"]
 
     def losses(self, window: History) -> dict[str, Any]:
@@ -217,10 +217,10 @@ class Retriever(Planned):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_metrics.take("val/").items():
-            self.log(name, value, prog_bar=name == "val/ndcg@10")
+            self.log(name, value, prog_bar=name == "val/ndcg@10", sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        self.log_dict(self.test_metrics.take("test/"))
+        self.log_dict(self.test_metrics.take("test/"), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(self.parameters())

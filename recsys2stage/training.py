@@ -1,21 +1,34 @@
 """Lightning's verbs: any LightningModule on any LightningDataModule, both named in the config."""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage import encoders, inputs, losses, objectives, positions, scorers, times, users  # noqa: F401
-from recsys2stage.callbacks import KeepLast, MeasureTheEnd, ReseedEveryStep, SignFit, StayStopped
+from recsys2stage.callbacks import (
+    BEST,
+    KeepLast,
+    MeasureTheEnd,
+    NextEpoch,
+    RequireFinite,
+    ReseedEveryStep,
+    SignFit,
+    StayStopped,
+    WholeCheckpoints,
+)
 from recsys2stage.candidates import Candidates  # noqa: F401
 from recsys2stage.data import Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
@@ -60,6 +73,8 @@ class RecsysCLI(LightningCLI):
         options = self.config[str(self.subcommand)]
         if options.trainer.logger is None:
             kwargs["logger"] = CSVLogger(options.output, name="log")
+        if options.trainer.default_root_dir is None:
+            kwargs["default_root_dir"] = options.output  # of config.yaml where there is no logger
         accelerator = options.trainer.accelerator
         if MPSAccelerator.is_available() and accelerator in ("auto", "gpu", "mps"):
             if accelerator != "auto":
@@ -89,6 +104,33 @@ class RecsysCLI(LightningCLI):
             for callback in self.trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
                     callback.monitor = None
+        self._refuse_a_fit_without_a_best()
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpoints()
+
+    def _refuse_a_fit_without_a_best(self) -> None:
+        """A fit that takes no step, or never measures what best.ckpt is chosen by, would end without one."""
+        trainer = self.trainer
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(trainer, name) == 0:
+                raise ValueError(f"trainer.{name} is 0, so the fit would take no step; set it above 0")
+        every, epochs, unmeasured = trainer.check_val_every_n_epoch, trainer.max_epochs, None
+        if trainer.limit_val_batches == 0:
+            unmeasured = "trainer.limit_val_batches is 0"
+        elif every is not None and epochs is not None and 0 < epochs < every:
+            unmeasured = f"trainer.check_val_every_n_epoch is {every} in a fit of {epochs} epochs"
+        if unmeasured is None:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
+                raise ValueError(
+                    f"{unmeasured}, so {callback.monitor}, by which best.ckpt is chosen, would not be measured; let it "
+                    "validate, or keep the last weights with --checkpoint.monitor null"
+                )
+        for stopping in trainer.early_stopping_callbacks:
+            stopping.strict = stopping.strict and not stopping.monitor.startswith("val/")  # else it stops the fit
 
     def before_validate(self) -> None:
         self._measure_the_best("validate")
@@ -104,7 +146,7 @@ class RecsysCLI(LightningCLI):
         self._load_weights_only(verb)
         options = self.config_init[verb]
         if options.ckpt_path is None:
-            options.ckpt_path = str(Path(options.output) / "best.ckpt")
+            options.ckpt_path = str(Path(options.output) / BEST)
         if not Path(options.ckpt_path).is_file():
             raise FileNotFoundError(f"{options.ckpt_path} does not exist; run recsys fit first, or name a --ckpt_path")
 
@@ -124,6 +166,7 @@ def computes_in_bf16(accelerator: Any) -> bool:
     return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, SignFit, StayStopped, NextEpoch)
 IGNORED = (
     ".*exists and is not empty",  # log/ is there before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
@@ -144,18 +187,22 @@ def train(verb: str, options: list[str] | None = None) -> None:
     with warnings.catch_warnings():
         for message in IGNORED:
             warnings.filterwarnings("ignore", message)
-        RecsysCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,  # the optimiser is part of the model's own config
-            seed_everything_default=0,
-            trainer_defaults={
-                "callbacks": [ReseedEveryStep(), MeasureTheEnd(), SignFit(), StayStopped()],
-                "num_sanity_val_steps": 0,
-            },
-            save_config_callback=SaveConfigCallback if verb == "fit" else None,
-            parser_kwargs={} if options is None else {"exit_on_error": False, verb: {"exit_on_error": False}},
-            args=None if options is None else [verb, *options],
-        )
+        try:
+            RecsysCLI(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,  # the optimiser is part of the model's own config
+                seed_everything_default=0,
+                trainer_defaults={
+                    "callbacks": [callback() for callback in CALLBACKS],
+                    "num_sanity_val_steps": 0,
+                },
+                save_config_callback=SaveConfigCallback if verb == "fit" else None,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={} if options is None else {"exit_on_error": False, verb: {"exit_on_error": False}},
+                args=None if options is None else [verb, *options],
+            )
+        except SIGTERMException:  # whose exit status is 0, as if the fit had come to its end
+            sys.exit(f"recsys {verb}: ended by SIGTERM; a fit goes on with --ckpt_path OUTPUT/last.ckpt")

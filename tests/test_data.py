@@ -176,19 +176,6 @@ def test_batches_are_of_like_length() -> None:
     assert padded / lengths.sum() < 1.15 < at_random / lengths.sum()
 
 
-def test_processes_share_an_epoch_in_equal_parts(ragged: Path) -> None:
-    parts = []
-    for rank in range(3):
-        data = small(ragged)
-        data.trainer = SimpleNamespace(current_epoch=2, global_rank=rank, world_size=3)
-        parts.append([tuple(batch.tolist()) for batch in data.train_dataloader().plan()])
-    alone = shuffled(np.asarray(data.window_ends - data.window_starts), 4, 2)
-    assert len({len(part) for part in parts}) == 1
-    flat = [batch for part in parts for batch in part]
-    assert len(set(flat)) == len(flat) == len(alone) // 3 * 3
-    assert set(flat) <= {tuple(batch.tolist()) for batch in alone}
-
-
 # --- taking an epoch up midway
 
 
@@ -218,6 +205,37 @@ def test_an_epoch_is_taken_up_midway(taken: int) -> None:
     resumed.load_state_dict(state)
     assert head + list(resumed) == list(range(40, 47))
     assert list(resumed) == list(range(50, 57)), "the epoch after it is whole"
+
+
+def test_an_epoch_that_is_left_early_does_not_shift_the_next() -> None:
+    """As with trainer.limit_train_batches or limit_val_batches."""
+    limited = loader([1, 2])
+    assert [batch for batch, _ in zip(limited, range(3), strict=False)] == [10, 11, 12]
+    assert list(limited) == list(range(20, 27))
+
+
+def test_a_state_of_another_epoch_starts_a_whole_one() -> None:
+    """A fit that is saved at the end of a limited epoch."""
+    broken, resumed = loader([4]), loader([5])
+    batches = iter(broken)
+    next(batches)
+    resumed.epoch = lambda: 1
+    resumed.load_state_dict(broken.state_dict())
+    assert list(resumed) == list(range(50, 57))
+
+
+def test_an_epoch_of_another_length_is_not_taken_up(ragged: Path) -> None:
+    two, one = small(ragged), small(ragged)
+    two.trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=2)
+    broken, resumed = two.train_dataloader(), one.train_dataloader()
+    next(iter(broken))
+    resumed.load_state_dict(broken.state_dict())
+    with pytest.raises(
+        ValueError, match=r"saved after 1 of the \d+ batches of an epoch, which now has \d+; resume with"
+    ):
+        next(iter(resumed))
+    with pytest.raises(ValueError, match="older version; start anew without --ckpt_path"):
+        resumed.load_state_dict({"next": 1})
 
 
 def test_a_state_of_the_last_batch_starts_the_next_epoch() -> None:

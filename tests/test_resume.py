@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from recsys2stage.cli import main
+from recsys2stage.retriever import Retriever
 
 STEPS, EPOCHS = 8, 4  # 120 windows in batches of 16
 
@@ -112,7 +113,8 @@ def test_killed_and_resumed_equals_unbroken(name: str, cycle: Path, killed: dict
     before = last(output)
     assert before["global_step"] == kill.saved
     if kill.saved % STEPS:
-        assert before["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"next": kill.saved % STEPS}]
+        place = {"epoch": kill.saved // STEPS, "next": kill.saved % STEPS, "batches": STEPS}
+        assert before["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [place]
     assert not (output / "manifest.json").exists(), "only a fit that came to its end is signed"
 
     fit(cycle, output, "--ckpt_path", str(output / "last.ckpt"), *kill.options)
@@ -137,6 +139,54 @@ def test_killed_and_resumed_equals_unbroken(name: str, cycle: Path, killed: dict
     assert not torch.equal(
         before["state_dict"]["towers.items.table.weight"], ours["state_dict"]["towers.items.table.weight"]
     )
+
+
+class Broken(Exception):
+    """Ends a fit as a kill does: nothing is written any more."""
+
+
+def broken_after(batches: int) -> Callable[..., None]:
+    """A hook that breaks a fit off after so many batches."""
+
+    def hook(model: Retriever, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if model.trainer.fit_loop.epoch_loop.total_batch_idx + 1 == batches:
+            raise Broken
+
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "saved"),
+    [
+        # 3 + 3 + 2 batches make the steps of an epoch; between batches of one step nothing is saved
+        (("--trainer.accumulate_grad_batches=3", "--last.every_n_train_steps=1"), STEPS + 5, 4),
+        (("--trainer.accumulate_grad_batches=3", "--last.every_n_train_steps=2"), 7, 2),
+        # epochs that end before their plan does
+        (("--trainer.limit_train_batches=3",), 4, 3),
+        (("--trainer.limit_train_batches=5", "--last.every_n_train_steps=2"), 9, 8),
+        # an end in steps, resumed from the end of an epoch
+        ((f"--trainer.max_steps={STEPS + 5}",), STEPS + 1, STEPS),
+    ],
+)
+def test_broken_off_and_resumed_equals_unbroken(
+    cycle: Path, tmp_path: Path, options: tuple[str, ...], batches: int, saved: int
+) -> None:
+    options = (*options, "--trainer.max_epochs=2")
+    fit(cycle, tmp_path / "whole", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Retriever, "on_train_batch_end", broken_after(batches))
+        with pytest.raises(Broken):
+            fit(cycle, tmp_path / "broken", *options)
+    assert last(tmp_path / "broken")["global_step"] == saved
+    fit(cycle, tmp_path / "broken", *options, f"--ckpt_path={tmp_path / 'broken/last.ckpt'}")
+    ours, theirs = last(tmp_path / "broken"), last(tmp_path / "whole")
+    assert ours["global_step"] == theirs["global_step"]
+    for name, weight in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], weight), name
+    signed, alone = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("broken", "whole"))
+    assert {fact: signed[fact] for fact in ("best", "epochs", "steps")} == {
+        fact: alone[fact] for fact in ("best", "epochs", "steps")
+    }
 
 
 def test_another_seed_ends_elsewhere(cycle: Path, unbroken: Path, tmp_path: Path) -> None:
