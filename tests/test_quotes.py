@@ -56,6 +56,7 @@ def test_a_quote_that_only_another_row_closes_is_an_error(tmp_path: Path, end: s
         ({3: '"a" b'}, 5, "the next one does not end it"),
         ({3: '"a,b"', 7: '12" vinyl'}, 9, "a quote stands within a field that does not begin with one"),
         ({3: '"a\nb"', 7: '12" vinyl'}, 10, "a quote stands within a field"),
+        ({3: ' "a b"'}, 5, "a quote stands within a field"),
     ],
 )
 def test_quotes_against_the_rules_are_named_by_line(

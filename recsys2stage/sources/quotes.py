@@ -75,7 +75,8 @@ class _Scan:
         self.fields = re.compile(rb"(?:(?:%b|%b)[%b\n])*+" % (closed, plain, s))  # whole fields, each on one line
         self.last = re.compile(rb"(?:%b|%b)\Z" % (closed, plain))  # one at the end of a file without a last line end
         self.enclosed = re.compile(rb"%b[^%b]*+(?:%b%b[^%b]*+)*+%b" % (q, q, q, q, q, q))  # on several lines
-        self.proper = re.compile(rb"(?:\A|[%b\n])%b(?=[%b\r\n]|\Z)" % (s, closed, s))
+        # a field that is enclosed, or would be without the blanks before it
+        self.proper = re.compile(rb"(?:\A|[%b\n])(?:%b(?=[%b\r\n]|\Z)| +%b)" % (s, closed, s, q))
         end = content.find(b"\n")
         header = content[: end if end >= 0 else len(content)]
         self.separators = header.count(separator)
