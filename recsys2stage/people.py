@@ -198,6 +198,10 @@ def asked_of(users: np.ndarray, action: str, recommender: Recommender) -> np.nda
     if untold := told.count(None):
         usual = repr(recommender.next_action) if recommender.usual_kind else "an unknown kind"
         logger.warning("%s names no action for %s of %s users: %s", action, f"{untold:,}", f"{len(users):,}", usual)
+        if untold == len(users) and named:  # perhaps written in another way
+            logger.warning(
+                "%s: its users are such as %r, those to recommend for %r", action, next(iter(named)), str(users[0])
+            )
     return np.array([recommender.usual_kind if name is None else number[name] for name in told], dtype=np.int64)
 
 

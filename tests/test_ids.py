@@ -21,7 +21,7 @@ from recsys2stage.cli import keep_ids_as_written
 from recsys2stage.events import number, number_ids, stable_order
 from recsys2stage.frames import Frames, as_polars
 from recsys2stage.index import Exact
-from recsys2stage.people import FileUsers, read_asked
+from recsys2stage.people import FileUsers, asked_of, read_asked
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
 from recsys2stage.sources import SideTable, Table, Vectors
@@ -117,11 +117,11 @@ def towers() -> TwoTower:
     return TwoTower(num_items=3, max_length=9, dim=4, encoder=factory(encoder))
 
 
-def recommender_of(known: list[str]) -> Recommender:
+def recommender_of(known: list[str], **options: Any) -> Recommender:
     index = Exact()
     index.build(towers().every_item().detach().numpy())
     catalogue = pl.DataFrame({c.ITEM: range(1, len(known) + 1), c.ITEM_ID: known})
-    return Recommender(towers(), index, None, catalogue, np.zeros(4), "none", has_time=False)
+    return Recommender(towers(), index, None, catalogue, np.zeros(4), "none", has_time=False, **options)
 
 
 def of_histories(folder: Path, column: pl.Series, known: list[str], only: list[str] | None = None) -> list[str]:
@@ -308,6 +308,16 @@ def test_a_side_table_of_which_nothing_is_known_is_an_error(tmp_path: Path) -> N
         with pytest.raises(ValueError, match=rf"s.csv has none of the . {owner} of the events: .* '{wrong}', those"):
             prepare(table, tmp_path / "data")
         assert not (tmp_path / "data").exists()
+
+
+def test_actions_of_which_no_user_is_known_are_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = recommender_of(["1"], next_action="target", actions=["buy", "see"])
+    (tmp_path / "a.csv").write_text("user_id,action\n05,buy\n5.0,see\n")
+    with caplog.at_level(logging.WARNING, "recsys2stage"):
+        assert asked_of(np.array([5, 7]), str(tmp_path / "a.csv"), served).tolist() == [0, 0]
+    assert "its users are such as '05', those to recommend for '5'" in caplog.text
+    parquet(tmp_path / "a.parquet", user_id=[5.0, 7.0], action=["buy", "see"])
+    assert asked_of(np.array([5, 7]), str(tmp_path / "a.parquet"), served).tolist() == [1, 2]
 
 
 def test_ids_of_a_text_file_hold_what_python_takes_for_line_ends(tmp_path: Path) -> None:

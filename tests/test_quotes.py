@@ -56,12 +56,13 @@ def test_a_quote_that_only_another_row_closes_is_an_error(tmp_path: Path, end: s
         ({3: '"a" b'}, 5, "the next one does not end it"),
         ({3: '"a,b"', 7: '12" vinyl'}, 9, "a quote stands within a field that does not begin with one"),
         ({3: '"a\nb"', 7: '12" vinyl'}, 10, "a quote stands within a field"),
+        ({3: ' "a b"'}, 5, "a quote stands within a field"),
     ],
 )
 def test_quotes_against_the_rules_are_named_by_line(
     tmp_path: Path, notes: dict[int, str], line: int, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"e.csv, line {line}: .*{re.escape(message)}.*say quote: null"):
+    with pytest.raises(ValueError, match=f"e.csv, line {line}: .*{re.escape(message)}.*say quote: null of this table"):
         prepare(table(tmp_path, lines(notes)), tmp_path / "data", on_bad_rows="quarantine")
 
 
@@ -98,8 +99,9 @@ def test_another_quote_and_none(tmp_path: Path) -> None:
         plain = table(tmp_path, content.replace("'a,b'", "'a'"), quote=none)
         assert notes_of(plain, tmp_path) == ['"c', "'a'"]
     for wrong in ("''", ",", "", "«"):
-        with pytest.raises(ValueError, match="expected one ASCII character other than the separator, null or auto"):
-            Table(tmp_path / "e.csv", quote=wrong)
+        for options in ({"quote": wrong}, {"items": SideTable("i.csv", "id", quote=wrong)}):
+            with pytest.raises(ValueError, match="expected one ASCII character other than the separator, null or auto"):
+                Table(tmp_path / "e.csv", **options)
     with pytest.raises(ValueError, match="separator is '::', expected one ASCII character"):
         Table(tmp_path / "e.csv", separator="::")
 
@@ -136,6 +138,14 @@ def test_side_tables_and_shards_are_looked_through_too(tmp_path: Path) -> None:
     (tmp_path / "i.csv").write_text('id,name\n1,"One\n2,Two\n3,"Three\n')
     with pytest.raises(ValueError, match=r"i\.csv, line 2: a quote begins a field"):
         prepare(Table(source.path, items=SideTable("i.csv", "id", title="name")), tmp_path / "data")
+    (tmp_path / "i.csv").write_text('id,name\n1,"One\n2,Two\n3,"Three\n')
+    prepare(Table(source.path, items=SideTable("i.csv", "id", title="name", quote=None)), tmp_path / "data")
+    titles = pl.read_parquet(tmp_path / "data" / c.ITEM_TABLE).filter(pl.col("item_id") < 4)["title"]
+    assert titles.to_list() == [None, '"One', "Two", '"Three']
+    (tmp_path / "i.csv").write_text('id,name\n1,"One, two"\n')  # beside events without quotes
+    side = SideTable("i.csv", "id", title="name")
+    prepare(Table(source.path, quote=None, items=side), tmp_path / "data")
+    assert "One, two" in pl.read_parquet(tmp_path / "data" / c.ITEM_TABLE)["title"].to_list()
 
 
 def test_movielens_has_quotes_in_csv_and_none_in_dat(tmp_path: Path) -> None:

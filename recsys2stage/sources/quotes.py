@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-AUTO = "auto"
+AUTO, NONE = "auto", "none"
 BLOCK = 1 << 24  # bytes in which lines are counted
 
 
@@ -44,18 +44,24 @@ class Layout:
         return place.map_batches(lines, return_dtype=pl.Int64, is_elementwise=True)
 
 
+def check_quote(quote: str | None, separator: str) -> None:
+    """Raises a ValueError for what encloses no fields."""
+    if quote not in (None, NONE, AUTO) and (len(quote) != 1 or not quote.isascii() or quote == separator):
+        raise ValueError(f"quote is {quote!r}, expected one ASCII character other than the separator, null or auto")
+
+
 def layout_of(file: Path, separator: str, quote: str | None = AUTO, has_header: bool = True) -> Layout:
     """Looks for quotes that are not as CSV has them: around a whole field, and doubled within.
 
     Args:
-        quote: the character that encloses fields; None: none does; auto: `"` does, but for files in which no field is
-            enclosed and a `"` only stands within fields (inch marks).
+        quote: the character that encloses fields; None or none: none does; auto: `"` does, but for files in which no
+            field is enclosed and a `"` only stands within fields (inch marks).
 
     Raises:
         ValueError: naming the line of a quote that is never closed, closes before its field ends, or stands within a
             field of a file with enclosed fields; for auto also of one that closes so late that it takes in whole rows.
     """
-    if quote is None or file.stat().st_size == 0:
+    if quote is None or quote == NONE or file.stat().st_size == 0:
         return Layout(None)
     mark = '"' if quote == AUTO else quote
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -75,7 +81,8 @@ class _Scan:
         self.fields = re.compile(rb"(?:(?:%b|%b)[%b\n])*+" % (closed, plain, s))  # whole fields, each on one line
         self.last = re.compile(rb"(?:%b|%b)\Z" % (closed, plain))  # one at the end of a file without a last line end
         self.enclosed = re.compile(rb"%b[^%b]*+(?:%b%b[^%b]*+)*+%b" % (q, q, q, q, q, q))  # on several lines
-        self.proper = re.compile(rb"(?:\A|[%b\n])%b(?=[%b\r\n]|\Z)" % (s, closed, s))
+        # a field that is enclosed, or would be without the blanks before it
+        self.proper = re.compile(rb"(?:\A|[%b\n])(?:%b(?=[%b\r\n]|\Z)| +%b)" % (s, closed, s, q))
         end = content.find(b"\n")
         header = content[: end if end >= 0 else len(content)]
         self.separators = header.count(separator)
@@ -144,6 +151,6 @@ class _Scan:
         mark = self.mark.decode()
         advice = f"; if they are one field, say quote: '{mark}'" if closed else f", or double each {mark} within one"
         return ValueError(
-            f"{self.file}, line {line}: {what}. If {mark} is a character like any other, say quote: null "
-            f"(--source.quote null); if it encloses fields, close it{advice}"
+            f"{self.file}, line {line}: {what}. If {mark} is a character like any other, say quote: null of this table "
+            f"(--source.quote null, of items --source.items.quote null); if it encloses fields, close it{advice}"
         )

@@ -23,7 +23,7 @@ from recsys2stage.checks import (
 )
 from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID
 from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
-from recsys2stage.sources.quotes import AUTO
+from recsys2stage.sources.quotes import AUTO, check_quote
 from recsys2stage.split import PARTS
 
 DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
@@ -55,12 +55,14 @@ class SideTable:
         id: the column of the id, written as in the events.
         columns: feature name -> what it is.
         title: the column of what to call it when it is shown.
+        quote: as that of a Table, which is of the events.
     """
 
     path: str
     id: str
     columns: dict[str, Feature] = field(default_factory=dict)
     title: str | None = None
+    quote: str | None = AUTO
 
 
 class Table(Source):
@@ -81,8 +83,8 @@ class Table(Source):
         member: the event file or a pattern of such, within a folder or zip that holds more than events.
         separator: what stands between the columns of .csv and .txt; .tsv and .tab have tabs.
         part: the column of what the event is for, train, val or test, where split: Marked shall go by it.
-        quote: the character that encloses fields of delimited text; null: none does; auto: `"`, unless it only ever
-            stands within fields. A quote that is not closed is an error in any case.
+        quote: the character that encloses fields of delimited text; null or none: none does; auto: `"`, unless it only
+            ever stands within fields. A quote that is not closed is an error in any case.
     """
 
     def __init__(
@@ -108,9 +110,8 @@ class Table(Source):
             )
         if len(separator) != 1 or not separator.isascii():
             raise ValueError(f"separator is {separator!r}, expected one ASCII character")
-        quote = None if quote == "none" else quote
-        if quote is not None and quote != AUTO and (len(quote) != 1 or not quote.isascii() or quote == separator):
-            raise ValueError(f"quote is {quote!r}, expected one ASCII character other than the separator, null or auto")
+        for one in (quote, *(side.quote for side in (items, users) if side is not None)):
+            check_quote(one, separator)
         self.path = path
         self.user = user
         self.item = item
@@ -148,7 +149,7 @@ class Table(Source):
             item_file, items, item_features = self._side(self.items, ITEM_ID, folder)
             user_file, users, user_features = self._side(self.users, USER_ID, folder)
             yield Tables(
-                events=self._rows(files, self._columns()),
+                events=self._rows(files, self._columns(), self.quote),
                 items=items,
                 users=users,
                 item_features=item_features,
@@ -201,9 +202,9 @@ class Table(Source):
             else:
                 columns[name] = Column(raw, "", filled, required=False)
         kinds = {name: feature.kind for name, feature in side.columns.items()}
-        return found, self._rows(found, columns), kinds
+        return found, self._rows(found, columns, side.quote), kinds
 
-    def _rows(self, files: Sequence[Path], columns: dict[str, Column]) -> Rows:
+    def _rows(self, files: Sequence[Path], columns: dict[str, Column], quote: str | None) -> Rows:
         kinds = {file.suffix for file in files}
         if kinds <= set(PARQUET):
             return parquet_rows(files, columns)
@@ -212,7 +213,7 @@ class Table(Source):
                 f"the shards are of several kinds: {', '.join(sorted(kinds))}; name one with a glob: path/*.csv"
             )
         separator = "\t" if kinds <= {".tsv", ".tab"} else self.separator
-        return csv_rows(files, columns, separator, quote=self.quote)
+        return csv_rows(files, columns, separator, quote=quote)
 
 
 def part_number(raw: pl.Expr) -> pl.Expr:
