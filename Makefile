@@ -57,10 +57,15 @@ resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $
 	echo --ckpt_path $(@D)/last.ckpt)
 fit_options = $(addprefix --seed_everything ,$(SEED)) --output $(@D)
 
-.PHONY: changed help setup demo pipeline results test test-slow lint format clean
+# tests/test_NAME.py that compare computed floats, for test-portable
+NUMERIC := attention bert4rec devices encoders estimator evaluate features feed_forward fuxi hstu index inputs items layers \
+	ligr list_losses losses mamba4rec metrics negatives objectives positions precision recommend reranker sasrec scorers \
+	times towers transformer users
+
+.PHONY: changed help setup demo pipeline results test test-portable test-slow lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: .venv/ready ## install the package and its tools into .venv
 
@@ -122,6 +127,13 @@ $(RUN)/recommendations.parquet: $(RUN)/bundle/manifest.json $(call config,recomm
 
 test: .venv/ready ## the tests
 	$(BIN)/python -m pytest -q -m "not slow"
+
+# the kernels of torch, oneDNN, MKL and OpenBLAS of two older processors; set before Python starts, for they are read once
+test-portable: .venv/ready ## the numeric tests with the vector widths of other processors
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem \
+		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC:%=tests/test_%.py)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
+		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC:%=tests/test_%.py)
 
 test-slow: .venv/ready ## the tests that take longer
 	$(BIN)/python -m pytest -q -m slow

@@ -4,6 +4,7 @@ import os
 
 # before polars and torch are imported: on a small machine more threads make small work slower, not faster
 os.environ.update(POLARS_MAX_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU; a fit whose accelerator is auto would take a GPU
 
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -161,7 +162,16 @@ def test_a_wrong_word_stops_at_once(project: Project, words: tuple[str, ...]) ->
     assert "nowhere.zip does not exist" in project.said or "DATASET is empty" in project.said
 
 
+def test_the_numeric_tests_run_with_the_vector_widths_of_other_processors(project: Project) -> None:
+    project.make("--dry-run", "test-portable")
+    calls = project.said.split("ATEN_CPU_CAPABILITY=")[1:]
+    assert [call.split()[0] for call in calls] == ["default", "avx2"]
+    named = [set(re.findall(r"tests/(test_\w+\.py)", call)) for call in calls]
+    assert named[0] == named[1] >= {"test_encoders.py", "test_losses.py", "test_scorers.py", "test_times.py"}
+    assert named[0] <= {path.name for path in Path(__file__).parent.glob("test_*.py")}
+
+
 def test_help_lists_every_target_that_has_a_comment(project: Project) -> None:
     project.make("help")
-    for target in ("setup", "demo", "pipeline", "test", "lint", "clean"):
+    for target in ("setup", "demo", "pipeline", "test", "test-portable", "lint", "clean"):
         assert f"\n{target} " in "\n" + project.said
