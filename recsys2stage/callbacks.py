@@ -34,11 +34,11 @@ class ReseedEveryStep(Callback):
 class RequireFinite(Callback):
     """Ends a fit at the first step whose loss is NaN or infinite; no checkpoint of such weights is written.
 
-    Reading a loss waits for the GPU, so there it is read after every `every` batches and before weights are measured or
+    Reading a loss waits for the GPU, so there it is read after every 50 batches and before weights are measured or
     saved; on a CPU after each batch.
     """
 
-    every = 50
+    every: int | None = None  # batches between two readings, where the device does not decide
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.failed = torch.full((), NEVER, device=pl_module.device)  # the first step with such a loss
@@ -55,7 +55,7 @@ class RequireFinite(Callback):
         if isinstance(loss, Tensor):
             finite = torch.isfinite(loss.detach()).all()
             self.failed = torch.where(finite, self.failed, self.failed.clamp(max=self.step))
-        if self.failed.device.type == "cpu" or (batch_idx + 1) % self.every == 0:
+        if (batch_idx + 1) % (self.every or (1 if self.failed.device.type == "cpu" else 50)) == 0:
             self._read(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
