@@ -348,6 +348,8 @@ def time_of_requests(
             f"{people.last_times[first]} of user {people.user_ids[first]}; give a later time, or --histories with only "
             "the events before it"
         )
+    if not told:
+        logger.warning("the model is not told the request time, so --request_time %s changes nothing", now)
     return now, f", as of {date_of(now)}" if told else ""
 
 

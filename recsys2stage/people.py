@@ -156,9 +156,10 @@ def _user_features(
     known: list[dict[str, Any]] = [{} for _ in range(users)]
     for spec in there:
         name = spec["name"]
-        for row, value in zip(user.tolist(), log[name].to_list(), strict=True):
-            if value is None:
-                continue
+        pairs = pl.DataFrame({"user": user, "value": log[name]}).drop_nulls()
+        for row, value in (
+            pairs if pairs.schema["value"].is_nested() else pairs.unique(maintain_order=True)
+        ).iter_rows():
             if spec["kind"] == "multi" and isinstance(value, str):
                 value = value.split("|")
             if known[row].setdefault(name, value) != value:

@@ -381,8 +381,8 @@ class Recommender:
             history: item ids as in the raw data, oldest first. Ids the model does not know are passed over.
             k: how many.
             times: whole seconds since 1970 of each event, ascending; needed where the model has a clock.
-            request_time: seconds of the request, no earlier than the newest event; None: now or, with a warning where
-                the model is told the request time, the newest event's time if that lies in the future.
+            request_time: seconds of the request, no earlier than the newest event, for models that are told it; None:
+                now or, with a warning, the newest event's time if that lies in the future.
             exclude: further item ids not to recommend.
             ratings: of each event, None where there is none; looked at by models with an input for them.
             actions: name of the kind of each event, None where it is not known; looked at in the same way.

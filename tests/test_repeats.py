@@ -13,6 +13,7 @@ from pipeline_fixtures import Run, recsys
 from worlds import cycle_world
 
 from recsys2stage import TwoStageRecommender
+from recsys2stage.artifacts import read_manifest
 from recsys2stage.data import Histories
 from recsys2stage.dataset import Dataset, Padded
 from recsys2stage.encoders import Transformer
@@ -245,6 +246,27 @@ def test_seen_items_are_served_in_python_unless_filtered(returning: Run) -> None
     assert items() == items(seen="keep") == everything
     assert items(seen="filter") == everything - set(history)
     assert items(exclude=history[:2]) == everything - set(history[:2])
+
+
+def test_served_folders_say_how_repeats_were_prepared(returning: Run, short: Run) -> None:
+    for folder, kind, repeats in (
+        *((returning.index, "index", "keep"), (short.index, "index", "first")),
+        (short.bundle, "bundle", "first"),
+    ):
+        manifest = read_manifest(folder, kind, "")
+        assert manifest["repeats"] == repeats
+        assert manifest["user_features"] == []
+        dataset = Dataset(folder.parent / "data")
+        trained = [dataset.times[a:b] for a, b in zip(dataset.offsets[:-1], dataset.train_ends, strict=True)]
+        assert manifest["newest_time"] == max(times.max() for times in trained)
+
+
+def test_a_request_time_that_changes_nothing_is_named(
+    short: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of = ("recommend", "--bundle", short.index, "--output", tmp_path / "o.parquet", "--users", "[1]")
+    recsys(*of, "--request_time", 2 * 10**9)
+    assert "not told the request time, so --request_time 2000000000 changes nothing" in caplog.text
 
 
 # --- all seen items are filtered, those beyond the model's max_length too
