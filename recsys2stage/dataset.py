@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_manifest
+from recsys2stage.artifacts import read_array, read_manifest
 from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]
@@ -94,7 +94,7 @@ class Dataset:
         self.actions = self._load(c.EVENT_ACTIONS) if self.manifest["has"]["action"] else None
 
     def _load(self, name: str) -> np.ndarray:
-        return np.load(self.path / name, mmap_mode="r")
+        return read_array(self.path / name)
 
     @property
     def num_users(self) -> int:
@@ -125,7 +125,7 @@ class Dataset:
     @cached_property
     def cold(self) -> np.ndarray:
         """Items withheld from all training, (V + 1,) bool."""
-        return np.load(self.path / c.ITEM_COLD)
+        return np.array(read_array(self.path / c.ITEM_COLD))
 
     @cached_property
     def train_counts(self) -> np.ndarray:
@@ -250,21 +250,26 @@ class Dataset:
     def _feature(self, owner: str, feature: dict[str, Any]) -> np.ndarray:
         name, kind = f"{owner}.{feature['name']}", feature["kind"]
         if kind in ("numeric", "vector"):
-            return np.load(self.path / f"{name}.values.npy")
-        codes = np.load(self.path / f"{name}.codes.npy")
+            return np.array(read_array(self.path / f"{name}.values.npy"))
+        codes = np.array(read_array(self.path / f"{name}.codes.npy"))
         if kind == "categorical":
             return codes
-        offsets = np.load(self.path / f"{name}.offsets.npy")
+        offsets = np.array(read_array(self.path / f"{name}.offsets.npy"))
         index, real = places(offsets[:-1], offsets[1:])
         return np.where(real, np.append(codes, c.UNKNOWN)[index], c.UNKNOWN).astype(np.int32)
 
-    def check_split(self, folder: Path, split_hash: str) -> None:
+    def check_split(self, folder: Path, split_hash: str | None) -> None:
         """Refuses what was made from other training events.
 
         Args:
             folder: what was made.
-            split_hash: of the dataset it was made from.
+            split_hash: of the dataset it was made from; None: it does not say.
         """
+        if split_hash is None:
+            raise ValueError(
+                f"{folder} does not say on which split it was trained, expected that of {self.path}; fit it again by "
+                "recsys fit, on a data module with a dataset"
+            )
         if split_hash != self.manifest["split_hash"]:
             raise ValueError(
                 f"{folder} was made from a dataset with split hash {split_hash[:12]}…, but {self.path} has "

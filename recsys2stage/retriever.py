@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from recsys2stage.checkpoints import read_checkpoint
+from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data import Histories, Queries
 from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import EncoderFactory, Transformer
@@ -132,7 +132,9 @@ class Retriever(Planned):
                 )
             check_inputs(self.towers.inputs, histories.dataset, histories.next_action)
             if self.start is not None:  # a fit that goes on from its own last checkpoint reads that after this
-                _, weights = read_checkpoint(self.start, "towers", "recsys fit --config configs/NAME/retriever.yaml")
+                make = "recsys fit --config configs/NAME/retriever.yaml"
+                options, weights = read_checkpoint(self.start, "towers", make)
+                histories.dataset.check_split(self.start, options[SPLIT])
                 try:
                     self.towers.load_state_dict(weights)
                 except RuntimeError as error:

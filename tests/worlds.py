@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from recsys2stage.artifacts import write_manifest
-from recsys2stage.checkpoints import build, factory
+from recsys2stage.checkpoints import build
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import Exact
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import Feature, MovieLens, SideTable, Table
 from recsys2stage.towers import TOWERS, TwoTower
+from recsys2stage.trust import arguments
 
 Event = tuple[int, int, float, int]  # user, item, rating, time
 
@@ -185,7 +186,7 @@ def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Itera
     }
     options = {"num_items": dataset.num_items, "max_length": 5, "dim": 8, "encoder": encoder}
     options |= {"inputs": [{"class_path": f"recsys2stage.inputs.{name}"} for name in inputs], "actions": ["look"]}
-    towers = TwoTower(**{name: factory(value) for name, value in options.items()})
+    towers = TwoTower(**arguments(TwoTower, options, folder))
     for part in towers.modules():  # so that what is told of times and ratings shows
         if isinstance(part, torch.nn.Embedding):
             torch.nn.init.normal_(part.weight)
@@ -195,5 +196,5 @@ def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Itera
     index.save(folder)
     torch.save(towers.state_dict(), folder / TOWERS)
     facts = {"split_hash": dataset.manifest["split_hash"], "request_time": "target", "towers": options}
-    write_manifest(folder, "index", {}, {}, **facts)
-    return build(TwoTower, options, towers.state_dict())
+    write_manifest(folder, "index", {}, {"data": dataset.path}, **facts)
+    return build(TwoTower, options, towers.state_dict(), folder)
