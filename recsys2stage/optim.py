@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -67,7 +67,7 @@ class Planned(LightningModule):
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, *args: Any, trust: Sequence[str] = (), **options: Any
-    ) -> Self:
+    ) -> Any:
         """As Lightning's, but never a class that the file names and this package or a module in `trust` has not."""
         make, taken = f"recsys fit, with the model {cls.__name__}", signature(cls).parameters
         stored = load_checkpoint(checkpoint_path, make)[OPTIONS]

@@ -2,18 +2,22 @@
 
 import csv
 import fnmatch
+import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import polars as pl
 
 from recsys2stage.checks import FILE, LINE, SURPLUS, Column, Rows, require
+
+LARGE = 1 << 30  # bytes: below it, nothing unpacked does harm
+MOST_GROWTH = 200  # a log in text packs to a tenth or twentieth of its size
 
 Kind = Literal["categorical", "multi", "numeric"]
 
@@ -73,9 +77,11 @@ def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="recsys-") as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    if any(fits(member, pattern) for pattern in patterns):
-                        archive.extract(member, folder)
+                named = archive.infolist()
+                chosen = [member for member in named if any(fits(member.filename, pattern) for pattern in patterns)]
+                _check_members(path, chosen, free=shutil.disk_usage(folder).free)
+                for member in chosen:
+                    archive.extract(member, folder)
         except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # the disk, not the archive
                 raise
@@ -83,9 +89,25 @@ def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
                 f"{path} is not a complete zip file ({error}), {path.stat().st_size:,} bytes: "
                 "it may be cut short; remove it and fetch it again"
             ) from error
+        except ValueError:
+            raise
         except Exception as error:  # zlib.error, lzma.LZMAError: a member is damaged
             raise ValueError(f"{path} is damaged ({error}); remove it and fetch it again") from error
         yield Path(folder)
+
+
+def _check_members(path: Path, members: Sequence[zipfile.ZipInfo], free: int) -> None:
+    """Refuses members of a zip that would leave their folder or fill the disk, before any is unpacked."""
+    for member in members:
+        parts = PurePosixPath(member.filename.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+            raise ValueError(f"{path} has a member {member.filename!r}, expected names that stay in it; do not use it")
+    packed, unpacked = sum(m.compress_size for m in members), sum(m.file_size for m in members)
+    if unpacked > free or (unpacked > LARGE and unpacked > MOST_GROWTH * packed):
+        raise ValueError(
+            f"{path} unpacks from {packed:,} to {unpacked:,} bytes, expected at most {MOST_GROWTH} times its size and "
+            f"the {free:,} bytes that are free; unpack it yourself and name the folder"
+        )
 
 
 def fits(member: str, pattern: str) -> bool:
