@@ -1,5 +1,6 @@
 """Small worlds whose answers are known."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from recsys2stage.artifacts import write_manifest
+from recsys2stage.artifacts import checksums, write_manifest
 from recsys2stage.checkpoints import build
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import Exact
@@ -174,6 +175,13 @@ def directions_world(folder: Path, users: int = 900, items: int = 40) -> Path:
     source = Table(folder / "events.csv", users=SideTable("users.csv", "user_id", features))
     prepare(source, folder / "data")
     return folder / "data"
+
+
+def seal(folder: Path, **changed: object) -> None:
+    """Writes the manifest anew after its folder's files were changed, as whoever made the folder could."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) | changed
+    path.write_text(json.dumps(manifest | {"files": checksums(folder)}), encoding="utf-8")
 
 
 def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Iterable[str] = ()) -> TwoTower:
