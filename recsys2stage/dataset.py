@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_array, read_manifest
+from recsys2stage.artifacts import read_array, read_manifest, take
 from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
+NEEDS = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
 At = Part | Literal["all"] | np.ndarray  # a user's target in a split, none (after all events), or (B,) target places
 
 
@@ -85,6 +86,8 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
+        for name, kind in NEEDS.items():
+            take(self.manifest, name, kind, self.path / c.MANIFEST)
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
         self.offsets = self._load(c.USER_OFFSETS)

@@ -16,7 +16,7 @@ import polars as pl
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_array, read_manifest, take, verify
+from recsys2stage.artifacts import read_array, read_json, read_manifest, take, verify
 from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, as_history, left_aligned, recent_events
 from recsys2stage.index import Index
@@ -197,7 +197,15 @@ class Recommender:
                 f"{where} has the request time {request_time!r} and towers of {towers.items.num_items:,} items, "
                 f"expected one of {', '.join(get_args(RequestTime))} and {count:,} items; make it again: {make}"
             )
-        return cls(
+        with torch.inference_mode():
+            made = (count, towers.item_vectors(torch.ones(1, dtype=torch.int64)).shape[1])
+        second = made if reranker is None else (len(reranker.vectors) - 1, reranker.vectors.shape[1])
+        if not made == second == (count, width):
+            raise ValueError(
+                f"{path} has an index of {count:,} vectors {width} wide, but a retriever of {made} and a ranker of "
+                f"{second}; are all of one run? Make it again: {make}"
+            )
+        recommender = cls(
             towers=towers,
             index=index,
             reranker=reranker,
@@ -211,11 +219,20 @@ class Recommender:
             recent=of("recent", int) if kind == "bundle" else 0,
             has_time=of("has_time", bool),
         )
+        numbers = len(recommender.signal_names)
+        if reranker is not None and numbers != len(reranker.signal_mean):
+            raise ValueError(
+                f"{path} has signals of {numbers} numbers and a ranker of {len(reranker.signal_mean)}; are both of one "
+                f"run? Make it again: {make}"
+            )
+        return recommender
 
     @staticmethod
     def kind(path: str | Path) -> str:
         """Whether a folder holds a "bundle" of both stages or an "index", the first alone."""
-        return "bundle" if (Path(path) / RERANKER).is_file() else "index"
+        manifest = Path(path) / c.MANIFEST
+        held = read_json(manifest, dict, "recsys export-bundle").get("kind") if manifest.is_file() else None
+        return "bundle" if held == "bundle" else "index"
 
     @torch.inference_mode()
     def queries(self, padded: Padded, request: np.ndarray | None, asked: np.ndarray | None = None) -> np.ndarray:

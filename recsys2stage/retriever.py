@@ -51,7 +51,8 @@ class Retriever(Planned):
         warmup_steps: steps over which the learning rate rises linearly from 0.
         final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
             1: it stays. Let early stopping be patient where it falls.
-        start: checkpoint of a like retriever whose weights this one starts from; None: from the beginning.
+        start: checkpoint of a like retriever, trained on the same split, whose weights this one starts from; None: from
+            the beginning.
         compiled: whether the encoder goes through torch.compile, which pays on a GPU.
         recompute_rows: so many histories at a time keep their activations, the others' are computed again for the
             gradient: much less memory, about a fifth more time. None: all keep them.

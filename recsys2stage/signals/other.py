@@ -72,6 +72,8 @@ class OtherRetriever(Proposer):
         where, make = f"the second retriever of an {type(self).__name__}", "recsys mine-negatives"
         towers, _ = (take(self._described, name, kind, where) for name, kind in KEPT.items())
         self._towers: TwoTower = build(TwoTower, towers, load_tensors(io.BytesIO(weights), where, make), where)
+        if "vectors" not in tables or len(tables["vectors"]) != self._towers.items.num_items + 1:
+            raise ValueError(f"{where} has not as many item vectors as items; mine again: {make}")
 
     @property
     def reads_times(self) -> bool:

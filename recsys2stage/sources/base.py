@@ -15,6 +15,7 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage.checks import FILE, LINE, SURPLUS, Column, Rows, require
+from recsys2stage.trust import name_of
 
 LARGE = 1 << 30  # bytes: below it, nothing unpacked does harm
 MOST_GROWTH = 200  # a log in text packs to a tenth or twentieth of its size
@@ -65,7 +66,7 @@ class Source(ABC):
             for name, value in vars(self).items()
             if not name.startswith("_")
         }
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": options}
+        return {"class_path": name_of(kind), "init_args": options}
 
 
 @contextmanager
