@@ -13,11 +13,13 @@ WITH ?=
 REFIT ?=
 SEEDS ?= 0 1 2
 OTHER ?=
+TRUST ?=
 PAIR ?= $(word 2,$(SEEDS))
 PYTHON ?= python3
 
 CONFIG := configs/$(DATASET)
 DATA := data/$(DATASET)
+comma := ,
 space := $(subst ,, )
 NAME := runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))
 seeded := $(if $(SEED),-seed$(SEED))
@@ -26,6 +28,9 @@ FIRST = $(if $(OTHER),$(NAME)$(seeded),$(RUN))# with OTHER, the first stage is t
 RANKER = $(RUN)/$(if $(REFIT),refit,ranker)
 BIN := .venv/bin
 RECSYS := $(BIN)/recsys
+
+# modules of one's own, such as TRUST="my_signals my_index", whose classes artifacts may name
+trust := $(if $(TRUST),--trust '[$(subst $(space),$(comma),$(strip $(TRUST)))]')
 
 # a stage's config, where the dataset has one
 config = $(wildcard $(CONFIG)/$(1).yaml)
@@ -55,7 +60,7 @@ endif
 # an interrupted fit goes on from its last checkpoint, unless anything it depends on is newer
 resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $(@D)/{best,last}.ckpt; exit; }; done; \
 	echo --ckpt_path $(@D)/last.ckpt)
-fit_options = $(addprefix --seed_everything ,$(SEED)) --output $(@D)
+fit_options = $(addprefix --seed_everything ,$(SEED)) $(trust) --output $(@D)
 
 # tests/test_NAME.py that compare computed floats, for test-portable
 NUMERIC := attention bert4rec devices encoders estimator evaluate features feed_forward fuxi hstu index inputs items layers \
@@ -100,12 +105,12 @@ $(FIRST)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlays) $(DATA)/m
 		$(resume)
 
 $(FIRST)/index/manifest.json: $(FIRST)/retriever/manifest.json $(call config,index)
-	$(RECSYS) export-index $(call with_config,index) --retriever $(FIRST)/retriever/best.ckpt --data $(DATA) --output $(@D)
+	$(RECSYS) export-index $(call with_config,index) $(trust) --retriever $(FIRST)/retriever/best.ckpt --data $(DATA) --output $(@D)
 
 # OTHER=folder: the index of a second retriever on the same data, which joins the second stage
 other := $(if $(OTHER),--signals+=OtherRetriever --signals.index=$(OTHER) --signals.candidates=100)
 $(RUN)/candidates/manifest.json: $(FIRST)/index/manifest.json $(call config,mine) $(addsuffix /manifest.json,$(OTHER))
-	$(RECSYS) mine-negatives $(call with_config,mine) $(other) $(addprefix --seed ,$(SEED)) --data $(DATA) --index $(FIRST)/index --output $(@D)
+	$(RECSYS) mine-negatives $(call with_config,mine) $(trust) $(other) $(addprefix --seed ,$(SEED)) --data $(DATA) --index $(FIRST)/index --output $(@D)
 
 $(RUN)/ranker/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/candidates/manifest.json
 	$(RECSYS) fit --config $< --data.init_args.path $(RUN)/candidates $(fit_options) \
@@ -117,13 +122,13 @@ $(RUN)/refit/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/ranker/manifest.json
 		$(resume)
 
 $(RUN)/bundle/manifest.json: $(FIRST)/index/manifest.json $(RANKER)/manifest.json $(call config,bundle)
-	$(RECSYS) export-bundle $(call with_config,bundle) --index $(FIRST)/index --ranker $(RANKER)/best.ckpt --output $(@D)
+	$(RECSYS) export-bundle $(call with_config,bundle) $(trust) --index $(FIRST)/index --ranker $(RANKER)/best.ckpt --output $(@D)
 
 $(RUN)/report.json: $(RUN)/bundle/manifest.json $(call config,evaluate)
-	$(RECSYS) evaluate $(call with_config,evaluate) --bundle $(RUN)/bundle --data $(DATA) --output $(@D) > /dev/null
+	$(RECSYS) evaluate $(call with_config,evaluate) $(trust) --bundle $(RUN)/bundle --data $(DATA) --output $(@D) > /dev/null
 
 $(RUN)/recommendations.parquet: $(RUN)/bundle/manifest.json $(call config,recommend)
-	$(RECSYS) recommend $(call with_config,recommend) --bundle $(RUN)/bundle --data $(DATA) --output $@
+	$(RECSYS) recommend $(call with_config,recommend) $(trust) --bundle $(RUN)/bundle --data $(DATA) --output $@
 
 test: .venv/ready ## the tests
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ import numpy as np
 from recsys2stage import __version__
 from recsys2stage.columns import MANIFEST
 
+FORMAT = 1  # of every artifact and checkpoint; another number when what older code wrote cannot be read any more
+SEALED = ("index", "bundle", "candidates")  # artifacts whose manifests list the checksum of every file
+MOST_JSON = 1 << 26  # bytes of a JSON file
 RUN = Path("runs/ml-20m")  # the default run, as `make pipeline` leaves it
 DATA = Path("data/ml-20m")
 
@@ -63,7 +66,7 @@ def _refuse_to_replace_another(path: Path, kind: str) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     manifest = path / MANIFEST
-    held = json.loads(manifest.read_text(encoding="utf-8")).get("kind") if manifest.is_file() else None
+    held = read_json(manifest, dict, "remove it").get("kind") if manifest.is_file() else None
     if held != kind:
         what = "other things" if held is None else f"a {held}"
         raise ValueError(f"{path} holds {what} and would be lost; name another folder for the new {kind}")
@@ -102,12 +105,14 @@ def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: di
     """
     manifest = {
         "kind": kind,
+        "format": FORMAT,
         "command": " ".join(sys.argv),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "options": options,
         "parents": {name: {"path": str(path), "hash": fingerprint(path)} for name, path in parents.items()},
         "versions": {"recsys2stage": __version__, "python": platform.python_version(), "numpy": np.__version__},
         **facts,
+        **({"files": checksums(folder)} if kind in SEALED else {}),
     }
     write_json(folder / MANIFEST, manifest)
 
@@ -122,15 +127,136 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, so there is no {kind} in {folder}; run: {make}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not JSON ({error}); make the {kind} again: {make}") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path} is not a JSON object; make the {kind} again: {make}")
+    manifest = read_json(path, dict, make)
     if manifest.get("kind") != kind:
         raise ValueError(f"{folder} holds a {manifest.get('kind')!r}, expected a {kind!r}; run: {make}")
+    check_format(path, manifest.get("format"), manifest.get("versions"), make)
+    parents = manifest.get("parents")
+    if not (isinstance(parents, dict) and all(isinstance(p, dict) and _is_parent(p) for p in parents.values())):
+        raise ValueError(f"{path} has the parents {parents!r}, expected a path and a hash of each; run: {make}")
+    if kind in SEALED and "data" not in parents:
+        raise ValueError(f"{path} does not say from which data it was made; run: {make}")
     return manifest
+
+
+def _is_parent(parent: dict[str, Any]) -> bool:
+    return isinstance(parent.get("path"), str) and isinstance(parent.get("hash"), str | None)
+
+
+def check_format(path: Path, number: Any, versions: Any, make: str) -> None:
+    """Refuses an artifact that other code wrote in a way this code does not read.
+
+    Args:
+        path: of the artifact, or of its manifest.
+        number: its format; None: it says none.
+        versions: of the packages that wrote it, by name, where it says so.
+        make: the command that makes it again.
+    """
+    if type(number) is int and number == FORMAT:
+        return
+    version = versions.get("recsys2stage") if isinstance(versions, dict) else None
+    by = f"recsys2stage {version}" if isinstance(version, str) else "another version of recsys2stage"
+    has = "no format number" if number is None else f"the format {number!r}"
+    raise ValueError(f"{path} has {has}, expected {FORMAT}; it was written by {by}, make it again: {make}")
+
+
+def take(content: dict[str, Any], name: str, kind: Any, where: str | Path) -> Any:
+    """A value that must be there and of a type.
+
+    Args:
+        content: what a JSON file holds.
+        name: of the value.
+        kind: type or types, as `isinstance` takes them; a bool is no int.
+        where: the file, for the error.
+    """
+    value = content.get(name)
+    if name not in content or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        found = f"the {name} {value!r}" if name in content else f"no {name}"
+        raise ValueError(f"{where} has {found[:80]}, expected {getattr(kind, '__name__', kind)}; make it again")
+    return value
+
+
+def read_json(path: Path, kind: type, make: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        kind: dict or list, which it must hold.
+        make: the command that makes the file again, for the error.
+    """
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {MOST_JSON:,}; make it again: {make}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise ValueError(f"{path} is not JSON ({error}); make it again: {make}") from error
+    if not isinstance(content, kind):
+        expected = "object" if kind is dict else kind.__name__
+        raise ValueError(f"{path} is not a JSON {expected}; make it again: {make}")
+    return content
+
+
+def read_array(path: Path, dtype: Any = None, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
+    """An array of a .npy file, mapped and not read; never a pickle, and never larger than its file.
+
+    Args:
+        path: the file.
+        dtype: what its numbers must be; None: anything but objects.
+        shape: what its shape must be, None for any size; None: any shape.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; make its folder again")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError, OverflowError, TypeError) as error:  # not an array, cut short, or of Python objects
+        raise ValueError(f"{path} cannot be read as an array ({error}); make it again") from error
+    fits = shape is None or (
+        array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
+    )
+    if not fits or (dtype is not None and array.dtype != dtype):
+        raise ValueError(
+            f"{path} has shape {array.shape} and type {array.dtype}, expected "
+            f"{'any shape' if shape is None else shape} and {'any type' if dtype is None else np.dtype(dtype)}; is it "
+            "of another run? Make it again"
+        )
+    return array
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder but its manifest, by its path from there."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, expected a file of the folder's own; put a copy there")
+        if path.is_file() and name != MANIFEST and not path.name.startswith("."):
+            found[name] = str(fingerprint(path))
+    return found
+
+
+def verify(folder: str | Path, manifest: dict[str, Any], make: str) -> None:
+    """Refuses a folder whose files are not those that its manifest lists, by name and checksum.
+
+    Args:
+        folder: of a SEALED artifact.
+        manifest: its manifest.
+        make: the command that makes it again, for the error.
+    """
+    folder = Path(folder)
+    listed = take(manifest, "files", dict, folder / MANIFEST)
+    for name in listed:
+        if name != PurePosixPath(name).as_posix() or PurePosixPath(name).is_absolute() or ".." in name.split("/"):
+            raise ValueError(f"{folder / MANIFEST} lists {name!r}, expected names of its own files; run: {make}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; make {folder} again: {make}")
+    for name, found in checksums(folder).items():
+        if name not in listed:
+            raise ValueError(f"{folder / name} is not listed in {folder / MANIFEST}; remove it, or make {folder} again")
+        if found != listed[name]:
+            raise ValueError(
+                f"{folder / name} is not the file that was written with {folder / MANIFEST} (its checksum differs): it "
+                f"is damaged or of another run; make {folder} again: {make}"
+            )
 
 
 def fingerprint(path: str | Path) -> str | None:

@@ -9,12 +9,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import fingerprint, read_manifest
+from recsys2stage.artifacts import fingerprint, read_array, read_manifest, take, verify
+from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data import ArrayModule, BatchLoader
 from recsys2stage.dataset import Dataset, declared, places, recent_events
 from recsys2stage.index import VECTORS
 from recsys2stage.mining import STATES, CandidateLists, joined, read_candidates
 from recsys2stage.shapes import Listed
+
+NEEDS = {  # of the manifest of mined lists
+    "options": dict,
+    "vector_dim": int,
+    "max_length": int,
+    "signals": list,
+    "request_time": str,
+    "split_hash": str,
+}
 
 
 class Lists(NamedTuple):
@@ -53,6 +63,7 @@ class Candidates(ArrayModule):
         self.folds, self.refit = folds or [], refit
         self.manifest = mined(self.path)
         self.dataset = Dataset(self.manifest["parents"]["data"]["path"])
+        self.dataset.check_split(self.path, self.manifest["split_hash"])
 
     @property
     def num_items(self) -> int:
@@ -84,12 +95,13 @@ class Candidates(ArrayModule):
                 f"{self.refit} was not selected on the lists of {', '.join(map(str, [self.path, *self.folds]))}; refit "
                 "on the lists it was selected on, or select a ranker on these first"
             )
-        best = torch.load(self.refit / "best.ckpt", weights_only=True, map_location="cpu")
-        if not best["global_step"]:
+        best = load_checkpoint(self.refit / "best.ckpt", f"recsys fit --output {self.refit}, without refit")
+        self.dataset.check_split(self.refit / "best.ckpt", best[SPLIT])
+        if not take(best, "global_step", int, self.refit / "best.ckpt"):
             raise ValueError(
                 f"the best of {self.refit} is its step 0, the retriever's order; there is nothing to refit"
             )
-        return int(best["epoch"]) + 1
+        return int(take(best, "epoch", int, self.refit / "best.ckpt")) + 1
 
     @property
     def features(self) -> list[dict[str, Any]]:
@@ -108,15 +120,16 @@ class Candidates(ArrayModule):
 
     def item_vectors(self) -> Float[Tensor, "W D"]:
         """The retriever's vectors, row 0 for padding."""
-        vectors = np.load(Path(self.manifest["parents"]["index"]["path"]) / VECTORS)
+        path = Path(self.manifest["parents"]["index"]["path"]) / VECTORS
+        vectors = np.array(read_array(path, np.float32, (self.num_items, self.vector_dim)))
         return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
 
     def setup(self, stage: str) -> None:
         names = [signal["name"] for signal in self.signals]
-        own = read_candidates(self.path, names)
+        own = read_candidates(self.path, names, self.dataset)
+        self._refuse_test_events(self.path, own)
         selecting = np.unique(own.user[own.fold == "select"])
-        self.states = np.load(self.path / STATES, mmap_mode="r")
-        assert len(self.states) == len(own.user), "each state belongs to the list of the same number"
+        self.states = read_array(self.path / STATES, np.float32, (len(own.user), self.vector_dim))
         self.lists = joined([own, *(self.read_fold(folder, names, selecting) for folder in self.folds)])
 
     def read_fold(self, folder: Path, names: list[str], selecting: np.ndarray) -> CandidateLists:
@@ -129,6 +142,7 @@ class Candidates(ArrayModule):
         """
         manifest = mined(folder)
         data, own = Dataset(manifest["parents"]["data"]["path"]), self.manifest
+        data.check_split(folder, manifest["split_hash"])
         if manifest["signals"] != self.signals or manifest["options"]["signals"] != own["options"]["signals"]:
             raise ValueError(
                 f"{folder} was mined with other signals, or other options of them, than {self.path}; mine both with "
@@ -147,11 +161,19 @@ class Candidates(ArrayModule):
         same = np.array_equal(data.offsets, self.dataset.offsets) and np.array_equal(data.items, self.dataset.items)
         if not same:
             raise ValueError(f"{folder} was mined from other events than {self.path}; prepare both from the same log")
-        lists = read_candidates(folder, names)
-        if (late := int((lists.place >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
-            raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
+        if (np.asarray(data.train_ends) > np.asarray(self.dataset.val_ends)).any():
+            raise ValueError(
+                f"the retriever of {folder} was trained on test events of {self.dataset.path}; prepare the fold's data "
+                "with earlier targets, as LeaveOneOut with a higher val"
+            )
+        lists = read_candidates(folder, names, data)
+        self._refuse_test_events(folder, lists)
         selects = np.isin(lists.user, selecting)
         return lists._replace(fold=np.where(selects | (lists.fold == "select"), "aside", lists.fold))
+
+    def _refuse_test_events(self, folder: Path, lists: CandidateLists) -> None:
+        if (late := int((lists.place >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
+            raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
 
     def train_dataloader(self) -> BatchLoader:
         trains = self.lists.fold == "train" if self.refit is None else np.ones(len(self.lists.fold), dtype=bool)
@@ -199,6 +221,14 @@ class Candidates(ArrayModule):
 def mined(folder: Path) -> dict[str, Any]:
     """The manifest of mined lists, whose parents must be as they were."""
     manifest = read_manifest(folder, "candidates", f"recsys mine-negatives --output {folder}")
+    for name, kind in NEEDS.items():
+        take(manifest, name, kind, folder / c.MANIFEST)
+    if not (isinstance(manifest["options"].get("k"), int) and {"data", "index"} <= manifest["parents"].keys()):
+        raise ValueError(
+            f"{folder / c.MANIFEST} does not say how many candidates were mined and from which data and index; mine "
+            f"again: recsys mine-negatives --output {folder}"
+        )
+    verify(folder, manifest, f"recsys mine-negatives --output {folder}")
     if "scores_cold" not in manifest:
         raise ValueError(
             f"{folder} was mined by an older version, which does not say what its numbers count; mine again: "

@@ -1,7 +1,6 @@
 """The verbs that carry data from stage to stage: load, call what does the work, write an artifact."""
 
 import inspect
-import json
 import logging
 import shutil
 import time
@@ -19,7 +18,11 @@ from recsys2stage.artifacts import (
     RUN,
     ParquetStream,
     fingerprint,
+    read_array,
+    read_json,
     read_manifest,
+    take,
+    verify,
     whole,
     write_json,
     write_manifest,
@@ -38,20 +41,26 @@ from recsys2stage.prepare import prepare
 from recsys2stage.recommend import POPULARITY, RERANKER, Recommender, check_split, in_chunks
 from recsys2stage.report import HEADLINE, against_text, as_markdown, as_table
 from recsys2stage.request_inputs import as_seconds, date_of
+from recsys2stage.reranker import Reranker
 from recsys2stage.side_tables import user_specs
 from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.simulate import simulate
 from recsys2stage.towers import TOWERS, TwoTower
+from recsys2stage.trust import Trust, arguments, trusts
+
+RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
 
 logger = logging.getLogger("recsys2stage")
 
 
+@trusts
 def export_index(
     retriever: Path = RUN / "retriever/best.ckpt",
     data: Path = DATA,
     output: Path | None = None,
     index: Index | None = None,
     measured: int = 1000,
+    trust: Trust = None,
 ) -> None:
     """Export a retriever's item vectors as an index that serves without the training data.
 
@@ -63,18 +72,22 @@ def export_index(
         output: folder to write; None: index, beside the retriever's folder.
         index: how to search, exactly (Exact) or by a faiss factory string (Faiss); None: Exact.
         measured: how many users to measure recall and latency on; 0: none.
+        trust: modules outside this package whose classes the checkpoint may name.
     """
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
+    for name, kind in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
+        take(options, name, kind, retriever)
     if options["num_items"] != dataset.num_items:
         raise ValueError(
             f"{retriever} knows {options['num_items']} items but {data} has {dataset.num_items}; "
             "it was trained on other data, fit again"
         )
+    dataset.check_split(retriever, options["split_hash"])
     towers = {name: options[name] for name in inspect.signature(TwoTower).parameters if name in options}
     index = index or Exact()
     with torch.inference_mode():
-        vectors = build(TwoTower, towers, weights).every_item().numpy()
+        vectors = build(TwoTower, towers, weights, retriever).every_item().numpy()
     index.build(vectors)
     facts = {
         "vector_dim": vectors.shape[1],
@@ -82,7 +95,7 @@ def export_index(
         "has_time": dataset.has_time,
         "request_time": options["request_time"],
         "next_action": options["next_action"],
-        "actions": options["actions"],
+        "actions": options["actions"] or [],
         "split_hash": dataset.manifest["split_hash"],
         "repeats": dataset.protocol["repeats"],
         "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
@@ -96,12 +109,12 @@ def export_index(
         np.save(folder / POPULARITY, dataset.train_counts)
         (folder / c.ITEM_TABLE).write_bytes((dataset.path / c.ITEM_TABLE).read_bytes())
         parents = {"retriever": retriever, "data": data}
-        made = {"index": json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")), "measured": measured}
+        made = {"index": read_json(folder / DESCRIPTION, dict, "recsys export-index"), "measured": measured}
         write_manifest(folder, "index", made, parents, **facts)
         users = dataset.users("val")
         users = np.random.default_rng(0).permutation(users)[:measured]
         if len(users):
-            recommender = Recommender.load(folder)
+            recommender = Recommender.load(folder, trust=[type(index).__module__])  # named by whoever runs this
             recommender.check(dataset)
             queries = np.concatenate(
                 [
@@ -119,11 +132,13 @@ def export_index(
     print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
 
 
+@trusts
 def export_bundle(
     index: Path = RUN / "index",
     ranker: Path = RUN / "ranker/best.ckpt",
     output: Path | None = None,
     candidates: int | None = None,
+    trust: Trust = None,
 ) -> None:
     """Put both stages into one folder that another process serves from.
 
@@ -132,11 +147,25 @@ def export_bundle(
         ranker: checkpoint of a ranker.
         output: folder to write; None: bundle, beside the index.
         candidates: how many candidates the ranker orders at each request; None: as many as it was trained to.
+        trust: modules outside this package whose classes the checkpoint may name.
     """
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
+    second = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
+    arguments(Reranker, second, ranker)  # a bundle that would not load is not written
+    for name in ("vector_dim", "num_candidates", "recent"):
+        take(options, name, int, ranker)
     output, candidates = output or index.parent / "bundle", candidates or options["num_candidates"]
     first = read_manifest(index, "index", f"recsys export-index --output {index}")
-    if not np.array_equal(weights["vectors"][1:].numpy(), np.load(index / VECTORS)):
+    kept = ("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers")
+    for name in kept:
+        take(first, name, object, index / c.MANIFEST)
+    verify(index, first, f"recsys export-index --output {index}")
+    if options["split_hash"] != first["split_hash"]:
+        raise ValueError(
+            f"{ranker} was trained on data with split hash {str(options['split_hash'])[:12]}…, but {index} is of "
+            f"{str(first['split_hash'])[:12]}…; mine beside this index and fit again"
+        )
+    if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained beside other item vectors than those of {index}; mine and fit again")
     with whole(output, "bundle") as folder:
         folder.mkdir()
@@ -151,27 +180,23 @@ def export_bundle(
                 raise ValueError(
                     f"{ranker} was trained on other candidates than those now in {mined['path']}; fit again"
                 )
+            make = f"recsys mine-negatives --output {mined['path']}"
+            verify(mined["path"], read_manifest(mined["path"], "candidates", make), make)
             shutil.copytree(Path(mined["path"]) / SIGNALS, folder / SIGNALS)
-        kept = ("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers")
         write_manifest(
             folder,
             "bundle",
             options={"candidates": candidates},
             parents={"index": index, "ranker": ranker, "data": first["parents"]["data"]["path"]},
             candidates=candidates,
-            reranker={
-                "dim": options["vector_dim"],
-                **{
-                    name: options[name]
-                    for name in ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
-                },
-            },
+            reranker={"dim": options["vector_dim"], **second},
             recent=options["recent"],
             **{name: first[name] for name in (*kept, "repeats", "newest_time", "user_features")},
         )
     print(f"{output}: both stages, {candidates} candidates")
 
 
+@trusts
 def recommend(
     bundle: Path = RUN / "bundle",
     data: Path | None = None,
@@ -183,6 +208,7 @@ def recommend(
     action: str | None = None,
     seen: Seen | None = None,
     batch_size: int = 32,
+    trust: Trust = None,
 ) -> None:
     """Recommend for users of the data, or for histories in a file.
 
@@ -206,6 +232,7 @@ def recommend(
         seen: whether items that a user has seen may be recommended, keep or filter; None: as the data were prepared,
             keep with repeats: keep, else filter.
         batch_size: users at a time.
+        trust: modules outside this package whose classes the bundle may name.
     """
     recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
     if isinstance(users, Path):
@@ -244,6 +271,7 @@ def recommend(
     print(f"{output}: {k} items for each of {len(people.user_ids):,} users{when}")
 
 
+@trusts
 def evaluate(
     bundle: Path = RUN / "bundle",
     data: Path | None = None,
@@ -256,6 +284,7 @@ def evaluate(
     resamples: int = 1000,
     batch_size: int = 256,
     seed: int = 0,
+    trust: Trust = None,
 ) -> None:
     """Measure both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
 
@@ -277,6 +306,7 @@ def evaluate(
         resamples: bootstrap samples of users, and draws of each randomisation test.
         batch_size: users at a time.
         seed: of the draws, the bootstrap and the tests.
+        trust: modules outside this package whose classes the bundle may name.
     """
     check_option("split", split, Part)
     negatives = negatives_of(protocol)

@@ -1,6 +1,5 @@
 """Two models on the same users: how far one is above the other, and whether that can be chance."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
+from recsys2stage.artifacts import read_json, take
 from recsys2stage.metrics import bootstrap, interval, metrics_of, randomisation_test
 
 TARGET = "target"  # column of ranks.parquet: the item that each user took
@@ -69,14 +69,21 @@ def read_opponent(folder: Path, mark: str) -> Opponent:
     for file in (report_file, ranks_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist, so there is nothing to compare with; run: {how}")
-    report = json.loads(report_file.read_text(encoding="utf-8"))
-    ranks = pl.read_parquet(ranks_file)
+    report = read_json(report_file, dict, how)
+    try:
+        ranks = pl.read_parquet(ranks_file)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(
+            f"{ranks_file} cannot be read as Parquet ({str(error).splitlines()[0]}); run: {how}"
+        ) from error
     if TARGET not in ranks.columns or "items" not in report:
         raise ValueError(
             f"{folder} does not say what its targets and its catalogue are; an older version wrote it: {how}"
         )
     columns = {column.name: column.to_numpy() for column in ranks.sort(c.USER)}
-    return Opponent(folder, report["protocol"], report["items"], columns)
+    return Opponent(
+        folder, take(report, "protocol", dict, report_file), take(report, "items", int, report_file), columns
+    )
 
 
 def check_opponent(

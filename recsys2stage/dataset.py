@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_manifest
+from recsys2stage.artifacts import read_array, read_manifest, take
 from recsys2stage.options import check_option
 from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
 Seen = Literal["keep", "filter"]  # whether seen items may be recommended
+NEEDS = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
 At = Part | Literal["all"] | np.ndarray  # a user's target in a split, none (after all events), or (B,) target places
 
 
@@ -92,6 +93,8 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
+        for name, kind in NEEDS.items():
+            take(self.manifest, name, kind, self.path / c.MANIFEST)
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
         self.offsets = self._load(c.USER_OFFSETS)
@@ -101,7 +104,7 @@ class Dataset:
         self.actions = self._load(c.EVENT_ACTIONS) if self.manifest["has"]["action"] else None
 
     def _load(self, name: str) -> np.ndarray:
-        return np.load(self.path / name, mmap_mode="r")
+        return read_array(self.path / name)
 
     @property
     def num_users(self) -> int:
@@ -133,7 +136,7 @@ class Dataset:
     @cached_property
     def cold(self) -> np.ndarray:
         """Items withheld from all training, (V + 1,) bool."""
-        return np.load(self.path / c.ITEM_COLD)
+        return np.array(read_array(self.path / c.ITEM_COLD))
 
     @cached_property
     def train_counts(self) -> np.ndarray:
@@ -262,21 +265,26 @@ class Dataset:
     def _feature(self, owner: str, feature: dict[str, Any]) -> np.ndarray:
         name, kind = f"{owner}.{feature['name']}", feature["kind"]
         if kind in ("numeric", "vector"):
-            return np.load(self.path / f"{name}.values.npy")
-        codes = np.load(self.path / f"{name}.codes.npy")
+            return np.array(read_array(self.path / f"{name}.values.npy"))
+        codes = np.array(read_array(self.path / f"{name}.codes.npy"))
         if kind == "categorical":
             return codes
-        offsets = np.load(self.path / f"{name}.offsets.npy")
+        offsets = np.array(read_array(self.path / f"{name}.offsets.npy"))
         index, real = places(offsets[:-1], offsets[1:])
         return np.where(real, np.append(codes, c.UNKNOWN)[index], c.UNKNOWN).astype(np.int32)
 
-    def check_split(self, folder: Path, split_hash: str) -> None:
+    def check_split(self, folder: Path, split_hash: str | None) -> None:
         """Refuses what was made from other training events.
 
         Args:
             folder: what was made.
-            split_hash: of the dataset it was made from.
+            split_hash: of the dataset it was made from; None: it does not say.
         """
+        if split_hash is None:
+            raise ValueError(
+                f"{folder} does not say on which split it was trained, expected that of {self.path}; fit it again by "
+                "recsys fit, on a data module with a dataset"
+            )
         if split_hash != self.manifest["split_hash"]:
             raise ValueError(
                 f"{folder} was made from a dataset with split hash {split_hash[:12]}…, but {self.path} has "

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage import commands, sources, training
-from recsys2stage.artifacts import read_manifest, whole, write_manifest
+from recsys2stage.artifacts import read_manifest, take, whole, write_manifest
 from recsys2stage.dataset import Part, Seen
 from recsys2stage.frames import Frames, Sides, TimeUnit
 from recsys2stage.ids import given_ids
@@ -78,6 +78,7 @@ class TwoStageRecommender:
             are multi, numbers numeric, all else categorical), but the id and `title`.
         user_features: the same of the user frame.
         verbose: whether the stages print and show their progress.
+        trust: modules outside this package whose classes the artifacts of the stages may name.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class TwoStageRecommender:
         item_features: Mapping[str, Kind] | None = None,
         user_features: Mapping[str, Kind] | None = None,
         verbose: bool = False,
+        trust: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.retriever = retriever
@@ -118,6 +120,7 @@ class TwoStageRecommender:
         self.item_features = item_features
         self.user_features = user_features
         self.verbose = verbose
+        self.trust = trust
         self._fitted: Path | None = None
         self._pandas = False
 
@@ -165,12 +168,15 @@ class TwoStageRecommender:
             self._prepare(log, sides, folder / "frames", paths["data"])
             self._train("retriever", paths["data"], paths["retriever"], self.overlays)
             best = paths["retriever"] / "best.ckpt"
-            self._run(commands.export_index, "index", retriever=best, data=paths["data"], output=paths["index"])
+            trust = list(self.trust) or None
+            own = {"retriever": best, "data": paths["data"], "trust": trust}
+            self._run(commands.export_index, "index", **own, output=paths["index"])
             of = {"data": paths["data"], "index": paths["index"], "seed": self.seed, "strict": False}
-            self._run(mine_negatives, "mine", **of, output=paths["candidates"])
+            self._run(mine_negatives, "mine", **of, trust=trust, output=paths["candidates"])
             self._train("ranker", paths["candidates"], paths["ranker"])
             best = paths["ranker"] / "best.ckpt"
-            self._run(commands.export_bundle, "bundle", index=paths["index"], ranker=best, output=paths["bundle"])
+            own = {"index": paths["index"], "ranker": best, "trust": trust}
+            self._run(commands.export_bundle, "bundle", **own, output=paths["bundle"])
         parents = {"bundle": paths["bundle"], "data": paths["data"]}
         write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
         self._fitted = folder
@@ -227,6 +233,7 @@ class TwoStageRecommender:
                 request_time=request_time,
                 action=action,
                 seen=seen,
+                trust=list(self.trust),
             )
             found = pl.read_parquet(output)
         found = found.select(
@@ -251,6 +258,7 @@ class TwoStageRecommender:
                 protocol=protocol,
                 plots=False,
                 seed=self.seed,
+                trust=list(self.trust),
             )
             (report,) = Path(folder).glob("report*.json")
             return json.loads(report.read_text(encoding="utf-8"))
@@ -265,11 +273,21 @@ class TwoStageRecommender:
             shutil.copy(model / c.MANIFEST, folder)
 
     @classmethod
-    def load(cls, path: str | Path) -> "TwoStageRecommender":
-        """A model that was saved, with all its arguments but the folder."""
-        manifest = read_manifest(path, KIND, f"TwoStageRecommender(...).fit(events).save({str(path)!r}) in Python")
-        model = cls(**manifest["options"] | {"folder": None})
-        model._fitted, model._pandas = Path(path).resolve(), manifest["pandas"]
+    def load(cls, path: str | Path, trust: Sequence[str] = ()) -> "TwoStageRecommender":
+        """A model that was saved, with all its arguments but the folder, and the configs, which only a fit reads.
+
+        Args:
+            path: folder that `save` wrote.
+            trust: modules outside this package whose classes it may name; what the folder itself says does not count.
+        """
+        make = f"TwoStageRecommender(...).fit(events).save({str(path)!r}) in Python"
+        manifest = read_manifest(path, KIND, make)
+        own = {"folder": None, "trust": trust, "config": None, "retriever": None, "ranker": None, "overlays": ()}
+        options = take(manifest, "options", dict, Path(path) / c.MANIFEST)
+        if unknown := options.keys() - inspect.signature(cls).parameters.keys():
+            raise ValueError(f"{path} has the arguments {', '.join(sorted(unknown))}, which are unknown; run: {make}")
+        model = cls(**options | own)
+        model._fitted, model._pandas = Path(path).resolve(), take(manifest, "pandas", bool, path)
         return model
 
     @property

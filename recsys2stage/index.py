@@ -8,9 +8,7 @@ To add an approximate index, subclass `Approximate` and write `candidates` (and 
 it holds besides the vectors); what it misses is filled in for it.
 """
 
-import importlib
 import inspect
-import json
 import logging
 import re
 import time
@@ -23,7 +21,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Integer
 
-from recsys2stage.artifacts import whole, write_json
+from recsys2stage.artifacts import read_array, read_json, take, whole, write_json
+from recsys2stage.trust import find_class, name_of
 
 logger = logging.getLogger("recsys2stage")
 
@@ -78,25 +77,30 @@ class Index(ABC):
         with whole(folder / VECTORS) as beside, beside.open("wb") as file:
             np.save(file, self.vectors)
         self._write(folder)
-        write_json(folder / DESCRIPTION, {"class": f"{kind.__module__}.{kind.__qualname__}", "options": options})
+        write_json(folder / DESCRIPTION, {"class": name_of(kind), "options": options})
 
     @staticmethod
     def load(folder: str | Path) -> "Index":
-        """The index saved in `folder`, as the class that saved it."""
+        """The index saved in `folder`, as the class that saved it.
+
+        The file of a faiss index is read by faiss itself, which trusts it: `Recommender.load` verifies its checksum
+        first, but load no such folder from somebody you do not trust.
+        """
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file():
             raise FileNotFoundError(f"{folder / DESCRIPTION} does not exist; to make an index run: recsys export-index")
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        module, _, name = description["class"].rpartition(".")
+        path = folder / DESCRIPTION
+        description = read_json(path, dict, "recsys export-index")
+        kind = find_class(description.get("class"), Index, path)
+        options = take(description, "options", dict, path)
         try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"{folder} was saved by {description['class']}, which cannot be imported ({error}); "
-                "put its module on PYTHONPATH"
-            ) from error
-        index: Index = kind(**description["options"])
-        index.vectors = np.load(folder / VECTORS)
+            index: Index = kind(**options)
+        except Exception as error:  # whatever a constructor says of options that somebody else wrote
+            raise ValueError(f"{path} has options that no {kind.__name__} takes ({error}); export it again") from error
+        vectors = read_array(folder / VECTORS, np.float32, (None, None))
+        if not vectors.size:
+            raise ValueError(f"{folder / VECTORS} holds no vectors; export it again: recsys export-index")
+        index.vectors = np.array(vectors)
         index._read(folder)
         return index
 
@@ -268,7 +272,19 @@ class Faiss(Approximate):
         import faiss
 
         super()._prepare()
-        self._tune(faiss.read_index(str(folder / GRAPH)))
+        path, shape = folder / GRAPH, self.vectors.shape
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; export the index again: recsys export-index")
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a whole faiss index ({_reason(error)}); export it again") from error
+        if (index.ntotal, index.d) != shape or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(
+                f"{path} holds {index.ntotal:,} vectors {index.d} wide, expected {shape[0]:,} of width {shape[1]} as "
+                f"in {VECTORS}, by inner product; export it again: recsys export-index"
+            )
+        self._tune(index)
 
     def _tune(self, index: Any) -> None:
         import faiss

@@ -26,12 +26,14 @@ from recsys2stage.mining import (
 from recsys2stage.recommend import Recommender, in_chunks, load_for
 from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.signals.base import Signal, save_signals, specify
+from recsys2stage.trust import Trust, trusts
 
 logger = logging.getLogger("recsys2stage")
 
 Table = dict[str, np.ndarray]  # columns of like length
 
 
+@trusts
 def mine_negatives(
     data: Path = DATA,
     index: Path = RUN / "index",
@@ -46,6 +48,7 @@ def mine_negatives(
     batch_size: int = 256,
     seed: int = 0,
     strict: bool = True,
+    trust: Trust = None,
 ) -> None:
     """Mine candidate lists around each user's validation targets, which the retriever has never been trained on.
 
@@ -71,6 +74,7 @@ def mine_negatives(
         batch_size: lists at a time.
         seed: of the draws.
         strict: whether a signal that the data cannot give is an error; else it is left out with a warning.
+        trust: modules outside this package whose classes the index may name.
     """
     output, dataset = output or index.parent / "candidates", Dataset(data)
     recommender = load_for(dataset, index)
@@ -128,6 +132,7 @@ def mine_negatives(
             scores_cold=recommender.towers.items.knows_cold,
             request_time=recommender.request_time,
             next_action=recommender.next_action,
+            split_hash=dataset.manifest["split_hash"],
             counts=counts,
         )
     print(

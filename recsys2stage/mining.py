@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys2stage import columns as c
+from recsys2stage.dataset import Dataset
 from recsys2stage.hashing import splitmix64
+from recsys2stage.trust import name_of
 
 CANDIDATES, STATES, REQUESTS = "candidates.parquet", "states.npy", "requests.parquet"  # files of a mined folder
 NONE = -1  # "no item" in a row that is not full
@@ -196,7 +198,7 @@ def lists(
 def specify_miner(miner: Miner) -> dict[str, Any]:
     """A miner's class and options, for the manifest."""
     options = {k: [specify_miner(m) for m in v] if isinstance(v, list) else v for k, v in vars(miner).items()}
-    return {"class_path": f"{type(miner).__module__}.{type(miner).__qualname__}", "init_args": options}
+    return {"class_path": name_of(type(miner)), "init_args": options}
 
 
 def select_fold(users: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -219,20 +221,40 @@ class CandidateLists(NamedTuple):
     signals: np.ndarray  # (rows, S) float32
 
 
-def read_candidates(folder: Path, signals: Sequence[str] = ()) -> CandidateLists:
+def read_candidates(folder: Path, signals: Sequence[str], dataset: Dataset) -> CandidateLists:
     """Reads candidates.parquet, in which the rows of a list stand together, and requests.parquet, a row a list.
 
     Args:
         folder: written by `recsys mine-negatives`.
         signals: columns of numbers to read.
+        dataset: whose users, events and items they name.
+
+    Raises:
+        ValueError: where the tables do not fit each other or the dataset.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     def column(name: str, file: str = CANDIDATES) -> np.ndarray:  # one at a time: never the whole table twice in memory
-        return pq.read_table(folder / file, columns=[name]).column(0).to_numpy()
+        try:
+            return pq.read_table(folder / file, columns=[name]).column(0).to_numpy()
+        except (pa.ArrowException, IndexError) as error:
+            raise ValueError(f"{folder / file} has no column {name} that can be read ({error}); mine again") from error
 
-    counts = column(c.ROWS, REQUESTS)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    def whole_numbers(name: str, low: int, below: int, file: str = CANDIDATES) -> np.ndarray:
+        values = column(name, file)
+        if values.dtype.kind not in "iu" or (len(values) and not (low <= values.min() and values.max() < below)):
+            raise ValueError(f"{folder / file} has values of {name} outside {low} to {below - 1:,}; mine again")
+        return values
+
+    counts = whole_numbers(c.ROWS, 0, np.iinfo(np.int32).max, REQUESTS)
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    items = whole_numbers(c.ITEM, 1, dataset.num_items + 1)
+    if len(items) != offsets[-1]:
+        raise ValueError(
+            f"{folder / CANDIDATES} has {len(items):,} rows, expected {offsets[-1]:,} as {REQUESTS} counts them; mine "
+            "again"
+        )
     positive = np.full(len(counts), NONE, dtype=np.int64)
     labelled = np.flatnonzero(column(c.LABEL))
     lists = np.searchsorted(offsets, labelled, side="right") - 1
@@ -241,13 +263,13 @@ def read_candidates(folder: Path, signals: Sequence[str] = ()) -> CandidateLists
     for place, name in enumerate(signals):
         numbers[:, place] = column(name)
     return CandidateLists(
-        user=column(c.USER, REQUESTS),
-        place=column(c.PLACE, REQUESTS),
+        user=whole_numbers(c.USER, 0, dataset.num_users, REQUESTS),
+        place=whole_numbers(c.PLACE, 0, len(dataset.items), REQUESTS),
         now=column(c.TIME, REQUESTS),
         fold=column(c.FOLD, REQUESTS).astype(str),
         positive=positive,
         offsets=offsets,
-        items=column(c.ITEM),
+        items=items,
         score=column(c.RETRIEVER_SCORE),
         rank=column(c.RETRIEVER_RANK),
         signals=numbers,

@@ -1,7 +1,9 @@
 """The optimiser both stages start from, and how its learning rate goes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,12 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from recsys2stage import __version__
+from recsys2stage.artifacts import check_format
+from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, load_checkpoint, sign
+from recsys2stage.dataset import Dataset
+from recsys2stage.trust import arguments, trusting
 
 
 class RecsysAdamW(torch.optim.AdamW):
@@ -38,6 +46,37 @@ class Planned(LightningModule):
     """A module that knows how much of its run is done, for what changes on the way."""
 
     planned_steps = float("inf")  # of the whole run
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        sign(checkpoint, self._split_hash, __version__)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another format, and one that was trained on other events than these data train on."""
+        make = f"recsys fit, with the model {type(self).__name__}"
+        check_format(Path("the checkpoint"), checkpoint.get("format"), checkpoint.get(VERSIONS), make)
+        own, other = self._split_hash, checkpoint.get(SPLIT)
+        if own is not None and own != other:
+            raise ValueError(
+                f"the checkpoint was trained on data with split hash {str(other)[:12]}…, but these have {own[:12]}…: "
+                f"their test events may have been trained on; fit again: {make}"
+            )
+
+    @property
+    def _split_hash(self) -> str | None:
+        """Of the data this module is trained or measured on; None where there are none."""
+        dataset = getattr(getattr(self._trainer, "datamodule", None), "dataset", None)
+        return dataset.manifest["split_hash"] if isinstance(dataset, Dataset) else None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *args: Any, trust: Sequence[str] = (), **options: Any
+    ) -> Any:
+        """As Lightning's, but never a class that the file names and this package or a module in `trust` has not."""
+        make, taken = f"recsys fit, with the model {cls.__name__}", signature(cls).parameters
+        stored = load_checkpoint(checkpoint_path, make)[OPTIONS]
+        with trusting(trust):
+            arguments(cls, {name: value for name, value in stored.items() if name in taken}, checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **options})
 
     def on_train_start(self) -> None:
         self.planned_steps = float(self.trainer.estimated_stepping_batches)

@@ -183,9 +183,22 @@ def prepare(
                 features={"items": item_features, "users": user_features},
                 actions=events.action_names,
                 max_history=int(np.diff(offsets).max()),
-                split_hash=hash_arrays(offsets, events.item, train_end, val_end),
+                split_hash=split_hash(offsets, events.item, train_end, val_end, events.user_ids, events.item_ids),
             )
     return read_manifest(output, "dataset", "recsys prepare-data")
+
+
+def split_hash(
+    offsets: np.ndarray,
+    items: np.ndarray,
+    train_ends: np.ndarray,
+    val_ends: np.ndarray,
+    user_ids: pl.Series,
+    item_ids: pl.Series,
+) -> str:
+    """SHA-256 of who did what in which order, where training and validation end, and what the numbers stand for."""
+    ids = [np.frombuffer("\0".join(column.cast(pl.String)).encode(), np.uint8) for column in (user_ids, item_ids)]
+    return hash_arrays(offsets, items, train_ends, val_ends, *ids)
 
 
 def warn(counts: dict[str, int], repeats: Repeats) -> None:

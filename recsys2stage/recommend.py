@@ -9,15 +9,15 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 import polars as pl
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_manifest
-from recsys2stage.checkpoints import build
+from recsys2stage.artifacts import read_array, read_json, read_manifest, take, verify
+from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.dataset import (
     Dataset,
     Padded,
@@ -39,6 +39,7 @@ from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.signals.base import Proposer, Requests, Signal, load_signals
 from recsys2stage.signals.merge import merge, nearness
 from recsys2stage.towers import TOWERS, TwoTower
+from recsys2stage.trust import trusting
 
 logger = logging.getLogger("recsys2stage")
 
@@ -171,47 +172,96 @@ class Recommender:
         return named + [{"name": f"source.{name}", "by_id": True, "counted": False} for name in sources]
 
     @classmethod
-    def load(cls, path: str | Path) -> "Recommender":
-        """Loads a bundle (both stages) or an index folder (the first stage alone)."""
+    def load(cls, path: str | Path, trust: Sequence[str] = ()) -> "Recommender":
+        """Loads a bundle (both stages) or an index folder (the first stage alone).
+
+        Every file is checked against the checksum that the manifest lists, and no code runs that the folder brings or
+        names, except that of the modules in `trust`.
+
+        Args:
+            path: folder written by export-bundle or export-index.
+            trust: modules outside this package whose classes the folder may name, such as "my_signals".
+
+        Raises:
+            ValueError: for a folder that is damaged, of another format, or names other classes.
+        """
         path, kind = Path(path), cls.kind(path)
         if not (path / c.MANIFEST).is_file():
             raise FileNotFoundError(
                 f"{path} holds neither a bundle nor an index; run: recsys export-bundle --output {path}"
             )
-        manifest = read_manifest(path, kind, f"recsys export-{kind} --output {path}")
-        if kind == "bundle" and "scores_cold" not in manifest["reranker"]:
+        make = f"recsys export-{kind} --output {path}"
+        manifest = read_manifest(path, kind, make)
+        verify(path, manifest, make)
+        of, where = functools.partial(take, manifest, where=path / c.MANIFEST), path / c.MANIFEST
+        with trusting(trust):
+            index = Index.load(path)
+            count, width = of("items", int), of("vector_dim", int)
+            if index.vectors.shape != (count, width):
+                raise ValueError(
+                    f"{path} has {index.vectors.shape} item vectors, expected {(count, width)}; make it again: {make}"
+                )
+            towers = build(TwoTower, of("towers", dict), load_tensors(path / TOWERS, path / TOWERS, make), where)
+            reranker = None
+            if kind == "bundle":
+                weights = load_tensors(path / RERANKER, path / RERANKER, make)
+                if "scores_cold" not in of("reranker", dict):
+                    raise ValueError(
+                        f"{path} was exported by an older version, whose second stage knows nothing of cold items; "
+                        "mine, fit and export again"
+                    )
+                reranker = build(Reranker, of("reranker", dict), weights, where)
+            signals = load_signals(path / SIGNALS) if (path / SIGNALS).is_dir() else []
+        request_time, actions, next_action = of("request_time", str), of("actions", list), of("next_action", str)
+        if not all(isinstance(name, str) for name in actions) or next_action not in ("none", "target", *actions):
             raise ValueError(
-                f"{path} was exported by an older version, whose second stage knows nothing of cold items; mine, fit "
-                "and export again"
+                f"{where} has the actions {actions} and the next action {next_action!r}, expected names, and one of "
+                f"them, none or target; make it again: {make}"
             )
-        return cls(
-            towers=build(
-                TwoTower, manifest["towers"], torch.load(path / TOWERS, weights_only=True, map_location="cpu")
-            ),
-            index=Index.load(path),
-            reranker=build(
-                Reranker, manifest["reranker"], torch.load(path / RERANKER, weights_only=True, map_location="cpu")
+        if request_time not in get_args(RequestTime) or towers.items.num_items != count:
+            raise ValueError(
+                f"{where} has the request time {request_time!r} and towers of {towers.items.num_items:,} items, "
+                f"expected one of {', '.join(get_args(RequestTime))} and {count:,} items; make it again: {make}"
             )
-            if kind == "bundle"
-            else None,
-            catalogue=pl.read_parquet(path / c.ITEM_TABLE),
-            popularity=np.load(path / POPULARITY),
-            request_time=manifest["request_time"],
-            next_action=manifest["next_action"],
-            actions=manifest["actions"],
-            candidates=manifest.get("candidates", 200),
-            signals=load_signals(path / SIGNALS) if (path / SIGNALS).is_dir() else (),
-            recent=manifest.get("recent", 0),
-            has_time=manifest["has_time"],
-            seen="keep" if manifest.get("repeats") == "keep" else "filter",
-            newest_time=manifest.get("newest_time"),
-            user_features=manifest.get("user_features", ()),
+        with torch.inference_mode():
+            made = (count, towers.item_vectors(torch.ones(1, dtype=torch.int64)).shape[1])
+        second = made if reranker is None else (len(reranker.vectors) - 1, reranker.vectors.shape[1])
+        if not made == second == (count, width):
+            raise ValueError(
+                f"{path} has an index of {count:,} vectors {width} wide, but a retriever of {made} and a ranker of "
+                f"{second}; are all of one run? Make it again: {make}"
+            )
+        recommender = cls(
+            towers=towers,
+            index=index,
+            reranker=reranker,
+            catalogue=read_catalogue(path / c.ITEM_TABLE, count),
+            popularity=np.array(read_array(path / POPULARITY, np.int64, (count + 1,))),
+            request_time=cast(RequestTime, request_time),
+            next_action=next_action,
+            actions=actions,
+            candidates=of("candidates", int) if kind == "bundle" else 200,
+            signals=signals,
+            recent=of("recent", int) if kind == "bundle" else 0,
+            has_time=of("has_time", bool),
+            seen="keep" if of("repeats", str) == "keep" else "filter",
+            newest_time=of("newest_time", int | None),
+            user_features=of("user_features", list),
         )
+        numbers = len(recommender.signal_names)
+        if reranker is not None and numbers != len(reranker.signal_mean):
+            raise ValueError(
+                f"{path} has signals of {numbers} numbers and a ranker of {len(reranker.signal_mean)}; are both of one "
+                f"run? Make it again: {make}"
+            )
+        return recommender
 
     @staticmethod
     def kind(path: str | Path) -> str:
         """Whether a folder holds a "bundle" of both stages or an "index", the first alone."""
-        return "bundle" if (Path(path) / RERANKER).is_file() else "index"
+        manifest = Path(path) / c.MANIFEST
+        held = read_json(manifest, dict, "recsys export-bundle").get("kind") if manifest.is_file() else None
+        return "bundle" if held == "bundle" else "index"
 
     @torch.inference_mode()
     def queries(self, padded: Padded, request: np.ndarray | None, asked: np.ndarray | None = None) -> np.ndarray:
@@ -534,6 +584,29 @@ def in_chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
+def read_catalogue(path: Path, count: int) -> pl.DataFrame:
+    """The items of a served folder: item, item_id and, where known, title.
+
+    Args:
+        path: Parquet file.
+        count: V; another number of rows is refused before they are read.
+    """
+    try:
+        table = pl.scan_parquet(path)
+        names, rows = table.collect_schema().names(), table.select(pl.len()).collect().item()
+        if rows != count or not {c.ITEM, c.ITEM_ID} <= set(names):
+            raise ValueError(
+                f"{path} has {rows:,} rows with the columns {', '.join(names)}, expected {count:,} with {c.ITEM} and "
+                f"{c.ITEM_ID}; make its folder again"
+            )
+        items = table.collect().sort(c.ITEM)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); make it again") from error
+    if not np.array_equal(items[c.ITEM].to_numpy(), np.arange(1, count + 1)):
+        raise ValueError(f"{path} does not number its items from 1 to {count:,}; make its folder again")
+    return items
+
+
 def load_for(dataset: Dataset, folder: Path) -> Recommender:
     """A bundle or index that was made from this dataset, split as it is."""
     check_split(dataset, folder)
@@ -545,4 +618,4 @@ def load_for(dataset: Dataset, folder: Path) -> Recommender:
 def check_split(dataset: Dataset, folder: Path) -> None:
     """Refuses to use a model with a dataset whose training events may be other than those it was trained on."""
     manifest = read_manifest(folder, Recommender.kind(folder), "recsys export-index")
-    dataset.check_split(folder, manifest["split_hash"])
+    dataset.check_split(folder, take(manifest, "split_hash", str, folder / c.MANIFEST))

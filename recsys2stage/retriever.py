@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from recsys2stage.checkpoints import read_checkpoint
+from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data import Histories, Queries
 from recsys2stage.dataset import Dataset, RequestTime, Seen
 from recsys2stage.encoders import EncoderFactory, Transformer
@@ -53,7 +53,8 @@ class Retriever(Planned):
         warmup_steps: steps over which the learning rate rises linearly from 0.
         final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
             1: it stays. Let early stopping be patient where it falls.
-        start: checkpoint of a like retriever whose weights this one starts from; None: from the beginning.
+        start: checkpoint of a like retriever, trained on the same split, whose weights this one starts from; None: from
+            the beginning.
         compiled: whether the encoder goes through torch.compile, which pays on a GPU.
         recompute_rows: so many histories at a time keep their activations, the others' are computed again for the
             gradient: much less memory, about a fifth more time. None: all keep them.
@@ -136,7 +137,9 @@ class Retriever(Planned):
                 )
             check_inputs(self.towers.inputs, histories.dataset, histories.next_action)
             if self.start is not None:  # a fit that goes on from its own last checkpoint reads that after this
-                _, weights = read_checkpoint(self.start, "towers", "recsys fit --config configs/NAME/retriever.yaml")
+                make = "recsys fit --config configs/NAME/retriever.yaml"
+                options, weights = read_checkpoint(self.start, "towers", make)
+                histories.dataset.check_split(self.start, options[SPLIT])
                 try:
                     self.towers.load_state_dict(weights)
                 except RuntimeError as error:

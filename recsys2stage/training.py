@@ -3,6 +3,8 @@
 import logging
 import sys
 import warnings
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,13 @@ from recsys2stage.callbacks import (
     WholeCheckpoints,
 )
 from recsys2stage.candidates import Candidates  # noqa: F401
+from recsys2stage.checkpoints import OPTIONS, load_checkpoint
 from recsys2stage.data import Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
 from recsys2stage.retriever import Retriever  # noqa: F401
+from recsys2stage.trust import Trust, arguments, trusting
+
+RESUME = "recsys fit, without --ckpt_path"
 
 logger = logging.getLogger("recsys2stage")
 
@@ -60,6 +66,11 @@ class RecsysCLI(LightningCLI):
                 "early_stopping.patience": 5,
             }
         )
+        parser.add_argument(
+            "--trust",
+            type=Trust,
+            help="Modules outside this package whose classes a checkpoint, given by --ckpt_path, may name.",
+        )
         for name in ("checkpoint", "last"):
             parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
         # the data knows, the model asks; what a model has no argument for is not passed
@@ -68,6 +79,21 @@ class RecsysCLI(LightningCLI):
             *("max_length", "request_time", "next_action", "user_features", "actions"),
         ):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes the options that the checkpoint holds, as Lightning does, but first looks at the classes they name."""
+        options = self.config.get(self.config.get("subcommand") or "")
+        if options is None or not options.get("ckpt_path") or not Path(options.ckpt_path).is_file():
+            return
+        module, _, name = options.model.class_path.rpartition(".")  # of the config, which the parser has imported
+        kind = getattr(import_module(module), name)
+        stored = load_checkpoint(options.ckpt_path, RESUME)[OPTIONS]
+        stored = {name: value for name, value in stored.items() if name in signature(kind).parameters}
+        stored.pop("optimizer", None)  # its state is restored; what it is, the config says
+        with trusting(options.trust):
+            arguments(kind, stored, options.ckpt_path)
+        model = {"class_path": options.model.class_path, "dict_kwargs": stored}
+        self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config[str(self.subcommand)]
@@ -149,6 +175,7 @@ class RecsysCLI(LightningCLI):
             options.ckpt_path = str(Path(options.output) / BEST)
         if not Path(options.ckpt_path).is_file():
             raise FileNotFoundError(f"{options.ckpt_path} does not exist; run recsys fit first, or name a --ckpt_path")
+        load_checkpoint(options.ckpt_path, RESUME)  # says what is wrong with it, where torch would only fail
 
     def _load_weights_only(self, verb: str) -> None:
         """Never unpickles code from a checkpoint, unless told to."""

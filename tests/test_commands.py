@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pipeline_fixtures import K, Run, recsys
+from worlds import seal
 
 from recsys2stage import commands
 from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
@@ -210,6 +211,7 @@ def test_signals_that_the_data_cannot_give_are_refused(trained: Run, tmp_path: P
 def test_a_ranker_of_another_index_is_refused(trained: Run, tmp_path: Path) -> None:
     index = shutil.copytree(trained.index, tmp_path / "index")
     np.save(index / "index.npy", np.load(index / "index.npy") * 0.5)
+    seal(index)
     of = ("--index", index, "--ranker", trained.ranker, "--output", tmp_path / "bundle")
     refused("was trained beside other item vectors than those of .*; mine and fit again", "export-bundle", *of)
     assert not (tmp_path / "bundle").exists()

@@ -276,12 +276,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         yaml = {name: ("--config", folder / f"{name}.yaml") for name in texts}
         recsys("prepare-data", *yaml["prepare"], "--output", made.data)
         recsys("fit", *yaml["retriever"], "--output", folder / "retriever", "--data.path", made.data)
-        of = ("--retriever", made.retriever, "--data", made.data)
-        recsys("export-index", *yaml["index"], *of, "--output", made.index)
-        recsys("mine-negatives", *yaml["mine"], "--data", made.data, "--index", made.index, "--output", made.candidates)
+        of, own = ("--retriever", made.retriever, "--data", made.data), ("--trust", "my_parts")
+        with pytest.raises(SystemExit, match=r"best.ckpt names my_parts.Running, .* --trust my_parts"):
+            recsys("export-index", *yaml["index"], *of, "--output", made.index)
+        recsys("export-index", *yaml["index"], *of, "--output", made.index, *own)
+        of = ("--data", made.data, "--index", made.index)
+        recsys("mine-negatives", *yaml["mine"], *of, "--output", made.candidates, *own)
         recsys("fit", *yaml["ranker"], "--output", folder / "ranker", "--data.path", made.candidates)
-        recsys("export-bundle", "--index", made.index, "--ranker", made.ranker, "--output", made.bundle)
-        recsys("evaluate", "--bundle", made.bundle, "--output", folder, "--resamples", 10)
+        recsys("export-bundle", "--index", made.index, "--ranker", made.ranker, "--output", made.bundle, *own)
+        recsys("evaluate", "--bundle", made.bundle, "--output", folder, "--resamples", 10, *own)
         yield made
 
 
@@ -296,14 +299,14 @@ def test_a_source_and_a_split_of_ones_own_prepare_data(run: Run) -> None:
 
 
 def test_a_checkpoint_with_parts_of_ones_own_loads_with_weights_only(run: Run) -> None:
-    model = Retriever.load_from_checkpoint(run.retriever, weights_only=True)
+    model = Retriever.load_from_checkpoint(run.retriever, weights_only=True, trust=["my_parts"])
     encoder = model.towers.encoder
     assert type(encoder).__module__ == "my_parts"
     assert encoder.gru.num_layers == 2
     assert encoder.position.table.shape == (6, 8)
     assert encoder.time.hour.num_embeddings == 12
     assert model.towers.items.by == 0.25
-    ranker = Ranker.load_from_checkpoint(run.ranker, weights_only=True)
+    ranker = Ranker.load_from_checkpoint(run.ranker, weights_only=True, trust=["my_parts"])
     assert type(ranker.reranker.scorer).__name__ == "Linear"
     assert ranker.reranker.scorer.layer.out_features == 3
 
@@ -327,7 +330,7 @@ def test_an_index_and_a_miner_of_ones_own_are_in_the_manifests(run: Run) -> None
 
 
 def test_a_signal_of_ones_own_is_mined_learned_from_and_served(run: Run) -> None:
-    recommender, dataset = Recommender.load(run.bundle), Dataset(run.data)
+    recommender, dataset = Recommender.load(run.bundle, trust=["my_parts"]), Dataset(run.data)
     signal = recommender.signals[0]
     assert type(signal).__module__ == "my_parts"
     assert (signal.candidates, signal.every) == (5, 2)
@@ -336,7 +339,7 @@ def test_a_signal_of_ones_own_is_mined_learned_from_and_served(run: Run) -> None
     assert names[:3] == ["Onwards.ahead", "Onwards.played", "Session.gap"]
     assert names[-2:] == ["source.index", "source.Onwards"]
 
-    ranker = Ranker.load_from_checkpoint(run.ranker, weights_only=True)
+    ranker = Ranker.load_from_checkpoint(run.ranker, weights_only=True, trust=["my_parts"])
     assert ranker.reranker.signal_by_id.tolist() == [True, True, *[False] * 10, True, True]
     assert (ranker.reranker.signal_scale[:2] > 0).tolist() == [True, False], "one of them is left out"
 
@@ -359,7 +362,7 @@ def test_a_signal_of_ones_own_is_mined_learned_from_and_served(run: Run) -> None
 
 
 def test_the_bundle_serves_with_parts_of_ones_own(run: Run) -> None:
-    recommender = Recommender.load(run.bundle)
+    recommender = Recommender.load(run.bundle, trust=["my_parts"])
     rows = recommender.recommend(["song-1", "song-2"], k=5, times=[1_000_000_000, 1_000_003_600])
     assert len({row["item_id"] for row in rows} - {"song-1", "song-2"}) == 5
     assert type(recommender.index).__name__ == "Halves"
@@ -373,4 +376,4 @@ def test_without_its_module_the_error_says_what_cannot_be_imported(run: Run, mon
     monkeypatch.delitem(sys.modules, "my_parts")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(run.folder)])
     with pytest.raises(SystemExit, match=r"my_parts.* cannot be imported .*PYTHONPATH"):
-        recsys("evaluate", "--bundle", run.bundle, "--output", Path("nowhere"))
+        recsys("evaluate", "--bundle", run.bundle, "--output", Path("nowhere"), "--trust", "my_parts")

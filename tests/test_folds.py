@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from pipeline_fixtures import RANKER, K, Run, recsys
+from worlds import seal
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_manifest
@@ -262,6 +263,7 @@ def test_a_fold_whose_targets_are_test_events_is_refused(mined: Mined, tmp_path:
     newest = requests[c.PLACE].to_numpy() == ends[requests[c.USER].to_numpy()] - 1
     newest[np.flatnonzero(newest)[7:]] = False
     requests.with_columns(pl.col(c.PLACE) + pl.Series(newest)).write_parquet(late / REQUESTS)
+    seal(late)
     with pytest.raises(ValueError, match=r"^7 targets of .* are test events of .*; mine earlier ones"):
         ready(mined.own, folds=[late])
 

@@ -10,6 +10,7 @@ import pytest
 
 from recsys2stage import index as index_module
 from recsys2stage.index import Approximate, Exact, Exclude, Faiss, Index, measure
+from recsys2stage.trust import trusting
 
 MEMBERS: dict[str, Callable[[], Index]] = {
     "exact": Exact,
@@ -163,7 +164,8 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_load_gives_back_what_was_saved(name: str, tmp_path: Path) -> None:
     index = built(name, normal(0, 300, 16))
     index.save(tmp_path / "index")
-    loaded = Index.load(tmp_path / "index")
+    with trusting([__name__]):
+        loaded = Index.load(tmp_path / "index")
     assert type(loaded) is type(index)
     queries, exclude = normal(1, 30, 16), excluded([list(range(1, 1 + row)) for row in range(30)])
     for left, right in zip(loaded.search(queries, 10, exclude), index.search(queries, 10, exclude), strict=True):
@@ -206,12 +208,15 @@ def test_a_class_outside_the_package_is_loaded_by_its_path(tmp_path: Path, monke
     index = Backwards(sign=-1.0)
     index.build(normal(0, 30, 4))
     index.save(tmp_path / "index")
-    loaded = Index.load(tmp_path / "index")
+    with pytest.raises(ValueError, match=r"index.json names their_index.Backwards, .*--trust their_index"):
+        Index.load(tmp_path / "index")
+    with trusting(["their_index"]):
+        loaded = Index.load(tmp_path / "index")
     assert vars(loaded)["sign"] == -1.0
     np.testing.assert_array_equal(loaded.search(normal(1, 3, 4), 5)[1], index.search(normal(1, 3, 4), 5)[1])
     monkeypatch.undo()
     del sys.modules["their_index"]
-    with pytest.raises(ValueError, match="PYTHONPATH"):
+    with pytest.raises(ValueError, match="PYTHONPATH"), trusting("their_index"):
         Index.load(tmp_path / "index")
 
 
@@ -221,7 +226,7 @@ def test_the_description_is_plain(tmp_path: Path) -> None:
     index.build(normal(0, 300, 16))
     index.save(tmp_path)
     assert json.loads((tmp_path / "index.json").read_text()) == {
-        "class": "recsys2stage.index.Faiss",
+        "class": "Faiss",
         "options": {"factory": "IVF4,Flat", "parameters": {"nprobe": 3}},
     }
 

@@ -175,3 +175,12 @@ def test_help_lists_every_target_that_has_a_comment(project: Project) -> None:
     project.make("help")
     for target in ("setup", "demo", "pipeline", "test", "test-portable", "lint", "clean"):
         assert f"\n{target} " in "\n" + project.said
+
+
+def test_every_verb_that_loads_artifacts_is_told_what_to_trust(project: Project) -> None:
+    calls = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "TRUST=my_signals my_index")
+    assert [verb for verb in verbs(calls) if verb != "prepare-data"] == ALL
+    assert all("--trust [my_signals,my_index]" in call for call in calls[1:])
+    untold = project.make("-B", "pipeline", "DATASET=ml-1m", "RAW=raw.zip")
+    assert len(untold) == len(calls)
+    assert not any("--trust" in call for call in untold)

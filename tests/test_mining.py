@@ -243,14 +243,14 @@ def test_the_fold_is_a_seeded_hash_of_the_user() -> None:
 
 def test_a_miner_is_specified_by_class_and_options() -> None:
     assert specify_miner(Mixture([RankBand(skip_top=3), Popular(2)])) == {
-        "class_path": "recsys2stage.mining.Mixture",
+        "class_path": "Mixture",
         "init_args": {
             "miners": [
                 {
-                    "class_path": "recsys2stage.mining.RankBand",
+                    "class_path": "RankBand",
                     "init_args": {"count": None, "skip_top": 3, "last": None},
                 },
-                {"class_path": "recsys2stage.mining.Popular", "init_args": {"count": 2, "exponent": 0.75}},
+                {"class_path": "Popular", "init_args": {"count": 2, "exponent": 0.75}},
             ]
         },
     }
@@ -305,7 +305,7 @@ def test_users_whose_target_was_not_found_do_not_train(trained: Run) -> None:
     assert len(batch.listed.items) == candidates.manifest["counts"]["train_lists"]
     positive = batch.listed.items.gather(1, batch.positive[:, None]).squeeze(1)
     dataset = Dataset(trained.data)
-    lists_of = read_candidates(trained.candidates)
+    lists_of = read_candidates(trained.candidates, [], Dataset(trained.data))
     trains = lists_of.user[(lists_of.fold == "train") & (lists_of.positive >= 0)]
     assert sorted(positive.tolist()) == sorted(dataset.targets(trains, "val").tolist())
 

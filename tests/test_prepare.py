@@ -12,11 +12,10 @@ import pytest
 from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import hash_arrays
 from recsys2stage.data import prepare_dataset
 from recsys2stage.dataset import Dataset, declared
 from recsys2stage.events import mix, number_ids, stable_order
-from recsys2stage.prepare import prepare
+from recsys2stage.prepare import prepare, split_hash
 from recsys2stage.sources import Feature, MovieLens, SideTable, Table, Vectors
 from recsys2stage.split import GlobalTime
 
@@ -143,9 +142,12 @@ def test_ties_are_within_a_user(tmp_path: Path) -> None:
 def test_the_hash_is_that_of_the_split(tmp_path: Path) -> None:
     world = prepared(tmp_path, EVENTS)
     names = (c.USER_OFFSETS, c.EVENT_ITEMS, c.TRAIN_ENDS, c.VAL_ENDS)
-    assert world.manifest["split_hash"] == hash_arrays(*(world.arrays[name] for name in names))
+    ids = (pl.read_parquet(tmp_path / "data" / f"{one}s.parquet")[f"{one}_id"] for one in ("user", "item"))
+    assert world.manifest["split_hash"] == split_hash(*(world.arrays[name] for name in names), *ids)
     assert prepared(tmp_path, EVENTS).manifest["split_hash"] == world.manifest["split_hash"]
     assert prepared(tmp_path, EVENTS, tie_break="item_id").manifest["split_hash"] != world.manifest["split_hash"]
+    other = [(user, item + 1_000, *rest) for user, item, *rest in EVENTS]  # numbered alike, but other items
+    assert prepared(tmp_path, other).manifest["split_hash"] != world.manifest["split_hash"]
 
 
 def test_ties_by_item_id(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_what_the_test_events_are_cannot_be_felt_anywhere_else(
         elif name != c.MANIFEST:
             assert (folders[0] / "data" / name).read_bytes() == (folders[1] / "data" / name).read_bytes(), name
     for manifest in (one.manifest, other.manifest):
-        for fact in ("created", "split_hash", "parents", "inputs", "options"):  # dates, hashes and the folders of this test
+        for fact in ("created", "split_hash", "parents", "inputs", "options"):  # dates, hashes, folders of this test
             del manifest[fact]
     assert one.manifest == other.manifest
 

@@ -105,6 +105,8 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         signals=[],
         scores_cold=False,
         max_length=20,
+        request_time="target",
+        split_hash=dataset.manifest["split_hash"],
     )
     return folder / "candidates"
 

@@ -18,9 +18,9 @@ from pipeline_fixtures import RETRIEVER, SIGNALS, K, Run, recsys
 from worlds import cycle_world, forks_world
 
 from recsys2stage.candidates import Candidates
-from recsys2stage.checkpoints import factory, read_checkpoint
+from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.dataset import Dataset, RequestTime
-from recsys2stage.encoders import Transformer
+from recsys2stage.encoders import Encoder, Transformer
 from recsys2stage.evaluate import rank_users
 from recsys2stage.index import Exact, Faiss
 from recsys2stage.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
@@ -28,6 +28,7 @@ from recsys2stage.people import FileUsers, PreparedUsers
 from recsys2stage.recommend import Recommender
 from recsys2stage.times import Calendar, RequestGap, TimeFactory
 from recsys2stage.towers import TwoTower
+from recsys2stage.trust import arguments, factory
 
 COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]
 KINDS = ["buy", "look"]
@@ -831,15 +832,14 @@ def test_a_checkpoint_is_read_by_part(trained: Run, tmp_path: Path) -> None:
 def test_a_factory_is_made_from_its_description() -> None:
     made = factory(
         {
-            "class_path": "recsys2stage.encoders.Transformer",
-            "init_args": {
-                "layers": 1,
-                "time": {"class_path": "recsys2stage.times.RequestGap", "init_args": {"buckets": 5}},
-            },
-        }
+            "class_path": "Transformer",
+            "init_args": {"layers": 1, "time": {"class_path": "RequestGap", "init_args": {"buckets": 5}}},
+        },
+        Encoder,
+        "a file",
     )(8, 4)
     assert isinstance(made, Transformer)
     assert made.time.vectors.weight.shape == (5, 8)
-    assert factory(3) == 3
-    assert factory({"plain": 1}) == {"plain": 1}
-    assert factory({"class_path": "recsys2stage.encoders.Transformer"}).func is Transformer
+    assert factory({"class_path": "recsys2stage.of_old.Transformer"}, Encoder, "a file").func is Transformer
+    plain = {"dim": 3, "features": [{"plain": 1}], "user": None}
+    assert arguments(TwoTower, plain, "a file") == plain

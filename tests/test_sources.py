@@ -394,7 +394,7 @@ def test_a_table_says_what_it_cannot_find(tmp_path: Path) -> None:
 def test_a_source_describes_itself_in_plain_values() -> None:
     table = Table(Path("x.csv"), items=SideTable("i.csv", "id", {"a": Feature("numeric")}))
     said = table.describe()
-    assert said["class_path"] == "recsys2stage.sources.table.Table"
+    assert said["class_path"] == "Table"
     assert said["init_args"]["items"]["columns"] == {"a": {"kind": "numeric", "separator": "|", "column": None}}
 
 

@@ -1,5 +1,6 @@
 """Small worlds whose answers are known."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -7,13 +8,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from recsys2stage.artifacts import write_manifest
-from recsys2stage.checkpoints import build, factory
+from recsys2stage.artifacts import checksums, write_manifest
+from recsys2stage.checkpoints import build
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import Exact
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import Feature, MovieLens, SideTable, Table
 from recsys2stage.towers import TOWERS, TwoTower
+from recsys2stage.trust import arguments
 
 Event = tuple[int, int, float, int]  # user, item, rating, time
 
@@ -175,6 +177,13 @@ def directions_world(folder: Path, users: int = 900, items: int = 40) -> Path:
     return folder / "data"
 
 
+def seal(folder: Path, **changed: object) -> None:
+    """Writes the manifest anew after its folder's files were changed, as whoever made the folder could."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) | changed
+    path.write_text(json.dumps(manifest | {"files": checksums(folder)}), encoding="utf-8")
+
+
 def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Iterable[str] = ()) -> TwoTower:
     """Writes what a second retriever leaves: random weights, told the request time; gives its towers."""
     torch.manual_seed(seed)
@@ -185,7 +194,7 @@ def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Itera
     }
     options = {"num_items": dataset.num_items, "max_length": 5, "dim": 8, "encoder": encoder}
     options |= {"inputs": [{"class_path": f"recsys2stage.inputs.{name}"} for name in inputs], "actions": ["look"]}
-    towers = TwoTower(**{name: factory(value) for name, value in options.items()})
+    towers = TwoTower(**arguments(TwoTower, options, folder))
     for part in towers.modules():  # so that what is told of times and ratings shows
         if isinstance(part, torch.nn.Embedding):
             torch.nn.init.normal_(part.weight)
@@ -195,8 +204,8 @@ def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Itera
     index.save(folder)
     torch.save(towers.state_dict(), folder / TOWERS)
     facts = {"split_hash": dataset.manifest["split_hash"], "request_time": "target", "towers": options}
-    write_manifest(folder, "index", {}, {}, **facts)
-    return build(TwoTower, options, towers.state_dict())
+    write_manifest(folder, "index", {}, {"data": dataset.path}, **facts)
+    return build(TwoTower, options, towers.state_dict(), folder)
 
 
 def featured_world(folder: Path, users: int = 40, items: int = 30, length: int = 9) -> Path:

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from recsys2stage.checkpoints import factory
+from recsys2stage.artifacts import read_array, read_json
 from recsys2stage.dataset import Dataset, Padded, Ragged, newest_first
+from recsys2stage.trust import factory, name_of
 
 FOLDER, DESCRIPTION = "signals", "signals.json"  # of a mined or served folder
 
@@ -78,6 +79,10 @@ class Signal(ABC):
             ValueError: where the data lack what the signal needs.
         """
 
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        """Takes the tables that `fit` made, read again."""
+        self.tables = tables
+
     @abstractmethod
     def __call__(self, requests: Requests) -> np.ndarray:
         """(B, C, S) float32, finite, of moderate size (logarithms of counts and seconds); 0 where no candidate is."""
@@ -124,7 +129,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def specify(signal: Signal) -> dict[str, Any]:
     """A signal's class and options, plainly."""
     options = {name: getattr(signal, name) for name in inspect.signature(type(signal)).parameters}
-    return {"class_path": f"{type(signal).__module__}.{type(signal).__qualname__}", "init_args": options}
+    return {"class_path": name_of(type(signal)), "init_args": options}
 
 
 def save_signals(signals: Sequence[Signal], folder: Path) -> None:
@@ -138,10 +143,14 @@ def save_signals(signals: Sequence[Signal], folder: Path) -> None:
 
 def load_signals(folder: Path) -> list[Signal]:
     """Signals as they were saved; tables stay on disk until they are looked at."""
-    signals = []
-    for number, described in enumerate(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))):
-        signal = factory(described)()
+    signals, path = [], folder / DESCRIPTION
+    for number, described in enumerate(read_json(path, list, "recsys mine-negatives, and export-bundle")):
+        made = factory(described, Signal, path)
+        try:
+            signal = made()
+        except Exception as error:  # whatever a constructor says of options that somebody else wrote
+            raise ValueError(f"{path} has a {described['class_path']} with other options ({error})") from error
         files = sorted(folder.glob(f"{number}.*.npy"))
-        signal.tables = {file.name.split(".")[1]: np.load(file, mmap_mode="r") for file in files}
+        signal.restore({file.name.split(".")[1]: read_array(file) for file in files})
         signals.append(signal)
     return signals

@@ -2,15 +2,13 @@
 
 import io
 import json
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from recsys2stage.artifacts import read_manifest
-from recsys2stage.checkpoints import build
+from recsys2stage.artifacts import read_manifest, take, verify
+from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.dataset import Dataset, Padded, Ragged, as_history
 from recsys2stage.index import Index
 from recsys2stage.inputs import fields_read
@@ -18,6 +16,7 @@ from recsys2stage.signals.base import Proposer, Requests
 from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest
 from recsys2stage.towers import TOWERS, TwoTower
 
+KEPT = {"towers": dict, "request_time": str}  # of the manifest of its index
 ROWS_AT_ONCE = 64  # histories that are encoded together
 
 
@@ -44,33 +43,37 @@ class OtherRetriever(Proposer):
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         folder = Path(self.index)
-        manifest = read_manifest(folder, "index", f"recsys export-index --output {folder}")
-        dataset.check_split(folder, manifest["split_hash"])
+        make = f"recsys export-index --output {folder}"
+        manifest = read_manifest(folder, "index", make)
+        dataset.check_split(folder, take(manifest, "split_hash", str, folder))
+        verify(folder, manifest, make)
         own = Index.load(folder).vectors
-        kept = {"towers": manifest["towers"], "request_time": manifest["request_time"]}
-        self.tables = {
+        kept = {name: take(manifest, name, kind, folder) for name, kind in KEPT.items()}
+        tables = {
             "vectors": np.concatenate([np.zeros_like(own[:1]), own]),
             "weights": np.frombuffer((folder / TOWERS).read_bytes(), dtype=np.uint8),
             "described": np.frombuffer(json.dumps(kept).encode(), dtype=np.uint8),
         }
-        self.__dict__.pop("_towers", None)
-        self._encoded = None
+        self.restore(tables)
         if read := fields_read(self._towers.inputs) - {"ratings"}:
             raise ValueError(
                 f"the retriever of {folder} reads {', '.join(sorted(read))} of events, which signals are not told; "
                 "name one without such inputs"
             )
 
-    @property
-    def _described(self) -> dict[str, Any]:
-        return json.loads(np.asarray(self.tables["described"]).tobytes())
-
-    @cached_property
-    def _towers(self) -> TwoTower:
-        weights = torch.load(
-            io.BytesIO(np.asarray(self.tables["weights"]).tobytes()), weights_only=True, map_location="cpu"
-        )
-        return build(TwoTower, self._described["towers"], weights)
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        super().restore(tables)
+        self._encoded = None
+        try:
+            self._described = json.loads(np.asarray(tables["described"]).tobytes())
+            weights = np.asarray(tables["weights"]).tobytes()
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ValueError(f"the tables of an {type(self).__name__} are not whole ({error!r}); mine again") from error
+        where, make = f"the second retriever of an {type(self).__name__}", "recsys mine-negatives"
+        towers, _ = (take(self._described, name, kind, where) for name, kind in KEPT.items())
+        self._towers: TwoTower = build(TwoTower, towers, load_tensors(io.BytesIO(weights), where, make), where)
+        if "vectors" not in tables or len(tables["vectors"]) != self._towers.items.num_items + 1:
+            raise ValueError(f"{where} has not as many item vectors as items; mine again: {make}")
 
     @property
     def reads_times(self) -> bool:

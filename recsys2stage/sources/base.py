@@ -2,19 +2,24 @@
 
 import csv
 import fnmatch
+import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import polars as pl
 
 from recsys2stage.checks import FILE, LINE, SURPLUS, Column, Rows, require
 from recsys2stage.sources.quotes import AUTO, layout_of
+from recsys2stage.trust import name_of
+
+LARGE = 1 << 30  # bytes: below it, nothing unpacked does harm
+MOST_GROWTH = 200  # a log in text packs to a tenth or twentieth of its size
 
 Kind = Literal["categorical", "multi", "numeric"]
 
@@ -64,7 +69,7 @@ class Source(ABC):
             for name, value in vars(self).items()
             if not name.startswith("_")
         }
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": options}
+        return {"class_path": name_of(kind), "init_args": options}
 
 
 @contextmanager
@@ -76,9 +81,11 @@ def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="recsys-") as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    if any(fits(member, pattern) for pattern in patterns):
-                        archive.extract(member, folder)
+                named = archive.infolist()
+                chosen = [member for member in named if any(fits(member.filename, pattern) for pattern in patterns)]
+                _check_members(path, chosen, free=shutil.disk_usage(folder).free)
+                for member in chosen:
+                    archive.extract(member, folder)
         except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # the disk, not the archive
                 raise
@@ -86,9 +93,25 @@ def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
                 f"{path} is not a complete zip file ({error}), {path.stat().st_size:,} bytes: "
                 "it may be cut short; remove it and fetch it again"
             ) from error
+        except ValueError:
+            raise
         except Exception as error:  # zlib.error, lzma.LZMAError: a member is damaged
             raise ValueError(f"{path} is damaged ({error}); remove it and fetch it again") from error
         yield Path(folder)
+
+
+def _check_members(path: Path, members: Sequence[zipfile.ZipInfo], free: int) -> None:
+    """Refuses members of a zip that would leave their folder or fill the disk, before any is unpacked."""
+    for member in members:
+        parts = PurePosixPath(member.filename.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+            raise ValueError(f"{path} has a member {member.filename!r}, expected names that stay in it; do not use it")
+    packed, unpacked = sum(m.compress_size for m in members), sum(m.file_size for m in members)
+    if unpacked > free or (unpacked > LARGE and unpacked > MOST_GROWTH * packed):
+        raise ValueError(
+            f"{path} unpacks from {packed:,} to {unpacked:,} bytes, expected at most {MOST_GROWTH} times its size and "
+            f"the {free:,} bytes that are free; unpack it yourself and name the folder"
+        )
 
 
 def fits(member: str, pattern: str) -> bool:

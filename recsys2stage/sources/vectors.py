@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import ids as id_rule
+from recsys2stage.artifacts import read_array
 from recsys2stage.checks import require
 from recsys2stage.columns import ITEM_ID
 
@@ -60,10 +61,7 @@ class Vectors:
     def _read_array(self) -> tuple[pl.Series, np.ndarray]:
         if self.ids is None:
             raise ValueError(f"{self.path} is an array without ids; name a text file with the item id of each row: ids")
-        try:
-            vectors = np.load(self.path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{self.path} cannot be read as an array: {error}") from error
+        vectors = read_array(self.path)
         if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype.kind not in "fiu":
             raise ValueError(
                 f"{self.path} has shape {vectors.shape} and type {vectors.dtype}, expected a row of numbers an item"
