@@ -241,6 +241,9 @@ def read_log(path: Path, text: Sequence[str] = ()) -> pl.DataFrame:
         log = pl.read_csv(path, schema_overrides=names, infer_schema_length=None, quote_char=quote)
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    twice = [name for name in log.columns if f"{name}_duplicated_0" in log.columns]  # as polars names the second
+    if twice:
+        raise ValueError(f"{path} has more than one column {twice[0]!r}; one must go")
     return log.with_columns(ids.narrowed(log[c.USER_ID])) if c.USER_ID in log.columns else log
 
 

@@ -9,6 +9,7 @@ import pytest
 from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
+from recsys2stage.people import read_log
 from recsys2stage.prepare import prepare
 from recsys2stage.sources import MovieLens, SideTable, Table
 from recsys2stage.sources.quotes import layout_of
@@ -146,6 +147,20 @@ def test_side_tables_and_shards_are_looked_through_too(tmp_path: Path) -> None:
     side = SideTable("i.csv", "id", title="name")
     prepare(Table(source.path, quote=None, items=side), tmp_path / "data")
     assert "One, two" in pl.read_parquet(tmp_path / "data" / c.ITEM_TABLE)["title"].to_list()
+
+
+def test_histories_are_looked_through_too(tmp_path: Path) -> None:
+    path = tmp_path / "h.csv"
+    path.write_text('user_id,item_id,note\n1,10,"Heroes\n1,11,x\n2,12,"Heroes\n')
+    with pytest.raises(ValueError, match=r"h\.csv, line 2: a quote begins a field"):
+        read_log(path)
+    path.write_text('user_id,item_id,note\n1,10,12" vinyl\n"2","12","a, b"\n'.replace('12" v', "v"))
+    assert read_log(path).rows() == [(1, "10", "vinyl"), (2, "12", "a, b")]
+    path.write_text('user_id,item_id,note\n007,10,12" vinyl\n')
+    assert read_log(path).rows() == [("007", "10", '12" vinyl')]
+    path.write_text("user_id,item_id,user_id\n1,10,2\n")
+    with pytest.raises(ValueError, match=r"h\.csv has more than one column 'user_id'; one must go"):
+        read_log(path)
 
 
 def test_movielens_has_quotes_in_csv_and_none_in_dat(tmp_path: Path) -> None:
