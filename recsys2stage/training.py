@@ -108,7 +108,7 @@ class RecsysCLI(LightningCLI):
                     f"trainer.accelerator is {accelerator!r}, Apple's MPS, which has no float64 for times and metrics; "
                     "use --trainer.accelerator cpu"
                 )
-            logger.warning("training on the CPU: Apple's MPS has no float64 for times and metrics")
+            logger.warning("running on the CPU: Apple's MPS has no float64 for times and metrics")
             kwargs["accelerator"] = "cpu"
         elif options.trainer.precision is None and not options.trainer.plugins and computes_in_bf16(accelerator):
             kwargs["precision"] = "bf16-mixed"

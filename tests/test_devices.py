@@ -221,6 +221,14 @@ def test_every_encoder(encoder: Any, place: Callable[[Any], Any]) -> None:
     a_step_and_a_validation(retriever(encoder=encoder, **READS["everything"]), history(), place)
 
 
+@by_name("encoder", ENCODERS)
+@pytest.mark.parametrize("place", ["cpu"], indirect=True)
+def test_every_encoder_in_bf16(encoder: Any, place: Callable[[Any], Any]) -> None:
+    """The code of a GPU in the precision of a GPU."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a_step_and_a_validation(retriever(encoder=encoder, **READS["everything"]), history(), place)
+
+
 @by_name("reads", READS)
 @pytest.mark.parametrize("encoder", [Transformer, BERT4Rec])
 def test_every_input(encoder: Any, reads: dict[str, Any], place: Callable[[Any], Any]) -> None:
