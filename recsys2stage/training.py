@@ -21,6 +21,7 @@ from recsys2stage.callbacks import (
     KeepLast,
     MeasureTheEnd,
     NextEpoch,
+    OwnFiles,
     RequireFinite,
     ReseedEveryStep,
     SignFit,
@@ -143,7 +144,7 @@ class RecsysCLI(LightningCLI):
             self.config_init[verb].weights_only = True
 
 
-CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, SignFit, StayStopped, NextEpoch)
+CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, OwnFiles, SignFit, StayStopped, NextEpoch)
 IGNORED = (
     ".*exists and is not empty",  # log/ is there before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
