@@ -171,16 +171,50 @@ class NextEpoch(Callback):
             loop.reset_restart_stage()
 
 
-class SignFit(Callback):
-    """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end with a best.ckpt.
+class OwnFiles(Callback):
+    """Keeps best.ckpt, last.ckpt and the manifest in a folder those of one fit.
 
-    What another fit left in the folder goes when this one writes its first checkpoint there, so that best.ckpt,
-    last.ckpt and the manifest are always of one fit.
+    What another fit left there goes when this one writes its first checkpoint. A folder that was moved keeps its best.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # of all attempts before this one
         self.alone = False  # whether what another fit left is gone
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saver = trainer.checkpoint_callback
+        if not isinstance(saver, ModelCheckpoint) or not self._resumes(trainer, saver):
+            return
+        state = checkpoint.get("callbacks", {}).get(saver.state_key)
+        if state is not None and state["dirpath"] != saver.dirpath:  # else the next epoch would count as the first best
+
+            def moved(path: str) -> str:
+                return path and str(Path(str(saver.dirpath)) / Path(path).name)
+
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[name] = moved(state[name])
+            state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+            state["dirpath"] = saver.dirpath
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saver = trainer.checkpoint_callback
+        if self.alone or not isinstance(saver, ModelCheckpoint):
+            return
+        self.alone = True
+        if trainer.is_global_zero:
+            for name in (MANIFEST,) if self._resumes(trainer, saver) else (MANIFEST, BEST, LAST):
+                (Path(str(saver.dirpath)) / name).unlink(missing_ok=True)
+
+    def _resumes(self, trainer: Trainer, saver: ModelCheckpoint) -> bool:
+        """Whether the fit goes on from a checkpoint of its own folder."""
+        path = trainer.ckpt_path
+        return path is not None and Path(path).resolve().parent == Path(str(saver.dirpath)).resolve()
+
+
+class SignFit(Callback):
+    """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end with a best.ckpt."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # of all attempts before this one
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds + time.monotonic() - self.started}
@@ -190,16 +224,6 @@ class SignFit(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.monotonic()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saver = trainer.checkpoint_callback
-        if self.alone or not isinstance(saver, ModelCheckpoint):
-            return
-        folder, self.alone = Path(str(saver.dirpath)), True
-        resumed = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve().parent == folder.resolve()
-        if trainer.is_global_zero:
-            for name in (MANIFEST,) if resumed else (MANIFEST, BEST, LAST):
-                (folder / name).unlink(missing_ok=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = trainer.checkpoint_callback

@@ -90,7 +90,7 @@ def step_out_of_configs(argv: list[str]) -> None:
     root = next((folder.parent for folder in (here, here.parent) if folder.name == "configs"), None)
     if root is None:
         return
-    for place, word in enumerate(argv[1:], start=1):
+    for place, word in enumerate(argv):  # the program, too: Lightning starts it again for further processes
         option, equals, value = word.rpartition("=")
         if value and not value.startswith("-") and (here / value).exists():
             argv[place] = f"{option}{equals}{here / value}"

@@ -338,6 +338,7 @@ class TwoStageRecommender:
             options.append(f"--early_stopping.patience={self.early_stopping or NEVER}")
         if not self.verbose:
             options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        options.append("--trainer.devices=1")  # further processes would run the caller's script again
         with in_own_words(config):
             training.train("fit", options)
 

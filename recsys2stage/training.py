@@ -25,6 +25,7 @@ from recsys2stage.callbacks import (
     KeepLast,
     MeasureTheEnd,
     NextEpoch,
+    OwnFiles,
     RequireFinite,
     ReseedEveryStep,
     SignFit,
@@ -193,7 +194,7 @@ def computes_in_bf16(accelerator: Any) -> bool:
     return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, SignFit, StayStopped, NextEpoch)
+CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, OwnFiles, SignFit, StayStopped, NextEpoch)
 IGNORED = (
     ".*exists and is not empty",  # log/ is there before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch

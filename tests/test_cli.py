@@ -277,9 +277,10 @@ def test_words_that_name_files_inside_configs_still_do(tmp_path: Path, monkeypat
     folder = tmp_path / "configs" / "mini"
     folder.mkdir(parents=True)
     (folder / "a.yaml").touch()
+    (tmp_path / "recsys").touch()
     monkeypatch.chdir(folder)
     argv = [
-        "recsys",
+        "../../recsys",
         "fit",
         "--config",
         "a.yaml",
@@ -292,6 +293,7 @@ def test_words_that_name_files_inside_configs_still_do(tmp_path: Path, monkeypat
     ]
     cli.step_out_of_configs(argv)
     assert Path.cwd() == tmp_path
+    assert Path(argv[0]).samefile(tmp_path / "recsys"), "further processes find the program"
     assert argv[3] == str(folder / "a.yaml")
     assert argv[4] == f"--config={folder / 'a.yaml'}"
     assert argv[6] == "runs/x"

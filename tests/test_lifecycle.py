@@ -194,13 +194,14 @@ def test_the_files_in_a_folder_are_of_one_fit(fit: Fit, tmp_path: Path, monkeypa
     assert not torch.equal(weights(run / "best.ckpt")["towers.items.table.weight"], before["towers.items.table.weight"])
 
 
-def test_a_resumed_fit_keeps_its_best(fit: Fit, tmp_path: Path) -> None:
-    run = fit("--model.init_args.optimizer.lr", 0)
-    best = torch.load(run / "best.ckpt", weights_only=True)["global_step"]
-    assert best == STEPS, "no later epoch improves on it"
-    fit("--model.init_args.optimizer.lr", 0, "--ckpt_path", run / "last.ckpt", "--trainer.max_epochs", 3)
-    assert torch.load(run / "best.ckpt", weights_only=True)["global_step"] == STEPS
-    assert json.loads((run / "manifest.json").read_text())["steps"] == 3 * STEPS
+def test_a_resumed_fit_keeps_its_best_wherever_its_folder_was_moved(fit: Fit, tmp_path: Path) -> None:
+    still = ("--model.init_args.optimizer.lr", 0)
+    moved = fit(*still).rename(tmp_path / "moved")
+    assert torch.load(moved / "best.ckpt", weights_only=True)["global_step"] == STEPS, "no later epoch improves on it"
+    fit(*still, "--ckpt_path", moved / "last.ckpt", "--trainer.max_epochs", 3, "--output", moved)
+    assert torch.load(moved / "best.ckpt", weights_only=True)["global_step"] == STEPS
+    assert json.loads((moved / "manifest.json").read_text())["steps"] == 3 * STEPS
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 from pipeline_fixtures import RANKER, RETRIEVER, Run
 
 from recsys2stage import data as data_module
+from recsys2stage import estimator
 from recsys2stage.candidates import Candidates
 from recsys2stage.data import Histories, equally_many, shuffled
 from recsys2stage.ranker import Ranker
@@ -98,6 +99,14 @@ def test_of_processes_that_start_together_one_prepares(tmp_path: Path, monkeypat
         thread.join(timeout=60)
     assert made == [tmp_path / "data"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "events.csv", "prepare.yaml"]
+
+
+def test_the_estimator_trains_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many GPUs there are: Lightning's further processes would run the script that calls it."""
+    given: list[str] = []
+    monkeypatch.setattr(estimator.training, "train", lambda verb, options: given.extend(options))
+    estimator.TwoStageRecommender()._train("retriever", tmp_path / "data", tmp_path / "retriever")
+    assert given[-1] == "--trainer.devices=1"
 
 
 # --- two processes
