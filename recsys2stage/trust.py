@@ -165,8 +165,8 @@ def _bases(annotation: Any) -> Iterator[tuple[type, bool]]:
 
 
 def _members(base: type) -> Iterator[tuple[str, type]]:
-    """The public classes of this package that are `base` or below it, by short name."""
-    if _root(base.__module__) == PACKAGE and not base.__name__.startswith("_"):
+    """The public classes of this package that are `base` or below it and can be made, by short name."""
+    if _root(base.__module__) == PACKAGE and not base.__name__.startswith("_") and not inspect.isabstract(base):
         yield base.__qualname__, base
     below: list[type] = base.__subclasses__()
     for kind in below:
