@@ -351,36 +351,36 @@ def evaluate(
 
 
 def time_of_requests(
-    request_time: int | None, recommender: Recommender, people: PreparedUsers | FileUsers
+    request_time: int | None, recommender: Recommender, requests: PreparedUsers | FileUsers
 ) -> tuple[int, str]:
-    """Seconds of all requests, and what to print of them: something where the model is told the request time.
+    """Seconds of all requests, and a text to print of them, which is empty for a model without request time.
 
     Args:
         request_time: as it was given; None: that of the newest event of the log.
     """
-    told = recommender.request_time == "target"
+    reads = recommender.request_time == "target"
     if request_time is None:
-        if not told:
+        if not reads:
             return 0, ""  # the newest event is not looked up where it does not count: it reads all times
-        if people.newest > time.time():
+        if requests.newest > time.time():
             logger.warning(
                 "the newest event of the log, %s, lies in the future of this machine's clock, and its time is that of "
                 "all requests; pass --request_time",
-                date_of(people.newest),
+                date_of(requests.newest),
             )
-        return people.newest, f", as of {date_of(people.newest)}, the newest event of the log"
+        return requests.newest, f", as of {date_of(requests.newest)}, the newest event of the log"
     now = int(as_seconds([request_time], "request_time", recommender.newest_time)[0])
-    late = people.last_times > now
+    late = requests.last_times > now
     if recommender.has_time and late.any():
         first = int(late.argmax())
         raise ValueError(
             f"request_time is {now}, before the newest event of {int(late.sum()):,} of {len(late):,} users, such as "
-            f"{people.last_times[first]} of user {people.user_ids[first]}; give a later time, or --histories with only "
-            "the events before it"
+            f"{requests.last_times[first]} of user {requests.user_ids[first]}; give a later time, or --histories with "
+            "only the events before it"
         )
-    if not told:
-        logger.warning("the model is not told the request time, so --request_time %s changes nothing", now)
-    return now, f", as of {date_of(now)}" if told else ""
+    if not reads:
+        logger.warning("the model was trained without request time, so --request_time %s changes nothing", now)
+    return now, f", as of {date_of(now)}" if reads else ""
 
 
 COMMANDS: dict[str, Any] = {

@@ -358,7 +358,7 @@ class Recommender:
     def rank(
         self, padded: Padded, known: Ragged, request: np.ndarray | None, k: int, asked: np.ndarray | None = None
     ) -> Ranking:
-        """Both stages for B requests, each made and asked as `queries` has it; items that are known are left out.
+        """Both stages for B requests, with request times and actions as in `queries`; known items are left out.
 
         The first k items are the same however many are requested: the last stage orders the candidates, as many as the
         bundle has, and all other items follow in the retriever's order, as in an evaluation. Users without a history
@@ -431,7 +431,7 @@ class Recommender:
             history: item ids as in the raw data, oldest first. Ids the model does not know are passed over.
             k: how many.
             times: whole seconds since 1970 of each event, ascending; needed where the model has a clock.
-            request_time: seconds of the request, no earlier than the newest event, for models that are told it; None:
+            request_time: seconds of the request, no earlier than the newest event, for models with request time; None:
                 now or, with a warning, the newest event's time if that lies in the future.
             exclude: further item ids not to recommend.
             ratings: of each event, None where there is none; looked at by models with an input for them.

@@ -266,7 +266,7 @@ def test_a_request_time_that_changes_nothing_is_named(
 ) -> None:
     of = ("recommend", "--bundle", short.index, "--output", tmp_path / "o.parquet", "--users", "[1]")
     recsys(*of, "--request_time", 2 * 10**9)
-    assert "not told the request time, so --request_time 2000000000 changes nothing" in caplog.text
+    assert "trained without request time, so --request_time 2000000000 changes nothing" in caplog.text
 
 
 # --- all seen items are filtered, those beyond the model's max_length too

@@ -34,7 +34,7 @@ EACH = {"side": "on", "age": 33}  # features of some user
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A first stage with a user tower over side and age, which is told the request time."""
+    """A first stage with a user tower over side and age, with request time."""
     run = Run(tmp_path_factory.mktemp("served"))
     directions_world(run.folder, users=120)
     (run.folder / "retriever.yaml").write_text(RETRIEVER, encoding="utf-8")
@@ -63,8 +63,8 @@ def users(served: Run) -> pl.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def everybody(served: Run, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
-    output = tmp_path_factory.mktemp("everybody") / "o.parquet"
+def expected_rows(served: Run, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    output = tmp_path_factory.mktemp("expected_rows") / "o.parquet"
     recsys("recommend", "--bundle", served.index, "--output", output)
     return pl.read_parquet(output)
 
@@ -73,9 +73,9 @@ def everybody(served: Run, tmp_path_factory: pytest.TempPathFactory) -> pl.DataF
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def described(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Users with a class, several classes and a number, some unknown; codes that look like numbers."""
-    folder = tmp_path_factory.mktemp("told")
+    folder = tmp_path_factory.mktemp("described")
     rows = ["user_id,zip,likes,age", "1,01,a|b,20", "2,1,b,", "3,,c| a |a,41.5", "4,7,,20"]
     (folder / "users.csv").write_text("\n".join([*rows, ""]))
     events = [f"{user},{(user + place) % 6 + 1},{1_000 + place}" for user in range(1, 6) for place in range(4)]
@@ -86,8 +86,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset(folder / "data")
 
 
-def test_features_are_encoded_as_when_the_data_were_prepared(told: Dataset) -> None:
-    specs = user_specs(told)
+def test_features_are_encoded_as_when_the_data_were_prepared(described: Dataset) -> None:
+    specs = user_specs(described)
     assert [spec["classes"] for spec in specs] == [["01", "1", "7"], ["a", "b", "c"], None]
     assert json.loads(json.dumps(specs)) == specs
     rows: list[dict[str, Any]] = [
@@ -97,14 +97,14 @@ def test_features_are_encoded_as_when_the_data_were_prepared(told: Dataset) -> N
         {"zip": 7.0, "likes": [], "age": np.float32(20)},
         {"zip": float("nan"), "age": float("nan")},
     ]
-    encoded, prepared = encode_users(specs, rows, "here"), told.people(np.arange(5))
+    encoded, prepared = encode_users(specs, rows, "here"), described.people(np.arange(5))
     for one, other in zip(encoded, prepared, strict=True):
         assert one.dtype == other.dtype
         assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
-def test_unknown_classes_count_as_unknown_with_a_warning(told: Dataset, caplog: pytest.LogCaptureFixture) -> None:
-    encoded = encode_users(user_specs(told), [{"zip": "02", "likes": ["z", "b"]}, {"zip": "1"}], "some.csv")
+def test_unknown_classes_count_as_unknown_with_a_warning(described: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    encoded = encode_users(user_specs(described), [{"zip": "02", "likes": ["z", "b"]}, {"zip": "1"}], "some.csv")
     assert encoded[0].tolist() == [[0], [2]]
     assert encoded[1].tolist() == [[2], [0]]
     assert [record.getMessage() for record in caplog.records] == [
@@ -123,9 +123,9 @@ def test_unknown_classes_count_as_unknown_with_a_warning(told: Dataset, caplog: 
         ({"likes": "a|b"}, r"user: likes is 'a\|b', expected a list of classes"),
     ],
 )
-def test_features_of_another_kind_are_refused(told: Dataset, user: dict[str, Any], message: str) -> None:
+def test_features_of_another_kind_are_refused(described: Dataset, user: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        encode_users(user_specs(told), [user], "user")
+        encode_users(user_specs(described), [user], "user")
 
 
 def test_without_declared_features_there_are_none_to_give() -> None:
@@ -140,21 +140,21 @@ def same_rows(rows: list[dict[str, Any]], expected: pl.DataFrame) -> None:
 
 
 def test_a_user_of_the_data_gets_the_same_in_python(
-    recommender: Recommender, everybody: pl.DataFrame, log: pl.DataFrame, users: pl.DataFrame
+    recommender: Recommender, expected_rows: pl.DataFrame, log: pl.DataFrame, users: pl.DataFrame
 ) -> None:
     for user in (0, 1, 2, 3):
         own = log.filter(pl.col("user_id") == user)
         features = users.filter(pl.col("user_id") == user).drop("user_id").row(0, named=True)
         about = {"times": own["time"].to_list(), "request_time": NEWEST}
         rows = recommender.recommend(own["item_id"].to_list(), user=features, **about)
-        same_rows(rows, everybody.filter(pl.col("user_id") == user))
+        same_rows(rows, expected_rows.filter(pl.col("user_id") == user))
         stranger = recommender.recommend(own["item_id"].to_list(), **about)
         assert [row["score"] for row in stranger] != [row["score"] for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_histories_in_a_file_may_have_user_features(
-    served: Run, everybody: pl.DataFrame, log: pl.DataFrame, users: pl.DataFrame, tmp_path: Path, kind: str
+    served: Run, expected_rows: pl.DataFrame, log: pl.DataFrame, users: pl.DataFrame, tmp_path: Path, kind: str
 ) -> None:
     table = log.join(users, on="user_id").with_columns(  # one of a user's rows says it all
         side=pl.when(pl.int_range(pl.len()).over("user_id") == 0).then("side")
@@ -164,7 +164,7 @@ def test_histories_in_a_file_may_have_user_features(
     recsys("recommend", "--bundle", served.index, "--histories", path, "--output", tmp_path / "o.parquet")
     found = pl.read_parquet(tmp_path / "o.parquet")
     for user in (0, 1, 50, 119):
-        same_rows(of_user(found, user).to_dicts(), of_user(everybody, user))
+        same_rows(of_user(found, user).to_dicts(), of_user(expected_rows, user))
 
 
 def of_user(table: pl.DataFrame, user: int) -> pl.DataFrame:
@@ -172,7 +172,7 @@ def of_user(table: pl.DataFrame, user: int) -> pl.DataFrame:
 
 
 def test_histories_of_the_estimator_may_have_user_features(
-    served: Run, everybody: pl.DataFrame, log: pl.DataFrame, users: pl.DataFrame, tmp_path: Path
+    served: Run, expected_rows: pl.DataFrame, log: pl.DataFrame, users: pl.DataFrame, tmp_path: Path
 ) -> None:
     for name, folder in (("data", served.data), ("bundle", served.index)):
         (tmp_path / name).symlink_to(folder)
@@ -181,7 +181,7 @@ def test_histories_of_the_estimator_may_have_user_features(
     few = log.join(users, on="user_id").filter(pl.col("user_id") < 5)
     found = model.recommend(histories=few, request_time=NEWEST)
     for user in range(5):
-        same_rows(of_user(found, user).to_dicts(), of_user(everybody, user))
+        same_rows(of_user(found, user).to_dicts(), of_user(expected_rows, user))
 
 
 def test_files_that_say_nothing_or_two_things_of_a_user(
@@ -200,32 +200,32 @@ def test_files_that_say_nothing_or_two_things_of_a_user(
         FileUsers(path, recommender)
 
 
-def test_a_signal_of_user_features_says_the_same_in_python(told: Dataset) -> None:
+def test_a_signal_of_user_features_says_the_same_in_python(described: Dataset) -> None:
     """Demographics, beside a retriever without a user tower."""
     from recsys2stage.encoders import Transformer
     from recsys2stage.index import Exact
     from recsys2stage.towers import TwoTower
 
     torch.manual_seed(0)
-    towers, index = TwoTower(told.num_items, 8, 8, partial(Transformer, layers=1)), Exact()
+    towers, index = TwoTower(described.num_items, 8, 8, partial(Transformer, layers=1)), Exact()
     index.build(towers.every_item().detach().numpy())
     signal = Demographics()
-    signal.fit(told, np.zeros((told.num_items + 1, 8), np.float32))
-    catalogue, popularity = pl.read_parquet(told.path / "items.parquet"), told.train_counts
+    signal.fit(described, np.zeros((described.num_items + 1, 8), np.float32))
+    catalogue, popularity = pl.read_parquet(described.path / "items.parquet"), described.train_counts
     reranker = Reranker(
-        told.num_items, 8, [], MLP, signals=[{"name": "Demographics.zip_lift", "by_id": False, "counted": True}]
+        described.num_items, 8, [], MLP, signals=[{"name": "Demographics.zip_lift", "by_id": False, "counted": True}]
     )
     for part in reranker.scorer.parameters():
         torch.nn.init.normal_(part, std=0.5)
     model = Recommender(
-        towers, index, reranker, catalogue, popularity, "none", signals=[signal], user_features=user_specs(told)
+        towers, index, reranker, catalogue, popularity, "none", signals=[signal], user_features=user_specs(described)
     )
     assert model.reads_user
     numbers = np.arange(2)
-    padded = told.histories(numbers, "val", 8)
-    expected = model.rows(model.rank(padded, told.seen(numbers, "val"), None, 4))
+    padded = described.histories(numbers, "val", 8)
+    expected = model.rows(model.rank(padded, described.seen(numbers, "val"), None, 4))
     for row, zip_code in enumerate(("01", "1")):
-        history = told.items[told.offsets[row] : told.train_ends[row]].tolist()
+        history = described.items[described.offsets[row] : described.train_ends[row]].tolist()
         got = model.recommend(history, k=4, user={"zip": zip_code})
         assert [one["item_id"] for one in got] == [one["item_id"] for one in expected[row]]
         np.testing.assert_allclose([o["score"] for o in got], [o["score"] for o in expected[row]], rtol=1e-4, atol=1e-5)
@@ -437,7 +437,7 @@ assert not (folder / "out").exists()
 
 
 def test_a_word_that_an_option_does_not_know_is_refused_in_python(served: Run, tmp_path: Path) -> None:
-    """In a process of its own, since the types that tests check refuse it first, and with them nobody else."""
+    """In a process of its own, since the types that tests check refuse it first."""
     split, seen = "split is {!r}, expected val or test", "seen is 'no', expected keep or filter"
     request = "request_time is {!r}, expected none, last_event or target"
     expected = [
