@@ -26,6 +26,7 @@ from recsys2stage.events import (
     tie_shares,
     withhold,
 )
+from recsys2stage.options import check_option
 from recsys2stage.side_tables import write_side, write_vectors
 from recsys2stage.sources.base import Source
 from recsys2stage.sources.vectors import Vectors
@@ -71,6 +72,9 @@ def prepare(
         ValueError: for bad rows or options that do not fit the data; nothing is written then.
         FileNotFoundError: where the raw data are not; the message says what to put where.
     """
+    check_option("tie_break", tie_break, TieBreak)
+    check_option("repeats", repeats, Repeats)
+    check_option("on_bad_rows", on_bad_rows, OnBadRows)
     if not 0 <= cold_items < 1:
         raise ValueError(f"cold_items is {cold_items}, expected a share of the items: at least 0 and below 1")
     item_vectors = item_vectors or {}

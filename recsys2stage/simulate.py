@@ -15,6 +15,7 @@ import polars as pl
 from tqdm import tqdm
 
 from recsys2stage.artifacts import whole
+from recsys2stage.options import check_option
 
 RATINGS, MOVIES, README = "ratings.csv", "movies.csv", "README.txt"
 MARK = "SIMULATED DATA"  # the README's first words: only a folder that has them is replaced
@@ -70,12 +71,13 @@ class Counts(NamedTuple):
     shortest: int  # events of a user at least
 
 
+Size = Literal["demo", "ml-20m"]
 SIZES = {"demo": Counts(3_000, 900, 135_000, 10), "ml-20m": Counts(138_493, 26_744, 20_000_263, 20)}
 
 
 def simulate(
     output: Path = Path("data/raw/demo"),
-    size: Literal["demo", "ml-20m"] = "demo",
+    size: Size = "demo",
     users: int | None = None,
     items: int | None = None,
     events: int | None = None,
@@ -91,6 +93,7 @@ def simulate(
         events: number of ratings; by default as many for each user as in the size.
         seed: the same seed gives the same bytes.
     """
+    check_option("size", size, Size)
     default = SIZES[size]
     users, items = default.users if users is None else users, default.items if items is None else items
     counts = Counts(
