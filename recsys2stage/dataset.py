@@ -9,10 +9,12 @@ import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
+from recsys2stage.options import check_option
 from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
+Seen = Literal["keep", "filter"]  # whether seen items may be recommended
 At = Part | Literal["all"] | np.ndarray  # a user's target in a split, none (after all events), or (B,) target places
 
 
@@ -33,6 +35,11 @@ def spans(starts: np.ndarray, ends: np.ndarray) -> Ragged:
     lengths = np.maximum(ends - starts, 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Ragged(np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths), offsets)
+
+
+def no_items(rows: int) -> Ragged:
+    """Nothing in each row."""
+    return Ragged(np.zeros(0, dtype=np.int64), np.zeros(rows + 1, dtype=np.int64))
 
 
 def places(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,8 +126,9 @@ class Dataset:
         return self.manifest["protocol"]
 
     @property
-    def keeps_repeats(self) -> bool:
-        return self.protocol["repeats"] == "keep"
+    def seen_rule(self) -> Seen:
+        """Whether seen items stay in a user's ranking: they do where repeated events are kept, and can be targets."""
+        return "keep" if self.protocol["repeats"] == "keep" else "filter"
 
     @cached_property
     def cold(self) -> np.ndarray:
@@ -150,11 +158,12 @@ class Dataset:
 
     def users(self, split: Part) -> np.ndarray:
         """Users that have a target in this split, ascending, (B,) int64."""
-        ends = self.val_ends if split == "val" else self.offsets[1:]
-        return np.flatnonzero(self.target_places(split) < ends)
+        places = self.target_places(split)
+        return np.flatnonzero(places < (self.val_ends if split == "val" else self.offsets[1:]))
 
     def target_places(self, split: Part) -> np.ndarray:
         """Index of each user's target among all events; valid for `users(split)` only, (U,) int64."""
+        check_option("split", split, Part)
         return np.asarray(self.train_ends if split == "val" else self.val_ends)
 
     def events(self, starts: np.ndarray, ends: np.ndarray) -> Padded:
@@ -163,9 +172,13 @@ class Dataset:
 
     def ends(self, users: np.ndarray, at: At) -> np.ndarray:
         """One past the last event before each user's target, which is the target's own place, (B,) int64."""
-        if isinstance(at, np.ndarray):
-            return at
-        return np.asarray(self.offsets[users + 1]) if at == "all" else self.target_places(at)[users]
+        if isinstance(at, str) and at == "all":
+            return np.asarray(self.offsets[users + 1])
+        return self._targets(users, at)
+
+    def _targets(self, users: np.ndarray, at: At) -> np.ndarray:
+        """The place of each user's target among all events, (B,) int64; after all events there is none."""
+        return at if isinstance(at, np.ndarray) else self.target_places(at)[users]  # type: ignore[arg-type]  # checked there
 
     def val_targets(self, newest: int | None = None, gap: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """All validation events that have one before them, by user and time: users and places, (n,) int64 each.
@@ -195,23 +208,21 @@ class Dataset:
         """The values of each declared user feature, (B, P) each."""
         return tuple(feature["values"][users].reshape(len(users), -1) for feature in self.user_features)
 
-    def known(self, users: np.ndarray, at: At) -> Ragged:
-        """Every item a user has met before the target: what is filtered from its ranking.
+    def seen(self, users: np.ndarray, at: At) -> Ragged:
+        """Every item of a user's events before the target, as old as they may be; repeated where events repeat."""
+        index = spans(np.asarray(self.offsets[users]), self.ends(users, at))
+        return Ragged(self.items[index.values].astype(np.int64), index.offsets)
 
-        With `repeats: keep` the target itself stays in the ranking even when it was met before.
+    def known(self, users: np.ndarray, at: At) -> Ragged:
+        """The seen items that are filtered from each user's ranking: all of them, or none with `repeats: keep`.
+
+        A repeat can be the target there. Filtering all seen items but the target would tell which one it is.
         """
-        ends = self.ends(users, at)
-        index = spans(np.asarray(self.offsets[users]), ends)
-        known = Ragged(self.items[index.values].astype(np.int64), index.offsets)
-        if not self.keeps_repeats or (isinstance(at, str) and at == "all"):
-            return known
-        other = known.values != np.asarray(self.items[ends])[known.rows]
-        kept = np.bincount(known.rows[other], minlength=len(users))
-        return Ragged(known.values[other], np.concatenate([[0], np.cumsum(kept)]))
+        return self.seen(users, at) if self.seen_rule == "filter" else no_items(len(users))
 
     def targets(self, users: np.ndarray, at: At) -> np.ndarray:
         """The item each user takes next, (B,) int64."""
-        return self.items[self.ends(users, at)].astype(np.int64)
+        return self.items[self._targets(users, at)].astype(np.int64)
 
     def asked(self, users: np.ndarray, at: At, next_action: str) -> np.ndarray | None:
         """The kind of action that each user is asked for, (B,) int64; None where the model is not told.
@@ -219,15 +230,16 @@ class Dataset:
         Args:
             next_action: none, target (the target's own kind), or the name of the kind that everybody is asked for.
         """
+        self.check_next_action(next_action)
         if next_action == "none":
             return None
         if next_action == "target" and self.actions is not None:
-            return self.actions[self.ends(users, at)].astype(np.int64)
+            return self.actions[self._targets(users, at)].astype(np.int64)
         return np.full(len(users), 1 + self.action_names.index(next_action))
 
     def request_times(self, users: np.ndarray, at: At) -> np.ndarray:
         """When each user's target happened, (B,) int64 seconds."""
-        return np.asarray(self.times[self.ends(users, at)])
+        return np.asarray(self.times[self._targets(users, at)])
 
     @cached_property
     def item_features(self) -> list[dict[str, Any]]:
@@ -272,6 +284,7 @@ class Dataset:
             )
 
     def check_request_time(self, request_time: RequestTime) -> None:
+        check_option("request_time", request_time, RequestTime)
         if request_time != "none" and not self.has_time:
             raise ValueError(
                 f"request_time is {request_time!r} but {self.path} has an order and no times; use request_time: none"
@@ -316,6 +329,7 @@ def as_history(
         target_time: (B,) seconds of the request after the last place; None: the last event's own.
         asked: (B,) the kind of action asked for after the last place; None: models are not told of kinds.
     """
+    check_option("request_time", request_time, RequestTime)
     request = None
     if request_time == "last_event":
         request = padded.times

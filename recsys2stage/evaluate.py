@@ -18,6 +18,8 @@ from recsys2stage.report import TITLES
 
 TOP = 10  # how many items a user is shown, for what is measured of the shown
 
+SEEN_FILTER = {"filter": "all items the user has met", "keep": "none, seen items are ranked too"}
+
 SAMPLED = (
     "sampled: 1 positive and {} random negatives; sampled metrics are not comparable to full ranking and may order "
     "models differently (Krichene & Rendle 2020)"
@@ -58,9 +60,9 @@ def rank_users(
 ) -> Outcome:
     """Rank of each user's target by every model, and what the models show.
 
-    The retriever and the baselines rank all items that the user has not met. The ranker orders the retriever's
-    candidates anew; what lies outside them keeps the retriever's order below. Its probabilities are a softmax over
-    the candidates.
+    The retriever and the baselines rank all items but the seen ones that the protocol filters (with `repeats: keep`
+    none). The ranker orders the retriever's candidates anew; what lies outside them keeps the retriever's order below.
+    Its probabilities are a softmax over the candidates.
 
     Args:
         negatives: each order is restricted to the target and so many random items; None: to none.
@@ -150,7 +152,7 @@ def outside_ranking(
     """Which items a target is not ranked among: padding, the known, and those that were not drawn, (B, V + 1) bool.
 
     Args:
-        known: what each user has met.
+        known: the seen items that are filtered for each user.
         target: (B,) items.
         num_items: V.
         users: (B,) numbers of the users, for the draw.
@@ -267,7 +269,7 @@ def describe(
         "evaluated": split,
         "ranking": "full, over all rated items" if negatives is None else SAMPLED.format(negatives),
         **({} if negatives is None else {"negatives_seed": seed}),
-        "seen_filter": "all items the user has met" + (", but the target" if dataset.keeps_repeats else ""),
+        "seen_filter": SEEN_FILTER[dataset.seen_rule],
         "validation_item": "in the input at test time, never a training target",
         "request_time": request_time,
         **({} if next_action == "none" else {"next_action": next_action}),
@@ -285,12 +287,14 @@ def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
     ]
     more = protocol["split"] == "LeaveOneOut" and protocol.get("val", 1) > 1
     held = f" ({protocol['val']} events of each user validate)" if more else ""
+    keeps = protocol["seen_filter"] == SEEN_FILTER["keep"]
+    without = ", seen ones included" if keeps else f" without {protocol['seen_filter']}"
     return "protocol: " + "; ".join(
         [
             f"{protocol['split']} split{held}, {protocol['evaluated']} targets of {users:,} users",
-            f"full ranking of {num_items:,} items without {protocol['seen_filter']}"
+            f"full ranking of {num_items:,} items{without}"
             if protocol["ranking"].startswith("full")
-            else f"{protocol['ranking']}; negatives drawn from {num_items:,} items without {protocol['seen_filter']}",
+            else f"{protocol['ranking']}; negatives drawn from {num_items:,} items{without}",
             f"equal times in {protocol['tie_break']}",
             f"repeats: {protocol['repeats']}",
             *filters,

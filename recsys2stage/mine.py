@@ -49,10 +49,11 @@ def mine_negatives(
 ) -> None:
     """Mine candidate lists around each user's validation targets, which the retriever has never been trained on.
 
-    Candidates come through the path that serves: the index and the signals that name some, with the user's known items
+    Candidates come through the path that serves: the index and the signals that name some, with the user's seen items
     excluded, and those that are withheld from all training. Every positive up to and including the target is kept out
-    of the negatives; the test event is never consulted. Users kept to select the ranker get all candidates, in order,
-    as they are served.
+    of the negatives; the test event is never consulted. With `repeats: keep` no seen item is excluded: it is a
+    candidate and, unless it is the target itself, a negative, as it was not taken this time. Users kept to select the
+    ranker get all candidates, in order, as they are served.
 
     Args:
         data: prepared dataset.
@@ -149,7 +150,7 @@ def is_given(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool
 
 
 def barred_from(dataset: Dataset, users: np.ndarray, at: At) -> Ragged:
-    """What no list may show: the items that a user has met, and those that are withheld from all training."""
+    """Items excluded from a list: filtered seen items (none with `repeats: keep`), and those withheld as cold."""
     known, withheld = dataset.known(users, at), np.flatnonzero(dataset.cold)
     if not len(withheld):
         return known

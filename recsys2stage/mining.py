@@ -19,19 +19,19 @@ class Request(NamedTuple):
 
     candidates: np.ndarray  # (B, K) int64, as they are served, best first, −1 where there is no more
     target: np.ndarray  # (B,) int64
-    known: np.ndarray  # sorted keys row · (V + 1) + item of every positive up to the target, and of what is withheld
+    known: np.ndarray  # sorted keys row · (V + 1) + item of what is no negative: excluded items, and the target
     counts: np.ndarray  # (V + 1,) training events of each item
 
     @classmethod
     def of(
         cls, candidates: np.ndarray, target: np.ndarray, rows: np.ndarray, items: np.ndarray, counts: np.ndarray
     ) -> "Request":
-        """From the (rows, items) that were met before the target."""
+        """From the (rows, items) that are excluded from the lists."""
         keys = np.concatenate([rows, np.arange(len(target))]) * len(counts) + np.concatenate([items, target])
         return cls(candidates, target, np.unique(keys), counts)
 
     def is_known(self, items: np.ndarray) -> np.ndarray:
-        """Which of (B, N) items are positives of their row's user; also true of −1."""
+        """Which of (B, N) items are no negatives in their row: excluded, or the target; also true of −1."""
         keys = np.arange(len(items))[:, None] * len(self.counts) + items
         place = np.searchsorted(self.known, keys).clip(max=max(len(self.known) - 1, 0))
         return (items == NONE) | (self.known[place] == keys if len(self.known) else False)

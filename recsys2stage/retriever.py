@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data import Histories, Queries
-from recsys2stage.dataset import Dataset, RequestTime
+from recsys2stage.dataset import Dataset, RequestTime, Seen
 from recsys2stage.encoders import EncoderFactory, Transformer
 from recsys2stage.inputs import InputFactory, check_inputs
 from recsys2stage.items import ItemsFactory, ItemTable
@@ -20,6 +20,7 @@ from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.objectives import Cloze, NextItem, Objective
 from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
+from recsys2stage.options import check_option
 from recsys2stage.shapes import History, Similarity
 from recsys2stage.towers import TwoTower, full_precision
 from recsys2stage.users import UserFactory
@@ -88,6 +89,7 @@ class Retriever(Planned):
         recompute_rows: int | None = None,
     ) -> None:
         super().__init__()
+        check_option("request_time", request_time, RequestTime)
         self.save_hyperparameters(ignore=["objective", "loss", "norm_penalty", "start"])
         self.towers = TwoTower(
             num_items=num_items,
@@ -114,6 +116,7 @@ class Retriever(Planned):
         self.loss, self.norm_penalty = loss or InfoNCE(), norm_penalty
         self.optimizer, self.warmup_steps, self.final_lr = optimizer, warmup_steps, final_lr
         self.recompute_rows, self.start = recompute_rows, start
+        self.seen_rule: Seen = "filter"  # as the data have it, from `look_up` on
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
@@ -143,6 +146,7 @@ class Retriever(Planned):
 
     def look_up(self, dataset: Dataset) -> None:
         """Takes counts and features from a dataset, once, before training."""
+        self.seen_rule = dataset.seen_rule
         self.target_counts.copy_(torch.from_numpy(dataset.target_counts))
         self.last_times.copy_(torch.from_numpy(dataset.last_times))
         trained = torch.from_numpy(dataset.train_counts > 0)
@@ -168,7 +172,8 @@ class Retriever(Planned):
         answers = Answers(
             items=question.answers,
             rows=question.places.nonzero()[:, 0],
-            met=window.items,
+            # where repeats are kept, a seen item is no positive now: hidden, the target alone would remain of the seen
+            met=window.items if self.seen_rule == "filter" else torch.zeros_like(window.items),
             ratings=question.ratings,
             progress=self.progress,
         )
@@ -202,7 +207,7 @@ class Retriever(Planned):
         self.test_metrics.update(self.ranks(batch))
 
     def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
-        """Rank of each target in the whole catalogue, known items filtered."""
+        """Rank of each target in the whole catalogue, filtered as in an evaluation."""
         queries, items = self.towers.queries(batch.history), self.towers.every_item()
         with torch.autocast(queries.device.type, enabled=False):  # in bf16 many scores would tie
             scores = queries @ items.T  # (B, V)

@@ -155,7 +155,7 @@ def test_each_of_several_targets_has_the_history_before_it(dataset: Dataset) -> 
         assert place >= 1
         assert histories[row] == items[:place][-5:]
         assert (targets[row], moments[row]) == (items[place], times[place])
-        met = [item for item in items[:place] if not dataset.keeps_repeats or item != items[place]]
+        met = items[:place] if dataset.seen_rule == "filter" else []
         assert known.values[known.offsets[row] : known.offsets[row + 1]].tolist() == met
 
 
@@ -196,21 +196,23 @@ def test_the_whole_history_serves(dataset: Dataset) -> None:
 @pytest.mark.parametrize("split", ["val", "test", "all"])
 def test_known_equals_a_loop(dataset: Dataset, split: Any) -> None:
     users = np.arange(dataset.num_users) if split == "all" else dataset.users(split)[::-1]
-    known = dataset.known(users, split)
-    assert known.rows.tolist() == sorted(known.rows.tolist())
-    left_out = 0
+    seen, known = dataset.seen(users, split), dataset.known(users, split)
+    assert seen.rows.tolist() == sorted(seen.rows.tolist())
+    repeated = 0
     for row, user in enumerate(users):
         items, _ = events_of(dataset, user)
         place = None if split == "all" else target_of(dataset, user, split)
         met = items[:place]
-        if place is not None and dataset.keeps_repeats:  # a repeated target stays in its own ranking
-            left_out += items[place] in met
-            met = [item for item in met if item != items[place]]
-        assert known.values[known.offsets[row] : known.offsets[row + 1]].tolist() == met
-        if place is not None:
-            assert items[place] not in known.values[known.rows == row]
+        assert seen.values[seen.offsets[row] : seen.offsets[row + 1]].tolist() == met
+        repeated += place is not None and items[place] in met
+    if dataset.seen_rule == "filter":
+        assert np.array_equal(known.values, seen.values)
+        assert np.array_equal(known.offsets, seen.offsets)
+    else:  # a target can be a seen item, so none is filtered
+        assert not len(known.values)
+        assert known.offsets.tolist() == [0] * (len(users) + 1)
     if split != "all":
-        assert (left_out > 0) == dataset.keeps_repeats, "the world must show both cases"
+        assert (repeated > 0) == (dataset.protocol["repeats"] == "keep"), "the world must show both cases"
 
 
 def test_train_counts_and_cold_items(dataset: Dataset) -> None:

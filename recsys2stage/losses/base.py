@@ -15,7 +15,7 @@ class Answers(NamedTuple):
 
     items: Int[Tensor, " M"]
     rows: Int[Tensor, " M"]  # which history of the batch each place belongs to, ascending
-    met: Items  # (B, L) all items of each window of events, answers included; 0 is padding
+    met: Items  # (B, L) items of each window, answers included, 0 for padding; all 0 where repeats are kept
     ratings: Float[Tensor, " M"] | None = None  # of the answers, as in the log
     progress: float = 0.0  # share of the training run that is done, for what changes on the way
 

@@ -37,7 +37,7 @@ class InfoNCE(Sampled):
         temperature: τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: InBatch(), with which n falls out of `both`.
         correct: what is corrected for how likely it was drawn: none, the negatives, or the answer, too.
-        same_sequence: whether items of the row's own window of events are no negatives.
+        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
         near: candidates whose cosine to the answer is above this are no negatives; None: all are.
         hard: only so many candidates remain, those of the highest score before the correction (after it, rare items
             would be picked); or points [[share of the run, number or null], ...]; None: all remain.

@@ -18,7 +18,7 @@ class Pointwise(Sampled):
     Args:
         temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: Uniform(1).
-        same_sequence: whether items of the row's own window of events are no negatives.
+        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BCE(Pointwise):
     Args:
         temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: Uniform(1).
-        same_sequence: whether items of the row's own window of events are no negatives.
+        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
         max_rating: the rating that makes a label of 1; None: every answer's label is 1.
     """
 
@@ -122,7 +122,7 @@ class GBCE(Pointwise):
     Args:
         temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates; None: Uniform(256).
-        same_sequence: whether items of the row's own window of events are no negatives.
+        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
         calibration: t, from 0 to 1.
     """
 

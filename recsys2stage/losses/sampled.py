@@ -40,7 +40,7 @@ class Sampled(Loss):
     Args:
         temperature: τ; scores are q·v / τ. None: 0.05 for cosines, 1 for dot products.
         negatives: the candidates.
-        same_sequence: whether items of the row's own window of events are no negatives.
+        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
     """
 
     def __init__(self, temperature: float | None, negatives: Negatives, same_sequence: bool = False) -> None:
