@@ -10,7 +10,9 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
+from recsys2stage.dataset import Dataset, declared
 from recsys2stage.events import codes_of
+from recsys2stage.options import check_option
 from recsys2stage.sources.base import Kind
 from recsys2stage.sources.vectors import Vectors
 
@@ -57,25 +59,51 @@ def write_side(
 
 def write_feature(folder: Path, stem: str, column: pl.Series, kind: Kind, padding: int) -> dict[str, Any]:
     """Writes the one or two arrays of a feature, with `padding` rows of nothing in front."""
+    check_option("kind", kind, Kind)
     size = 1
     if kind == "numeric":
         values = column.cast(pl.Float32).fill_null(np.nan).to_numpy()
         np.save(folder / f"{stem}.values.npy", np.concatenate([np.full(padding, np.nan, np.float32), values]))
     elif kind == "categorical":
-        text = column.cast(pl.String)
-        names = text.drop_nulls().unique().sort().to_list()
-        np.save(folder / f"{stem}.codes.npy", np.concatenate([np.zeros(padding, np.int32), codes_of(text, names)]))
+        names = classes(column, kind)
+        codes = codes_of(column.cast(pl.String), names)
+        np.save(folder / f"{stem}.codes.npy", np.concatenate([np.zeros(padding, np.int32), codes]))
         size += len(names)
     else:
-        stripped = pl.element().str.strip_chars().replace("", None).drop_nulls()
-        lists = column.list.eval(stripped).list.unique(maintain_order=True)
-        flat = lists.explode().drop_nulls()
-        names = flat.unique().sort().to_list()
+        lists, names = class_lists(column), classes(column, kind)
         lengths = np.concatenate([np.zeros(1 + padding, np.int64), lists.list.len().fill_null(0).to_numpy()])
-        np.save(folder / f"{stem}.codes.npy", codes_of(flat, names))
+        np.save(folder / f"{stem}.codes.npy", codes_of(lists.explode().drop_nulls(), names))
         np.save(folder / f"{stem}.offsets.npy", np.cumsum(lengths, dtype=np.int64))
         size += len(names)
     return {"name": column.name, "kind": kind, "size": size}
+
+
+def class_lists(column: pl.Series) -> pl.Series:
+    """The classes of each row of a multi-valued column: stripped, none empty and none twice."""
+    stripped = pl.element().str.strip_chars().replace("", None).drop_nulls()
+    return column.list.eval(stripped).list.unique(maintain_order=True)
+
+
+def classes(column: pl.Series, kind: Kind) -> list[str]:
+    """The classes of a categorical or multi-valued column in the order of their numbers, which begin with 1."""
+    text = column.cast(pl.String) if kind == "categorical" else class_lists(column).explode()
+    return text.drop_nulls().unique().sort().to_list()
+
+
+def user_specs(dataset: Dataset) -> list[dict[str, Any]]:
+    """What encodes the declared user features without the data, for a manifest.
+
+    Each is {"name", "kind", "size", "values", "classes"}: class n of a categorical or multi-valued feature is
+    classes[n - 1], and 0 is unknown; classes are None for numbers.
+    """
+    specs = declared(dataset.user_features)
+    if not specs:
+        return []
+    table = pl.read_parquet(dataset.path / c.USER_TABLE)
+    return [
+        {**spec, "classes": None if spec["kind"] == "numeric" else classes(table[spec["name"]], spec["kind"])}
+        for spec in specs
+    ]
 
 
 def write_vectors(

@@ -61,6 +61,11 @@ class Signal(ABC):
         """Whether it looks at how a history's events were rated."""
         return False
 
+    @property
+    def reads_user(self) -> bool:
+        """Whether it looks at features of the user."""
+        return False
+
     @abstractmethod
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         """Counts training events, and nothing else, into `tables`.

@@ -23,6 +23,8 @@ class Demographics(Signal):
         alpha: events that are added to both counts.
     """
 
+    reads_user = True
+
     def __init__(self, alpha: float = 5.0) -> None:
         if alpha <= 0:
             raise ValueError(f"alpha is {alpha}, expected a number of events above 0")

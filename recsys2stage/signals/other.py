@@ -78,6 +78,10 @@ class OtherRetriever(Proposer):
     def reads_ratings(self) -> bool:
         return "ratings" in fields_read(self._towers.inputs)
 
+    @property
+    def reads_user(self) -> bool:
+        return self._towers.user is not None
+
     def __call__(self, requests: Requests) -> np.ndarray:
         vectors, items = np.asarray(self.tables["vectors"]), requests.items.clip(min=0)
         score = np.einsum("bd,bcd->bc", self._queries(requests), vectors[items])

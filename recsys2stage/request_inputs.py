@@ -1,0 +1,146 @@
+"""What a caller says of a request, checked and encoded as in training: times, and features of the user."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from recsys2stage import columns as c
+from recsys2stage.checks import YEAR_2100
+
+logger = logging.getLogger("recsys2stage")
+
+FAR = 50  # so many times the newest training event's seconds are no time of the same unit
+UNITS = {"milliseconds": 1_000, "microseconds": 1_000_000, "nanoseconds": 1_000_000_000}
+
+Values = tuple[np.ndarray, ...]  # (B, P) of each declared user feature, as `Dataset.people` gives them
+
+
+def as_seconds(values: Any, name: str, newest: int | None) -> np.ndarray:
+    """Times as whole seconds since 1970, (n,) int64.
+
+    Args:
+        values: (n,) numbers; floats must be whole.
+        name: what they are, for errors.
+        newest: seconds of the newest training event; None: not known.
+
+    Raises:
+        ValueError: for what is no whole number, negative, or so large that it must be of another unit.
+    """
+    array = np.asarray(values)
+    if not array.size:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.floor(array)).all():
+        array = array.astype(np.float64)
+    elif array.dtype.kind not in "iu":
+        bad = next((value for value in values if not _is_whole(value)), values[0])
+        raise ValueError(
+            f"{name} holds {bad!r}, expected whole seconds since 1970; of a datetime with a time zone that is "
+            "int(moment.timestamp())"
+        )
+    if (low := array.min()) < 0:
+        raise ValueError(f"{name} holds {int(low)}, expected seconds since 1970: 0 or more")
+    limit, high = min(YEAR_2100, FAR * newest if newest else YEAR_2100), int(array.max())
+    if high > limit:
+        unit = next((unit for unit, size in UNITS.items() if high // size <= limit), None)
+        than = "the year 2100" if limit == YEAR_2100 else f"{FAR} times the newest training event, {newest}"
+        hint = f"; it looks like {unit}: divide by {UNITS[unit]}" if unit else ""
+        raise ValueError(f"{name} holds {high}, expected seconds since 1970, and that is beyond {than}{hint}")
+    return array.astype(np.int64)
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        return False
+    return math.isfinite(value) and value == math.floor(value)
+
+
+def check_ascending(times: np.ndarray) -> None:
+    """Refuses the times of a history whose events are not oldest first."""
+    back = np.flatnonzero(np.diff(times) < 0)
+    if len(back):
+        place = int(back[0])
+        raise ValueError(
+            f"times go back from {times[place]} (event {place + 1} of {len(times)}) to {times[place + 1]} (the next); "
+            "give history and times oldest first"
+        )
+
+
+def date_of(seconds: int) -> str:
+    """For a reader: 2003-02-28 17:49:50 UTC (1046454590)."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC ({seconds})"
+
+
+def encode_users(specs: Sequence[Mapping[str, Any]], users: Sequence[Mapping[str, Any]], where: str) -> Values:
+    """Features of users as the model reads them, (B, P) of each.
+
+    Args:
+        specs: the declared features, as `side_tables.user_specs` gives them.
+        users: name -> value for each user: a class, a list of classes, or a number; what is missing, None or NaN is
+            unknown. A class that no user of the training data had is unknown, too, with a warning.
+        where: they stand, for messages.
+
+    Raises:
+        ValueError: for names that are not declared, and values of another kind.
+    """
+    names = [spec["name"] for spec in specs]
+    if strange := sorted({name for user in users for name in user} - set(names)):
+        expected = f"expected some of {', '.join(names)}" if names else "but the training data declare none"
+        raise ValueError(f"{where} has the user features {', '.join(map(repr, strange))}, {expected}")
+    encoded: list[np.ndarray] = []
+    for spec in specs:
+        name, values = spec["name"], [user.get(spec["name"]) for user in users]
+        if spec["kind"] == "numeric":
+            numbers = [_number(value, name, where) for value in values]
+            encoded.append(np.array(numbers, dtype=np.float32)[:, None])
+            continue
+        codes = {text: code for code, text in enumerate(spec["classes"], start=1)}
+        rows = [_class_list(value, spec["kind"], name, where) for value in values]
+        unknown = [value for row in rows for value in row if not _code(value, codes)]
+        if unknown:
+            logger.warning(
+                "%s: %s values of %s are not in the training data, for example %r; they count as unknown",
+                *(where, f"{len(unknown):,}", name, unknown[0]),
+            )
+        coded = [list(dict.fromkeys(code for value in row if (code := _code(value, codes)))) for row in rows]
+        table = np.zeros((len(users), max([1, *map(len, coded)])), dtype=np.int32)
+        for row, own in zip(table, coded, strict=True):
+            row[: len(own)] = own
+        encoded.append(table)
+    return tuple(encoded)
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real) or math.isinf(value):
+        raise ValueError(f"{where}: {name} is {value!r}, expected a finite number, or None where it is unknown")
+    return float(value)
+
+
+def _class_list(value: Any, kind: str, name: str, where: str) -> list[Any]:
+    """The classes of one user."""
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return []
+    if kind == "categorical":
+        if isinstance(value, (list, tuple, set, np.ndarray)):
+            raise ValueError(f"{where}: {name} is {value!r}, expected one class")
+        return [value]
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set, np.ndarray)):
+        raise ValueError(f"{where}: {name} is {value!r}, expected a list of classes")
+    return [text for one in value if one is not None and (text := str(one).strip())]
+
+
+def _code(value: Any, codes: Mapping[str, int]) -> int:
+    """The number of a class; 0 where it is not known. 1, 1.0 and "1" are one class, as the table had one of them."""
+    if isinstance(value, (bool, np.bool_)):
+        texts = [str(bool(value)).lower()]
+    elif _is_whole(value):
+        texts = [str(int(value)), str(float(value))]
+    else:
+        texts = [str(value)]
+    return next((codes[text] for text in texts if text in codes), c.UNKNOWN)
