@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,23 @@ from recsys2stage.artifacts import (
 )
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.compare import TARGET, check_opponent, compare, read_opponent
-from recsys2stage.dataset import Dataset, Part, some
+from recsys2stage.dataset import Dataset, Part, Seen, no_items, some
 from recsys2stage.evaluate import beyond_accuracy, describe, negatives_of, protocol_line, rank_users, summarise
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.mine import mine_negatives
+from recsys2stage.options import check_option
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.plots import draw
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import POPULARITY, RERANKER, Recommender, check_split, in_chunks
 from recsys2stage.report import HEADLINE, against_text, as_markdown, as_table
+from recsys2stage.request_inputs import as_seconds, date_of
+from recsys2stage.side_tables import user_specs
 from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.simulate import simulate
 from recsys2stage.towers import TOWERS, TwoTower
+
+logger = logging.getLogger("recsys2stage")
 
 
 def export_index(
@@ -76,6 +83,9 @@ def export_index(
         "next_action": options["next_action"],
         "actions": options["actions"],
         "split_hash": dataset.manifest["split_hash"],
+        "repeats": dataset.protocol["repeats"],
+        "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
+        "user_features": user_specs(dataset),
         "towers": towers,
     }
     with whole(output, "index") as folder:
@@ -156,7 +166,7 @@ def export_bundle(
                 },
             },
             recent=options["recent"],
-            **{name: first[name] for name in kept},
+            **{name: first[name] for name in (*kept, "repeats", "newest_time", "user_features")},
         )
     print(f"{output}: both stages, {candidates} candidates")
 
@@ -170,6 +180,7 @@ def recommend(
     k: int = 10,
     request_time: int | None = None,
     action: str | None = None,
+    seen: Seen | None = None,
     batch_size: int = 32,
 ) -> None:
     """Recommend for users of the data, or for histories in a file.
@@ -180,15 +191,18 @@ def recommend(
         bundle: folder written by export-bundle (or by export-index: the first stage alone).
         data: prepared dataset whose users to recommend for; None: the one the bundle was made from.
         histories: CSV or Parquet with user_id, item_id and, where the model is told the request time, time in seconds;
-            oldest first where there is no time. It may have rating and action, the name of the kind of event, for
-            models with an input for them. These users need not be in the data.
+            oldest first where there is no time. It may have rating and action, the name of the kind of event, and the
+            declared user features, for models that look at them. These users need not be in the data.
         users: only these user ids, as a list or as a text file with one a line; None: all.
         output: Parquet file to write; None: recommendations.parquet, beside the bundle.
         k: how many items a user.
-        request_time: seconds at which the recommendations are asked for; None: the newest event of the log.
+        request_time: seconds at which the recommendations are made, no earlier than any user's newest event; None: the
+            newest event of the log.
         action: the kind of action to recommend for, where the model is told: a name, for everybody; or a CSV or Parquet
             file with user_id and action, or a .json of {user_id: action}. None, and for users not in the file: the kind
             that the model's next_action names, else an unknown one.
+        seen: whether items that a user has seen may be recommended, keep or filter; None: as the data were prepared,
+            keep with repeats: keep, else filter.
         batch_size: users at a time.
     """
     recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
@@ -206,13 +220,13 @@ def recommend(
         people = PreparedUsers(dataset, recommender, only)
     if not len(people.user_ids):
         raise ValueError("there are no users to recommend for: --users names none")
-    item_ids = recommender.catalogue[c.ITEM_ID].to_numpy()
-    if request_time is None:  # only looked up where it counts: it reads all times
-        request_time = 0 if recommender.request_time == "none" else people.newest
+    keeps, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue[c.ITEM_ID].to_numpy()
+    request_time, when = time_of_requests(request_time, recommender, people)
     asked = None if action is None else asked_of(people.user_ids, action, recommender)
     with whole(output) as beside, ParquetStream(beside) as stream:
         for part in tqdm(list(in_chunks(len(people.user_ids), batch_size)), desc="recommend", unit="batch"):
             padded, known = people.read(part)
+            known = no_items(len(padded.lengths)) if keeps else known
             now = np.full(len(padded.lengths), request_time)
             ranking = recommender.rank(padded, known, now, k, None if asked is None else asked[part])
             row, place = np.nonzero(ranking.items > 0)
@@ -225,7 +239,7 @@ def recommend(
                     c.RETRIEVER_SCORE: ranking.retriever_score[row, place],
                 }
             )
-    print(f"{output}: {k} items for each of {len(people.user_ids):,} users")
+    print(f"{output}: {k} items for each of {len(people.user_ids):,} users{when}")
 
 
 def evaluate(
@@ -251,8 +265,9 @@ def evaluate(
         data: prepared dataset; None: the one the bundle was made from.
         output: folder of the report; None: the one that holds the bundle.
         split: which targets to rank. Choose by val, report test once.
-        protocol: what each target is ranked among: full (all items the user has not met), or sampled-100 (the target
-            and 100 of them, or any other number, drawn at random), which is not comparable to full.
+        protocol: what each target is ranked among: full (all items, but for the seen ones unless the data were prepared
+            with repeats: keep), or sampled-100 (the target and 100 of them, or any other number, drawn at random),
+            which is not comparable to full.
         users: how many users, drawn at random; None: all.
         against: folder of another run's report, to compare both stages with; it must be of the same targets of the
             same users, ranked in the same way. None: with no other.
@@ -261,6 +276,7 @@ def evaluate(
         batch_size: users at a time.
         seed: of the draws, the bootstrap and the tests.
     """
+    check_option("split", split, Part)
     negatives = negatives_of(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
     made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
@@ -300,6 +316,39 @@ def evaluate(
         print(sentence)
     for name in (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures):
         print(output / name)
+
+
+def time_of_requests(
+    request_time: int | None, recommender: Recommender, requests: PreparedUsers | FileUsers
+) -> tuple[int, str]:
+    """Seconds of all requests, and a text to print of them, which is empty for a model without request time.
+
+    Args:
+        request_time: as it was given; None: that of the newest event of the log.
+    """
+    reads = recommender.request_time == "target"
+    if request_time is None:
+        if not reads:
+            return 0, ""  # the newest event is not looked up where it does not count: it reads all times
+        if requests.newest > time.time():
+            logger.warning(
+                "the newest event of the log, %s, lies in the future of this machine's clock, and its time is that of "
+                "all requests; pass --request_time",
+                date_of(requests.newest),
+            )
+        return requests.newest, f", as of {date_of(requests.newest)}, the newest event of the log"
+    now = int(as_seconds([request_time], "request_time", recommender.newest_time)[0])
+    late = requests.last_times > now
+    if recommender.has_time and late.any():
+        first = int(late.argmax())
+        raise ValueError(
+            f"request_time is {now}, before the newest event of {int(late.sum()):,} of {len(late):,} users, such as "
+            f"{requests.last_times[first]} of user {requests.user_ids[first]}; give a later time, or --histories with "
+            "only the events before it"
+        )
+    if not reads:
+        logger.warning("the model was trained without request time, so --request_time %s changes nothing", now)
+    return now, f", as of {date_of(now)}" if reads else ""
 
 
 COMMANDS: dict[str, Any] = {

@@ -26,10 +26,11 @@ from tqdm import tqdm
 from recsys2stage import columns as c
 from recsys2stage import commands, sources, training
 from recsys2stage.artifacts import read_manifest, whole, write_manifest
-from recsys2stage.dataset import Part
+from recsys2stage.dataset import Part, Seen
 from recsys2stage.frames import Frames, Sides, TimeUnit, as_polars
 from recsys2stage.mine import mine_negatives
 from recsys2stage.prepare import prepare
+from recsys2stage.recommend import Recommender
 from recsys2stage.sources.base import Kind
 from recsys2stage.split import Marked
 
@@ -182,15 +183,20 @@ class TwoStageRecommender:
         histories: Any = None,
         request_time: int | None = None,
         action: str | None = None,
+        seen: Seen | None = None,
     ) -> Any:
-        """The best items for users of the events, or for people never seen; never one they have met.
+        """The best items for users of the events, or for histories of users never seen.
 
         Args:
             users: user ids; None: everybody, or those of the histories.
             k: how many items each.
-            histories: a frame with the columns of the events. These people need not be known.
-            request_time: seconds since 1970 at which recommendations are asked for; None: the newest event of the log.
+            histories: a frame with the columns of the events, and perhaps of user features. These users need not be
+                known.
+            request_time: seconds since 1970 at which recommendations are made, no earlier than any user's newest event;
+                None: the newest event of the log.
             action: the kind of action to recommend for, where the model is told.
+            seen: whether items that a user has seen may be recommended, keep or filter; None: as the data were
+                prepared, keep with repeats: keep, else filter.
 
         Returns:
             A frame with the user and item ids under their names in the events, rank from 1, score, retriever_score;
@@ -207,7 +213,9 @@ class TwoStageRecommender:
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
-                self._frames.histories(as_polars(histories)).write_parquet(log)
+                made = read_manifest(model / "bundle", Recommender.kind(model / "bundle"), "fit(events) in Python")
+                features = [feature["name"] for feature in made["user_features"]]
+                self._frames.histories(as_polars(histories), features).write_parquet(log)
             commands.recommend(
                 bundle=model / "bundle",
                 data=model / "data",
@@ -217,6 +225,7 @@ class TwoStageRecommender:
                 k=k,
                 request_time=request_time,
                 action=action,
+                seen=seen,
             )
             found = pl.read_parquet(output)
         found = found.select(

@@ -1,6 +1,6 @@
 """Frames of a notebook, of polars or pandas or anything else that polars reads, as the files that the verbs read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,11 +56,13 @@ class Frames:
         """What is known of items and users, as the tables of them want it."""
         return {"items": self._side(items, "items"), "users": self._side(users, "users")}
 
-    def histories(self, log: pl.DataFrame) -> pl.DataFrame:
-        """Histories as `recsys recommend` reads them, oldest first."""
+    def histories(self, log: pl.DataFrame, features: Sequence[str] = ()) -> pl.DataFrame:
+        """Histories as `recsys recommend` reads them, oldest first, with those columns of user features that it has."""
         names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
         require([self.user, self.item], log.columns, "the frame of histories")
         columns = [pl.col(own).alias(name) for name, own in names.items() if own in log.columns]
+        taken = {*names, c.TIME, self.time, *names.values()}
+        columns += [pl.col(name) for name in features if name in log.columns and name not in taken]
         if self.time is not None and self.time in log.columns:
             order = self._milliseconds(log[self.time])
             log = log.sort(order, maintain_order=True)

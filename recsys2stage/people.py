@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,8 +12,11 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.dataset import Dataset, Padded, Ragged, left_aligned, spans
 from recsys2stage.recommend import NOT_TOLD, Recommender, known_ratings
+from recsys2stage.request_inputs import Values, as_seconds, encode_users
 
 logger = logging.getLogger("recsys2stage")
+
+EVENT_COLUMNS = (c.USER_ID, c.ITEM_ID, c.TIME, c.RATING, c.ACTION)  # never features of the user
 
 
 class PreparedUsers:
@@ -38,31 +42,44 @@ class PreparedUsers:
         """Seconds of the newest event of the log."""
         return int(self.dataset.times.max())
 
+    @property
+    def last_times(self) -> np.ndarray:
+        """Seconds of each user's newest event, 0 without one, (n,) int64."""
+        starts, ends = self.dataset.offsets[self.users], self.dataset.offsets[self.users + 1]
+        return np.where(ends > starts, self.dataset.times[np.maximum(ends - 1, 0)], 0)
+
     def read(self, part: slice) -> tuple[Padded, Ragged]:
+        """Histories, and all seen items."""
         users = self.users[part]
-        return self.dataset.histories(users, "all", self.max_length), self.dataset.known(users, "all")
+        return self.dataset.histories(users, "all", self.max_length), self.dataset.seen(users, "all")
 
 
 class FileUsers:
     """Users whose histories stand in a CSV or Parquet file: user_id, item_id and perhaps time (seconds).
 
     Where the model has inputs for them, it is also told of the columns rating and action (names); a history without
-    them is one of unknown ratings and kinds.
+    them is one of unknown ratings and kinds. Columns named like the declared user features say what is known of the
+    users, in any of a user's rows; the classes of a multi-valued feature are a list or a text with | between them.
 
     Args:
-        path: the file; rows in order of time where it has no time.
+        path: the file; rows in any order, as they are sorted by time (equal times stay in the order of the file), or
+            oldest first where it has no time.
         recommender: whose items and history length count.
         only: user ids, as text; None: everybody.
     """
 
     def __init__(self, path: Path, recommender: Recommender, only: Sequence[str] | None = None) -> None:
-        log = read_log(Path(path))
+        classes = [spec["name"] for spec in recommender.user_features if spec["kind"] != "numeric"]
+        log = read_log(Path(path), classes)
         require(log, [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else []), path)
         for name in (c.USER_ID, c.ITEM_ID, c.TIME):
             if name in log.columns and (nulls := log[name].null_count()):
                 raise ValueError(f"{nulls:,} of {len(log):,} rows have no {name} in {path}; fill in or drop them")
         if c.TIME in log.columns and not log[c.TIME].dtype.is_integer() and len(log):
             raise ValueError(f"{path} has the time {log[c.TIME][0]!r}; expected whole seconds since 1970")
+        if c.TIME in log.columns and len(log) and recommender.has_time:
+            as_seconds(log[c.TIME].to_numpy(), f"{path}, column time,", recommender.newest_time)
+        self.newest = int(log[c.TIME].max() or 0) if c.TIME in log.columns else 0  # type: ignore[arg-type]  # whole
         if only is not None:
             log = log.filter(pl.col(c.USER_ID).cast(pl.String).is_in(list(only)))
             _all_found(only, log[c.USER_ID].unique(), Path(path))
@@ -92,13 +109,18 @@ class FileUsers:
         )
         counts = np.bincount(user[numbers > 0], minlength=len(self.user_ids))
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        self.newest = int(self.times.max())
+        self.last_times = np.zeros(len(self.user_ids), dtype=np.int64)  # seconds of each user's newest event
+        np.maximum.at(self.last_times, user, times.astype(np.int64))
+        self.features = _user_features(log, user, len(self.user_ids), recommender, path)
 
     def read(self, part: slice) -> tuple[Padded, Ragged]:
+        """Histories, and all seen items."""
         starts, ends = self.offsets[:-1][part], self.offsets[1:][part]
         known = spans(starts, ends)
         newest = np.maximum(starts, ends - self.max_length)
         padded = left_aligned(self.items, self.times, newest, ends, self.ratings, self.actions)
+        if self.features is not None:
+            padded = padded._replace(user=tuple(values[part] for values in self.features))
         return padded, Ragged(self.items[known.values], known.offsets)
 
 
@@ -117,6 +139,34 @@ def _kinds(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarra
     if not recommender.reads_kinds or not _there(log, c.ACTION, path):
         return None
     return recommender.kinds(log[c.ACTION].cast(pl.String).to_list(), path)
+
+
+def _user_features(
+    log: pl.DataFrame, user: np.ndarray, users: int, recommender: Recommender, path: Path
+) -> Values | None:
+    """Of each user, (users, P) of each declared feature; None where the file has none.
+
+    Args:
+        user: (n,) the number of each row's user.
+    """
+    specs = [spec for spec in recommender.user_features if spec["name"] not in EVENT_COLUMNS]
+    there = [spec for spec in specs if spec["name"] in log.columns]
+    if recommender.reads_user:
+        there = [spec for spec in specs if _there(log, spec["name"], path)]
+    known: list[dict[str, Any]] = [{} for _ in range(users)]
+    for spec in there:
+        name = spec["name"]
+        pairs = pl.DataFrame({"user": user, "value": log[name]}).drop_nulls()
+        for row, value in (
+            pairs if pairs.schema["value"].is_nested() else pairs.unique(maintain_order=True)
+        ).iter_rows():
+            if spec["kind"] == "multi" and isinstance(value, str):
+                value = value.split("|")
+            if known[row].setdefault(name, value) != value:
+                raise ValueError(
+                    f"{path} has two values of {name} for one user, {known[row][name]!r} and {value!r}; leave one"
+                )
+    return encode_users(recommender.user_features, known, str(path)) if there else None
 
 
 def _there(log: pl.DataFrame, name: str, path: Path) -> bool:
@@ -171,12 +221,17 @@ def read_asked(path: Path) -> dict[str, str]:
     return dict(log.iter_rows())
 
 
-def read_log(path: Path) -> pl.DataFrame:
-    """A CSV or Parquet file of events. Names in a CSV stay as they are written: item 0012 is not item 12."""
+def read_log(path: Path, text: Sequence[str] = ()) -> pl.DataFrame:
+    """A CSV or Parquet file of events. Names in a CSV stay as they are written: item 0012 is not item 12.
+
+    Args:
+        path: the file.
+        text: further columns of names.
+    """
     try:
         if path.suffix == ".parquet":
             return pl.read_parquet(path)
-        names = dict.fromkeys((c.USER_ID, c.ITEM_ID, c.ACTION), pl.String)
+        names = dict.fromkeys((c.USER_ID, c.ITEM_ID, c.ACTION, *text), pl.String)
         log = pl.read_csv(path, schema_overrides=names, infer_schema_length=None)
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

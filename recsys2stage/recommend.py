@@ -7,7 +7,7 @@ recommender.recommend(["1193", "661", "914"], k=10)
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,20 @@ import torch
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.checkpoints import build
-from recsys2stage.dataset import Dataset, Padded, Ragged, RequestTime, as_history, left_aligned, recent_events
+from recsys2stage.dataset import (
+    Dataset,
+    Padded,
+    Ragged,
+    RequestTime,
+    Seen,
+    as_history,
+    left_aligned,
+    recent_events,
+)
 from recsys2stage.index import Index
 from recsys2stage.inputs import Field, check_inputs, fields_read
+from recsys2stage.options import check_option
+from recsys2stage.request_inputs import as_seconds, check_ascending, date_of, encode_users
 from recsys2stage.reranker import Reranker
 from recsys2stage.shapes import Listed
 from recsys2stage.signals.base import FOLDER as SIGNALS
@@ -69,6 +80,9 @@ class Recommender:
         signals: what the second stage is told beside the retriever's opinion; some name candidates of their own.
         recent: how many of the newest events it looks at.
         has_time: whether times are seconds, not just an order.
+        seen: whether seen items may be recommended where a request does not say: keep or filter.
+        newest_time: seconds of the newest training event; None: not known.
+        user_features: the declared user features with their classes, as `side_tables.user_specs` gives them.
     """
 
     def __init__(
@@ -85,12 +99,18 @@ class Recommender:
         signals: Sequence[Signal] = (),
         recent: int = 0,
         has_time: bool = True,
+        seen: Seen = "filter",
+        newest_time: int | None = None,
+        user_features: Sequence[dict[str, Any]] = (),
     ) -> None:
+        check_option("request_time", request_time, RequestTime)
+        check_option("seen", seen, Seen)
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
         self.catalogue, self.popularity = catalogue.sort(c.ITEM), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
         self.num_candidates, self.signals = candidates, list(signals)
         self.recent, self.has_time = recent, has_time
+        self.seen, self.newest_time, self.user_features = seen, newest_time, list(user_features)
         self.warned = False  # that nobody says what kind of action is asked for
 
     @functools.cached_property
@@ -119,6 +139,11 @@ class Recommender:
     def reads_ages(self) -> bool:
         """Whether the second stage looks at how long ago the newest events were."""
         return bool(self.has_time and self.recent and self.reranker and self.reranker.reads_ages)
+
+    @property
+    def reads_user(self) -> bool:
+        """Whether the model looks at the user's features."""
+        return self.towers.user is not None or any(signal.reads_user for signal in self.signals)
 
     @functools.cached_property
     def vectors(self) -> np.ndarray:
@@ -173,6 +198,9 @@ class Recommender:
             signals=load_signals(path / SIGNALS) if (path / SIGNALS).is_dir() else (),
             recent=manifest.get("recent", 0),
             has_time=manifest["has_time"],
+            seen="keep" if manifest.get("repeats") == "keep" else "filter",
+            newest_time=manifest.get("newest_time"),
+            user_features=manifest.get("user_features", ()),
         )
 
     @staticmethod
@@ -212,13 +240,14 @@ class Recommender:
     def candidates(
         self, queries: np.ndarray, known: Ragged, padded: Padded, request: np.ndarray | None, k: int | None = None
     ) -> Found:
-        """The k candidates that are not known: the nearest items, merged with those that signals name.
+        """The candidates that are not known: the nearest items, merged with those that signals name.
 
         Args:
             queries: (B, D) of the retriever.
             known: items that are not to be recommended.
             padded: histories.
             request: (B,) seconds, as in `queries`.
+            k: how many; None: as many as the second stage orders.
         """
         depth = self.num_candidates if k is None else k
         score, items = self.index.search(queries, depth, exclude=(known.values, known.offsets))
@@ -228,7 +257,6 @@ class Recommender:
         requests = Requests(nothing, padded, self.moment(padded, request), self.vectors, queries)
         named = [items, *(signal.propose(requests, known) for signal in self.proposers)]
         items = merge(named, depth)
-        named[0] = named[0][:, : self.num_candidates]  # however many are asked for, the second stage knows no more
         score = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(items, c.PAD)])
         score[items < 0] = -np.inf
         order = np.argsort(-score, axis=1, kind="stable")
@@ -275,17 +303,23 @@ class Recommender:
     def rank(
         self, padded: Padded, known: Ragged, request: np.ndarray | None, k: int, asked: np.ndarray | None = None
     ) -> Ranking:
-        """Both stages for B requests, each made and asked as `queries` has it.
+        """Both stages for B requests, with request times and actions as in `queries`; known items are left out.
 
-        Users without a history get the most popular items, without a retriever score.
+        The first k items are the same however many are requested: the last stage orders the candidates, as many as the
+        bundle has, and all other items follow in the retriever's order, as in an evaluation. Users without a history
+        get the most popular items, without a retriever score.
         """
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
         queries = self.queries(padded, request, asked)
-        depth = k if self.reranker is None else max(k, self.num_candidates)
-        found = self.candidates(queries, known, padded, request, depth)
-        items, retriever_score = found.items, found.score
-        score = retriever_score if self.reranker is None else self.rerank(self.listed(queries, found, padded, request))
-        order = np.argsort(-score, axis=1, kind="stable")[:, :k]
-        items, score, retriever_score = (np.take_along_axis(x, order, axis=1) for x in (items, score, retriever_score))
+        found = self.candidates(queries, known, padded, request)
+        score = found.score if self.reranker is None else self.rerank(self.listed(queries, found, padded, request))
+        order = np.argsort(-score, axis=1, kind="stable")
+        ranking = Ranking(*(np.take_along_axis(x, order, axis=1) for x in (found.items, score, found.score)))
+        if k > ranking.items.shape[1]:
+            others = self.others(queries, known, ranking, k - ranking.items.shape[1])
+            ranking = Ranking(*(np.concatenate(both, axis=1) for both in zip(ranking, others, strict=True)))
+        items, score, retriever_score = (part[:, :k] for part in ranking)
         new = np.asarray(padded.lengths) == 0
         if new.any():
             items[new], score[new], retriever_score[new] = -1, -np.inf, np.nan
@@ -294,6 +328,34 @@ class Recommender:
                 best = popular[~np.isin(popular, known.values[known.offsets[row] : known.offsets[row + 1]])][:k]
                 items[row, : len(best)], score[row, : len(best)] = best, self.popularity[best]
         return Ranking(items, score, retriever_score)
+
+    def others(self, queries: np.ndarray, known: Ragged, ranked: Ranking, count: int) -> Ranking:
+        """The best items by the retriever that are neither known nor candidates, to follow the candidates.
+
+        After a second stage their scores go on from its lowest logit with the retriever's differences on the scale to
+        which it was calibrated; without one they are the retriever's own.
+
+        Args:
+            queries: (B, D) of the retriever.
+            known: items that are not to be recommended.
+            ranked: all candidates.
+            count: how many at most.
+        """
+        own = queries @ self.vectors.T  # (B, V + 1)
+        rows, places = np.nonzero(ranked.items > 0)
+        own[:, c.PAD] = own[known.rows, known.values] = own[rows, ranked.items[rows, places]] = -np.inf
+        items = np.argsort(-own, axis=1, kind="stable")[:, :count]
+        own = np.take_along_axis(own, items, axis=1)
+        real = own > -np.inf
+        lowest = np.where(ranked.items > 0, ranked.score, np.inf).min(axis=1, keepdims=True)
+        lowest[np.isinf(lowest)] = 0  # without a candidate there is no other item either
+        if self.reranker is None:
+            score = np.minimum(own, lowest)  # an approximate index may have missed a better one
+        else:
+            score = lowest + float(self.reranker.log_scale.detach().exp()) * (
+                own - own[:, :1].clip(min=np.finfo(own.dtype).min)
+            )
+        return Ranking(np.where(real, items, -1), np.where(real, score, -np.inf).astype(np.float32), own)
 
     def recommend(
         self,
@@ -305,25 +367,34 @@ class Recommender:
         ratings: Sequence[float | int | None] | None = None,
         actions: Sequence[str | None] | None = None,
         action: str | None = None,
+        user: Mapping[str, Any] | None = None,
+        seen: Seen | None = None,
     ) -> list[dict[str, Any]]:
-        """The k best items for one user, best first; never one of the history.
+        """The k best items for one user, best first.
 
         Args:
             history: item ids as in the raw data, oldest first. Ids the model does not know are passed over.
             k: how many.
-            times: seconds of each event; needed where the model has a clock.
-            request_time: seconds of the request; None: now.
+            times: whole seconds since 1970 of each event, ascending; needed where the model has a clock.
+            request_time: seconds of the request, no earlier than the newest event, for models with request time; None:
+                now or, with a warning, the newest event's time if that lies in the future.
             exclude: further item ids not to recommend.
             ratings: of each event, None where there is none; looked at by models with an input for them.
             actions: name of the kind of each event, None where it is not known; looked at in the same way.
             action: name of the kind of action to recommend for, where the model is told; None: the one that its
                 next_action names, else an unknown one.
+            user: features of the user under their declared names, such as {"gender": "F", "age": 25}: a class, a list
+                of classes or a number each; looked at by models with a user tower or the signal Demographics. What is
+                missing is unknown, and so, with a warning, is a class that no user of the training data had.
+            seen: whether items of the history may be recommended, keep or filter; None: as the data were prepared,
+                keep with `repeats: keep`, else filter.
 
         Returns:
             One {"item_id", "title" (where known), "score", "rank", "retriever_score"} an item.
         """
         if isinstance(history, str):
             raise ValueError(f"history is the text {history!r}, expected a sequence of item ids, oldest first")
+        seen = self.seen_rule(seen)
         if self.needs_times and times is None and len(history):
             raise ValueError("this model has a clock, so it needs times: seconds, one for each event")
         for name, given in (("time", times), ("rating", ratings), ("action", actions)):
@@ -331,10 +402,12 @@ class Recommender:
                 raise ValueError(
                     f"history has {len(history)} events but {name}s has {len(given)}; give one {name} for each"
                 )
+        seconds = np.zeros(len(history), np.int64) if times is None else as_seconds(times, "times", self.newest_time)
+        check_ascending(seconds)
+        now = self.now(request_time, int(seconds.max(initial=0)))
         numbers = self.numbers(history)
         met = np.flatnonzero(numbers)
         newest = met[-self.towers.max_length :]
-        seconds = np.asarray(times if times is not None else np.zeros(len(history)), dtype=np.int64)
         padded = left_aligned(
             numbers[newest],
             seconds[newest],
@@ -343,12 +416,44 @@ class Recommender:
             known_ratings(ratings)[newest] if ratings is not None and "ratings" in self.reads else None,
             self.kinds(actions, "history")[newest] if actions is not None and self.reads_kinds else None,
         )
+        if user is not None:
+            padded = padded._replace(user=encode_users(self.user_features, [user], "user"))
         barred = self.numbers(exclude)
-        known = np.unique(np.concatenate([numbers[met], barred[barred > 0]]))
-        now = np.array([int(time.time()) if request_time is None else request_time])
+        known = np.unique(np.concatenate([numbers[met if seen == "filter" else met[:0]], barred[barred > 0]]))
         asked = None if action is None else np.array([self.kind_asked(action)])
-        ranking = self.rank(padded, Ragged(known, np.array([0, len(known)])), now, k, asked)
+        ranking = self.rank(padded, Ragged(known, np.array([0, len(known)])), np.array([now]), k, asked)
         return self.rows(ranking)[0]
+
+    def seen_rule(self, seen: Seen | None) -> Seen:
+        """Whether seen items may be recommended: as requested, else as the data were prepared."""
+        if seen is None:
+            return self.seen
+        check_option("seen", seen, Seen)
+        return seen
+
+    def now(self, request_time: int | None, newest: int) -> int:
+        """Seconds of a request.
+
+        Args:
+            request_time: as it was given; None: now.
+            newest: seconds of the newest event of the history, 0 where there is none.
+        """
+        if request_time is None:
+            clock = int(time.time())
+            if newest > clock and self.request_time == "target":
+                logger.warning(
+                    "the newest event of the history, %s, lies in the future of this machine's clock, %s; its time is "
+                    "taken as the request's: pass request_time",
+                    *(date_of(newest), date_of(clock)),
+                )
+            return max(clock, newest)
+        now = int(as_seconds([request_time], "request_time", self.newest_time)[0])
+        if self.has_time and now < newest:
+            raise ValueError(
+                f"request_time is {now}, before the newest event of the history, {newest}; give a later time, or only "
+                "the events before the request"
+            )
+        return now
 
     def numbers(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Item numbers of raw item ids, 0 for those the model does not know, (n,) int64. Ids compare as text."""
@@ -377,8 +482,17 @@ class Recommender:
         return 1 + self.actions.index(name)
 
     def check(self, dataset: Dataset) -> None:
-        """Refuses data that do not say of events what the model was trained to read."""
+        """Refuses data that do not say of events and users what the model was trained to read."""
         check_inputs(self.towers.inputs, dataset, self.next_action)
+        ours, theirs = (
+            [(feature["name"], feature["kind"], feature["size"]) for feature in features]
+            for features in (self.user_features, dataset.manifest["features"]["users"])
+        )
+        if self.reads_user and ours != theirs:
+            raise ValueError(
+                f"the model reads the user features (name, kind, classes) {ours}, but {dataset.path} has {theirs}; use "
+                "the data it was trained on"
+            )
         if self.reads_kinds and dataset.action_names != self.actions:
             raise ValueError(
                 f"the model knows the kinds of events {', '.join(self.actions)}, but {dataset.path} has "
