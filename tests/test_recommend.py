@@ -20,7 +20,8 @@ from recsys2stage.candidates import Candidates
 from recsys2stage.checkpoints import factory, read_checkpoint
 from recsys2stage.dataset import Dataset, RequestTime
 from recsys2stage.encoders import Transformer
-from recsys2stage.index import Exact
+from recsys2stage.evaluate import rank_users
+from recsys2stage.index import Exact, Faiss
 from recsys2stage.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
 from recsys2stage.people import FileUsers, PreparedUsers
 from recsys2stage.recommend import Recommender
@@ -159,6 +160,51 @@ def test_more_items_than_there_are_gives_all_that_are_not_known(
     counts = pl.read_parquet(tmp_path / "all.parquet").group_by("user_id").len().sort("user_id")
     known = log.group_by("user_id").agg(pl.col("item_id").n_unique()).sort("user_id")
     assert (counts["len"] + known["item_id"]).unique().to_list() == [log["item_id"].n_unique()]
+
+
+@pytest.mark.parametrize("kind", ["both stages", "all signals", "first stage", "approximate"])
+def test_the_first_k_are_the_same_however_many_are_requested(trained: Run, informed: Run, kind: str) -> None:
+    """Beyond the candidates, too, where the retriever's order follows; scores never rise."""
+    run = informed if kind == "all signals" else trained
+    dataset, served = (
+        Dataset(run.data),
+        Recommender.load(run.bundle if run is informed or "both" in kind else run.index),
+    )
+    if kind == "approximate":
+        vectors, served.index = served.vectors[1:], Faiss("IVF16,Flat", {"nprobe": 1})
+        served.index.build(vectors)
+    if "stage" not in kind or kind == "first stage":
+        served.num_candidates = 30
+    users = dataset.users("test")[:6]
+    padded, known = dataset.histories(users, "test", served.towers.max_length), dataset.known(users, "test")
+    padded.lengths[-1] = 0  # one without a history
+    now = dataset.request_times(users, "test")
+    long = served.rank(padded, known, now, dataset.num_items)
+    unseen = dataset.num_items - np.diff(known.offsets)
+    assert (long.items > 0).sum(1).tolist() == unseen.tolist()
+    for k in range(1, dataset.num_items + 1):
+        for one, other in zip(served.rank(padded, known, now, k), long, strict=True):
+            assert one.shape == (len(users), k)
+            np.testing.assert_allclose(one, other[:, :k], rtol=1e-6, atol=1e-6)
+    for items, score, count in zip(long.items, long.score, unseen, strict=True):
+        assert len(set(items[:count].tolist())) == count
+        assert (np.diff(score[:count]) <= 0).all()
+        assert np.isfinite(score[:count]).all()
+    if kind == "first stage":
+        assert np.array_equal(long.score[:-1], long.retriever_score[:-1])
+    with pytest.raises(ValueError, match="k is 0, expected at least 1"):
+        served.rank(padded, known, now, 0)
+
+
+def test_a_list_of_all_items_has_the_target_where_the_evaluation_ranks_it(informed: Run) -> None:
+    dataset, served = Dataset(informed.data), Recommender.load(informed.bundle)
+    users = dataset.users("test")[:60]
+    padded, known = dataset.histories(users, "test", served.towers.max_length), dataset.known(users, "test")
+    ranking = served.rank(padded, known, dataset.request_times(users, "test"), dataset.num_items)
+    place = (ranking.items == dataset.targets(users, "test")[:, None]).argmax(1) + 1
+    assert (place > served.num_candidates).any()
+    assert (place <= served.num_candidates).any()
+    assert place.tolist() == rank_users(dataset, served, users, "test").ranks["ranker"].tolist()
 
 
 # for histories in a file
@@ -688,7 +734,7 @@ def test_where_the_time_is_not_told_signals_take_that_of_the_newest_event(
     served, own = Recommender.load(untold.bundle), rated.filter(pl.col("user_id") == 5)
     assert served.request_time == "none"
     history, times = own["item_id"].to_list(), own["time"].to_list()
-    rows = [served.recommend(history, times=times, request_time=now) for now in (None, 10**9, times[-1] + 10**8)]
+    rows = [served.recommend(history, times=times, request_time=now) for now in (None, times[-1], times[-1] + 10**8)]
     assert rows[0] == rows[1] == rows[2]
     assert len(rows[0]) == 10
     later = [time + 10**7 for time in times]
