@@ -16,8 +16,8 @@ from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
 from recsys2stage import ids
-from recsys2stage.checkpoints import factory
 from recsys2stage.cli import keep_ids_as_written
+from recsys2stage.encoders import Transformer
 from recsys2stage.events import number, number_ids, stable_order
 from recsys2stage.frames import Frames, as_polars
 from recsys2stage.index import Exact
@@ -113,8 +113,7 @@ def of_actions(folder: Path, column: pl.Series) -> list[str]:
 
 @functools.cache
 def towers() -> TwoTower:
-    encoder = {"class_path": "recsys2stage.encoders.Transformer", "init_args": {"layers": 1, "heads": 1}}
-    return TwoTower(num_items=3, max_length=9, dim=4, encoder=factory(encoder))
+    return TwoTower(num_items=3, max_length=9, dim=4, encoder=functools.partial(Transformer, layers=1, heads=1))
 
 
 def recommender_of(known: list[str], **options: Any) -> Recommender:
