@@ -43,16 +43,16 @@ def same_ranks(one: np.ndarray, other: np.ndarray) -> None:
     assert (one != other).mean() <= 0.05
 
 
-def same_lists(one: pl.DataFrame, other: pl.DataFrame) -> None:
+def same_lists(one: pl.DataFrame, other: pl.DataFrame, rounding: float = ROUNDING) -> None:
     """Recommendations for the same users: items change places only with one whose score is as near."""
     assert one.columns == other.columns
     user, item = one.columns[:2]
     assert one.select(user, "rank").equals(other.select(user, "rank"))
-    close(one["score"].to_numpy(), other["score"].to_numpy())
+    close(one["score"].to_numpy(), other["score"].to_numpy(), rounding)
     moved = (one[item] != other[item]).to_numpy()
-    close(one["retriever_score"].to_numpy()[~moved], other["retriever_score"].to_numpy()[~moved])
+    close(one["retriever_score"].to_numpy()[~moved], other["retriever_score"].to_numpy()[~moved], rounding)
     assert moved.mean() <= 0.05
     users, score = one[user].to_numpy(), one["score"].to_numpy()
-    near = (users[1:] == users[:-1]) & (np.abs(np.diff(score)) <= ROUNDING * np.maximum(1, np.abs(score[1:])))
+    near = (users[1:] == users[:-1]) & (np.abs(np.diff(score)) <= rounding * np.maximum(1, np.abs(score[1:])))
     last = np.append(users[1:] != users[:-1], True)  # its like may stand below the end of the list
     assert (~moved | last | np.append(near, False) | np.insert(near, 0, False)).all()

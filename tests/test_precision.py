@@ -29,7 +29,7 @@ QUICK = {
     *(f"configs/with/{name}.yaml" for name in ("full-softmax", "gbce", "norm-penalty", "skrec-regressor")),
 }
 SHORT = (  # two training steps and a validation step
-    *("--trainer.accelerator=cpu", "--trainer.gradient_clip_val=1", "--trainer.max_epochs=1"),
+    *("--trainer.gradient_clip_val=1", "--trainer.max_epochs=1"),
     *("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 )
@@ -58,9 +58,10 @@ def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Traine
 
     monkeypatch.setattr(training.LightningCLI, "instantiate_trainer", instantiate)
 
-    def run(*options: str, precision: str | None = "bf16-mixed") -> Trainer:
+    def run(*options: str, precision: str | None = "bf16-mixed", accelerator: str = "cpu") -> Trainer:
         given = [] if precision is None else [f"--trainer.precision={precision}"]
-        training.train("fit", [*SHORT, *options, *given, f"--output={tmp_path / 'fit'}"])
+        given += [f"--trainer.accelerator={accelerator}", f"--output={tmp_path / 'fit'}"]
+        training.train("fit", [*options, *SHORT, *given])  # the last word wins
         return trainers[-1]
 
     return run
@@ -102,13 +103,13 @@ def test_the_defaults_of_the_estimator_train_in_bf16(
     stage: str, fit: Callable[..., Trainer], world: Path, informed: Run
 ) -> None:
     path = {"retriever": world, "ranker": informed.candidates}[stage]
-    options = ("--trainer.max_epochs=1", "--data.init_args.batch_size=8", f"--data.init_args.path={path}")
+    options = ("--data.init_args.batch_size=8", f"--data.init_args.path={path}")
     trained_in_bf16(fit(*DEFAULTS[stage], *options), "val/ndcg@10")
 
 
 @pytest.mark.parametrize("scorer", ["DIN", "DCN", "MoL"])
 def test_other_scorers_train_in_bf16(scorer: str, fit: Callable[..., Trainer], informed: Run) -> None:
-    path = ("--trainer.max_epochs=1", "--data.init_args.batch_size=8", f"--data.init_args.path={informed.candidates}")
+    path = ("--data.init_args.batch_size=8", f"--data.init_args.path={informed.candidates}")
     trained_in_bf16(fit(*DEFAULTS["ranker"], f"--model.init_args.scorer={scorer}", *path), "val/ndcg@10")
 
 
@@ -188,9 +189,9 @@ def test_apples_gpus_are_not_used(
     """They have no float64, in which metrics are summed and times compared."""
     pretend(monkeypatch, mps=True)
     options = (f"--config={BASE}", *SMALL, f"--data.init_args.path={world}")
-    trainer = fit(*options, "--trainer.accelerator=auto", precision=None)
+    trainer = fit(*options, precision=None, accelerator="auto")
     assert trainer.precision == "32-true"
     assert isinstance(trainer.accelerator, CPUAccelerator)
     assert "MPS has no float64" in caplog.text
     with pytest.raises(ValueError, match=r"use --trainer\.accelerator cpu"):
-        fit(*options, "--trainer.accelerator=mps", precision=None)
+        fit(*options, precision=None, accelerator="mps")
