@@ -81,7 +81,7 @@ class RequireFinite(Callback):
         """On every process, so that all end where the loss of one is not finite."""
         step = int(trainer.strategy.reduce(self.failed.clone(), reduce_op="min"))
         if step < NEVER:
-            at = f"learning rate {self.rates.get(step, math.nan):g}, precision {trainer.precision}"
+            at = f"learning rate {float(self.rates.get(step, math.nan)):g}, precision {trainer.precision}"
             raise ValueError(f"the loss of step {step} is NaN or infinite ({at}){self._end()}")
         self.rates.clear()
 
