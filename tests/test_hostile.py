@@ -40,7 +40,7 @@ from recsys2stage.times import Time
 from recsys2stage.trust import _members
 from recsys2stage.users import UserTower
 
-Edit = Callable[[Path, Path], None]  # (folder, canary): makes the folder hostile; what it would run makes the canary
+Edit = Callable[[Path, Path], object]  # (folder, canary): makes the folder hostile; what it would run makes the canary
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def one_signal(class_path: Any, **init_args: Any) -> Edit:
 
 
 def written(name: str, content: bytes) -> Edit:
-    return lambda folder, canary: (folder / name).write_bytes(content) and None
+    return lambda folder, canary: (folder / name).write_bytes(content)
 
 
 class Evil:
@@ -151,7 +151,7 @@ def fewer_items(folder: Path, canary: Path) -> None:
 
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "a process as a signal": (
-        lambda folder, canary: (folder / "signals/signals.json").write_text(json.dumps([popen(canary)])) and None,
+        lambda folder, canary: (folder / "signals/signals.json").write_text(json.dumps([popen(canary)])),
         "signals.json names subprocess.Popen, which is not of recsys2stage",
     ),
     "os.system as a scorer": (
@@ -176,11 +176,8 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         "names a class for features of TwoTower, where none is expected",
     ),
     "a process as an index": (
-        lambda folder, canary: (
-            (folder / "index.json").write_text(
-                json.dumps({"class": "subprocess.Popen", "options": {"args": ["touch", str(canary)]}})
-            )
-            and None
+        lambda folder, canary: (folder / "index.json").write_text(
+            json.dumps({"class": "subprocess.Popen", "options": {"args": ["touch", str(canary)]}})
         ),
         "index.json names subprocess.Popen, which is not",
     ),
@@ -210,6 +207,21 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "more items than weights": (
         in_manifest("towers", "num_items", value=10**12),
         r"one TwoTower \(.* has shape \(121, 16\), expected \(1000000000001, 16\)\)",
+    ),
+    "more items than weights, in a model that looks at its numbers": (
+        lambda folder, canary: (
+            (
+                in_manifest("towers", "num_items", value=10**12)(folder, canary),
+                in_manifest("towers", "encoder", "init_args", "time", value={"class_path": "LogSpaced"})(
+                    folder, canary
+                ),
+            )
+        ),
+        r"one TwoTower \(num_items is 1,000,000,000,000, but weights have [0-9,]+ rows at most",
+    ),
+    "places without end": (
+        in_manifest("towers", "max_length", value=10**12),
+        r"one TwoTower \(.* would take [0-9,]+ bytes, expected at most|one TwoTower \(.* has shape",
     ),
     "weights cut short": (
         lambda folder, canary: os.truncate(folder / "reranker.pt", 9_999),
