@@ -86,7 +86,7 @@ def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], d
     weights = {
         name.removeprefix(f"{part}."): value
         for name, value in checkpoint["state_dict"].items()
-        if name.startswith(f"{part}.")
+        if isinstance(name, str) and name.startswith(f"{part}.")
     }
     if not weights:
         raise ValueError(f"{path} holds no {part}; expected a checkpoint made by: {make}")
@@ -106,14 +106,14 @@ def build(kind: type, options: Any, weights: dict[str, torch.Tensor], where: str
         ValueError: where options or weights do not make such a module; no memory is taken for others.
     """
     made = arguments(kind, options, where)
-    for name, value in weights.items():
-        if not isinstance(value, torch.Tensor) or value.nbytes > value.untyped_storage().nbytes():
-            raise ValueError(f"{where} has weights {name} that are no whole tensor; make it again")
     try:
+        for name, value in weights.items():
+            if not isinstance(value, torch.Tensor) or value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError(f"the weights {name} are no whole tensor")
         _check_shapes(kind, made, weights)
         module = kind(**made)
         module.load_state_dict(weights)
-    except Exception as error:  # whatever a constructor says of options that somebody else wrote
+    except Exception as error:  # whatever a constructor says of untrusted options
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{where} does not hold options and weights of one {kind.__name__} ({reason[0]}); make it again"
