@@ -12,6 +12,7 @@ from recsys2stage.artifacts import FORMAT, check_format, take
 from recsys2stage.trust import arguments, plainly
 
 OPTIONS, SPLIT, VERSIONS = "hyper_parameters", "split_hash", "versions"  # of a checkpoint
+MOST_UNSAVED = 1 << 30  # bytes of a table that a module makes itself
 
 
 def sign(checkpoint: dict[str, Any], split_hash: str | None, version: str) -> None:
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], d
     weights = {
         name.removeprefix(f"{part}."): value
         for name, value in checkpoint["state_dict"].items()
-        if name.startswith(f"{part}.")
+        if isinstance(name, str) and name.startswith(f"{part}.")
     }
     if not weights:
         raise ValueError(f"{path} holds no {part}; expected a checkpoint made by: {make}")
@@ -105,14 +106,14 @@ def build(kind: type, options: Any, weights: dict[str, torch.Tensor], where: str
         ValueError: where options or weights do not make such a module; no memory is taken for others.
     """
     made = arguments(kind, options, where)
-    for name, value in weights.items():
-        if not isinstance(value, torch.Tensor) or value.nbytes > value.untyped_storage().nbytes():
-            raise ValueError(f"{where} has weights {name} that are no whole tensor; make it again")
     try:
+        for name, value in weights.items():
+            if not isinstance(value, torch.Tensor) or value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError(f"the weights {name} are no whole tensor")
         _check_shapes(kind, made, weights)
         module = kind(**made)
         module.load_state_dict(weights)
-    except Exception as error:  # whatever a constructor says of options that somebody else wrote
+    except Exception as error:  # whatever a constructor says of untrusted options
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{where} does not hold options and weights of one {kind.__name__} ({reason[0]}); make it again"
@@ -122,12 +123,22 @@ def build(kind: type, options: Any, weights: dict[str, torch.Tensor], where: str
 
 def _check_shapes(kind: type, options: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     """Refuses weights that the module has not, or in other shapes, before memory is taken for it."""
+    given = {name: tuple(value.shape) for name, value in weights.items()}
     try:
         with torch.device("meta"):
-            wanted = {name: tuple(value.shape) for name, value in kind(**options).state_dict().items()}
-    except RuntimeError:  # a class that looks at its own numbers when it is made, which have none here
+            module = kind(**options)
+    except (RuntimeError, TypeError):  # a class that looks at its own numbers when it is made, which have none here
+        largest = max((size for shape in given.values() for size in shape), default=0)
+        for name in ("num_items", "dim"):
+            if isinstance(options.get(name), int) and options[name] > largest:
+                raise ValueError(
+                    f"{name} is {options[name]:,}, but no weights have more than {largest:,} rows"
+                ) from None
         return
-    given = {name: tuple(value.shape) for name, value in weights.items()}
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     for name in {**wanted, **given}:
         if wanted.get(name) != given.get(name):
             raise ValueError(f"{name} has shape {given.get(name)}, expected {wanted.get(name)}")
+    for name, table in module.named_buffers():
+        if name not in wanted and table.nbytes > MOST_UNSAVED:  # such as angles, a row for each place
+            raise ValueError(f"{name} would take {table.nbytes:,} bytes, expected at most {MOST_UNSAVED:,}")

@@ -84,7 +84,7 @@ class Index(ABC):
         """The index saved in `folder`, as the class that saved it.
 
         The file of a faiss index is read by faiss itself, which trusts it: `Recommender.load` verifies its checksum
-        first, but load no such folder from somebody you do not trust.
+        first, so load such a folder only from a source you trust.
         """
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file():
@@ -95,7 +95,7 @@ class Index(ABC):
         options = take(description, "options", dict, path)
         try:
             index: Index = kind(**options)
-        except Exception as error:  # whatever a constructor says of options that somebody else wrote
+        except Exception as error:  # whatever a constructor says of untrusted options
             raise ValueError(f"{path} has options that no {kind.__name__} takes ({error}); export it again") from error
         vectors = read_array(folder / VECTORS, np.float32, (None, None))
         if not vectors.size:

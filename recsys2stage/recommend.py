@@ -599,7 +599,7 @@ def read_catalogue(path: Path, count: int) -> pl.DataFrame:
                 f"{path} has {rows:,} rows with the columns {', '.join(names)}, expected {count:,} with {c.ITEM} and "
                 f"{c.ITEM_ID}; make its folder again"
             )
-        items = table.collect().sort(c.ITEM)
+        items = table.select(name for name in (c.ITEM, c.ITEM_ID, c.TITLE) if name in names).collect().sort(c.ITEM)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); make it again") from error
     if not np.array_equal(items[c.ITEM].to_numpy(), np.arange(1, count + 1)):

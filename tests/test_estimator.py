@@ -380,6 +380,24 @@ print(model.evaluate()["models"]["ranker"]["mrr"]["value"])
         TwoStageRecommender.load(tmp_path / "nothing")
 
 
+def test_a_saved_model_says_neither_what_to_trust_nor_which_configs_to_read(
+    fitted: TwoStageRecommender, tmp_path: Path
+) -> None:
+    """Whoever wrote it could name code in either; both are the caller's to say."""
+    fitted.save(tmp_path / "model")
+    path = tmp_path / "model/manifest.json"
+    manifest = json.loads(path.read_text())
+    named = {"trust": ["os"], "config": str(tmp_path), "retriever": "x.yaml", "ranker": "x.yaml", "overlays": ["x"]}
+    path.write_text(json.dumps(manifest | {"options": manifest["options"] | named}))
+    loaded = TwoStageRecommender.load(tmp_path / "model", trust=["my_signals"])
+    assert loaded.trust == ["my_signals"]
+    assert [loaded.config, loaded.retriever, loaded.ranker, loaded.overlays] == [None, None, None, ()]
+    for options, message in (({"depth": 3}, "has the arguments depth, which are unknown"), ([], "expected dict")):
+        path.write_text(json.dumps(manifest | {"options": options}))
+        with pytest.raises(ValueError, match=message):
+            TwoStageRecommender.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [

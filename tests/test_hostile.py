@@ -40,7 +40,7 @@ from recsys2stage.times import Time
 from recsys2stage.trust import _members
 from recsys2stage.users import UserTower
 
-Edit = Callable[[Path, Path], None]  # (folder, canary): makes the folder hostile; what it would run makes the canary
+Edit = Callable[[Path, Path], object]  # (folder, canary): makes the folder hostile; what it would run makes the canary
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def one_signal(class_path: Any, **init_args: Any) -> Edit:
 
 
 def written(name: str, content: bytes) -> Edit:
-    return lambda folder, canary: (folder / name).write_bytes(content) and None
+    return lambda folder, canary: (folder / name).write_bytes(content)
 
 
 class Evil:
@@ -151,7 +151,7 @@ def fewer_items(folder: Path, canary: Path) -> None:
 
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "a process as a signal": (
-        lambda folder, canary: (folder / "signals/signals.json").write_text(json.dumps([popen(canary)])) and None,
+        lambda folder, canary: (folder / "signals/signals.json").write_text(json.dumps([popen(canary)])),
         "signals.json names subprocess.Popen, which is not of recsys2stage",
     ),
     "os.system as a scorer": (
@@ -176,11 +176,8 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         "names a class for features of TwoTower, where none is expected",
     ),
     "a process as an index": (
-        lambda folder, canary: (
-            (folder / "index.json").write_text(
-                json.dumps({"class": "subprocess.Popen", "options": {"args": ["touch", str(canary)]}})
-            )
-            and None
+        lambda folder, canary: (folder / "index.json").write_text(
+            json.dumps({"class": "subprocess.Popen", "options": {"args": ["touch", str(canary)]}})
         ),
         "index.json names subprocess.Popen, which is not",
     ),
@@ -197,19 +194,34 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         in_manifest("towers", "encoder", value={"class_path": "Session"}),
         "names the Encoder 'Session', which this version has not; expected one of .*Transformer",
     ),
-    "a module that nobody allowed": (one_signal("evil_parts.Mine"), "names evil_parts.Mine, .*trust=.'evil_parts'."),
+    "a module that is not allowed": (one_signal("evil_parts.Mine"), "names evil_parts.Mine, .*trust=.'evil_parts'."),
     "a name that is no text": (one_signal(["subprocess", "Popen"]), "names the class .* expected text"),
     "a pickle as an array": (pickled_array("popularity.npy"), "popularity.npy cannot be read as an array"),
     "a pickle as item vectors": (pickled_array("index.npy"), "index.npy cannot be read as an array"),
     "a pickle as a table": (pickled_array("signals/0.items.npy"), "0.items.npy cannot be read as an array"),
     "a pickle as weights": (pickled_weights, "towers.pt is not a checkpoint, or not a whole one"),
     "compressed weights": (compressed_weights, "towers.pt unpacks from [0-9,]+ to [0-9,]+ bytes"),
-    "one number as many weights": (repeated_weights, "weights .* that are no whole tensor"),
+    "one number as many weights": (repeated_weights, "the weights .* are no whole tensor"),
     "an array larger than its file": (giant_array("index.npy"), "index.npy cannot be read as an array"),
     "a table larger than its file": (giant_array("signals/0.keys.npy"), "0.keys.npy cannot be read as an array"),
     "more items than weights": (
         in_manifest("towers", "num_items", value=10**12),
         r"one TwoTower \(.* has shape \(121, 16\), expected \(1000000000001, 16\)\)",
+    ),
+    "more items than weights, in a model that looks at its numbers": (
+        lambda folder, canary: (
+            (
+                in_manifest("towers", "num_items", value=10**12)(folder, canary),
+                in_manifest("towers", "encoder", "init_args", "time", value={"class_path": "LogSpaced"})(
+                    folder, canary
+                ),
+            )
+        ),
+        r"one TwoTower \(num_items is 1,000,000,000,000, but no weights have more than 121 rows",
+    ),
+    "places without end": (
+        in_manifest("towers", "max_length", value=10**12),
+        r"one TwoTower \(.* would take [0-9,]+ bytes, expected at most|one TwoTower \(.* has shape",
     ),
     "weights cut short": (
         lambda folder, canary: os.truncate(folder / "reranker.pt", 9_999),

@@ -177,10 +177,10 @@ def test_help_lists_every_target_that_has_a_comment(project: Project) -> None:
         assert f"\n{target} " in "\n" + project.said
 
 
-def test_every_verb_that_loads_artifacts_is_told_what_to_trust(project: Project) -> None:
+def test_every_verb_that_loads_artifacts_gets_trust(project: Project) -> None:
     calls = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "TRUST=my_signals my_index")
     assert [verb for verb in verbs(calls) if verb != "prepare-data"] == ALL
     assert all("--trust [my_signals,my_index]" in call for call in calls[1:])
-    untold = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "SEED=1")
-    assert verbs(untold) == ALL
-    assert not any("--trust" in call for call in untold)
+    without = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "SEED=1")
+    assert verbs(without) == ALL
+    assert not any("--trust" in call for call in without)

@@ -148,7 +148,7 @@ def load_signals(folder: Path) -> list[Signal]:
         made = factory(described, Signal, path)
         try:
             signal = made()
-        except Exception as error:  # whatever a constructor says of options that somebody else wrote
+        except Exception as error:  # whatever a constructor says of untrusted options
             raise ValueError(f"{path} has a {described['class_path']} with other options ({error})") from error
         files = sorted(folder.glob(f"{number}.*.npy"))
         signal.restore({file.name.split(".")[1]: read_array(file) for file in files})
