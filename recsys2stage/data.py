@@ -128,6 +128,12 @@ def equally_many(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
 class ArrayModule(LightningDataModule):
     path: Path
     batch_size: int
+    dataset: Dataset
+
+    @property
+    def split_hash(self) -> str:
+        """Of the prepared dataset; checkpoints carry it."""
+        return self.dataset.manifest["split_hash"]
 
     def __str__(self) -> str:  # Lightning's own would read a batch of every loader
         return f"{type(self).__name__}({self.path})"

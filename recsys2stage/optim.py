@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from recsys2stage import __version__
 from recsys2stage.artifacts import check_format
 from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, load_checkpoint, sign
-from recsys2stage.dataset import Dataset
 from recsys2stage.trust import arguments, trusting
 
 
@@ -63,9 +62,8 @@ class Planned(LightningModule):
 
     @property
     def _split_hash(self) -> str | None:
-        """Of the data this module is trained or measured on; None where there are none."""
-        dataset = getattr(getattr(self._trainer, "datamodule", None), "dataset", None)
-        return dataset.manifest["split_hash"] if isinstance(dataset, Dataset) else None
+        """Of the data this module is trained or measured on; None where its data module has none."""
+        return getattr(getattr(self._trainer, "datamodule", None), "split_hash", None)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

@@ -8,11 +8,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "recsys2stage"
 ROWS = """
-    __init__ columns shapes hashing
-    layers
-    artifacts checkpoints metrics positions times losses objectives mining split checks download optim features
-    dataset items users index encoders sources simulate
-    inputs events frames
+    __init__ columns shapes hashing options trust
+    layers ids
+    artifacts metrics positions times losses objectives split download features
+    checkpoints checks
+    dataset items users index encoders sources simulate request_inputs event_times
+    inputs events frames optim mining
     towers side_tables scorers baselines cohorts compare report
     signals prepare
     data reranker
