@@ -14,7 +14,7 @@ from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data import ArrayModule, BatchLoader
 from recsys2stage.dataset import Dataset, declared, places, recent_events
 from recsys2stage.index import VECTORS
-from recsys2stage.mining import STATES, CandidateLists, joined, read_candidates
+from recsys2stage.lists import STATES, CandidateLists, joined, read_candidates
 from recsys2stage.shapes import Listed
 
 NEEDS = {  # of the manifest of mined lists

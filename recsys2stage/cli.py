@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 # short class names in YAML resolve once their module is imported
-from recsys2stage import ids, index, mining, signals, sources, split  # noqa: F401
+from recsys2stage import ids, index, miners, signals, sources, split  # noqa: F401
 from recsys2stage.commands import COMMANDS
 
 

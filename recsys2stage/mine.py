@@ -9,20 +9,8 @@ from tqdm import tqdm
 from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, ParquetStream, whole, write_manifest
 from recsys2stage.dataset import At, Dataset, Ragged, places, some
-from recsys2stage.mining import (
-    CANDIDATES,
-    REQUESTS,
-    STATES,
-    Miner,
-    Mixture,
-    Popular,
-    RankBand,
-    Request,
-    Uniform,
-    lists,
-    select_fold,
-    specify_miner,
-)
+from recsys2stage.lists import CANDIDATES, REQUESTS, STATES, lists, select_fold
+from recsys2stage.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.recommend import Recommender, in_chunks, load_for
 from recsys2stage.signals.base import FOLDER as SIGNALS
 from recsys2stage.signals.base import Signal, save_signals, specify
@@ -204,7 +192,9 @@ class Mine:
         request = Request.of(found.items, target, barred.rows, barred.values, dataset.train_counts)
         every = queries @ recommender.vectors.T  # (B, V + 1)
         every[:, c.PAD] = every[barred.rows, barred.values] = -np.inf
-        table = lists(request, found.score, self.miner.choose(request, self.rng), every, selects)
+        table = lists(
+            request.candidates, request.target, found.score, self.miner.choose(request, self.rng), every, selects
+        )
         row = table.pop("row")
         length = np.bincount(row, minlength=len(users))
         if empty := int((length == 0).sum()):

@@ -23,7 +23,7 @@ from recsys2stage import (
     inputs,
     items,
     losses,
-    mining,
+    miners,
     objectives,
     optim,
     positions,
@@ -101,7 +101,7 @@ def parts() -> Iterator[type]:
     bases = [
         *(encoders.Encoder, positions.Position, times.Time, objectives.Objective, losses.Loss, losses.lists.ListLoss),
         *(losses.Negatives, losses.NormPenalty, inputs.Input, users.UserTower),
-        *(mining.Miner, scorers.Scorer, index.Index, sources.Source, split.Split, items.ItemTable, optim.RecsysAdamW),
+        *(miners.Miner, scorers.Scorer, index.Index, sources.Source, split.Split, items.ItemTable, optim.RecsysAdamW),
         *(signals.Signal, Retriever, Ranker, Histories, Candidates),
     ]
     while bases:

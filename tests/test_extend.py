@@ -30,7 +30,7 @@ from recsys2stage.index import Approximate
 from recsys2stage.items import ItemTable
 from recsys2stage.losses import Loss
 from recsys2stage.losses.lists import ListLoss
-from recsys2stage.mining import Miner
+from recsys2stage.miners import Miner
 from recsys2stage.objectives import NextItem
 from recsys2stage.positions import Position, PositionFactory
 from recsys2stage.scorers import Scorer

@@ -17,7 +17,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_manifest
 from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.dataset import Dataset
-from recsys2stage.mining import CANDIDATES, REQUESTS, STATES
+from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.recommend import Recommender
 
 EARLIER = 3  # validation targets of each user in the fold

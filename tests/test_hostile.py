@@ -28,7 +28,7 @@ from recsys2stage.index import Faiss, Index
 from recsys2stage.inputs import Input
 from recsys2stage.items import ItemTable
 from recsys2stage.layers import FeedForward, Norm
-from recsys2stage.mining import CANDIDATES, REQUESTS, STATES
+from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.positions import Position
 from recsys2stage.recommend import Recommender
 from recsys2stage.retriever import Retriever

@@ -13,8 +13,8 @@ ROWS = """
     artifacts metrics positions times losses objectives split download features
     checkpoints checks
     dataset items users index encoders sources simulate request_inputs event_times
-    inputs events frames optim mining
-    towers side_tables scorers baselines cohorts compare report
+    inputs events frames optim lists
+    towers miners side_tables scorers baselines cohorts compare report
     signals prepare
     data reranker
     candidates
@@ -75,7 +75,7 @@ def test_an_import_against_the_direction_would_be_found(line: str) -> None:
 
 def test_what_computes_knows_nothing_of_lightning_files_or_configs() -> None:
     """So it can be tested, and served, with bare arrays."""
-    computes = "metrics losses mining positions times towers reranker items users features inputs objectives"
+    computes = "metrics losses miners positions times towers reranker items users features inputs objectives"
     for name in computes.split():
         folder = PACKAGE / name
         files = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]

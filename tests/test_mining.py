@@ -12,19 +12,8 @@ from recsys2stage.artifacts import read_manifest
 from recsys2stage.candidates import Candidates
 from recsys2stage.dataset import Dataset, Padded, Ragged
 from recsys2stage.index import Exact
-from recsys2stage.mining import (
-    Miner,
-    Mixture,
-    Popular,
-    RankBand,
-    Request,
-    Uniform,
-    lists,
-    read_candidates,
-    select_fold,
-    specify_miner,
-    without_repeats,
-)
+from recsys2stage.lists import lists, read_candidates, select_fold, without_repeats
+from recsys2stage.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranker import Ranker
 from recsys2stage.recommend import Found, Recommender
 
@@ -183,7 +172,7 @@ def test_later_repeats_become_none() -> None:
 def test_each_row_has_its_true_score_and_rank(world: World, rng: np.random.Generator) -> None:
     negatives = Mixture([RankBand(count=8), Uniform(8)]).choose(world.request, rng)
     selects = np.arange(B) % 3 == 0
-    table = lists(world.request, world.scores, negatives, world.every, selects)
+    table = lists(world.request.candidates, world.request.target, world.scores, negatives, world.every, selects)
     seen = {"candidate": 0, "drawn": 0}
     for row, item, label, score, rank, origin, fold in zip(*table.values(), strict=True):
         exact = world.every[row].tolist()
@@ -203,7 +192,9 @@ def test_what_the_index_missed_ranks_below_what_it_found(rng: np.random.Generato
     missed = world.request.candidates[:, 0]
     request = world.request._replace(candidates=world.request.candidates[:, 1:6])
     every = np.where(np.isin(np.arange(B), 3)[:, None], -np.inf, world.every)  # user 3 has no six items left
-    table = lists(request, world.scores[:, 1:6], missed[:, None], every, np.zeros(B, dtype=bool))
+    table = lists(
+        request.candidates, request.target, world.scores[:, 1:6], missed[:, None], every, np.zeros(B, dtype=bool)
+    )
     drawn = table["origin"] == "drawn"
     assert drawn.sum() >= B // 2
     assert (table["retriever_rank"][drawn & (table["row"] != 3)] == 6).all()
@@ -212,7 +203,7 @@ def test_what_the_index_missed_ranks_below_what_it_found(rng: np.random.Generato
 def test_lists_hold_target_and_negatives_or_all_candidates_in_order(world: World, rng: np.random.Generator) -> None:
     negatives = MINERS["mixture"].choose(world.request, rng)
     selects = np.arange(B) % 2 == 0
-    table = lists(world.request, world.scores, negatives, world.every, selects)
+    table = lists(world.request.candidates, world.request.target, world.scores, negatives, world.every, selects)
     inside = outside = 0
     for row in range(B):
         own = table["row"] == row

@@ -19,8 +19,8 @@ from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.cli import main
 from recsys2stage.dataset import Dataset
 from recsys2stage.index import VECTORS
+from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.losses.lists import BCE, BPR, ListLoss, Listwise
-from recsys2stage.mining import CANDIDATES, REQUESTS, STATES
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.ranker import NOWHERE, Ranker
 from recsys2stage.scorers import MLP

@@ -21,7 +21,7 @@ from recsys2stage.evaluate import outside_ranking, rank_users
 from recsys2stage.index import Exact
 from recsys2stage.losses import InfoNCE
 from recsys2stage.mine import Mine, barred_from, mine_negatives
-from recsys2stage.mining import Mixture, Popular, RankBand, Uniform
+from recsys2stage.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender, load_for
 from recsys2stage.retriever import Retriever

@@ -16,7 +16,7 @@ from worlds import untrained_index, write_movielens
 
 from recsys2stage import signals
 from recsys2stage.dataset import Dataset, Padded, Ragged
-from recsys2stage.mining import NONE
+from recsys2stage.lists import NONE
 from recsys2stage.prepare import prepare
 from recsys2stage.signals import (
     SLIT,

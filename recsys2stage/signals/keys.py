@@ -3,7 +3,7 @@
 import numpy as np
 
 from recsys2stage.dataset import Ragged
-from recsys2stage.mining import NONE
+from recsys2stage.lists import NONE
 from recsys2stage.signals.base import is_known
 
 ROWS_IN_FLIGHT = 1 << 10  # requests whose lists are merged at once
