@@ -45,7 +45,7 @@ import yaml
 from peers.exchange import export, ranks
 from train import hardware, install
 
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.metrics import metrics_of
 
 SCRIPT = Path(__file__).parent / "peers/rectools_vectors.py"

@@ -34,8 +34,8 @@ def plain(raw: Path, output: Path) -> int:
 
 
 def ours(raw: Path, output: Path) -> int:
-    from recsys2stage.prepare import prepare
-    from recsys2stage.sources import MovieLens
+    from recsys2stage.data.prepare import prepare
+    from recsys2stage.data.sources import MovieLens
 
     return int(prepare(MovieLens(raw), output)["counts"]["events"])
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from recsys2stage.dataset import Dataset, Part, spans
+from recsys2stage.data.dataset import Dataset, Part, spans
 from recsys2stage.times import DAY, YEAR
 
 MONTH = 30 * DAY

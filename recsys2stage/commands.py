@@ -29,22 +29,22 @@ from recsys2stage.artifacts import (
 )
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.compare import TARGET, check_opponent, compare, read_opponent
-from recsys2stage.dataset import Dataset, Part, Seen, no_items, some
+from recsys2stage.data.dataset import Dataset, Part, Seen, no_items, some
+from recsys2stage.data.ids import given_ids, lines_of
+from recsys2stage.data.options import check_option
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.request_inputs import as_seconds, date_of
+from recsys2stage.data.side_tables import user_specs
+from recsys2stage.data.simulate import simulate
 from recsys2stage.evaluate import beyond_accuracy, describe, negatives_of, protocol_line, rank_users, summarise
-from recsys2stage.ids import given_ids, lines_of
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.mine import mine_negatives
-from recsys2stage.options import check_option
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.plots import draw
-from recsys2stage.prepare import prepare
 from recsys2stage.recommend import POPULARITY, RERANKER, Recommender, check_split, in_chunks
 from recsys2stage.report import HEADLINE, against_text, as_markdown, as_table
-from recsys2stage.request_inputs import as_seconds, date_of
 from recsys2stage.reranker import Reranker
-from recsys2stage.side_tables import user_specs
 from recsys2stage.signals.base import FOLDER as SIGNALS
-from recsys2stage.simulate import simulate
 from recsys2stage.towers import TOWERS, TwoTower
 from recsys2stage.trust import Trust, arguments, trusts
 

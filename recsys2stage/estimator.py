@@ -24,16 +24,17 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage import commands, sources, training
+from recsys2stage import commands, training
 from recsys2stage.artifacts import read_manifest, take, whole, write_manifest
-from recsys2stage.dataset import Part, Seen
-from recsys2stage.frames import Frames, Sides, TimeUnit
-from recsys2stage.ids import given_ids
+from recsys2stage.data import sources
+from recsys2stage.data.dataset import Part, Seen
+from recsys2stage.data.frames import Frames, Sides, TimeUnit
+from recsys2stage.data.ids import given_ids
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources.base import Kind
+from recsys2stage.data.split import Marked
 from recsys2stage.mine import mine_negatives
-from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
-from recsys2stage.sources.base import Kind
-from recsys2stage.split import Marked
 
 KIND = "model"  # what a folder with a fitted model says it is
 DEFAULTS = {  # a fit without a config: the classes' own options, and an end

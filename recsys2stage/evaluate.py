@@ -11,7 +11,7 @@ from recsys2stage import columns as c
 from recsys2stage.baselines import Markov, Popularity
 from recsys2stage.cohorts import cohorts
 from recsys2stage.compare import paired
-from recsys2stage.dataset import Dataset, Part, Ragged, RequestTime
+from recsys2stage.data.dataset import Dataset, Part, Ragged, RequestTime
 from recsys2stage.metrics import bootstrap, calibration_of, exposure_of, interval, metrics_of, rank_of
 from recsys2stage.recommend import Recommender, in_chunks
 from recsys2stage.report import TITLES

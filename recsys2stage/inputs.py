@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import UNKNOWN
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.shapes import Embedded, History
 
 Field = Literal["ratings", "actions", "asked"]  # of a History

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from recsys2stage import columns as c
-from recsys2stage.dataset import Dataset
-from recsys2stage.hashing import splitmix64
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.hashing import splitmix64
 
 CANDIDATES, STATES, REQUESTS = "candidates.parquet", "states.npy", "requests.parquet"  # files of a mined folder
 NONE = -1  # "no item" in a row that is not full

@@ -10,11 +10,11 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage import ids
-from recsys2stage.dataset import Dataset, Padded, Ragged, left_aligned, spans
+from recsys2stage.data import ids
+from recsys2stage.data.dataset import Dataset, Padded, Ragged, left_aligned, spans
+from recsys2stage.data.request_inputs import Values, as_seconds, encode_users
+from recsys2stage.data.sources.quotes import layout_of
 from recsys2stage.recommend import NOT_TOLD, Recommender, known_ratings
-from recsys2stage.request_inputs import Values, as_seconds, encode_users
-from recsys2stage.sources.quotes import layout_of
 
 logger = logging.getLogger("recsys2stage")
 

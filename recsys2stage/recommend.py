@@ -18,7 +18,7 @@ import torch
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_json, read_manifest, take, verify
 from recsys2stage.checkpoints import build, load_tensors
-from recsys2stage.dataset import (
+from recsys2stage.data.dataset import (
     Dataset,
     Padded,
     Ragged,
@@ -28,11 +28,11 @@ from recsys2stage.dataset import (
     left_aligned,
     recent_events,
 )
-from recsys2stage.ids import as_text
+from recsys2stage.data.ids import as_text
+from recsys2stage.data.options import check_option
+from recsys2stage.data.request_inputs import as_seconds, check_ascending, date_of, encode_users
 from recsys2stage.index import Index
 from recsys2stage.inputs import Field, check_inputs, fields_read
-from recsys2stage.options import check_option
-from recsys2stage.request_inputs import as_seconds, check_ascending, date_of, encode_users
 from recsys2stage.reranker import Reranker
 from recsys2stage.shapes import Listed
 from recsys2stage.signals.base import FOLDER as SIGNALS

@@ -34,7 +34,7 @@ from recsys2stage.callbacks import (
 )
 from recsys2stage.candidates import Candidates  # noqa: F401
 from recsys2stage.checkpoints import OPTIONS, load_checkpoint
-from recsys2stage.data import Histories  # noqa: F401
+from recsys2stage.histories import Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
 from recsys2stage.retriever import Retriever  # noqa: F401
 from recsys2stage.trust import Trust, arguments, trusting

@@ -124,7 +124,7 @@ class Run:
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated world of 150 users and 120 items, in MovieLens's layout."""
-    from recsys2stage.simulate import simulate
+    from recsys2stage.data.simulate import simulate
 
     folder = tmp_path_factory.mktemp("raw") / "tiny"
     simulate(folder, users=150, items=120, events=4_500)

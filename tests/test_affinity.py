@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from closeness import close
 
-from recsys2stage.dataset import Dataset, Padded, left_aligned
-from recsys2stage.prepare import prepare
+from recsys2stage.data.dataset import Dataset, Padded, left_aligned
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Feature, SideTable, Table
 from recsys2stage.signals import affinity
 from recsys2stage.signals.affinity import Affinity
 from recsys2stage.signals.base import Requests, load_signals, save_signals
-from recsys2stage.sources import Feature, SideTable, Table
 
 USERS, ITEMS, NOW = 25, 18, 1_500_000_000
 NAMES = (

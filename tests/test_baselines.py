@@ -9,9 +9,9 @@ import pytest
 from worlds import Event, write_movielens
 
 from recsys2stage.baselines import Markov, Popularity
-from recsys2stage.dataset import Dataset
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import MovieLens
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens
 
 SEQUENCES = {
     1: [1, 2, 3, 4, 5],  # trains on 1 2 3

@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from recsys2stage import columns as c
 from recsys2stage import encoders
 from recsys2stage.candidates import Candidates
-from recsys2stage.data import Histories
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.encoders import BERT4Rec, SASRec, Transformer
 from recsys2stage.evaluate import rank_users
+from recsys2stage.histories import Histories
 from recsys2stage.recommend import Recommender
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

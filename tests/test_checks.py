@@ -10,9 +10,9 @@ import pytest
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.checks import YEAR_2100, Rows, read, require
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import Feature, MovieLens, SideTable, Source, Table, Tables
+from recsys2stage.data.checks import YEAR_2100, Rows, read, require
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Feature, MovieLens, SideTable, Source, Table, Tables
 
 HEADER = "userId,movieId,rating,timestamp"
 GOOD = ["1,10,4.0,100", "1,20,3.5,200", "1,30,5.0,300", "2,10,0.5,100", "2,30,1.0,150"]  # lines 2 to 6

@@ -29,14 +29,13 @@ from recsys2stage import (
     positions,
     scorers,
     signals,
-    sources,
-    split,
     times,
     users,
 )
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.candidates import Candidates
-from recsys2stage.data import Histories
+from recsys2stage.data import sources, split
+from recsys2stage.histories import Histories
 from recsys2stage.ranker import Ranker
 from recsys2stage.retriever import Retriever
 

@@ -8,11 +8,11 @@ from pipeline_fixtures import Run
 from worlds import Event, write_movielens
 
 from recsys2stage.cohorts import age_cohorts, cohorts, gap_cohorts, history_cohorts, popularity_cohorts
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.evaluate import summarise
 from recsys2stage.metrics import metrics_of
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import MovieLens, Table
 
 DAY = 86_400
 

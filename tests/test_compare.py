@@ -11,7 +11,7 @@ import pytest
 from pipeline_fixtures import Run, recsys
 
 from recsys2stage.compare import paired
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.metrics import KS, metrics_of
 
 QUICK = ("--plots", "false", "--resamples", 100)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from worlds import write_movielens
 
-from recsys2stage.data import BatchLoader, Histories, shuffled
-from recsys2stage.prepare import prepare
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens, Table
+from recsys2stage.histories import BatchLoader, Histories, shuffled
 from recsys2stage.shapes import History
-from recsys2stage.sources import MovieLens, Table
 
 LENGTH = 5
 

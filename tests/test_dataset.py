@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from worlds import write_movielens
 
-from recsys2stage.dataset import (
+from recsys2stage.data.dataset import (
     Dataset,
     Padded,
     Part,
@@ -20,10 +20,10 @@ from recsys2stage.dataset import (
     spans,
     windows,
 )
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens, Table
+from recsys2stage.data.split import GlobalTime, LeaveOneOut
 from recsys2stage.mine import barred_from
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import MovieLens, Table
-from recsys2stage.split import GlobalTime, LeaveOneOut
 
 USERS, ITEMS = 40, 25
 OPTIONS: dict[str, dict[str, Any]] = {

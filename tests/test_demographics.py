@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage.dataset import Dataset
-from recsys2stage.prepare import prepare
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Feature, SideTable, Table
 from recsys2stage.signals import Demographics, Requests
-from recsys2stage.sources import Feature, SideTable, Table
 
 USERS, ITEMS = 30, 12
 

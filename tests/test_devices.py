@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 from recsys2stage import encoders, inputs, layers, losses, objectives, positions, scorers, times
 from recsys2stage.candidates import Lists
 from recsys2stage.columns import PAD
-from recsys2stage.data import Queries
 from recsys2stage.encoders import HSTU, BERT4Rec, FuXi, LiGR, Mamba4Rec, SASRec, Transformer, attention, mamba4rec
+from recsys2stage.histories import Queries
 from recsys2stage.inputs import ActionEmbedding, NextAction, RatingEmbedding
 from recsys2stage.items import ItemTower
 from recsys2stage.losses import BCE, BPR, DCL, GBCE, MSE, FullSoftmax, InBatch, InfoNCE, Mixed, NormPenalty, Uniform

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recsys2stage.download import download
+from recsys2stage.data.download import download
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 MD5 = hashlib.md5(CONTENT).hexdigest()

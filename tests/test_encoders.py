@@ -20,9 +20,9 @@ from torch import Tensor
 from worlds import gap_world
 
 from recsys2stage import encoders, positions, times
-from recsys2stage.data import Histories
 from recsys2stage.encoders import Encoder
 from recsys2stage.encoders.blocks import AttentiveEncoder
+from recsys2stage.histories import Histories
 from recsys2stage.positions import Learned, PerDistance, Position, Rotary, Sinusoidal
 from recsys2stage.retriever import Retriever
 from recsys2stage.shapes import Shape

@@ -20,9 +20,9 @@ from pipeline_fixtures import RANKER, RETRIEVER, K, Run, recsys
 from recsys2stage import TwoStageRecommender
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.checkpoints import read_checkpoint
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.frames import as_polars, kind_of
 from recsys2stage.estimator import NotFittedError
-from recsys2stage.frames import as_polars, kind_of
 from recsys2stage.recommend import Recommender
 
 COLUMNS = {"user": "who", "item": "what", "time": "at", "rating": "stars"}

@@ -16,7 +16,9 @@ from worlds import Event, write_movielens
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.baselines import Markov, Popularity
-from recsys2stage.dataset import Dataset, Ragged
+from recsys2stage.data.dataset import Dataset, Ragged
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens
 from recsys2stage.encoders import Transformer
 from recsys2stage.evaluate import (
     TOP,
@@ -31,11 +33,9 @@ from recsys2stage.evaluate import (
 )
 from recsys2stage.index import Exact
 from recsys2stage.metrics import KS, rank_of
-from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
 from recsys2stage.report import as_markdown, as_table
 from recsys2stage.shapes import Listed
-from recsys2stage.sources import MovieLens
 from recsys2stage.towers import TwoTower
 
 MODELS = ["popularity", "markov", "retriever", "ranker", "ranker_ids_masked"]

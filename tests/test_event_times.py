@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from recsys2stage import columns as c
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import Table
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Table
 
 NOW = 1_600_000_000
 DAY, YEAR = 86_400, 31_557_600

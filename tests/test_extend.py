@@ -9,7 +9,7 @@ from pipeline_fixtures import Run, recsys
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.candidates import Candidates
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranker import Ranker
 from recsys2stage.recommend import Recommender
 from recsys2stage.retriever import Retriever

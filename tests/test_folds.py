@@ -16,7 +16,7 @@ from worlds import seal
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_manifest
 from recsys2stage.candidates import Candidates, Lists
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.recommend import Recommender
 

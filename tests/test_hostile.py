@@ -21,7 +21,9 @@ from worlds import seal, untrained_index
 import recsys2stage
 from recsys2stage.artifacts import MOST_JSON, read_array, read_json
 from recsys2stage.candidates import Candidates
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.sources import base
+from recsys2stage.data.sources.base import unpacked
 from recsys2stage.encoders import Encoder
 from recsys2stage.encoders.blocks import Block
 from recsys2stage.index import Faiss, Index
@@ -34,8 +36,6 @@ from recsys2stage.recommend import Recommender
 from recsys2stage.retriever import Retriever
 from recsys2stage.scorers import Scorer
 from recsys2stage.signals import OtherRetriever, Signal
-from recsys2stage.sources import base
-from recsys2stage.sources.base import unpacked
 from recsys2stage.times import Time
 from recsys2stage.trust import _members
 from recsys2stage.users import UserTower
@@ -182,8 +182,8 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         "index.json names subprocess.Popen, which is not",
     ),
     "a function of the package": (
-        one_signal("recsys2stage.download.download", url="http://localhost", path="x"),
-        "names the Signal 'recsys2stage.download.download', which this version has not",
+        one_signal("recsys2stage.data.download.download", url="http://localhost", path="x"),
+        "names the Signal 'recsys2stage.data.download.download', which this version has not",
     ),
     "what the package imports": (
         one_signal("recsys2stage.artifacts.shutil.rmtree", path="x"),

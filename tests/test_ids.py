@@ -15,16 +15,16 @@ import pytest
 from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
-from recsys2stage import ids
 from recsys2stage.cli import keep_ids_as_written
+from recsys2stage.data import ids
+from recsys2stage.data.events import number, number_ids, stable_order
+from recsys2stage.data.frames import Frames, as_polars
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import SideTable, Table, Vectors
 from recsys2stage.encoders import Transformer
-from recsys2stage.events import number, number_ids, stable_order
-from recsys2stage.frames import Frames, as_polars
 from recsys2stage.index import Exact
 from recsys2stage.people import FileUsers, asked_of, read_asked
-from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
-from recsys2stage.sources import SideTable, Table, Vectors
 from recsys2stage.towers import TwoTower
 
 NOW = 1_600_000_000

@@ -13,9 +13,9 @@ from test_retriever import QUIET, model_for
 from torch import Tensor
 from worlds import cycle_world, forks_world
 
-from recsys2stage.data import Histories
-from recsys2stage.dataset import Dataset, Padded, as_history
+from recsys2stage.data.dataset import Dataset, Padded, as_history
 from recsys2stage.encoders import BERT4Rec, Transformer
+from recsys2stage.histories import Histories
 from recsys2stage.inputs import ActionEmbedding, Input, InputFactory, NextAction, RatingEmbedding, check_inputs
 from recsys2stage.objectives import Cloze
 from recsys2stage.shapes import History

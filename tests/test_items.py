@@ -12,9 +12,9 @@ from torch import Tensor
 from worlds import cold_world
 
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.data import Histories
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.encoders import Transformer
+from recsys2stage.histories import Histories
 from recsys2stage.index import VECTORS
 from recsys2stage.items import ItemTable, ItemTower
 from recsys2stage.recommend import Recommender

@@ -13,7 +13,7 @@ from pipeline_fixtures import Run, recsys
 from worlds import Event, write_movielens
 
 from recsys2stage.baselines import Markov, Popularity
-from recsys2stage.dataset import Dataset, Part
+from recsys2stage.data.dataset import Dataset, Part
 
 USERS, ITEMS = 90, 40
 DAY = 86_400

@@ -10,7 +10,7 @@ from pipeline_fixtures import K, Run, recsys
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.candidates import Candidates
-from recsys2stage.dataset import Dataset, Padded, Ragged
+from recsys2stage.data.dataset import Dataset, Padded, Ragged
 from recsys2stage.index import Exact
 from recsys2stage.lists import lists, read_candidates, select_fold, without_repeats
 from recsys2stage.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage.dataset import Dataset, Ragged, left_aligned
+from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
 from recsys2stage.signals.base import Requests, load_signals, save_signals, specify
 from recsys2stage.signals.neighbours import Neighbours
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recsys2stage.columns import MASK, PAD
-from recsys2stage.dataset import Padded, RequestTime, as_history
+from recsys2stage.data.dataset import Padded, RequestTime, as_history
 from recsys2stage.encoders import BERT4Rec, Encoder, Transformer
 from recsys2stage.objectives import Cloze, NextItem, Objective
 from recsys2stage.retriever import Retriever

@@ -11,7 +11,7 @@ import torch
 from pipeline_fixtures import RETRIEVER, SIGNALS, Run, recsys
 from worlds import untrained_index
 
-from recsys2stage.dataset import Dataset, as_history
+from recsys2stage.data.dataset import Dataset, as_history
 from recsys2stage.index import Index
 from recsys2stage.recommend import Recommender
 from recsys2stage.signals import OtherRetriever, Requests

@@ -17,7 +17,7 @@ USERS = 800
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Both stages, at a size at which they learn what there is to learn."""
-    from recsys2stage.simulate import simulate
+    from recsys2stage.data.simulate import simulate
 
     made = Run(tmp_path_factory.mktemp("pipeline"))
     simulate(made.folder / "raw", users=USERS, items=400, events=34_000)

@@ -8,11 +8,11 @@ import pytest
 from closeness import close
 from worlds import write_movielens
 
-from recsys2stage.dataset import Dataset, Padded, Ragged
-from recsys2stage.prepare import prepare
+from recsys2stage.data.dataset import Dataset, Padded, Ragged
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.signals.base import Requests, load_signals, save_signals, specify
 from recsys2stage.signals.popularity import HOUR, PopularityAsOf
-from recsys2stage.sources import MovieLens, Table
 
 DAY, BEGIN = 86_400, 10**9
 USERS, ITEMS, SPAN = 60, 30, 90 * DAY

@@ -12,12 +12,12 @@ import pytest
 from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
-from recsys2stage.data import prepare_dataset
-from recsys2stage.dataset import Dataset, declared
-from recsys2stage.events import mix, number_ids, stable_order
-from recsys2stage.prepare import prepare, split_hash
-from recsys2stage.sources import Feature, MovieLens, SideTable, Table, Vectors
-from recsys2stage.split import GlobalTime
+from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.events import mix, number_ids, stable_order
+from recsys2stage.data.prepare import prepare, split_hash
+from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vectors
+from recsys2stage.data.split import GlobalTime
+from recsys2stage.histories import prepare_dataset
 
 Event = tuple[Any, Any, int, float]  # user, item, time, rating
 

@@ -19,7 +19,7 @@ from pipeline_fixtures import RANKER, RETRIEVER, Run
 from recsys2stage import data as data_module
 from recsys2stage import estimator
 from recsys2stage.candidates import Candidates
-from recsys2stage.data import Histories, equally_many, shuffled
+from recsys2stage.histories import Histories, equally_many, shuffled
 from recsys2stage.ranker import Ranker
 from recsys2stage.retriever import Retriever
 

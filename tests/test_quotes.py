@@ -9,10 +9,10 @@ import pytest
 from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens, SideTable, Table
+from recsys2stage.data.sources.quotes import layout_of
 from recsys2stage.people import read_log
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import MovieLens, SideTable, Table
-from recsys2stage.sources.quotes import layout_of
 
 HEADER = ["user_id", "item_id", "note", "timestamp"]
 NOW = 1_600_000_000

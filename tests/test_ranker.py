@@ -17,7 +17,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import write_manifest
 from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.cli import main
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.index import VECTORS
 from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.losses.lists import BCE, BPR, ListLoss, Listwise

@@ -19,7 +19,7 @@ from worlds import cycle_world, forks_world
 
 from recsys2stage.candidates import Candidates
 from recsys2stage.checkpoints import read_checkpoint
-from recsys2stage.dataset import Dataset, RequestTime
+from recsys2stage.data.dataset import Dataset, RequestTime
 from recsys2stage.encoders import Encoder, Transformer
 from recsys2stage.evaluate import rank_users
 from recsys2stage.index import Exact, Faiss

@@ -16,17 +16,17 @@ from pipeline_fixtures import RETRIEVER, TOLD, Run, recsys
 from worlds import directions_world
 
 from recsys2stage import TwoStageRecommender
-from recsys2stage.dataset import Dataset
-from recsys2stage.options import check_option
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import check_option
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.request_inputs import as_seconds, check_ascending, encode_users
+from recsys2stage.data.side_tables import user_specs
+from recsys2stage.data.sources import Feature, SideTable, Table
 from recsys2stage.people import FileUsers
-from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
-from recsys2stage.request_inputs import as_seconds, check_ascending, encode_users
 from recsys2stage.reranker import Reranker
 from recsys2stage.scorers import MLP
-from recsys2stage.side_tables import user_specs
 from recsys2stage.signals import Demographics
-from recsys2stage.sources import Feature, SideTable, Table
 
 NEWEST = 10**9 + 2 * 86_400  # seconds of the newest event of the served log
 EACH = {"side": "on", "age": 33}  # features of some user
@@ -371,7 +371,7 @@ def test_a_newest_event_in_the_future_of_the_clock_is_named(
 
 
 def test_an_option_is_one_of_its_words() -> None:
-    from recsys2stage.dataset import Part
+    from recsys2stage.data.dataset import Part
 
     check_option("split", "val", Part)
     for wrong in ("validation", None, 3, ["val"]):

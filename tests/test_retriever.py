@@ -16,15 +16,15 @@ from closeness import close
 from lightning import Trainer
 
 from recsys2stage.cli import main
-from recsys2stage.data import Histories
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Table
 from recsys2stage.encoders import Transformer
+from recsys2stage.histories import Histories
 from recsys2stage.losses import InfoNCE, NormPenalty
 from recsys2stage.metrics import metrics_of
 from recsys2stage.optim import RecsysAdamW, with_schedule
-from recsys2stage.prepare import prepare
 from recsys2stage.retriever import Retriever
 from recsys2stage.shapes import History
-from recsys2stage.sources import Table
 from recsys2stage.times import Calendar
 
 QUIET: dict[str, Any] = {

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage.dataset import Dataset, left_aligned
-from recsys2stage.prepare import prepare
+from recsys2stage.data.dataset import Dataset, left_aligned
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Table
 from recsys2stage.signals.base import Requests, load_signals, save_signals
 from recsys2stage.signals.session import Session
-from recsys2stage.sources import Table
 
 NOW = int(datetime(2021, 3, 4, 18, 0, tzinfo=UTC).timestamp())  # a Thursday
 NOTHING = np.zeros((5, 2), np.float32)

@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys2stage import simulate as simulate_module
-from recsys2stage.simulate import GENRES, NO_GENRES, simulate
+from recsys2stage.data import simulate as simulate_module
+from recsys2stage.data.simulate import GENRES, NO_GENRES, simulate
 
 USERS, ITEMS, EVENTS = 700, 400, 28_000
 

@@ -11,11 +11,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys2stage.checks import read
-from recsys2stage.dataset import Dataset
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import Feature, MovieLens, SideTable, Source, Table
-from recsys2stage.sources import movielens as movielens_module
+from recsys2stage.data.checks import read
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Feature, MovieLens, SideTable, Source, Table
+from recsys2stage.data.sources import movielens as movielens_module
 
 # the same world in both layouts; titles that are hard to read
 RATINGS = [(1, 10, 4.0, 100), (1, 20, 3.0, 200), (2, 10, 5.0, 50), (2, 40, 1.0, 50)]
@@ -309,7 +309,7 @@ def test_times_come_in_seconds_milliseconds_and_iso(tmp_path: Path, unit: Any, w
 
 
 def test_iso_reads_what_people_write() -> None:
-    from recsys2stage.sources.table import iso
+    from recsys2stage.data.sources.table import iso
 
     texts = [
         "1970-01-02",

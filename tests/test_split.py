@@ -6,10 +6,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys2stage.dataset import Dataset
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import Table
-from recsys2stage.split import GlobalTime, LeaveOneOut, Marked, Split
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Table
+from recsys2stage.data.split import GlobalTime, LeaveOneOut, Marked, Split
 
 TIMES = np.array([10, 20, 30, 40, 5, 15, 7, 35, 36, 37])
 OFFSETS = np.array([0, 4, 6, 7, 10])  # users of 4, 2, 1 and 3 events

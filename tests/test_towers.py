@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from recsys2stage.columns import MASK
-from recsys2stage.data import Histories
-from recsys2stage.dataset import Padded, RequestTime, as_history
+from recsys2stage.data.dataset import Padded, RequestTime, as_history
 from recsys2stage.encoders import BERT4Rec, Transformer
+from recsys2stage.histories import Histories
 from recsys2stage.index import Exact
 from recsys2stage.losses import Answers, Catalogue, InfoNCE
 from recsys2stage.shapes import History

@@ -10,12 +10,12 @@ import pytest
 from closeness import close
 from worlds import write_movielens
 
-from recsys2stage.dataset import Dataset, Ragged, left_aligned
-from recsys2stage.prepare import prepare
+from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import MovieLens
 from recsys2stage.signals.base import Requests, load_signals, save_signals, specify
 from recsys2stage.signals.keys import best, cut, find
 from recsys2stage.signals.transitions import Transitions
-from recsys2stage.sources import MovieLens
 
 USERS, ITEMS = 50, 25
 NO_VECTORS = np.zeros((ITEMS + 1, 1), np.float32)

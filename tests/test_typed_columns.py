@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 
 from recsys2stage import columns as c
-from recsys2stage.checks import Rows, read
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import Feature, SideTable, Table
-from recsys2stage.split import Marked
+from recsys2stage.data.checks import Rows, read
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Feature, SideTable, Table
+from recsys2stage.data.split import Marked
 
 NOW = 1_600_000_000
 MOMENTS = [datetime(2020, 9, 13, 12, 26, 40, 250_000) + timedelta(seconds=step) for step in (3, 0, 1, 2)]

@@ -12,9 +12,9 @@ from pipeline_fixtures import RETRIEVER, recsys
 from torch import Tensor
 from worlds import directions_world
 
-from recsys2stage.data import Histories
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.encoders import BERT4Rec, Transformer
+from recsys2stage.histories import Histories
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.recommend import Recommender
 from recsys2stage.retriever import Retriever

@@ -10,10 +10,10 @@ import torch
 
 from recsys2stage.artifacts import checksums, write_manifest
 from recsys2stage.checkpoints import build
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.prepare import prepare
+from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table
 from recsys2stage.index import Exact
-from recsys2stage.prepare import prepare
-from recsys2stage.sources import Feature, MovieLens, SideTable, Table
 from recsys2stage.towers import TOWERS, TwoTower
 from recsys2stage.trust import arguments
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from recsys2stage.dataset import Dataset, spans
+from recsys2stage.data.dataset import Dataset, spans
 from recsys2stage.metrics import rank_of
 from recsys2stage.recommend import in_chunks
 

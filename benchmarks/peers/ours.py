@@ -16,9 +16,9 @@ import torch
 from clock import Job, Work, compete, endless, timed, total, wait
 
 from recsys2stage import encoders, losses
-from recsys2stage.data import Histories
 from recsys2stage.encoders import Encoder, EncoderFactory, SASRec, Transformer
 from recsys2stage.encoders.blocks import AttentiveEncoder
+from recsys2stage.histories import Histories
 from recsys2stage.layers import GELU
 from recsys2stage.objectives import Cloze
 from recsys2stage.retriever import Retriever

@@ -3,7 +3,7 @@
 import numpy as np
 
 from recsys2stage.columns import UNKNOWN
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.signals.base import Requests, Signal
 
 YEAR = 365.2425 * 86_400  # seconds

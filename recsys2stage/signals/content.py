@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from recsys2stage.columns import PAD, UNKNOWN
-from recsys2stage.dataset import Dataset, Ragged
+from recsys2stage.data.dataset import Dataset, Ragged
 from recsys2stage.signals.affinity import FURTHEST, standardised
 from recsys2stage.signals.base import Proposer, Requests, unit
 from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest

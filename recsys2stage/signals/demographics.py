@@ -3,7 +3,7 @@
 import numpy as np
 
 from recsys2stage.columns import UNKNOWN
-from recsys2stage.dataset import Dataset, spans
+from recsys2stage.data.dataset import Dataset, spans
 from recsys2stage.signals.base import Requests, Signal
 from recsys2stage.signals.keys import END, find
 

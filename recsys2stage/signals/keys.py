@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from recsys2stage.dataset import Ragged
+from recsys2stage.data.dataset import Ragged
 from recsys2stage.lists import NONE
 from recsys2stage.signals.base import is_known
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from recsys2stage.dataset import Dataset, Ragged
+from recsys2stage.data.dataset import Dataset, Ragged
 from recsys2stage.signals.base import Proposer, Requests, unit
 from recsys2stage.signals.keys import ROWS_IN_FLIGHT, best, cut
 

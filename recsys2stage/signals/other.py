@@ -9,7 +9,7 @@ import torch
 
 from recsys2stage.artifacts import read_manifest, take, verify
 from recsys2stage.checkpoints import build, load_tensors
-from recsys2stage.dataset import Dataset, Padded, Ragged, as_history
+from recsys2stage.data.dataset import Dataset, Padded, Ragged, as_history
 from recsys2stage.index import Index
 from recsys2stage.inputs import fields_read
 from recsys2stage.signals.base import Proposer, Requests

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from recsys2stage.dataset import Dataset, spans
+from recsys2stage.data.dataset import Dataset, spans
 from recsys2stage.signals.base import Requests, Signal
 
 NONE = 0  # an event that nobody rated

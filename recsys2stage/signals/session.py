@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from recsys2stage.dataset import Dataset
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.signals.base import Requests, Signal
 
 DAY = 86_400

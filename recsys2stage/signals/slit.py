@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from recsys2stage.dataset import Dataset, Ragged, spans
+from recsys2stage.data.dataset import Dataset, Ragged, spans
 from recsys2stage.signals.base import Proposer, Requests
 from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest
 

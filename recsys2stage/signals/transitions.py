@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recsys2stage.dataset import Dataset, Ragged, spans
+from recsys2stage.data.dataset import Dataset, Ragged, spans
 from recsys2stage.signals.base import Proposer, Requests
 from recsys2stage.signals.keys import END, ROWS_IN_FLIGHT, best, cut, find
 

@@ -13,8 +13,8 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import hash_arrays, read_manifest, whole, write_manifest
-from recsys2stage.checks import OnBadRows
-from recsys2stage.events import (
+from recsys2stage.data.checks import OnBadRows
+from recsys2stage.data.events import (
     Repeats,
     TieBreak,
     draw_cold,
@@ -26,11 +26,11 @@ from recsys2stage.events import (
     tie_shares,
     withhold,
 )
-from recsys2stage.options import check_option
-from recsys2stage.side_tables import write_side, write_vectors
-from recsys2stage.sources.base import Source
-from recsys2stage.sources.vectors import Vectors
-from recsys2stage.split import LeaveOneOut, Marked, Split
+from recsys2stage.data.options import check_option
+from recsys2stage.data.side_tables import write_side, write_vectors
+from recsys2stage.data.sources.base import Source
+from recsys2stage.data.sources.vectors import Vectors
+from recsys2stage.data.split import LeaveOneOut, Marked, Split
 
 log = logging.getLogger("recsys2stage")
 

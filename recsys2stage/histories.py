@@ -16,7 +16,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from recsys2stage import columns as c
-from recsys2stage.dataset import Dataset, Part, RequestTime, as_history, declared, windows
+from recsys2stage.data.dataset import Dataset, Part, RequestTime, as_history, declared, windows
 from recsys2stage.shapes import History
 
 
@@ -294,8 +294,8 @@ def prepare_dataset(config: Path, output: Path) -> None:
     """Runs `recsys prepare-data --config config --output output`."""
     from jsonargparse import ArgumentParser
 
-    from recsys2stage import sources  # noqa: F401  (short class names resolve once their module is imported)
-    from recsys2stage.prepare import prepare
+    from recsys2stage.data import sources  # noqa: F401  (short class names resolve once their module is imported)
+    from recsys2stage.data.prepare import prepare
 
     if not config.is_file():
         raise FileNotFoundError(f"{output} has no dataset and {config} does not exist; give a prepare-data config")

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import polars as pl
 
-from recsys2stage.checks import FILE, LINE, SURPLUS, Column, Rows, require
-from recsys2stage.sources.quotes import AUTO, layout_of
+from recsys2stage.data.checks import FILE, LINE, SURPLUS, Column, Rows, require
+from recsys2stage.data.sources.quotes import AUTO, layout_of
 from recsys2stage.trust import name_of
 
 LARGE = 1 << 30  # bytes: below it, nothing unpacked does harm

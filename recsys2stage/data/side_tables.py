@@ -9,13 +9,13 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage import ids as ids_rule
-from recsys2stage.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
-from recsys2stage.dataset import Dataset, declared
-from recsys2stage.events import codes_of
-from recsys2stage.options import check_option
-from recsys2stage.sources.base import Kind
-from recsys2stage.sources.vectors import Vectors
+from recsys2stage.data import ids as ids_rule
+from recsys2stage.data.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
+from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.events import codes_of
+from recsys2stage.data.options import check_option
+from recsys2stage.data.sources.base import Kind
+from recsys2stage.data.sources.vectors import Vectors
 
 log = logging.getLogger("recsys2stage")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import polars as pl
 
-from recsys2stage.checks import FILE, LINE, Column, Rows, rating_column, real, time_column, whole_number
 from recsys2stage.columns import ACTION, ITEM_ID, RATING, TIME, TITLE, USER_ID
-from recsys2stage.download import download
-from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, unpacked
+from recsys2stage.data.checks import FILE, LINE, Column, Rows, rating_column, real, time_column, whole_number
+from recsys2stage.data.download import download
+from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, unpacked
 
 URL = "https://files.grouplens.org/datasets/movielens/{}.zip"
 MD5 = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from recsys2stage import ids as id_rule
 from recsys2stage.artifacts import read_array
-from recsys2stage.checks import require
 from recsys2stage.columns import ITEM_ID
+from recsys2stage.data import ids as id_rule
+from recsys2stage.data.checks import require
 
 VECTOR = "vector"  # the column of a Parquet file
 

@@ -9,7 +9,7 @@ import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest, take
-from recsys2stage.options import check_option
+from recsys2stage.data.options import check_option
 from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]

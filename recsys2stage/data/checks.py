@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import polars as pl
 
-from recsys2stage import ids
 from recsys2stage.columns import ITEM_ID, RATING, TIME, USER_ID
+from recsys2stage.data import ids
 
 OnBadRows = Literal["error", "quarantine"]
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage import ids
-from recsys2stage.checks import require, whole_number
-from recsys2stage.sources.base import Kind
-from recsys2stage.sources.table import iso
-from recsys2stage.split import PARTS
+from recsys2stage.data import ids
+from recsys2stage.data.checks import require, whole_number
+from recsys2stage.data.sources.base import Kind
+from recsys2stage.data.sources.table import iso
+from recsys2stage.data.split import PARTS
 
 TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
 Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]

@@ -9,7 +9,8 @@ from typing import Literal
 
 import polars as pl
 
-from recsys2stage.checks import (
+from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID
+from recsys2stage.data.checks import (
     YEAR_2100,
     Column,
     Rows,
@@ -21,10 +22,9 @@ from recsys2stage.checks import (
     typed_rows,
     whole_number,
 )
-from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID
-from recsys2stage.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
-from recsys2stage.sources.quotes import AUTO, check_quote
-from recsys2stage.split import PARTS
+from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
+from recsys2stage.data.sources.quotes import AUTO, check_quote
+from recsys2stage.data.split import PARTS
 
 DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
 MAX_FLOAT32 = 3.4e38  # of a numeric feature, whose array is of this type

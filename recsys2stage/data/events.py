@@ -7,11 +7,11 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage import ids as id_rule
-from recsys2stage.checks import OnBadRows, read
-from recsys2stage.event_times import check_times, warn_of_newest
-from recsys2stage.hashing import splitmix64
-from recsys2stage.sources.base import Tables
+from recsys2stage.data import ids as id_rule
+from recsys2stage.data.checks import OnBadRows, read
+from recsys2stage.data.event_times import check_times, warn_of_newest
+from recsys2stage.data.hashing import splitmix64
+from recsys2stage.data.sources.base import Tables
 
 TieBreak = Literal["file_order", "item_id", "hash"]
 Repeats = Literal["first", "last", "keep", "error"]

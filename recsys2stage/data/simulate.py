@@ -15,7 +15,7 @@ import polars as pl
 from tqdm import tqdm
 
 from recsys2stage.artifacts import whole
-from recsys2stage.options import check_option
+from recsys2stage.data.options import check_option
 
 RATINGS, MOVIES, README = "ratings.csv", "movies.csv", "README.txt"
 MARK = "SIMULATED DATA"  # the README's first words: only a folder that has them is replaced

@@ -1,0 +1,1 @@
+"""Raw events to a prepared dataset."""

@@ -1,9 +1,0 @@
-"""Raw formats. To add one, write a class over Source and name it in YAML."""
-
-from recsys2stage.sources.base import Source as Source
-from recsys2stage.sources.base import Tables as Tables
-from recsys2stage.sources.movielens import MovieLens as MovieLens
-from recsys2stage.sources.table import Feature as Feature
-from recsys2stage.sources.table import SideTable as SideTable
-from recsys2stage.sources.table import Table as Table
-from recsys2stage.sources.vectors import Vectors as Vectors
