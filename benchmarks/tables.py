@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
 
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.retriever import Retriever
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "--model.init_args"

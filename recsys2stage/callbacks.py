@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys2stage.artifacts import whole, write_manifest
 from recsys2stage.columns import MANIFEST
-from recsys2stage.histories import seed
+from recsys2stage.retrieval.histories import seed
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 NEVER = torch.iinfo(torch.int64).max

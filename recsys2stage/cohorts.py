@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset, Part, spans
-from recsys2stage.times import DAY, YEAR
+from recsys2stage.retrieval.encoders.times import DAY, YEAR
 
 MONTH = 30 * DAY
 NEVER = np.iinfo(np.int64).max

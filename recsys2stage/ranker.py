@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.columns import PAD
-from recsys2stage.losses.lists import ListLoss, Listwise
+from recsys2stage.list_losses import ListLoss, Listwise
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
 from recsys2stage.reranker import Reranker

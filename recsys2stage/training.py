@@ -18,8 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-# short class names in YAML resolve once their module is imported
-from recsys2stage import encoders, inputs, losses, objectives, positions, scorers, times, users  # noqa: F401
+from recsys2stage import scorers  # noqa: F401
 from recsys2stage.callbacks import (
     BEST,
     KeepLast,
@@ -34,9 +33,13 @@ from recsys2stage.callbacks import (
 )
 from recsys2stage.candidates import Candidates  # noqa: F401
 from recsys2stage.checkpoints import OPTIONS, load_checkpoint
-from recsys2stage.histories import Histories  # noqa: F401
 from recsys2stage.ranker import Ranker  # noqa: F401
-from recsys2stage.retriever import Retriever  # noqa: F401
+
+# short class names in YAML resolve once their module is imported
+from recsys2stage.retrieval import encoders, inputs, losses, objectives, users  # noqa: F401
+from recsys2stage.retrieval.encoders import positions, times  # noqa: F401
+from recsys2stage.retrieval.histories import Histories  # noqa: F401
+from recsys2stage.retrieval.retriever import Retriever  # noqa: F401
 from recsys2stage.trust import Trust, arguments, trusting
 
 RESUME = "recsys fit, without --ckpt_path"

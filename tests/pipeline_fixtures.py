@@ -46,7 +46,7 @@ signals:
 """
 TOLD = (  # the time of each request
     *("--data.init_args.request_time", "target"),
-    *("--model.init_args.encoder.init_args.time", "recsys2stage.times.RequestGap"),
+    *("--model.init_args.encoder.init_args.time", "recsys2stage.retrieval.encoders.times.RequestGap"),
 )
 K = 40  # candidates of the tiny run: a third of its catalogue, so that many targets lie outside
 

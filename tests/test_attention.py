@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys2stage.encoders import attention
-from recsys2stage.encoders.attention import Bias, bias_attention, pointwise_attention, softmax_attention
+from recsys2stage.retrieval.encoders import attention
+from recsys2stage.retrieval.encoders.attention import Bias, bias_attention, pointwise_attention, softmax_attention
 
 ROWS, HEADS, LENGTH, WIDTH, BUCKETS = 3, 2, 5, 4, 5
 LENGTHS = torch.tensor([LENGTH, 3, 0])

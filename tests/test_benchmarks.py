@@ -26,13 +26,13 @@ from pipeline_fixtures import RANKER, Run, recsys
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys2stage import columns as c
-from recsys2stage import encoders
 from recsys2stage.candidates import Candidates
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.encoders import BERT4Rec, SASRec, Transformer
 from recsys2stage.evaluate import rank_users
-from recsys2stage.histories import Histories
 from recsys2stage.recommend import Recommender
+from recsys2stage.retrieval import encoders
+from recsys2stage.retrieval.encoders import BERT4Rec, SASRec, Transformer
+from recsys2stage.retrieval.histories import Histories
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -31,8 +31,7 @@ from naive import (
 )
 from torch import Tensor, nn
 
-from recsys2stage import layers, positions, times
-from recsys2stage.encoders import BERT4Rec
+from recsys2stage.retrieval.encoders import BERT4Rec, layers, positions, times
 
 D, H, L, LAYERS = 8, 2, 6, 2  # and one place more, for the question
 EPS = 1e-12

@@ -16,28 +16,15 @@ import yaml
 from jsonargparse import ArgumentParser, capture_parser
 from pipeline_fixtures import RETRIEVER, Run, recsys
 
-from recsys2stage import (
-    cli,
-    encoders,
-    index,
-    inputs,
-    items,
-    losses,
-    miners,
-    objectives,
-    optim,
-    positions,
-    scorers,
-    signals,
-    times,
-    users,
-)
+from recsys2stage import cli, miners, optim, scorers, signals
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.candidates import Candidates
 from recsys2stage.data import sources, split
-from recsys2stage.histories import Histories
 from recsys2stage.ranker import Ranker
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval import encoders, index, inputs, items, losses, objectives, users
+from recsys2stage.retrieval.encoders import positions, times
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.retriever import Retriever
 
 VERBS = {
     *("simulate", "prepare-data", "fit", "validate", "test", "export-index"),

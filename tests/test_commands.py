@@ -17,8 +17,8 @@ from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
 from recsys2stage.candidates import Candidates
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset, some
-from recsys2stage.index import Exact, Faiss, Index
 from recsys2stage.recommend import Recommender, check_split
+from recsys2stage.retrieval.index import Exact, Faiss, Index
 
 
 @pytest.fixture(scope="module")

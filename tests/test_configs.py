@@ -9,8 +9,8 @@ import pytest
 import yaml
 from pipeline_fixtures import recsys
 
-from recsys2stage import encoders
-from recsys2stage.losses import InfoNCE
+from recsys2stage.retrieval import encoders
+from recsys2stage.retrieval.losses import InfoNCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

@@ -12,7 +12,7 @@ from worlds import write_movielens
 
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
-from recsys2stage.histories import BatchLoader, Histories, shuffled
+from recsys2stage.retrieval.histories import BatchLoader, Histories, shuffled
 from recsys2stage.shapes import History
 
 LENGTH = 5

@@ -18,22 +18,48 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from recsys2stage import encoders, inputs, layers, losses, objectives, positions, scorers, times
+from recsys2stage import list_losses as list_losses
+from recsys2stage import scorers
 from recsys2stage.candidates import Lists
 from recsys2stage.columns import PAD
-from recsys2stage.encoders import HSTU, BERT4Rec, FuXi, LiGR, Mamba4Rec, SASRec, Transformer, attention, mamba4rec
-from recsys2stage.histories import Queries
-from recsys2stage.inputs import ActionEmbedding, NextAction, RatingEmbedding
-from recsys2stage.items import ItemTower
-from recsys2stage.losses import BCE, BPR, DCL, GBCE, MSE, FullSoftmax, InBatch, InfoNCE, Mixed, NormPenalty, Uniform
-from recsys2stage.losses import lists as list_losses
 from recsys2stage.metrics import RankMetrics
-from recsys2stage.objectives import Cloze, NextItem
 from recsys2stage.ranker import Ranker
 from recsys2stage.recommend import Recommender
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval import encoders, inputs, losses, objectives
+from recsys2stage.retrieval.encoders import (
+    HSTU,
+    BERT4Rec,
+    FuXi,
+    LiGR,
+    Mamba4Rec,
+    SASRec,
+    Transformer,
+    attention,
+    layers,
+    mamba4rec,
+    positions,
+    times,
+)
+from recsys2stage.retrieval.histories import Queries
+from recsys2stage.retrieval.inputs import ActionEmbedding, NextAction, RatingEmbedding
+from recsys2stage.retrieval.items import ItemTower
+from recsys2stage.retrieval.losses import (
+    BCE,
+    BPR,
+    DCL,
+    GBCE,
+    MSE,
+    FullSoftmax,
+    InBatch,
+    InfoNCE,
+    Mixed,
+    NormPenalty,
+    Uniform,
+)
+from recsys2stage.retrieval.objectives import Cloze, NextItem
+from recsys2stage.retrieval.retriever import Retriever
+from recsys2stage.retrieval.users import UserTower
 from recsys2stage.shapes import History, Listed
-from recsys2stage.users import UserTower
 
 B, L, V, D, C, R, S = 5, 7, 20, 8, 6, 4, 2
 FEATURES = [

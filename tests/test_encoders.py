@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from worlds import gap_world
 
-from recsys2stage import encoders, positions, times
-from recsys2stage.encoders import Encoder
-from recsys2stage.encoders.blocks import AttentiveEncoder
-from recsys2stage.histories import Histories
-from recsys2stage.positions import Learned, PerDistance, Position, Rotary, Sinusoidal
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval import encoders
+from recsys2stage.retrieval.encoders import Encoder, positions, times
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder
+from recsys2stage.retrieval.encoders.positions import Learned, PerDistance, Position, Rotary, Sinusoidal
+from recsys2stage.retrieval.encoders.times import Calendar, HybridTimestamp, LogBuckets, RequestGap, Time
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import Shape
-from recsys2stage.times import Calendar, HybridTimestamp, LogBuckets, RequestGap, Time
 
 DIM, LENGTH, HEADS = 8, 6, 2
 DAY = 86_400
@@ -160,7 +160,7 @@ def test_the_families_are_found() -> None:
     asking = {time for time in TIMES if Case("Transformer", "Position", time).asks}
     assert asking == set(TIMES) - {"Time", "Calendar"}, "of the published clocks, only these need no request time"
     exported = {part for part in vars(encoders).values() if inspect.isclass(part) and issubclass(part, Encoder)}
-    assert exported - {Encoder} == set(ENCODERS.values()), "recsys2stage.encoders must export every encoder"
+    assert exported - {Encoder} == set(ENCODERS.values()), "recsys2stage.retrieval.encoders must export every encoder"
 
 
 def test_the_design_covers_every_pair() -> None:

@@ -19,7 +19,6 @@ from recsys2stage.baselines import Markov, Popularity
 from recsys2stage.data.dataset import Dataset, Ragged
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
-from recsys2stage.encoders import Transformer
 from recsys2stage.evaluate import (
     TOP,
     describe,
@@ -31,12 +30,13 @@ from recsys2stage.evaluate import (
     summarise,
     top_of,
 )
-from recsys2stage.index import Exact
 from recsys2stage.metrics import KS, rank_of
 from recsys2stage.recommend import Recommender
 from recsys2stage.report import as_markdown, as_table
+from recsys2stage.retrieval.encoders import Transformer
+from recsys2stage.retrieval.index import Exact
+from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.shapes import Listed
-from recsys2stage.towers import TwoTower
 
 MODELS = ["popularity", "markov", "retriever", "ranker", "ranker_ids_masked"]
 METRICS = [*(f"{name}@{k}" for k in KS for name in ("hr", "ndcg", "recall")), "mrr"]

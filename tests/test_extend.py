@@ -12,7 +12,7 @@ from recsys2stage.candidates import Candidates
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranker import Ranker
 from recsys2stage.recommend import Recommender
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.retriever import Retriever
 
 MODULE = '''
 """One class for each seam."""

@@ -7,8 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage import layers
-from recsys2stage.layers import GELU, Dropout, FeedForward, GeGLU, LayerNorm, Norm, ReLU, RMSNorm, SwiGLU, kept
+from recsys2stage.retrieval.encoders import layers
+from recsys2stage.retrieval.encoders.layers import (
+    GELU,
+    Dropout,
+    FeedForward,
+    GeGLU,
+    LayerNorm,
+    Norm,
+    ReLU,
+    RMSNorm,
+    SwiGLU,
+    kept,
+)
 
 DIM = 12
 

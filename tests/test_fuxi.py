@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.encoders.fuxi import FuXi
-from recsys2stage.positions import Combined, Learned, PerDistance, Position, Rotary
-from recsys2stage.times import LogBuckets, RequestGap
+from recsys2stage.retrieval.encoders.fuxi import FuXi
+from recsys2stage.retrieval.encoders.positions import Combined, Learned, PerDistance, Position, Rotary
+from recsys2stage.retrieval.encoders.times import LogBuckets, RequestGap
 
 D, H, N, L = 6, 2, 7, 5  # histories shorter than the longest, by which semantic weights are divided
 DAY = 86_400

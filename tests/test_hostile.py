@@ -24,21 +24,21 @@ from recsys2stage.candidates import Candidates
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.sources import base
 from recsys2stage.data.sources.base import unpacked
-from recsys2stage.encoders import Encoder
-from recsys2stage.encoders.blocks import Block
-from recsys2stage.index import Faiss, Index
-from recsys2stage.inputs import Input
-from recsys2stage.items import ItemTable
-from recsys2stage.layers import FeedForward, Norm
 from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
-from recsys2stage.positions import Position
 from recsys2stage.recommend import Recommender
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.encoders import Encoder
+from recsys2stage.retrieval.encoders.blocks import Block
+from recsys2stage.retrieval.encoders.layers import FeedForward, Norm
+from recsys2stage.retrieval.encoders.positions import Position
+from recsys2stage.retrieval.encoders.times import Time
+from recsys2stage.retrieval.index import Faiss, Index
+from recsys2stage.retrieval.inputs import Input
+from recsys2stage.retrieval.items import ItemTable
+from recsys2stage.retrieval.retriever import Retriever
+from recsys2stage.retrieval.users import UserTower
 from recsys2stage.scorers import Scorer
 from recsys2stage.signals import OtherRetriever, Signal
-from recsys2stage.times import Time
 from recsys2stage.trust import _members
-from recsys2stage.users import UserTower
 
 Edit = Callable[[Path, Path], object]  # (folder, canary): makes the folder hostile; what it would run makes the canary
 
@@ -507,7 +507,9 @@ def test_a_member_that_would_fill_the_disk_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_a_bundle_loads_after_its_classes_were_moved(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recsys2stage import encoders, index, scorers, signals, times
+    from recsys2stage import scorers, signals
+    from recsys2stage.retrieval import encoders, index
+    from recsys2stage.retrieval.encoders import times
 
     for module, name in (
         (encoders, "Transformer"),

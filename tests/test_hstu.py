@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.encoders.hstu import HSTU
-from recsys2stage.layers import LayerNorm
-from recsys2stage.positions import Combined, Learned, PerDistance, Position, Rotary
-from recsys2stage.times import LogBuckets, LogSpaced
+from recsys2stage.retrieval.encoders.hstu import HSTU
+from recsys2stage.retrieval.encoders.layers import LayerNorm
+from recsys2stage.retrieval.encoders.positions import Combined, Learned, PerDistance, Position, Rotary
+from recsys2stage.retrieval.encoders.times import LogBuckets, LogSpaced
 
 D, N, L = 6, 7, 5  # histories shorter than the longest, by which weights are divided
 DAY = 86_400

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage import index as index_module
-from recsys2stage.index import Approximate, Exact, Exclude, Faiss, Index, measure
+from recsys2stage.retrieval import index as index_module
+from recsys2stage.retrieval.index import Approximate, Exact, Exclude, Faiss, Index, measure
 from recsys2stage.trust import trusting
 
 MEMBERS: dict[str, Callable[[], Index]] = {
@@ -194,7 +194,7 @@ def test_an_unknown_device_is_refused(device: str) -> None:
 
 def test_a_class_outside_the_package_is_loaded_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_index.py").write_text(
-        "from recsys2stage.index import Exact\n"
+        "from recsys2stage.retrieval.index import Exact\n"
         "class Backwards(Exact):\n"
         "    def __init__(self, sign: float = 1.0) -> None:\n"
         "        super().__init__()\n"

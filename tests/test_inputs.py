@@ -14,12 +14,19 @@ from torch import Tensor
 from worlds import cycle_world, forks_world
 
 from recsys2stage.data.dataset import Dataset, Padded, as_history
-from recsys2stage.encoders import BERT4Rec, Transformer
-from recsys2stage.histories import Histories
-from recsys2stage.inputs import ActionEmbedding, Input, InputFactory, NextAction, RatingEmbedding, check_inputs
-from recsys2stage.objectives import Cloze
+from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.inputs import (
+    ActionEmbedding,
+    Input,
+    InputFactory,
+    NextAction,
+    RatingEmbedding,
+    check_inputs,
+)
+from recsys2stage.retrieval.objectives import Cloze
+from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.shapes import History
-from recsys2stage.towers import TwoTower
 
 B, L, D = 3, 5, 4
 KINDS = ["buy", "like", "see"]

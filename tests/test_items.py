@@ -13,13 +13,13 @@ from worlds import cold_world
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.encoders import Transformer
-from recsys2stage.histories import Histories
-from recsys2stage.index import VECTORS
-from recsys2stage.items import ItemTable, ItemTower
 from recsys2stage.recommend import Recommender
-from recsys2stage.retriever import Retriever
-from recsys2stage.towers import TwoTower
+from recsys2stage.retrieval.encoders import Transformer
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.index import VECTORS
+from recsys2stage.retrieval.items import ItemTable, ItemTower
+from recsys2stage.retrieval.retriever import Retriever
+from recsys2stage.retrieval.towers import TwoTower
 
 V, D = 12, 8
 FEATURES: list[dict[str, Any]] = [

@@ -63,10 +63,10 @@ def test_a_module_imports_from_rows_above_only(path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "from recsys2stage.retriever import Retriever",
+        "from recsys2stage.retrieval.retriever import Retriever",
         "from recsys2stage import columns, ranker",
         "import recsys2stage.cli",
-        "def f():\n    from recsys2stage.encoders.transformer import Transformer",
+        "def f():\n    from recsys2stage.retrieval.encoders.transformer import Transformer",
     ],
 )
 def test_an_import_against_the_direction_would_be_found(line: str) -> None:

@@ -21,7 +21,7 @@ VAL = 2  # events of a user that validate: the third and the second from its end
 # told of times, ratings and kinds (which are ratings), so that a leak through those of a later event would show, too
 TOLD = (
     *("--data.init_args.request_time", "target"),
-    *("--model.init_args.encoder.init_args.time", "recsys2stage.times.RequestGap"),
+    *("--model.init_args.encoder.init_args.time", "recsys2stage.retrieval.encoders.times.RequestGap"),
     *("--data.init_args.next_action", "target"),
     *("--model.init_args.inputs", "[RatingEmbedding, ActionEmbedding, NextAction]"),
 )

@@ -15,7 +15,7 @@ import torch
 from pipeline_fixtures import recsys
 
 from recsys2stage.callbacks import KeepLast, RequireFinite
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.retriever import Retriever
 
 STEPS = 4  # 120 windows in batches of 32
 CONFIG = """

@@ -28,8 +28,7 @@ from naive import (
 )
 from torch import Tensor, nn
 
-from recsys2stage import layers, times
-from recsys2stage.encoders import LiGR
+from recsys2stage.retrieval.encoders import LiGR, layers, times
 
 D, L, LAYERS = 8, 6, 2
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys2stage import losses
-from recsys2stage.losses import (
+from recsys2stage.list_losses import BCE, BPR, ListLoss, Listwise
+from recsys2stage.retrieval import losses
+from recsys2stage.retrieval.losses import (
     DCL,
     GBCE,
     MSE,
@@ -26,10 +27,9 @@ from recsys2stage.losses import (
     Uniform,
     blocks,
 )
-from recsys2stage.losses.lists import BCE, BPR, ListLoss, Listwise
-from recsys2stage.losses.negatives import Drawn, log_share
-from recsys2stage.objectives import NextItem
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.losses.negatives import Drawn, log_share
+from recsys2stage.retrieval.objectives import NextItem
+from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import History
 
 V, D = 12, 5

@@ -7,8 +7,8 @@ import torch
 from naive import DAY, Places, Row, Weights, assert_same, batch, enlarged, feed_forward, linear, norm, sigmoid
 from torch import Tensor, nn
 
-from recsys2stage import positions, times
-from recsys2stage.encoders.mamba4rec import Mamba4Rec, State
+from recsys2stage.retrieval.encoders import positions, times
+from recsys2stage.retrieval.encoders.mamba4rec import Mamba4Rec, State
 
 D, S, H, E, W = 6, 5, 4, 12, 4  # width, state, heads, width inside a layer, convolution
 LENGTH = 8

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.losses import Answers, Catalogue, InBatch, InfoNCE, Mixed, Negatives
-from recsys2stage.losses.negatives import Drawn
+from recsys2stage.retrieval.losses import Answers, Catalogue, InBatch, InfoNCE, Mixed, Negatives
+from recsys2stage.retrieval.losses.negatives import Drawn
 
 V, ANSWER, BATCHES = 30, 20, 2000
 COUNTS = torch.cat([torch.zeros(1), 4 + torch.arange(V)]).long()

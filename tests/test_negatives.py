@@ -8,9 +8,20 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from recsys2stage.losses import DCL, GBCE, Answers, Catalogue, InBatch, InfoNCE, Loss, Mixed, Negatives, Uniform
-from recsys2stage.losses.negatives import Drawn, log_share
-from recsys2stage.losses.schedule import Schedule
+from recsys2stage.retrieval.losses import (
+    DCL,
+    GBCE,
+    Answers,
+    Catalogue,
+    InBatch,
+    InfoNCE,
+    Loss,
+    Mixed,
+    Negatives,
+    Uniform,
+)
+from recsys2stage.retrieval.losses.negatives import Drawn, log_share
+from recsys2stage.retrieval.losses.schedule import Schedule
 
 V = 6
 COUNTS = torch.tensor([99, 0, 1, 3, 7, 15, 31])  # what padding counts must not matter

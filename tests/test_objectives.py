@@ -9,11 +9,11 @@ from torch import Tensor
 
 from recsys2stage.columns import MASK, PAD
 from recsys2stage.data.dataset import Padded, RequestTime, as_history
-from recsys2stage.encoders import BERT4Rec, Encoder, Transformer
-from recsys2stage.objectives import Cloze, NextItem, Objective
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.encoders import BERT4Rec, Encoder, Transformer
+from recsys2stage.retrieval.objectives import Cloze, NextItem, Objective
+from recsys2stage.retrieval.retriever import Retriever
+from recsys2stage.retrieval.towers import asked_after
 from recsys2stage.shapes import History
-from recsys2stage.towers import asked_after
 
 MODES: list[RequestTime] = ["none", "last_event", "target"]
 every_mode = pytest.mark.parametrize("mode", MODES)

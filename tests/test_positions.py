@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.positions import (
+from recsys2stage.retrieval.encoders.positions import (
     Combined,
     Learned,
     PerDistance,

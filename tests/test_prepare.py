@@ -17,7 +17,7 @@ from recsys2stage.data.events import mix, number_ids, stable_order
 from recsys2stage.data.prepare import prepare, split_hash
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vectors
 from recsys2stage.data.split import GlobalTime
-from recsys2stage.histories import prepare_dataset
+from recsys2stage.retrieval.histories import prepare_dataset
 
 Event = tuple[Any, Any, int, float]  # user, item, time, rating
 

@@ -19,9 +19,9 @@ from pipeline_fixtures import RANKER, RETRIEVER, Run
 from recsys2stage import data as data_module
 from recsys2stage import estimator
 from recsys2stage.candidates import Candidates
-from recsys2stage.histories import Histories, equally_many, shuffled
 from recsys2stage.ranker import Ranker
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.histories import Histories, equally_many, shuffled
+from recsys2stage.retrieval.retriever import Retriever
 
 TIMEOUT = 150  # seconds: processes that wait for each other fail the test, not the suite
 

@@ -20,14 +20,14 @@ from worlds import cycle_world, forks_world
 from recsys2stage.candidates import Candidates
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset, RequestTime
-from recsys2stage.encoders import Encoder, Transformer
 from recsys2stage.evaluate import rank_users
-from recsys2stage.index import Exact, Faiss
-from recsys2stage.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
 from recsys2stage.people import FileUsers, PreparedUsers
 from recsys2stage.recommend import Recommender
-from recsys2stage.times import Calendar, RequestGap, TimeFactory
-from recsys2stage.towers import TwoTower
+from recsys2stage.retrieval.encoders import Encoder, Transformer
+from recsys2stage.retrieval.encoders.times import Calendar, RequestGap, TimeFactory
+from recsys2stage.retrieval.index import Exact, Faiss
+from recsys2stage.retrieval.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
+from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.trust import arguments, factory
 
 COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]

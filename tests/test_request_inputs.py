@@ -202,9 +202,9 @@ def test_files_that_say_nothing_or_two_things_of_a_user(
 
 def test_a_signal_of_user_features_says_the_same_in_python(described: Dataset) -> None:
     """Demographics, beside a retriever without a user tower."""
-    from recsys2stage.encoders import Transformer
-    from recsys2stage.index import Exact
-    from recsys2stage.towers import TwoTower
+    from recsys2stage.retrieval.encoders import Transformer
+    from recsys2stage.retrieval.index import Exact
+    from recsys2stage.retrieval.towers import TwoTower
 
     torch.manual_seed(0)
     towers, index = TwoTower(described.num_items, 8, 8, partial(Transformer, layers=1)), Exact()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recsys2stage.cli import main
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.retriever import Retriever
 
 STEPS, EPOCHS = 8, 4  # 120 windows in batches of 16
 

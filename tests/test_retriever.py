@@ -18,14 +18,14 @@ from lightning import Trainer
 from recsys2stage.cli import main
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.encoders import Transformer
-from recsys2stage.histories import Histories
-from recsys2stage.losses import InfoNCE, NormPenalty
 from recsys2stage.metrics import metrics_of
 from recsys2stage.optim import RecsysAdamW, with_schedule
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.encoders import Transformer
+from recsys2stage.retrieval.encoders.times import Calendar
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.losses import InfoNCE, NormPenalty
+from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import History
-from recsys2stage.times import Calendar
 
 QUIET: dict[str, Any] = {
     "logger": False,

@@ -26,8 +26,7 @@ from naive import (
 )
 from torch import Tensor, nn
 
-from recsys2stage import layers, times
-from recsys2stage.encoders import SASRec
+from recsys2stage.retrieval.encoders import SASRec, layers, times
 
 D, L, LAYERS = 8, 6, 2
 ORIGINAL: dict[str, Any] = {

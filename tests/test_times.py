@@ -11,9 +11,18 @@ import torch
 from closeness import close
 from torch import Tensor
 
-from recsys2stage import times as module
+from recsys2stage.retrieval.encoders import times as module
+from recsys2stage.retrieval.encoders.times import (
+    Calendar,
+    Combined,
+    HybridTimestamp,
+    LogBuckets,
+    LogSpaced,
+    RequestGap,
+    Time,
+    TimeFactory,
+)
 from recsys2stage.shapes import Shape
-from recsys2stage.times import Calendar, Combined, HybridTimestamp, LogBuckets, LogSpaced, RequestGap, Time, TimeFactory
 
 NOW = 1_700_000_000
 DAY = 86_400

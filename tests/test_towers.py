@@ -11,13 +11,13 @@ from torch import Tensor
 
 from recsys2stage.columns import MASK
 from recsys2stage.data.dataset import Padded, RequestTime, as_history
-from recsys2stage.encoders import BERT4Rec, Transformer
-from recsys2stage.histories import Histories
-from recsys2stage.index import Exact
-from recsys2stage.losses import Answers, Catalogue, InfoNCE
+from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
+from recsys2stage.retrieval.encoders.times import Calendar, LogBuckets
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.index import Exact
+from recsys2stage.retrieval.losses import Answers, Catalogue, InfoNCE
+from recsys2stage.retrieval.towers import TwoTower, asked_after, unit
 from recsys2stage.shapes import History
-from recsys2stage.times import Calendar, LogBuckets
-from recsys2stage.towers import TwoTower, asked_after, unit
 
 V, L, D = 12, 6, 8
 LENGTHS = [0, 1, 3, 5, L]

@@ -33,9 +33,8 @@ from naive import (
 )
 from torch import Tensor, nn
 
-from recsys2stage import layers, positions, times
-from recsys2stage.encoders import Transformer
-from recsys2stage.encoders.blocks import Gated, Parallel, PostNorm, PreNorm
+from recsys2stage.retrieval.encoders import Transformer, layers, positions, times
+from recsys2stage.retrieval.encoders.blocks import Gated, Parallel, PostNorm, PreNorm
 
 D, H, L, LAYERS = 8, 2, 6, 2
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from worlds import directions_world
 
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.encoders import BERT4Rec, Transformer
-from recsys2stage.histories import Histories
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.recommend import Recommender
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.retriever import Retriever
+from recsys2stage.retrieval.towers import TwoTower
+from recsys2stage.retrieval.users import UserTower
 from recsys2stage.shapes import History
-from recsys2stage.towers import TwoTower
-from recsys2stage.users import UserTower
 
 B, L, V, D = 6, 5, 9, 8
 FEATURES: list[dict[str, Any]] = [

@@ -13,8 +13,8 @@ from recsys2stage.checkpoints import build
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table
-from recsys2stage.index import Exact
-from recsys2stage.towers import TOWERS, TwoTower
+from recsys2stage.retrieval.index import Exact
+from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.trust import arguments
 
 Event = tuple[int, int, float, int]  # user, item, rating, time
@@ -187,13 +187,16 @@ def seal(folder: Path, **changed: object) -> None:
 def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Iterable[str] = ()) -> TwoTower:
     """Writes what a second retriever leaves: random weights, told the request time; gives its towers."""
     torch.manual_seed(seed)
-    time = {"class_path": "recsys2stage.times.RequestGap"}
+    time = {"class_path": "recsys2stage.retrieval.encoders.times.RequestGap"}
     encoder = {
-        "class_path": "recsys2stage.encoders.Transformer",
+        "class_path": "recsys2stage.retrieval.encoders.Transformer",
         "init_args": {"layers": 1, "heads": 2, "time": time},
     }
     options = {"num_items": dataset.num_items, "max_length": 5, "dim": 8, "encoder": encoder}
-    options |= {"inputs": [{"class_path": f"recsys2stage.inputs.{name}"} for name in inputs], "actions": ["look"]}
+    options |= {
+        "inputs": [{"class_path": f"recsys2stage.retrieval.inputs.{name}"} for name in inputs],
+        "actions": ["look"],
+    }
     towers = TwoTower(**arguments(TwoTower, options, folder))
     for part in towers.modules():  # so that what is told of times and ratings shows
         if isinstance(part, torch.nn.Embedding):

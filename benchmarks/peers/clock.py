@@ -17,7 +17,7 @@ class Job:
 
     Args:
         data: prepared dataset.
-        loss: of ours a class of recsys2stage.losses, of RecTools `softmax` or a number of sampled negatives.
+        loss: of ours a class of recsys2stage.retrieval.losses, of RecTools `softmax` or a number of sampled negatives.
         recompute_rows: of ours, how many histories at a time keep their activations; None: all.
         bucketed: whether the encoder of RePlay takes a batch in buckets of like length.
         width: of item vectors and states, D.

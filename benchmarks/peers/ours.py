@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from clock import Job, Work, compete, endless, timed, total, wait
 
-from recsys2stage import encoders, losses
-from recsys2stage.encoders import Encoder, EncoderFactory, SASRec, Transformer
-from recsys2stage.encoders.blocks import AttentiveEncoder
-from recsys2stage.histories import Histories
-from recsys2stage.layers import GELU
-from recsys2stage.objectives import Cloze
-from recsys2stage.retriever import Retriever
+from recsys2stage.retrieval import encoders, losses
+from recsys2stage.retrieval.encoders import Encoder, EncoderFactory, SASRec, Transformer
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder
+from recsys2stage.retrieval.encoders.layers import GELU
+from recsys2stage.retrieval.encoders.times import LogBuckets
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.retrieval.objectives import Cloze
+from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import History, Lengths
-from recsys2stage.times import LogBuckets
 
 PUBLISHED_WITH_TIME = {"HSTU", "FuXi"}  # biases in log buckets
 GOLDEN = (5**0.5 - 1) / 2

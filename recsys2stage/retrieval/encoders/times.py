@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from recsys2stage.layers import in_cache
+from recsys2stage.retrieval.encoders.layers import in_cache
 from recsys2stage.shapes import Embedded, Shape, Times
 
 DAY = 86_400

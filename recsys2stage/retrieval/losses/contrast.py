@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recsys2stage.losses.base import Answers, Catalogue
-from recsys2stage.losses.negatives import Drawn, InBatch, Negatives
-from recsys2stage.losses.sampled import Block, Hide, Priced, Sampled, alike
-from recsys2stage.losses.schedule import Schedule
+from recsys2stage.retrieval.losses.base import Answers, Catalogue
+from recsys2stage.retrieval.losses.negatives import Drawn, InBatch, Negatives
+from recsys2stage.retrieval.losses.sampled import Block, Hide, Priced, Sampled, alike
+from recsys2stage.retrieval.losses.schedule import Schedule
 
 
 class InfoNCE(Sampled):

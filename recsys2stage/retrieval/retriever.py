@@ -13,18 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data.dataset import Dataset, RequestTime, Seen
 from recsys2stage.data.options import check_option
-from recsys2stage.encoders import EncoderFactory, Transformer
-from recsys2stage.histories import Histories, Queries
-from recsys2stage.inputs import InputFactory, check_inputs
-from recsys2stage.items import ItemsFactory, ItemTable
-from recsys2stage.layers import without_autocast
-from recsys2stage.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
 from recsys2stage.metrics import RankMetrics, rank_of
-from recsys2stage.objectives import Cloze, NextItem, Objective
 from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
+from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
+from recsys2stage.retrieval.encoders.layers import without_autocast
+from recsys2stage.retrieval.histories import Histories, Queries
+from recsys2stage.retrieval.inputs import InputFactory, check_inputs
+from recsys2stage.retrieval.items import ItemsFactory, ItemTable
+from recsys2stage.retrieval.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
+from recsys2stage.retrieval.objectives import Cloze, NextItem, Objective
+from recsys2stage.retrieval.towers import TwoTower, full_precision
+from recsys2stage.retrieval.users import UserFactory
 from recsys2stage.shapes import History, Similarity
-from recsys2stage.towers import TwoTower, full_precision
-from recsys2stage.users import UserFactory
 
 
 class Retriever(Planned):

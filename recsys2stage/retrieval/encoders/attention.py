@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recsys2stage.layers import in_cache, kept
+from recsys2stage.retrieval.encoders.layers import in_cache, kept
 from recsys2stage.shapes import Heads, Lengths
 
 TILE = 32  # queries at a time

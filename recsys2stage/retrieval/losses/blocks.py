@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recsys2stage.layers import without_autocast
+from recsys2stage.retrieval.encoders.layers import without_autocast
 
 BLOCK = 1 << 20  # numbers in flight, 4 MB: a CPU keeps them in cache
 GPU_BLOCK = 1 << 26

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys2stage.features import FeatureEncoder
-from recsys2stage.layers import Dropout
+from recsys2stage.retrieval.encoders.layers import Dropout
 from recsys2stage.shapes import Embedded
 
 

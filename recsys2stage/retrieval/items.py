@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
 from recsys2stage.features import FeatureTable
-from recsys2stage.layers import Dropout
+from recsys2stage.retrieval.encoders.layers import Dropout
 
 
 class ItemTable(nn.Module):

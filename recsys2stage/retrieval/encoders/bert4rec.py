@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recsys2stage.encoders.blocks import AttentiveEncoder, PostNorm, blocks, initialise
-from recsys2stage.layers import GELU, Dropout, FeedForwardFactory, LayerNorm
-from recsys2stage.positions import Learned, PositionFactory
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, PostNorm, blocks, initialise
+from recsys2stage.retrieval.encoders.layers import GELU, Dropout, FeedForwardFactory, LayerNorm
+from recsys2stage.retrieval.encoders.positions import Learned, PositionFactory
+from recsys2stage.retrieval.encoders.times import TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import TimeFactory
 
 EPS = 1e-12
 

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys2stage.losses.base import Answers, Catalogue, Loss
-from recsys2stage.losses.blocks import mean_price, products
-from recsys2stage.losses.negatives import Drawn, Negatives
+from recsys2stage.retrieval.losses.base import Answers, Catalogue, Loss
+from recsys2stage.retrieval.losses.blocks import mean_price, products
+from recsys2stage.retrieval.losses.negatives import Drawn, Negatives
 
 Hide = Callable[[Tensor, slice, slice], Tensor]  # (others, rows, sets): puts −inf where a candidate is no negative
 

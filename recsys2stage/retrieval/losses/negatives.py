@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
-from recsys2stage.losses.base import Answers, Catalogue
-from recsys2stage.losses.schedule import Schedule
+from recsys2stage.retrieval.losses.base import Answers, Catalogue
+from recsys2stage.retrieval.losses.schedule import Schedule
 
 
 class Drawn(NamedTuple):

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recsys2stage.encoders.attention import Bias, bias_attention, pointwise_attention
-from recsys2stage.encoders.blocks import AttentiveEncoder, initialise
-from recsys2stage.encoders.hstu import learned_and_per_distance
-from recsys2stage.layers import Dropout, RMSNorm, SwiGLU
-from recsys2stage.positions import Position, PositionFactory
+from recsys2stage.retrieval.encoders.attention import Bias, bias_attention, pointwise_attention
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, initialise
+from recsys2stage.retrieval.encoders.hstu import learned_and_per_distance
+from recsys2stage.retrieval.encoders.layers import Dropout, RMSNorm, SwiGLU
+from recsys2stage.retrieval.encoders.positions import Position, PositionFactory
+from recsys2stage.retrieval.encoders.times import TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import TimeFactory
 
 
 class FuXi(AttentiveEncoder):

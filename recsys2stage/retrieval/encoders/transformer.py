@@ -12,11 +12,11 @@ part can be another: the norm, the feed-forward, the arrangement of a block, pos
 import torch
 from torch import nn
 
-from recsys2stage.encoders.blocks import AttentiveEncoder, BlockFactory, PreNorm, blocks, initialise
-from recsys2stage.layers import Dropout, FeedForwardFactory, NormFactory, RMSNorm, SwiGLU
-from recsys2stage.positions import PositionFactory, Rotary
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, BlockFactory, PreNorm, blocks, initialise
+from recsys2stage.retrieval.encoders.layers import Dropout, FeedForwardFactory, NormFactory, RMSNorm, SwiGLU
+from recsys2stage.retrieval.encoders.positions import PositionFactory, Rotary
+from recsys2stage.retrieval.encoders.times import TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import TimeFactory
 
 
 class Transformer(AttentiveEncoder):

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys2stage.losses.base import Answers, Catalogue
-from recsys2stage.losses.negatives import Negatives, Uniform
-from recsys2stage.losses.sampled import Block, Priced, Sampled
+from recsys2stage.retrieval.losses.base import Answers, Catalogue
+from recsys2stage.retrieval.losses.negatives import Negatives, Uniform
+from recsys2stage.retrieval.losses.sampled import Block, Priced, Sampled
 
 
 class Pointwise(Sampled):

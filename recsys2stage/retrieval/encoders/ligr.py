@@ -10,11 +10,11 @@ no norm at the end. Weights are Xavier-normal at first, biases zero.
 
 from torch import nn
 
-from recsys2stage.encoders.blocks import AttentiveEncoder, Gated, blocks, initialise
-from recsys2stage.layers import Dropout, FeedForwardFactory, LayerNorm, SwiGLU
-from recsys2stage.positions import Learned, PositionFactory
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, Gated, blocks, initialise
+from recsys2stage.retrieval.encoders.layers import Dropout, FeedForwardFactory, LayerNorm, SwiGLU
+from recsys2stage.retrieval.encoders.positions import Learned, PositionFactory
+from recsys2stage.retrieval.encoders.times import TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import TimeFactory
 
 
 class LiGR(AttentiveEncoder):

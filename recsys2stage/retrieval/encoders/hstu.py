@@ -21,12 +21,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recsys2stage.encoders.attention import Bias, pointwise_attention
-from recsys2stage.encoders.blocks import AttentiveEncoder, initialise
-from recsys2stage.layers import Dropout, LayerNorm
-from recsys2stage.positions import Combined, Learned, PerDistance, Position, PositionFactory
+from recsys2stage.retrieval.encoders.attention import Bias, pointwise_attention
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, initialise
+from recsys2stage.retrieval.encoders.layers import Dropout, LayerNorm
+from recsys2stage.retrieval.encoders.positions import Combined, Learned, PerDistance, Position, PositionFactory
+from recsys2stage.retrieval.encoders.times import TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import TimeFactory
 
 SCALINGS = ("length", "width", "both")
 BIASES = ("none", "out", "all")

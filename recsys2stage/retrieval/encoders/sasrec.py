@@ -12,11 +12,11 @@ normalised query, which neither the paper nor this does. Weights are Xavier-unif
 
 from torch import nn
 
-from recsys2stage.encoders.blocks import AttentiveEncoder, PreNorm, blocks, initialise
-from recsys2stage.layers import GELU, Dropout, FeedForwardFactory, LayerNorm
-from recsys2stage.positions import Learned, PositionFactory
+from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, PreNorm, blocks, initialise
+from recsys2stage.retrieval.encoders.layers import GELU, Dropout, FeedForwardFactory, LayerNorm
+from recsys2stage.retrieval.encoders.positions import Learned, PositionFactory
+from recsys2stage.retrieval.encoders.times import TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import TimeFactory
 
 
 class SASRec(AttentiveEncoder):

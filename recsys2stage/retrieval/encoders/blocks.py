@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from recsys2stage.encoders.attention import Bias, softmax_attention
-from recsys2stage.encoders.base import Encoder
-from recsys2stage.layers import Dropout, FeedForward, FeedForwardFactory, Norm, NormFactory
-from recsys2stage.positions import Position, PositionFactory
+from recsys2stage.retrieval.encoders.attention import Bias, softmax_attention
+from recsys2stage.retrieval.encoders.base import Encoder
+from recsys2stage.retrieval.encoders.layers import Dropout, FeedForward, FeedForwardFactory, Norm, NormFactory
+from recsys2stage.retrieval.encoders.positions import Position, PositionFactory
+from recsys2stage.retrieval.encoders.times import Time, TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import Time, TimeFactory
 
 
 class AttentiveEncoder(Encoder):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys2stage.columns import MASK, PAD
-from recsys2stage.encoders import EncoderFactory
-from recsys2stage.inputs import InputFactory
-from recsys2stage.items import ItemsFactory, ItemTable
+from recsys2stage.retrieval.encoders import EncoderFactory
+from recsys2stage.retrieval.inputs import InputFactory
+from recsys2stage.retrieval.items import ItemsFactory, ItemTable
+from recsys2stage.retrieval.users import UserFactory
 from recsys2stage.shapes import History, Similarity
-from recsys2stage.users import UserFactory
 
 TOWERS = "towers.pt"  # a served folder's file of their weights
 

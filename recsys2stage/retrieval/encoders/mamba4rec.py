@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from recsys2stage.encoders.base import Encoder
-from recsys2stage.encoders.blocks import initialise
-from recsys2stage.layers import GELU, Dropout, LayerNorm, RMSNorm, in_cache, without_autocast
-from recsys2stage.positions import Position, PositionFactory
+from recsys2stage.retrieval.encoders.base import Encoder
+from recsys2stage.retrieval.encoders.blocks import initialise
+from recsys2stage.retrieval.encoders.layers import GELU, Dropout, LayerNorm, RMSNorm, in_cache, without_autocast
+from recsys2stage.retrieval.encoders.positions import Position, PositionFactory
+from recsys2stage.retrieval.encoders.times import Time, TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
-from recsys2stage.times import Time, TimeFactory
 
 EPS = 1e-12  # of the LayerNorms, as published
 FAINTEST = -60.0  # e^-60 is lost beside anything else, and denormals, not far below, cost a CPU 80 times the time

@@ -1,0 +1,1 @@
+"""A prepared dataset to a retriever and its index."""
