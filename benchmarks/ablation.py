@@ -22,10 +22,10 @@ import yaml
 from tables import ROOT, commit, recsys
 
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.candidates import Candidates
 from recsys2stage.columns import PAD
 from recsys2stage.metrics import metrics_of, rank_of
-from recsys2stage.ranker import NOWHERE, Ranker
+from recsys2stage.ranking.candidates import Candidates
+from recsys2stage.ranking.ranker import NOWHERE, Ranker
 
 EVERYTHING, NOTHING = "everything", "all signals and sources"
 PARTS = ("score", "rank", "margin", "popularity")

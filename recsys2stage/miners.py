@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys2stage.lists import NONE, without_repeats
+from recsys2stage.ranking.lists import NONE, without_repeats
 from recsys2stage.trust import name_of
 
 

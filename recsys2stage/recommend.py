@@ -31,14 +31,14 @@ from recsys2stage.data.dataset import (
 from recsys2stage.data.ids import as_text
 from recsys2stage.data.options import check_option
 from recsys2stage.data.request_inputs import as_seconds, check_ascending, date_of, encode_users
-from recsys2stage.reranker import Reranker
+from recsys2stage.ranking.reranker import Reranker
+from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
+from recsys2stage.ranking.signals.base import Proposer, Requests, Signal, load_signals
+from recsys2stage.ranking.signals.merge import merge, nearness
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.inputs import Field, check_inputs, fields_read
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.shapes import Listed
-from recsys2stage.signals.base import FOLDER as SIGNALS
-from recsys2stage.signals.base import Proposer, Requests, Signal, load_signals
-from recsys2stage.signals.merge import merge, nearness
 from recsys2stage.trust import trusting
 
 logger = logging.getLogger("recsys2stage")

@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from recsys2stage import scorers  # noqa: F401
 from recsys2stage.callbacks import (
     BEST,
     KeepLast,
@@ -31,9 +30,10 @@ from recsys2stage.callbacks import (
     StayStopped,
     WholeCheckpoints,
 )
-from recsys2stage.candidates import Candidates  # noqa: F401
 from recsys2stage.checkpoints import OPTIONS, load_checkpoint
-from recsys2stage.ranker import Ranker  # noqa: F401
+from recsys2stage.ranking import scorers  # noqa: F401
+from recsys2stage.ranking.candidates import Candidates  # noqa: F401
+from recsys2stage.ranking.ranker import Ranker  # noqa: F401
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage.retrieval import encoders, inputs, losses, objectives, users  # noqa: F401

@@ -11,9 +11,9 @@ from closeness import close
 from recsys2stage.data.dataset import Dataset, Padded, left_aligned
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Feature, SideTable, Table
-from recsys2stage.signals import affinity
-from recsys2stage.signals.affinity import Affinity
-from recsys2stage.signals.base import Requests, load_signals, save_signals
+from recsys2stage.ranking.signals import affinity
+from recsys2stage.ranking.signals.affinity import Affinity
+from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals
 
 USERS, ITEMS, NOW = 25, 18, 1_500_000_000
 NAMES = (

@@ -26,9 +26,9 @@ from pipeline_fixtures import RANKER, Run, recsys
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys2stage import columns as c
-from recsys2stage.candidates import Candidates
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.evaluate import rank_users
+from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommend import Recommender
 from recsys2stage.retrieval import encoders
 from recsys2stage.retrieval.encoders import BERT4Rec, SASRec, Transformer

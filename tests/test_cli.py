@@ -16,11 +16,12 @@ import yaml
 from jsonargparse import ArgumentParser, capture_parser
 from pipeline_fixtures import RETRIEVER, Run, recsys
 
-from recsys2stage import cli, miners, optim, scorers, signals
+from recsys2stage import cli, miners, optim
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.candidates import Candidates
 from recsys2stage.data import sources, split
-from recsys2stage.ranker import Ranker
+from recsys2stage.ranking import scorers, signals
+from recsys2stage.ranking.candidates import Candidates
+from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.retrieval import encoders, index, inputs, items, losses, objectives, users
 from recsys2stage.retrieval.encoders import positions, times
 from recsys2stage.retrieval.histories import Histories

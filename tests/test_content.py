@@ -8,8 +8,8 @@ import pytest
 from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources.table import Feature, SideTable, Table
-from recsys2stage.signals import Content, Requests
-from recsys2stage.signals.content import columns
+from recsys2stage.ranking.signals import Content, Requests
+from recsys2stage.ranking.signals.content import columns
 
 ITEMS, D = 40, 5
 TOLD = {"kind": Feature("categorical"), "tags": Feature("multi", separator="|"), "price": Feature("numeric")}

@@ -9,7 +9,7 @@ import pytest
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Feature, SideTable, Table
-from recsys2stage.signals import Demographics, Requests
+from recsys2stage.ranking.signals import Demographics, Requests
 
 USERS, ITEMS = 30, 12
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from recsys2stage import list_losses as list_losses
-from recsys2stage import scorers
-from recsys2stage.candidates import Lists
 from recsys2stage.columns import PAD
 from recsys2stage.metrics import RankMetrics
-from recsys2stage.ranker import Ranker
+from recsys2stage.ranking import losses as list_losses
+from recsys2stage.ranking import scorers
+from recsys2stage.ranking.candidates import Lists
+from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.recommend import Recommender
 from recsys2stage.retrieval import encoders, inputs, losses, objectives
 from recsys2stage.retrieval.encoders import (

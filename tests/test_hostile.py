@@ -20,11 +20,13 @@ from worlds import seal, untrained_index
 
 import recsys2stage
 from recsys2stage.artifacts import MOST_JSON, read_array, read_json
-from recsys2stage.candidates import Candidates
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.sources import base
 from recsys2stage.data.sources.base import unpacked
-from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
+from recsys2stage.ranking.candidates import Candidates
+from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES
+from recsys2stage.ranking.scorers import Scorer
+from recsys2stage.ranking.signals import OtherRetriever, Signal
 from recsys2stage.recommend import Recommender
 from recsys2stage.retrieval.encoders import Encoder
 from recsys2stage.retrieval.encoders.blocks import Block
@@ -36,8 +38,6 @@ from recsys2stage.retrieval.inputs import Input
 from recsys2stage.retrieval.items import ItemTable
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.retrieval.users import UserTower
-from recsys2stage.scorers import Scorer
-from recsys2stage.signals import OtherRetriever, Signal
 from recsys2stage.trust import _members
 
 Edit = Callable[[Path, Path], object]  # (folder, canary): makes the folder hostile; what it would run makes the canary
@@ -54,7 +54,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "canary"
     (tmp_path / "evil_parts.py").write_text(
         f"import pathlib\npathlib.Path({str(path)!r}).touch()\n"
-        "from recsys2stage.signals import Session\n"
+        "from recsys2stage.ranking.signals import Session\n"
         "class NoSignal:\n    pass\n"
         "class Mine(Session):\n    pass\n"
     )
@@ -507,7 +507,7 @@ def test_a_member_that_would_fill_the_disk_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_a_bundle_loads_after_its_classes_were_moved(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recsys2stage import scorers, signals
+    from recsys2stage.ranking import scorers, signals
     from recsys2stage.retrieval import encoders, index
     from recsys2stage.retrieval.encoders import times
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.list_losses import LambdaRank
+from recsys2stage.ranking.losses import LambdaRank
 
 OPTIONS = [(10, 1.0), (3, 1.0), (1, 2.5), (None, 0.5)]
 by_options = pytest.mark.parametrize(("k", "sigma"), OPTIONS)

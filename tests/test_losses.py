@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys2stage.list_losses import BCE, BPR, ListLoss, Listwise
+from recsys2stage.ranking.losses import BCE, BPR, ListLoss, Listwise
 from recsys2stage.retrieval import losses
 from recsys2stage.retrieval.losses import (
     DCL,

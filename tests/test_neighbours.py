@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
-from recsys2stage.signals.base import Requests, load_signals, save_signals, specify
-from recsys2stage.signals.neighbours import Neighbours
+from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals, specify
+from recsys2stage.ranking.signals.neighbours import Neighbours
 
 V, D, B, C = 60, 6, 30, 12
 ZERO = [17, 60]  # items whose vectors are zero
@@ -113,8 +113,8 @@ def test_blocks_change_nothing(
     requests, known = asked
     whole = fitted(dataset, requests.vectors, candidates=5)
     numbers, proposed = whole(requests), whole.propose(requests, known)
-    monkeypatch.setattr("recsys2stage.signals.neighbours.NUMBERS_IN_FLIGHT", 100)
-    monkeypatch.setattr("recsys2stage.signals.neighbours.ROWS_IN_FLIGHT", 4)
+    monkeypatch.setattr("recsys2stage.ranking.signals.neighbours.NUMBERS_IN_FLIGHT", 100)
+    monkeypatch.setattr("recsys2stage.ranking.signals.neighbours.ROWS_IN_FLIGHT", 4)
     parts = fitted(dataset, requests.vectors, candidates=5)
     assert np.array_equal(parts.tables["nearest"], whole.tables["nearest"])
     np.testing.assert_allclose(parts(requests), numbers, atol=1e-6)

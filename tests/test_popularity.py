@@ -11,8 +11,8 @@ from worlds import write_movielens
 from recsys2stage.data.dataset import Dataset, Padded, Ragged
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
-from recsys2stage.signals.base import Requests, load_signals, save_signals, specify
-from recsys2stage.signals.popularity import HOUR, PopularityAsOf
+from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals, specify
+from recsys2stage.ranking.signals.popularity import HOUR, PopularityAsOf
 
 DAY, BEGIN = 86_400, 10**9
 USERS, ITEMS, SPAN = 60, 30, 90 * DAY
@@ -179,7 +179,7 @@ def test_both_ways_to_count_a_window_agree(dataset: Dataset, monkeypatch: pytest
         counts = np.bincount(signal.tables["items"][begin:end], minlength=ITEMS + 1)
         assert signal._most(begin, end).tolist() == sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
     one = signal.propose(asked_at(now), nobody(len(now)))
-    monkeypatch.setattr("recsys2stage.signals.popularity.LOOKS", 0)  # always by looks at items
+    monkeypatch.setattr("recsys2stage.ranking.signals.popularity.LOOKS", 0)  # always by looks at items
     assert np.array_equal(signal.propose(asked_at(now), nobody(len(now))), one)
 
 

@@ -18,8 +18,8 @@ from pipeline_fixtures import RANKER, RETRIEVER, Run
 
 from recsys2stage import data as data_module
 from recsys2stage import estimator
-from recsys2stage.candidates import Candidates
-from recsys2stage.ranker import Ranker
+from recsys2stage.ranking.candidates import Candidates
+from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.retrieval.histories import Histories, equally_many, shuffled
 from recsys2stage.retrieval.retriever import Retriever
 

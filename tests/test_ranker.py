@@ -15,15 +15,15 @@ from lightning import Trainer
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import write_manifest
-from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.cli import main
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.list_losses import BCE, BPR, ListLoss, Listwise
-from recsys2stage.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.optim import RecsysAdamW
-from recsys2stage.ranker import NOWHERE, Ranker
+from recsys2stage.ranking.candidates import Candidates, Lists
+from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES
+from recsys2stage.ranking.losses import BCE, BPR, ListLoss, Listwise
+from recsys2stage.ranking.ranker import NOWHERE, Ranker
+from recsys2stage.ranking.scorers import MLP
 from recsys2stage.retrieval.index import VECTORS
-from recsys2stage.scorers import MLP
 from recsys2stage.shapes import Listed
 
 D, USERS = 8, 120

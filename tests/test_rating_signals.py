@@ -10,8 +10,8 @@ from closeness import close
 from recsys2stage.data.dataset import Dataset, left_aligned
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.signals.base import Requests, load_signals, save_signals
-from recsys2stage.signals.ratings import Ratings
+from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals
+from recsys2stage.ranking.signals.ratings import Ratings
 
 USERS, ITEMS, START = 30, 12, 10**9
 NOTHING = np.zeros((ITEMS + 1, 2), np.float32)

@@ -17,11 +17,11 @@ from closeness import same_lists
 from pipeline_fixtures import RETRIEVER, SIGNALS, K, Run, recsys
 from worlds import cycle_world, forks_world
 
-from recsys2stage.candidates import Candidates
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset, RequestTime
 from recsys2stage.evaluate import rank_users
 from recsys2stage.people import FileUsers, PreparedUsers
+from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommend import Recommender
 from recsys2stage.retrieval.encoders import Encoder, Transformer
 from recsys2stage.retrieval.encoders.times import Calendar, RequestGap, TimeFactory

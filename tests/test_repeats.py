@@ -20,6 +20,8 @@ from recsys2stage.data.sources import Table
 from recsys2stage.evaluate import outside_ranking, rank_users
 from recsys2stage.mine import Mine, barred_from, mine_negatives
 from recsys2stage.miners import Mixture, Popular, RankBand, Uniform
+from recsys2stage.ranking.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions
+from recsys2stage.ranking.signals.base import Proposer
 from recsys2stage.recommend import Recommender, load_for
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.histories import Histories
@@ -28,8 +30,6 @@ from recsys2stage.retrieval.losses import InfoNCE
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.shapes import History
-from recsys2stage.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions
-from recsys2stage.signals.base import Proposer
 
 USERS, ITEMS, MET = 300, 60, 10
 MAX_LENGTH = 4  # of the model whose users have histories of twelve events

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from recsys2stage import scorers
-from recsys2stage.reranker import PARTS, Reranker
-from recsys2stage.scorers import DIN, MLP, Scorer, Shown
+from recsys2stage.ranking import scorers
+from recsys2stage.ranking.reranker import PARTS, Reranker
+from recsys2stage.ranking.scorers import DIN, MLP, Scorer, Shown
 from recsys2stage.shapes import Listed
 
 V, D, B, C, R = 30, 8, 5, 12, 4

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recsys2stage import scorers
-from recsys2stage.scorers import DCN, DIN, MLP, MoL, Scorer, Shown
+from recsys2stage.ranking import scorers
+from recsys2stage.ranking.scorers import DCN, DIN, MLP, MoL, Scorer, Shown
 
 B, C, R, D, F = 4, 6, 5, 8, 3
 HIDDEN = (12, 7)

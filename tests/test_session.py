@@ -11,8 +11,8 @@ import pytest
 from recsys2stage.data.dataset import Dataset, left_aligned
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.signals.base import Requests, load_signals, save_signals
-from recsys2stage.signals.session import Session
+from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals
+from recsys2stage.ranking.signals.session import Session
 
 NOW = int(datetime(2021, 3, 4, 18, 0, tzinfo=UTC).timestamp())  # a Thursday
 NOTHING = np.zeros((5, 2), np.float32)

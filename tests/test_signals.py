@@ -14,12 +14,12 @@ import yaml
 from pipeline_fixtures import K, Run, recsys
 from worlds import untrained_index, write_movielens
 
-from recsys2stage import signals
 from recsys2stage.data.dataset import Dataset, Padded, Ragged
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
-from recsys2stage.lists import NONE
-from recsys2stage.signals import (
+from recsys2stage.ranking import signals
+from recsys2stage.ranking.lists import NONE
+from recsys2stage.ranking.signals import (
     SLIT,
     Affinity,
     Content,
@@ -34,8 +34,8 @@ from recsys2stage.signals import (
     Signal,
     Transitions,
 )
-from recsys2stage.signals.base import is_known, load_signals, save_signals, specify
-from recsys2stage.signals.merge import merge, nearness
+from recsys2stage.ranking.signals.base import is_known, load_signals, save_signals, specify
+from recsys2stage.ranking.signals.merge import merge, nearness
 from recsys2stage.trust import trusting
 
 USERS, ITEMS, D = 40, 30, 6

@@ -9,7 +9,7 @@ from test_transitions import dataset as dataset
 from test_transitions import folder as folder
 
 from recsys2stage.data.dataset import Dataset, left_aligned
-from recsys2stage.signals import SLIT, Requests
+from recsys2stage.ranking.signals import SLIT, Requests
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},

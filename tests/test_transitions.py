@@ -13,9 +13,9 @@ from worlds import write_movielens
 from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
-from recsys2stage.signals.base import Requests, load_signals, save_signals, specify
-from recsys2stage.signals.keys import best, cut, find
-from recsys2stage.signals.transitions import Transitions
+from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals, specify
+from recsys2stage.ranking.signals.keys import best, cut, find
+from recsys2stage.ranking.signals.transitions import Transitions
 
 USERS, ITEMS = 50, 25
 NO_VECTORS = np.zeros((ITEMS + 1, 1), np.float32)
@@ -159,7 +159,7 @@ def test_where_none_are_asked_for_none_are_named(dataset: Dataset) -> None:
 def test_a_request_gets_the_same_alone_and_among_others(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     signal, (requests, known) = fitted(dataset, candidates=9), asked(dataset)
     together, numbers = signal.propose(requests, known), signal(requests)
-    monkeypatch.setattr("recsys2stage.signals.transitions.ROWS_IN_FLIGHT", 7)
+    monkeypatch.setattr("recsys2stage.ranking.signals.transitions.ROWS_IN_FLIGHT", 7)
     assert np.array_equal(signal.propose(requests, known), together)
     for row in range(0, len(together), 5):
         one = slice(row, row + 1)
@@ -218,7 +218,7 @@ def test_only_training_events_count(dataset: Dataset) -> None:
 
 def test_pairs_counted_a_few_at_a_time_are_the_same(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fitted(dataset, top=4).tables
-    monkeypatch.setattr("recsys2stage.signals.transitions.PAIRS_IN_FLIGHT", 50)
+    monkeypatch.setattr("recsys2stage.ranking.signals.transitions.PAIRS_IN_FLIGHT", 50)
     parts = fitted(dataset, top=4).tables
     assert all(np.array_equal(table, parts[name]) for name, table in whole.items())
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset, spans
-from recsys2stage.signals.base import Requests, Signal
+from recsys2stage.ranking.signals.base import Requests, Signal
 
 NONE = 0  # an event that nobody rated
 

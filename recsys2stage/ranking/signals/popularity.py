@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset, Ragged, spans
-from recsys2stage.lists import NONE
+from recsys2stage.ranking.lists import NONE
+from recsys2stage.ranking.signals.base import Proposer, Requests
+from recsys2stage.ranking.signals.keys import END, find
 from recsys2stage.retrieval.encoders.times import DAY, WEEK
-from recsys2stage.signals.base import Proposer, Requests
-from recsys2stage.signals.keys import END, find
 
 HOUR = 3_600
 LOOKS = 32  # events of a window for each item, from which on looks at items cost less than looks at events

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys2stage.scorers.base import Scorer, Shown
-from recsys2stage.scorers.deep import DIRECT_SCALE, Deep, Wide, seen, spread
+from recsys2stage.ranking.scorers.base import Scorer, Shown
+from recsys2stage.ranking.scorers.deep import DIRECT_SCALE, Deep, Wide, seen, spread
 
 
 class MoL(Scorer):

@@ -10,11 +10,11 @@ import torch
 from recsys2stage.artifacts import read_manifest, take, verify
 from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.data.dataset import Dataset, Padded, Ragged, as_history
+from recsys2stage.ranking.signals.base import Proposer, Requests
+from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, cut, highest
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.inputs import fields_read
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
-from recsys2stage.signals.base import Proposer, Requests
-from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest
 
 KEPT = {"towers": dict, "request_time": str}  # of the manifest of its index
 ROWS_AT_ONCE = 64  # histories that are encoded together

@@ -9,13 +9,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from recsys2stage.candidates import Candidates, Lists
 from recsys2stage.columns import PAD
-from recsys2stage.list_losses import ListLoss, Listwise
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
-from recsys2stage.reranker import Reranker
-from recsys2stage.scorers import MLP, ScorerFactory
+from recsys2stage.ranking.candidates import Candidates, Lists
+from recsys2stage.ranking.losses import ListLoss, Listwise
+from recsys2stage.ranking.reranker import Reranker
+from recsys2stage.ranking.scorers import MLP, ScorerFactory
 
 NOWHERE = 1 << 30  # rank of a target that is not among the candidates
 

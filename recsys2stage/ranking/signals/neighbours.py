@@ -3,8 +3,8 @@
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset, Ragged
-from recsys2stage.signals.base import Proposer, Requests, unit
-from recsys2stage.signals.keys import ROWS_IN_FLIGHT, best, cut
+from recsys2stage.ranking.signals.base import Proposer, Requests, unit
+from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, best, cut
 
 NUMBERS_IN_FLIGHT = 1 << 22  # of vectors or marks that are looked at together
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from recsys2stage.columns import UNKNOWN
 from recsys2stage.data.dataset import Dataset, spans
-from recsys2stage.signals.base import Requests, Signal
-from recsys2stage.signals.keys import END, find
+from recsys2stage.ranking.signals.base import Requests, Signal
+from recsys2stage.ranking.signals.keys import END, find
 
 
 class Demographics(Signal):

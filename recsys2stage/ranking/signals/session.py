@@ -3,7 +3,7 @@
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.signals.base import Requests, Signal
+from recsys2stage.ranking.signals.base import Requests, Signal
 
 DAY = 86_400
 RECENT = 10  # newest events whose gaps say how busy the user is now

@@ -4,7 +4,7 @@ import numpy as np
 
 from recsys2stage.columns import UNKNOWN
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.signals.base import Requests, Signal
+from recsys2stage.ranking.signals.base import Requests, Signal
 
 YEAR = 365.2425 * 86_400  # seconds
 CELLS = 1 << 20  # of a table of users by classes; beyond it only the pairs that occur are kept

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from recsys2stage.data.dataset import Dataset, Ragged, spans
-from recsys2stage.signals.base import Proposer, Requests
-from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest
+from recsys2stage.ranking.signals.base import Proposer, Requests
+from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, cut, highest
 
 NEGLIGIBLE = 0.01  # weight below which an event of the history is left out
 NUMBERS_IN_FLIGHT = 1 << 22  # weights that are looked up together

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys2stage.scorers.base import Scorer, Shown
-from recsys2stage.scorers.deep import Deep, Wide, seen, spread
+from recsys2stage.ranking.scorers.base import Scorer, Shown
+from recsys2stage.ranking.scorers.deep import Deep, Wide, seen, spread
 
 DAY, YEAR = 11.4, 17.3  # as ages are told: log(1 + seconds)
 

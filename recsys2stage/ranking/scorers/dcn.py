@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from recsys2stage.ranking.scorers.base import Scorer, Shown
+from recsys2stage.ranking.scorers.deep import Deep, Wide, seen
 from recsys2stage.retrieval.encoders.layers import Dropout
-from recsys2stage.scorers.base import Scorer, Shown
-from recsys2stage.scorers.deep import Deep, Wide, seen
 
 
 class DCN(Scorer):

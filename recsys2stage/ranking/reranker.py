@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
 from recsys2stage.features import FeatureTable
+from recsys2stage.ranking.scorers import ScorerFactory, Shown
 from recsys2stage.retrieval.towers import unit
-from recsys2stage.scorers import ScorerFactory, Shown
 from recsys2stage.shapes import Listed
 
 PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # what may be left out

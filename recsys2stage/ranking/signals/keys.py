@@ -3,8 +3,8 @@
 import numpy as np
 
 from recsys2stage.data.dataset import Ragged
-from recsys2stage.lists import NONE
-from recsys2stage.signals.base import is_known
+from recsys2stage.ranking.lists import NONE
+from recsys2stage.ranking.signals.base import is_known
 
 ROWS_IN_FLIGHT = 1 << 10  # requests whose lists are merged at once
 END = np.iinfo(np.int64).max  # past the last key, so that every look-up lands on one

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recsys2stage.lists import NONE, without_repeats
+from recsys2stage.ranking.lists import NONE, without_repeats
 
 
 def merge(named: Sequence[np.ndarray], k: int) -> np.ndarray:

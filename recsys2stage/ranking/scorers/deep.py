@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from recsys2stage.ranking.scorers.base import Shown
 from recsys2stage.retrieval.encoders.layers import Dropout
-from recsys2stage.scorers.base import Shown
 
 # AdamW moves all weights alike; a few direct ones can and should learn faster than many layered ones
 DIRECT_SCALE = 10.0

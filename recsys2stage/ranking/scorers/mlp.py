@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from recsys2stage.scorers.base import Scorer, Shown
-from recsys2stage.scorers.deep import Deep, Wide, seen
+from recsys2stage.ranking.scorers.base import Scorer, Shown
+from recsys2stage.ranking.scorers.deep import Deep, Wide, seen
 
 
 class MLP(Scorer):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset, Ragged, spans
-from recsys2stage.signals.base import Proposer, Requests
-from recsys2stage.signals.keys import END, ROWS_IN_FLIGHT, best, cut, find
+from recsys2stage.ranking.signals.base import Proposer, Requests
+from recsys2stage.ranking.signals.keys import END, ROWS_IN_FLIGHT, best, cut, find
 
 PAIRS_IN_FLIGHT = 1 << 24  # pairs of events that are counted at once
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from recsys2stage.columns import PAD, UNKNOWN
 from recsys2stage.data.dataset import Dataset, Ragged
-from recsys2stage.signals.affinity import FURTHEST, standardised
-from recsys2stage.signals.base import Proposer, Requests, unit
-from recsys2stage.signals.keys import ROWS_IN_FLIGHT, cut, highest
+from recsys2stage.ranking.signals.affinity import FURTHEST, standardised
+from recsys2stage.ranking.signals.base import Proposer, Requests, unit
+from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, cut, highest
 
 ITEMS_IN_FLIGHT = 1 << 12  # rows of features that are made dense together
 

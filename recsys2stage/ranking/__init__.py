@@ -1,0 +1,1 @@
+"""Candidate lists to a ranker."""

@@ -1,0 +1,9 @@
+"""Scorers of candidates, one architecture a file."""
+
+from recsys2stage.ranking.scorers.base import Scorer as Scorer
+from recsys2stage.ranking.scorers.base import ScorerFactory as ScorerFactory
+from recsys2stage.ranking.scorers.base import Shown as Shown
+from recsys2stage.ranking.scorers.dcn import DCN as DCN
+from recsys2stage.ranking.scorers.din import DIN as DIN
+from recsys2stage.ranking.scorers.mlp import MLP as MLP
+from recsys2stage.ranking.scorers.mol import MoL as MoL

@@ -1,9 +1,0 @@
-"""Scorers of candidates, one architecture a file."""
-
-from recsys2stage.scorers.base import Scorer as Scorer
-from recsys2stage.scorers.base import ScorerFactory as ScorerFactory
-from recsys2stage.scorers.base import Shown as Shown
-from recsys2stage.scorers.dcn import DCN as DCN
-from recsys2stage.scorers.din import DIN as DIN
-from recsys2stage.scorers.mlp import MLP as MLP
-from recsys2stage.scorers.mol import MoL as MoL
