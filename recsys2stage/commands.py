@@ -42,7 +42,7 @@ from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.plots import draw
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
-from recsys2stage.recommend import POPULARITY, RERANKER, Recommender, check_split, in_chunks
+from recsys2stage.recommender import POPULARITY, RERANKER, Recommender, check_split, in_chunks
 from recsys2stage.report import HEADLINE, against_text, as_markdown, as_table
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower

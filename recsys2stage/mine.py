@@ -13,7 +13,7 @@ from recsys2stage.miners import Miner, Mixture, Popular, RankBand, Request, Unif
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, lists, select_fold
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Signal, save_signals, specify
-from recsys2stage.recommend import Recommender, in_chunks, load_for
+from recsys2stage.recommender import Recommender, in_chunks, load_for
 from recsys2stage.trust import Trust, trusts
 
 logger = logging.getLogger("recsys2stage")

@@ -14,7 +14,7 @@ from recsys2stage.data import ids
 from recsys2stage.data.dataset import Dataset, Padded, Ragged, left_aligned, spans
 from recsys2stage.data.request_inputs import Values, as_seconds, encode_users
 from recsys2stage.data.sources.quotes import layout_of
-from recsys2stage.recommend import NOT_TOLD, Recommender, known_ratings
+from recsys2stage.recommender import NOT_TOLD, Recommender, known_ratings
 
 logger = logging.getLogger("recsys2stage")
 

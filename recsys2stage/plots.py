@@ -9,7 +9,7 @@ import numpy as np
 
 from recsys2stage.artifacts import fingerprint, read_manifest, whole
 from recsys2stage.compare import STAGES
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.report import TITLES, title_of
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}

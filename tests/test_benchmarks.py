@@ -29,7 +29,7 @@ from recsys2stage import columns as c
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.evaluate import rank_users
 from recsys2stage.ranking.candidates import Candidates
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval import encoders
 from recsys2stage.retrieval.encoders import BERT4Rec, SASRec, Transformer
 from recsys2stage.retrieval.histories import Histories

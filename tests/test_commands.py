@@ -17,7 +17,7 @@ from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset, some
 from recsys2stage.ranking.candidates import Candidates
-from recsys2stage.recommend import Recommender, check_split
+from recsys2stage.recommender import Recommender, check_split
 from recsys2stage.retrieval.index import Exact, Faiss, Index
 
 

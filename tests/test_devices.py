@@ -24,7 +24,7 @@ from recsys2stage.ranking import losses as list_losses
 from recsys2stage.ranking import scorers
 from recsys2stage.ranking.candidates import Lists
 from recsys2stage.ranking.ranker import Ranker
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval import encoders, inputs, losses, objectives
 from recsys2stage.retrieval.encoders import (
     HSTU,

@@ -23,7 +23,7 @@ from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.frames import as_polars, kind_of
 from recsys2stage.estimator import NotFittedError
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 
 COLUMNS = {"user": "who", "item": "what", "time": "at", "rating": "stars"}
 PREPARE = "source: {class_path: MovieLens, init_args: {path: nowhere}}\ntie_break: item_id\n"

@@ -31,7 +31,7 @@ from recsys2stage.evaluate import (
     top_of,
 )
 from recsys2stage.metrics import KS, rank_of
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.report import as_markdown, as_table
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact

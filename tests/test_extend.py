@@ -11,7 +11,7 @@ from recsys2stage.artifacts import read_manifest
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.ranker import Ranker
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.retriever import Retriever
 
 MODULE = '''

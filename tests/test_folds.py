@@ -18,7 +18,7 @@ from recsys2stage.artifacts import fingerprint, read_manifest
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 
 EARLIER = 3  # validation targets of each user in the fold
 SIGNALS = """

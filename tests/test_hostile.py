@@ -27,7 +27,7 @@ from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.ranking.scorers import Scorer
 from recsys2stage.ranking.signals import OtherRetriever, Signal
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Encoder
 from recsys2stage.retrieval.encoders.blocks import Block
 from recsys2stage.retrieval.encoders.layers import FeedForward, Norm

@@ -22,7 +22,7 @@ from recsys2stage.data.frames import Frames, as_polars
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import SideTable, Table, Vectors
 from recsys2stage.people import FileUsers, asked_of, read_asked
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.towers import TwoTower

@@ -13,7 +13,7 @@ from worlds import cold_world
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.index import VECTORS

@@ -14,7 +14,7 @@ from recsys2stage.miners import Miner, Mixture, Popular, RankBand, Request, Unif
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.lists import lists, read_candidates, select_fold, without_repeats
 from recsys2stage.ranking.ranker import Ranker
-from recsys2stage.recommend import Found, Recommender
+from recsys2stage.recommender import Found, Recommender
 from recsys2stage.retrieval.index import Exact
 
 B, V, D, DEPTH = 30, 50, 6, 20

@@ -13,7 +13,7 @@ from worlds import untrained_index
 
 from recsys2stage.data.dataset import Dataset, as_history
 from recsys2stage.ranking.signals import OtherRetriever, Requests
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import Index
 
 VECTORS = np.zeros((1, 1), np.float32)  # the first retriever's, which do not matter here

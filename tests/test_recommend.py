@@ -22,7 +22,7 @@ from recsys2stage.data.dataset import Dataset, RequestTime
 from recsys2stage.evaluate import rank_users
 from recsys2stage.people import FileUsers, PreparedUsers
 from recsys2stage.ranking.candidates import Candidates
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Encoder, Transformer
 from recsys2stage.retrieval.encoders.times import Calendar, RequestGap, TimeFactory
 from recsys2stage.retrieval.index import Exact, Faiss

@@ -22,7 +22,7 @@ from recsys2stage.mine import Mine, barred_from, mine_negatives
 from recsys2stage.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.ranking.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions
 from recsys2stage.ranking.signals.base import Proposer
-from recsys2stage.recommend import Recommender, load_for
+from recsys2stage.recommender import Recommender, load_for
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.index import Exact

@@ -26,7 +26,7 @@ from recsys2stage.people import FileUsers
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.ranking.signals import Demographics
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 
 NEWEST = 10**9 + 2 * 86_400  # seconds of the newest event of the served log
 EACH = {"side": "on", "age": 33}  # features of some user

@@ -14,7 +14,7 @@ from worlds import directions_world
 
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.optim import RecsysAdamW
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.retriever import Retriever

@@ -5,7 +5,7 @@ import torch
 
 from recsys2stage.data.dataset import Dataset, spans
 from recsys2stage.metrics import rank_of
-from recsys2stage.recommend import in_chunks
+from recsys2stage.recommender import in_chunks
 
 
 def export(dataset: Dataset) -> dict[str, np.ndarray]:
