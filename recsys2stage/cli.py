@@ -12,11 +12,11 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from recsys2stage import miners  # noqa: F401
 from recsys2stage.commands import COMMANDS
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage.data import ids, sources, split  # noqa: F401
+from recsys2stage.mining import miners  # noqa: F401
 from recsys2stage.ranking import signals  # noqa: F401
 from recsys2stage.retrieval import index  # noqa: F401
 

@@ -37,7 +37,7 @@ from recsys2stage.data.request_inputs import as_seconds, date_of
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.simulate import simulate
 from recsys2stage.evaluate import beyond_accuracy, describe, negatives_of, protocol_line, rank_users, summarise
-from recsys2stage.mine import mine_negatives
+from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.plots import draw
 from recsys2stage.ranking.reranker import Reranker

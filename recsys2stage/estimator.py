@@ -33,7 +33,7 @@ from recsys2stage.data.ids import given_ids
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.split import Marked
-from recsys2stage.mine import mine_negatives
+from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.recommender import Recommender
 
 KIND = "model"  # what a folder with a fitted model says it is

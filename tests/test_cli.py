@@ -16,9 +16,10 @@ import yaml
 from jsonargparse import ArgumentParser, capture_parser
 from pipeline_fixtures import RETRIEVER, Run, recsys
 
-from recsys2stage import cli, miners, optim
+from recsys2stage import cli, optim
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.data import sources, split
+from recsys2stage.mining import miners
 from recsys2stage.ranking import scorers, signals
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.ranker import Ranker

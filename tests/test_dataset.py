@@ -23,7 +23,7 @@ from recsys2stage.data.dataset import (
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.data.split import GlobalTime, LeaveOneOut
-from recsys2stage.mine import barred_from
+from recsys2stage.mining.mine import barred_from
 
 USERS, ITEMS = 40, 25
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""An index and a dataset to candidate lists."""
