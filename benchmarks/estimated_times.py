@@ -17,9 +17,9 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage.compare import TARGET
+from recsys2stage.evaluation.compare import TARGET
+from recsys2stage.evaluation.report import TITLES, table, title_of
 from recsys2stage.metrics import metrics_of
-from recsys2stage.report import TITLES, table, title_of
 
 METRICS = ("hr@10", "ndcg@10")
 UNBOUNDED = 3  # status: estimated with a bound on one side, or none

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recsys2stage.report import TITLES, table, title_of
+from recsys2stage.evaluation.report import TITLES, table, title_of
 
 METRICS = ("hr@10", "ndcg@10", "mrr", "recall@100")
 

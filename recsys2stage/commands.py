@@ -28,7 +28,6 @@ from recsys2stage.artifacts import (
     write_manifest,
 )
 from recsys2stage.checkpoints import build, read_checkpoint
-from recsys2stage.compare import TARGET, check_opponent, compare, read_opponent
 from recsys2stage.data.dataset import Dataset, Part, Seen, no_items, some
 from recsys2stage.data.ids import given_ids, lines_of
 from recsys2stage.data.options import check_option
@@ -36,14 +35,22 @@ from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import as_seconds, date_of
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.simulate import simulate
-from recsys2stage.evaluate import beyond_accuracy, describe, negatives_of, protocol_line, rank_users, summarise
+from recsys2stage.evaluation.compare import TARGET, check_opponent, compare, read_opponent
+from recsys2stage.evaluation.evaluate import (
+    beyond_accuracy,
+    describe,
+    negatives_of,
+    protocol_line,
+    rank_users,
+    summarise,
+)
+from recsys2stage.evaluation.plots import draw
+from recsys2stage.evaluation.report import HEADLINE, against_text, as_markdown, as_table
 from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
-from recsys2stage.plots import draw
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.recommender import POPULARITY, RERANKER, Recommender, check_split, in_chunks
-from recsys2stage.report import HEADLINE, against_text, as_markdown, as_table
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.trust import Trust, arguments, trusts

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from worlds import Event, write_movielens
 
-from recsys2stage.baselines import Markov, Popularity
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
+from recsys2stage.evaluation.baselines import Markov, Popularity
 
 SEQUENCES = {
     1: [1, 2, 3, 4, 5],  # trains on 1 2 3

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recsys2stage import columns as c
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.evaluate import rank_users
+from recsys2stage.evaluation.evaluate import rank_users
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval import encoders

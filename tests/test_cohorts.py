@@ -7,11 +7,11 @@ import pytest
 from pipeline_fixtures import Run
 from worlds import Event, write_movielens
 
-from recsys2stage.cohorts import age_cohorts, cohorts, gap_cohorts, history_cohorts, popularity_cohorts
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
-from recsys2stage.evaluate import summarise
+from recsys2stage.evaluation.cohorts import age_cohorts, cohorts, gap_cohorts, history_cohorts, popularity_cohorts
+from recsys2stage.evaluation.evaluate import summarise
 from recsys2stage.metrics import metrics_of
 
 DAY = 86_400

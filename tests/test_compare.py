@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from pipeline_fixtures import Run, recsys
 
-from recsys2stage.compare import paired
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.evaluation.compare import paired
 from recsys2stage.metrics import KS, metrics_of
 
 QUICK = ("--plots", "false", "--resamples", 100)

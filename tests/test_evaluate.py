@@ -15,11 +15,11 @@ from pipeline_fixtures import K, Run, recsys
 from worlds import Event, write_movielens
 
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.baselines import Markov, Popularity
 from recsys2stage.data.dataset import Dataset, Ragged
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
-from recsys2stage.evaluate import (
+from recsys2stage.evaluation.baselines import Markov, Popularity
+from recsys2stage.evaluation.evaluate import (
     TOP,
     describe,
     first_choice,
@@ -30,9 +30,9 @@ from recsys2stage.evaluate import (
     summarise,
     top_of,
 )
+from recsys2stage.evaluation.report import as_markdown, as_table
 from recsys2stage.metrics import KS, rank_of
 from recsys2stage.recommender import Recommender
-from recsys2stage.report import as_markdown, as_table
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.towers import TwoTower

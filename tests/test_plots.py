@@ -10,7 +10,7 @@ import pytest
 from pipeline_fixtures import Run, recsys
 
 from recsys2stage.artifacts import fingerprint
-from recsys2stage.plots import (
+from recsys2stage.evaluation.plots import (
     FIGURES,
     Curves,
     calibration_figure,

@@ -19,7 +19,7 @@ from worlds import cycle_world, forks_world
 
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset, RequestTime
-from recsys2stage.evaluate import rank_users
+from recsys2stage.evaluation.evaluate import rank_users
 from recsys2stage.people import FileUsers, PreparedUsers
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender

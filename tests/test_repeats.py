@@ -17,7 +17,7 @@ from recsys2stage.artifacts import read_manifest
 from recsys2stage.data.dataset import Dataset, Padded
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.evaluate import outside_ranking, rank_users
+from recsys2stage.evaluation.evaluate import outside_ranking, rank_users
 from recsys2stage.mining.mine import Mine, barred_from, mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.ranking.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys2stage.artifacts import fingerprint, read_manifest, whole
-from recsys2stage.compare import STAGES
+from recsys2stage.evaluation.compare import STAGES
+from recsys2stage.evaluation.report import TITLES, title_of
 from recsys2stage.recommender import Recommender
-from recsys2stage.report import TITLES, title_of
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}
 MONITORED, LOSS = "val/ndcg@10", "train/loss"  # columns of a log
