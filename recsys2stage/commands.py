@@ -47,12 +47,12 @@ from recsys2stage.evaluation.evaluate import (
 from recsys2stage.evaluation.plots import draw
 from recsys2stage.evaluation.report import HEADLINE, against_text, as_markdown, as_table
 from recsys2stage.mining.mine import mine_negatives
-from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.recommender import POPULARITY, RERANKER, Recommender, check_split, in_chunks
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
+from recsys2stage.serving.requests import FileUsers, PreparedUsers, asked_of
 from recsys2stage.trust import Trust, arguments, trusts
 
 RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")

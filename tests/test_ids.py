@@ -21,11 +21,11 @@ from recsys2stage.data.events import number, number_ids, stable_order
 from recsys2stage.data.frames import Frames, as_polars
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import SideTable, Table, Vectors
-from recsys2stage.people import FileUsers, asked_of, read_asked
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.towers import TwoTower
+from recsys2stage.serving.requests import FileUsers, asked_of, read_asked
 
 NOW = 1_600_000_000
 UUIDS = [uuid.UUID(int=2**100 + place) for place in range(3)]

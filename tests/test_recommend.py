@@ -20,7 +20,6 @@ from worlds import cycle_world, forks_world
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset, RequestTime
 from recsys2stage.evaluation.evaluate import rank_users
-from recsys2stage.people import FileUsers, PreparedUsers
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Encoder, Transformer
@@ -28,6 +27,7 @@ from recsys2stage.retrieval.encoders.times import Calendar, RequestGap, TimeFact
 from recsys2stage.retrieval.index import Exact, Faiss
 from recsys2stage.retrieval.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
 from recsys2stage.retrieval.towers import TwoTower
+from recsys2stage.serving.requests import FileUsers, PreparedUsers
 from recsys2stage.trust import arguments, factory
 
 COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]

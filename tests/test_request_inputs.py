@@ -22,11 +22,11 @@ from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import as_seconds, check_ascending, encode_users
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.sources import Feature, SideTable, Table
-from recsys2stage.people import FileUsers
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.ranking.signals import Demographics
 from recsys2stage.recommender import Recommender
+from recsys2stage.serving.requests import FileUsers
 
 NEWEST = 10**9 + 2 * 86_400  # seconds of the newest event of the served log
 EACH = {"side": "on", "age": 33}  # features of some user
