@@ -24,8 +24,8 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage import commands, training
 from recsys2stage.artifacts import read_manifest, take, whole, write_manifest
+from recsys2stage.cli import commands, training
 from recsys2stage.data import sources
 from recsys2stage.data.dataset import Part, Seen
 from recsys2stage.data.frames import Frames, Sides, TimeUnit

@@ -53,7 +53,7 @@ K = 40  # candidates of the tiny run: a third of its catalogue, so that many tar
 
 def recsys(*words: object) -> None:
     """`recsys WORDS` in this process: importing torch anew takes longer than the whole tiny run."""
-    from recsys2stage.cli import main
+    from recsys2stage.cli.main import main
 
     with mock.patch.object(sys, "argv", ["recsys", *map(str, words)]):
         main()

@@ -16,8 +16,9 @@ import yaml
 from jsonargparse import ArgumentParser, capture_parser
 from pipeline_fixtures import RETRIEVER, Run, recsys
 
-from recsys2stage import cli, optim
+from recsys2stage import optim
 from recsys2stage.artifacts import read_manifest
+from recsys2stage.cli import main as cli
 from recsys2stage.data import sources, split
 from recsys2stage.mining import miners
 from recsys2stage.ranking import scorers, signals

@@ -12,9 +12,9 @@ import torch
 from pipeline_fixtures import K, Run, recsys
 from worlds import seal
 
-from recsys2stage import commands
 from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
 from recsys2stage.checkpoints import read_checkpoint
+from recsys2stage.cli import commands
 from recsys2stage.data.dataset import Dataset, some
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender, check_split

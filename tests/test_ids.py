@@ -15,7 +15,7 @@ import pytest
 from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
-from recsys2stage.cli import keep_ids_as_written
+from recsys2stage.cli.main import keep_ids_as_written
 from recsys2stage.data import ids
 from recsys2stage.data.events import number, number_ids, stable_order
 from recsys2stage.data.frames import Frames, as_polars
@@ -373,7 +373,7 @@ def test_blanks_around_a_wanted_id_count_only_where_such_an_id_exists() -> None:
 
 def test_recommend_answers_for_the_user_that_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the parser of the command line, to what the verb is given."""
-    from recsys2stage import cli
+    from recsys2stage.cli import main as cli
 
     given: list[Any] = []
 

@@ -65,7 +65,7 @@ def test_a_module_imports_from_rows_above_only(path: Path) -> None:
     [
         "from recsys2stage.retrieval.retriever import Retriever",
         "from recsys2stage import columns, ranker",
-        "import recsys2stage.cli",
+        "import recsys2stage.cli.main",
         "def f():\n    from recsys2stage.retrieval.encoders.transformer import Transformer",
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pipeline_fixtures import recsys
 
-from recsys2stage.callbacks import KeepLast, RequireFinite
+from recsys2stage.cli.callbacks import KeepLast, RequireFinite
 from recsys2stage.retrieval.retriever import Retriever
 
 STEPS = 4  # 120 windows in batches of 32

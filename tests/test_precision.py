@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from pipeline_fixtures import Run
 from worlds import featured_world
 
-from recsys2stage import training
+from recsys2stage.cli import training
 from recsys2stage.estimator import DEFAULTS
 from recsys2stage.optim import RecsysAdamW
 

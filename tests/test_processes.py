@@ -116,7 +116,7 @@ def fit_by_two(config: str, output: Path, *words: object) -> dict[str, Any]:
     """`recsys fit` with two processes on this machine; gives the manifest."""
     path = output.with_suffix(".yaml")
     path.write_text(config)
-    command = [sys.executable, "-m", "recsys2stage.cli", "fit", "--config", path, "--output", output]
+    command = [sys.executable, "-m", "recsys2stage.cli.main", "fit", "--config", path, "--output", output]
     command += ["--trainer.devices", 2, "--trainer.strategy", "ddp", *words]
     alone = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
     process = subprocess.Popen(

@@ -15,7 +15,7 @@ from lightning import Trainer
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import write_manifest
-from recsys2stage.cli import main
+from recsys2stage.cli.main import main
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.ranking.candidates import Candidates, Lists

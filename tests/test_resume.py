@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from recsys2stage.cli import main
+from recsys2stage.cli.main import main
 from recsys2stage.retrieval.retriever import Retriever
 
 STEPS, EPOCHS = 8, 4  # 120 windows in batches of 16

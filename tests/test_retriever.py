@@ -15,7 +15,7 @@ import torch
 from closeness import close
 from lightning import Trainer
 
-from recsys2stage.cli import main
+from recsys2stage.cli.main import main
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
 from recsys2stage.metrics import metrics_of

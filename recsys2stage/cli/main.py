@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from recsys2stage.commands import COMMANDS
+from recsys2stage.cli.commands import COMMANDS
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage.data import ids, sources, split  # noqa: F401
@@ -22,7 +22,7 @@ from recsys2stage.retrieval import index  # noqa: F401
 
 
 def train(verb: str) -> None:
-    from recsys2stage import training  # here, because Lightning is long to import and the other verbs do without
+    from recsys2stage.cli import training  # here, because Lightning is long to import and the other verbs do without
 
     training.train(verb)
 

@@ -18,7 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from recsys2stage.callbacks import (
+from recsys2stage.checkpoints import OPTIONS, load_checkpoint
+from recsys2stage.cli.callbacks import (
     BEST,
     KeepLast,
     MeasureTheEnd,
@@ -30,7 +31,6 @@ from recsys2stage.callbacks import (
     StayStopped,
     WholeCheckpoints,
 )
-from recsys2stage.checkpoints import OPTIONS, load_checkpoint
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
 from recsys2stage.ranking.ranker import Ranker  # noqa: F401
