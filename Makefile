@@ -62,10 +62,9 @@ resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $
 	echo --ckpt_path $(@D)/last.ckpt)
 fit_options = $(addprefix --seed_everything ,$(SEED)) $(trust) --output $(@D)
 
-# tests/test_NAME.py that compare computed floats, for test-portable
-NUMERIC := attention bert4rec devices encoders estimator evaluate features feed_forward fuxi hstu index inputs items layers \
-	ligr list_losses losses mamba4rec metrics negatives objectives positions precision recommend reranker sasrec scorers \
-	times towers transformer users
+# tests that compare computed floats, for test-portable
+NUMERIC := tests/retrieval $(patsubst %,tests/ranking/test_%.py,list_losses reranker scorers) tests/evaluation/test_evaluate.py \
+	$(patsubst %,tests/test_%.py,devices estimator features metrics precision recommender)
 
 .PHONY: changed help setup demo pipeline results test test-portable test-slow lint format clean
 
@@ -136,9 +135,9 @@ test: .venv/ready ## the tests
 # the kernels of torch, oneDNN, MKL and OpenBLAS of two older processors; set before Python starts, for they are read once
 test-portable: .venv/ready ## the numeric tests with the vector widths of other processors
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem \
-		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC:%=tests/test_%.py)
+		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
-		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC:%=tests/test_%.py)
+		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC)
 
 test-slow: .venv/ready ## the tests that take longer
 	$(BIN)/python -m pytest -q -m slow

@@ -194,7 +194,7 @@ def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Itera
     }
     options = {"num_items": dataset.num_items, "max_length": 5, "dim": 8, "encoder": encoder}
     options |= {
-        "inputs": [{"class_path": f"recsys2stage.retrieval.inputs.{name}"} for name in inputs],
+        "inputs": [{"class_path": name} for name in inputs],
         "actions": ["look"],
     }
     towers = TwoTower(**arguments(TwoTower, options, folder))

@@ -265,7 +265,7 @@ def test_known_items_equal_a_loop(rng: np.random.Generator) -> None:
 
 # --- what docs/second_stage.md says of them
 
-PAGE = (Path(__file__).parents[1] / "docs/second_stage.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/second_stage.md").read_text(encoding="utf-8")
 
 
 def block(language: str) -> str:

@@ -395,7 +395,7 @@ def compiled_case(encoder: str) -> Case:
 def test_compiled_it_is_the_same(encoder: str) -> None:
     """In one graph, in an interpreter of its own: the checks of shapes that run with the tests cannot be compiled."""
     code = f"import test_encoders; test_encoders.compare_compiled({encoder!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
