@@ -27,14 +27,14 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest, take, whole, write_manifest
 from recsys2stage.cli import commands, training
 from recsys2stage.data import sources
-from recsys2stage.data.dataset import Part, Seen
 from recsys2stage.data.frames import Frames, Sides, TimeUnit
 from recsys2stage.data.ids import given_ids
+from recsys2stage.data.options import Part, Seen
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.split import Marked
 from recsys2stage.mining.mine import mine_negatives
-from recsys2stage.recommender import Recommender
+from recsys2stage.ranking.bundle import bundle_manifest
 
 KIND = "model"  # what a folder with a fitted model says it is
 DEFAULTS = {  # a fit without a config: the classes' own options, and an end
@@ -221,7 +221,7 @@ class TwoStageRecommender:
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
-                made = read_manifest(model / "bundle", Recommender.kind(model / "bundle"), "fit(events) in Python")
+                made = bundle_manifest(model / "bundle")
                 features = [feature["name"] for feature in made["user_features"]]
                 self._frames.histories(histories, features).write_parquet(log)
             commands.recommend(

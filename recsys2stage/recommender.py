@@ -6,64 +6,36 @@ recommender.recommend(["1193", "661", "914"], k=10)
 
 import functools
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_array, read_json, read_manifest, take, verify
-from recsys2stage.checkpoints import build, load_tensors
-from recsys2stage.data.dataset import (
-    Dataset,
-    Padded,
-    Ragged,
-    RequestTime,
-    Seen,
-    as_history,
-    left_aligned,
-    recent_events,
-)
-from recsys2stage.data.ids import as_text
-from recsys2stage.data.options import check_option
-from recsys2stage.data.request_inputs import as_seconds, check_ascending, date_of, encode_users
+from recsys2stage.data.batches import Padded, Ragged, as_history, left_aligned, recent_events
+from recsys2stage.data.catalogue import Catalogue
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import RequestTime, Seen, check_option
+from recsys2stage.data.request_inputs import as_seconds, check_ascending, encode_users, known_ratings, request_seconds
+from recsys2stage.ranking.beyond import Found, Ranking, beyond
+from recsys2stage.ranking.bundle import check_split, read_bundle
 from recsys2stage.ranking.reranker import Reranker
-from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
-from recsys2stage.ranking.signals.base import Proposer, Requests, Signal, load_signals
+from recsys2stage.ranking.signals.base import Proposer, Requests, Signal
 from recsys2stage.ranking.signals.merge import merge, nearness
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.inputs import Field, check_inputs, fields_read
-from recsys2stage.retrieval.towers import TOWERS, TwoTower
+from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.shapes import Listed
-from recsys2stage.trust import trusting
 
 logger = logging.getLogger("recsys2stage")
 
-RERANKER, POPULARITY = "reranker.pt", "popularity.npy"  # files of a served folder
 NOT_TOLD = (
     "this model is not told what kind of action is asked for; leave the action out, or train a model with the input "
     "NextAction on data with next_action: target"
 )
-
-
-class Found(NamedTuple):
-    """The candidates of B requests, by the retriever's score; −1 and −inf past the last."""
-
-    items: np.ndarray  # (B, K) int64
-    score: np.ndarray  # (B, K) float32, the retriever's
-    named: list[np.ndarray]  # what each source named, best first, (B, up to K) each: the index, then the signals'
-
-
-class Ranking(NamedTuple):
-    """The best items of B requests, best first; −1 and −inf past the end of a list."""
-
-    items: np.ndarray  # (B, k) int64
-    score: np.ndarray  # (B, k) float32, of the last stage
-    retriever_score: np.ndarray  # (B, k) float32
 
 
 class Recommender:
@@ -108,7 +80,7 @@ class Recommender:
         check_option("request_time", request_time, RequestTime)
         check_option("seen", seen, Seen)
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
-        self.catalogue, self.popularity = catalogue.sort(c.ITEM), popularity
+        self.catalogue, self.popularity = Catalogue(catalogue, actions), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
         self.num_candidates, self.signals = candidates, list(signals)
         self.recent, self.has_time = recent, has_time
@@ -185,83 +157,14 @@ class Recommender:
         Raises:
             ValueError: for a folder that is damaged, of another format, or names other classes.
         """
-        path, kind = Path(path), cls.kind(path)
-        if not (path / c.MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"{path} holds neither a bundle nor an index; run: recsys export-bundle --output {path}"
-            )
-        make = f"recsys export-{kind} --output {path}"
-        manifest = read_manifest(path, kind, make)
-        verify(path, manifest, make)
-        of, where = functools.partial(take, manifest, where=path / c.MANIFEST), path / c.MANIFEST
-        with trusting(trust):
-            index = Index.load(path)
-            count, width = of("items", int), of("vector_dim", int)
-            if index.vectors.shape != (count, width):
-                raise ValueError(
-                    f"{path} has {index.vectors.shape} item vectors, expected {(count, width)}; make it again: {make}"
-                )
-            towers = build(TwoTower, of("towers", dict), load_tensors(path / TOWERS, path / TOWERS, make), where)
-            reranker = None
-            if kind == "bundle":
-                weights = load_tensors(path / RERANKER, path / RERANKER, make)
-                if "scores_cold" not in of("reranker", dict):
-                    raise ValueError(
-                        f"{path} was exported by an older version, whose second stage knows nothing of cold items; "
-                        "mine, fit and export again"
-                    )
-                reranker = build(Reranker, of("reranker", dict), weights, where)
-            signals = load_signals(path / SIGNALS) if (path / SIGNALS).is_dir() else []
-        request_time, actions, next_action = of("request_time", str), of("actions", list), of("next_action", str)
-        if not all(isinstance(name, str) for name in actions) or next_action not in ("none", "target", *actions):
-            raise ValueError(
-                f"{where} has the actions {actions} and the next action {next_action!r}, expected names, and one of "
-                f"them, none or target; make it again: {make}"
-            )
-        if request_time not in get_args(RequestTime) or towers.items.num_items != count:
-            raise ValueError(
-                f"{where} has the request time {request_time!r} and towers of {towers.items.num_items:,} items, "
-                f"expected one of {', '.join(get_args(RequestTime))} and {count:,} items; make it again: {make}"
-            )
-        with torch.inference_mode():
-            made = (count, towers.item_vectors(torch.ones(1, dtype=torch.int64)).shape[1])
-        second = made if reranker is None else (len(reranker.vectors) - 1, reranker.vectors.shape[1])
-        if not made == second == (count, width):
-            raise ValueError(
-                f"{path} has an index of {count:,} vectors {width} wide, but a retriever of {made} and a ranker of "
-                f"{second}; are all of one run? Make it again: {make}"
-            )
-        recommender = cls(
-            towers=towers,
-            index=index,
-            reranker=reranker,
-            catalogue=read_catalogue(path / c.ITEM_TABLE, count),
-            popularity=np.array(read_array(path / POPULARITY, np.int64, (count + 1,))),
-            request_time=cast(RequestTime, request_time),
-            next_action=next_action,
-            actions=actions,
-            candidates=of("candidates", int) if kind == "bundle" else 200,
-            signals=signals,
-            recent=of("recent", int) if kind == "bundle" else 0,
-            has_time=of("has_time", bool),
-            seen="keep" if of("repeats", str) == "keep" else "filter",
-            newest_time=of("newest_time", int | None),
-            user_features=of("user_features", list),
-        )
-        numbers = len(recommender.signal_names)
+        recommender = cls(**read_bundle(path, trust))
+        numbers, reranker = len(recommender.signal_names), recommender.reranker
         if reranker is not None and numbers != len(reranker.signal_mean):
             raise ValueError(
                 f"{path} has signals of {numbers} numbers and a ranker of {len(reranker.signal_mean)}; are both of one "
-                f"run? Make it again: {make}"
+                "run? Export it again: recsys export-bundle"
             )
         return recommender
-
-    @staticmethod
-    def kind(path: str | Path) -> str:
-        """Whether a folder holds a "bundle" of both stages or an "index", the first alone."""
-        manifest = Path(path) / c.MANIFEST
-        held = read_json(manifest, dict, "recsys export-bundle").get("kind") if manifest.is_file() else None
-        return "bundle" if held == "bundle" else "index"
 
     @torch.inference_mode()
     def queries(self, padded: Padded, request: np.ndarray | None, asked: np.ndarray | None = None) -> np.ndarray:
@@ -372,8 +275,9 @@ class Recommender:
         order = np.argsort(-score, axis=1, kind="stable")
         ranking = Ranking(*(np.take_along_axis(x, order, axis=1) for x in (found.items, score, found.score)))
         if k > ranking.items.shape[1]:
-            others = self.others(queries, known, ranking, k - ranking.items.shape[1])
-            ranking = Ranking(*(np.concatenate(both, axis=1) for both in zip(ranking, others, strict=True)))
+            scale = None if self.reranker is None else float(self.reranker.log_scale.detach().exp())
+            rest = beyond(queries, self.vectors, known, ranking, k - ranking.items.shape[1], scale)
+            ranking = Ranking(*(np.concatenate(both, axis=1) for both in zip(ranking, rest, strict=True)))
         items, score, retriever_score = (part[:, :k] for part in ranking)
         new = np.asarray(padded.lengths) == 0
         if new.any():
@@ -383,34 +287,6 @@ class Recommender:
                 best = popular[~np.isin(popular, known.values[known.offsets[row] : known.offsets[row + 1]])][:k]
                 items[row, : len(best)], score[row, : len(best)] = best, self.popularity[best]
         return Ranking(items, score, retriever_score)
-
-    def others(self, queries: np.ndarray, known: Ragged, ranked: Ranking, count: int) -> Ranking:
-        """The best items by the retriever that are neither known nor candidates, to follow the candidates.
-
-        After a second stage their scores go on from its lowest logit with the retriever's differences on the scale to
-        which it was calibrated; without one they are the retriever's own.
-
-        Args:
-            queries: (B, D) of the retriever.
-            known: items that are not to be recommended.
-            ranked: all candidates.
-            count: how many at most.
-        """
-        own = queries @ self.vectors.T  # (B, V + 1)
-        rows, places = np.nonzero(ranked.items > 0)
-        own[:, c.PAD] = own[known.rows, known.values] = own[rows, ranked.items[rows, places]] = -np.inf
-        items = np.argsort(-own, axis=1, kind="stable")[:, :count]
-        own = np.take_along_axis(own, items, axis=1)
-        real = own > -np.inf
-        lowest = np.where(ranked.items > 0, ranked.score, np.inf).min(axis=1, keepdims=True)
-        lowest[np.isinf(lowest)] = 0  # without a candidate there is no other item either
-        if self.reranker is None:
-            score = np.minimum(own, lowest)  # an approximate index may have missed a better one
-        else:
-            score = lowest + float(self.reranker.log_scale.detach().exp()) * (
-                own - own[:, :1].clip(min=np.finfo(own.dtype).min)
-            )
-        return Ranking(np.where(real, items, -1), np.where(real, score, -np.inf).astype(np.float32), own)
 
     def recommend(
         self,
@@ -459,8 +335,10 @@ class Recommender:
                 )
         seconds = np.zeros(len(history), np.int64) if times is None else as_seconds(times, "times", self.newest_time)
         check_ascending(seconds)
-        now = self.now(request_time, int(seconds.max(initial=0)))
-        numbers = self.numbers(history)
+        now = request_seconds(
+            request_time, int(seconds.max(initial=0)), self.newest_time, self.has_time, self.request_time == "target"
+        )
+        numbers = self.catalogue.numbers(history)
         met = np.flatnonzero(numbers)
         newest = met[-self.towers.max_length :]
         padded = left_aligned(
@@ -469,15 +347,17 @@ class Recommender:
             np.array([0]),
             np.array([len(newest)]),
             known_ratings(ratings)[newest] if ratings is not None and "ratings" in self.reads else None,
-            self.kinds(actions, "history")[newest] if actions is not None and self.reads_kinds else None,
+            self.catalogue.action_numbers(actions, "history")[newest]
+            if actions is not None and self.reads_kinds
+            else None,
         )
         if user is not None:
             padded = padded._replace(user=encode_users(self.user_features, [user], "user"))
-        barred = self.numbers(exclude)
+        barred = self.catalogue.numbers(exclude)
         known = np.unique(np.concatenate([numbers[met if seen == "filter" else met[:0]], barred[barred > 0]]))
         asked = None if action is None else np.array([self.kind_asked(action)])
         ranking = self.rank(padded, Ragged(known, np.array([0, len(known)])), np.array([now]), k, asked)
-        return self.rows(ranking)[0]
+        return self.catalogue.rows(ranking)[0]
 
     def seen_rule(self, seen: Seen | None) -> Seen:
         """Whether seen items may be recommended: as requested, else as the data were prepared."""
@@ -485,48 +365,6 @@ class Recommender:
             return self.seen
         check_option("seen", seen, Seen)
         return seen
-
-    def now(self, request_time: int | None, newest: int) -> int:
-        """Seconds of a request.
-
-        Args:
-            request_time: as it was given; None: now.
-            newest: seconds of the newest event of the history, 0 where there is none.
-        """
-        if request_time is None:
-            clock = int(time.time())
-            if newest > clock and self.request_time == "target":
-                logger.warning(
-                    "the newest event of the history, %s, lies in the future of this machine's clock, %s; its time is "
-                    "taken as the request's: pass request_time",
-                    *(date_of(newest), date_of(clock)),
-                )
-            return max(clock, newest)
-        now = int(as_seconds([request_time], "request_time", self.newest_time)[0])
-        if self.has_time and now < newest:
-            raise ValueError(
-                f"request_time is {now}, before the newest event of the history, {newest}; give a later time, or only "
-                "the events before the request"
-            )
-        return now
-
-    def numbers(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Item numbers of raw item ids, 0 for those the model does not know, (n,) int64; `ids` has the rule."""
-        return np.array([self._number.get(as_text(item) or "", 0) for item in item_ids], dtype=np.int64)
-
-    def kinds(self, names: Sequence[str | None], where: str | Path) -> np.ndarray:
-        """Numbers of kinds of events by name, 0 for None and, with a warning, for unknown names, (n,) int64.
-
-        Args:
-            where: they stand, for the warning.
-        """
-        number = {None: c.UNKNOWN} | {name: kind for kind, name in enumerate(self.actions, start=1)}
-        if strange := [name for name in names if name not in number]:
-            logger.warning(
-                "%s: %s of %s events are of kinds the model does not know, for example %r; it knows %s",
-                *(where, f"{len(strange):,}", f"{len(names):,}", strange[0], ", ".join(self.actions)),
-            )
-        return np.array([number.get(name, c.UNKNOWN) for name in names], dtype=np.int64)
 
     def kind_asked(self, name: str) -> int:
         """The number of a kind of action that is asked for by its name."""
@@ -554,58 +392,6 @@ class Recommender:
                 f"{', '.join(dataset.action_names)}; use the data it was trained on"
             )
 
-    @functools.cached_property
-    def _number(self) -> dict[str, int]:
-        return dict(zip(self.catalogue[c.ITEM_ID].cast(pl.String), self.catalogue[c.ITEM], strict=True))
-
-    def rows(self, ranking: Ranking) -> list[list[dict[str, Any]]]:
-        """Rankings as plain rows, one list a request."""
-        ids = self.catalogue[c.ITEM_ID].to_list()
-        titles = self.catalogue[c.TITLE].to_list() if c.TITLE in self.catalogue.columns else None
-        return [
-            [
-                {"item_id": ids[item - 1]}
-                | ({"title": titles[item - 1]} if titles else {})
-                | {"score": float(score), "rank": place + 1, "retriever_score": float(first)}
-                for place, (item, score, first) in enumerate(zip(*row, strict=True))
-                if item > 0
-            ]
-            for row in zip(*ranking, strict=True)
-        ]
-
-
-def known_ratings(ratings: Sequence[float | int | None]) -> np.ndarray:
-    """Ratings as histories have them, (n,) float32: 0 where there is none."""
-    return np.nan_to_num(np.array(ratings, dtype=np.float32))
-
-
-def in_chunks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
-def read_catalogue(path: Path, count: int) -> pl.DataFrame:
-    """The items of a served folder: item, item_id and, where known, title.
-
-    Args:
-        path: Parquet file.
-        count: V; another number of rows is refused before they are read.
-    """
-    try:
-        table = pl.scan_parquet(path)
-        names, rows = table.collect_schema().names(), table.select(pl.len()).collect().item()
-        if rows != count or not {c.ITEM, c.ITEM_ID} <= set(names):
-            raise ValueError(
-                f"{path} has {rows:,} rows with the columns {', '.join(names)}, expected {count:,} with {c.ITEM} and "
-                f"{c.ITEM_ID}; make its folder again"
-            )
-        items = table.select(name for name in (c.ITEM, c.ITEM_ID, c.TITLE) if name in names).collect().sort(c.ITEM)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); make it again") from error
-    if not np.array_equal(items[c.ITEM].to_numpy(), np.arange(1, count + 1)):
-        raise ValueError(f"{path} does not number its items from 1 to {count:,}; make its folder again")
-    return items
-
 
 def load_for(dataset: Dataset, folder: Path) -> Recommender:
     """A bundle or index that was made from this dataset, split as it is."""
@@ -613,9 +399,3 @@ def load_for(dataset: Dataset, folder: Path) -> Recommender:
     recommender = Recommender.load(folder)
     recommender.check(dataset)
     return recommender
-
-
-def check_split(dataset: Dataset, folder: Path) -> None:
-    """Refuses to use a model with a dataset whose training events may be other than those it was trained on."""
-    manifest = read_manifest(folder, Recommender.kind(folder), "recsys export-index")
-    dataset.check_split(folder, take(manifest, "split_hash", str, folder / c.MANIFEST))

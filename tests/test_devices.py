@@ -386,5 +386,5 @@ def test_a_bundle_made_on_a_gpu_serves_on_a_cpu(
         recsys("export-bundle", "--index", index, "--ranker", trained.ranker, "--output", bundle, "--candidates", K)
     one, other = Recommender.load(bundle), Recommender.load(trained.bundle)
     assert "searching on the CPU" in caplog.text
-    history = other.catalogue["item_id"][:3].to_list()
+    history = other.catalogue.items["item_id"][:3].to_list()
     assert one.recommend(history, k=5) == other.recommend(history, k=5)  # the same sums on the same device

@@ -12,7 +12,8 @@ import torch
 from pipeline_fixtures import Run, recsys
 from worlds import Event, write_movielens
 
-from recsys2stage.data.dataset import Dataset, Part
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import Part
 from recsys2stage.evaluation.baselines import Markov, Popularity
 
 USERS, ITEMS = 90, 40

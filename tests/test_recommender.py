@@ -18,7 +18,9 @@ from pipeline_fixtures import RETRIEVER, SIGNALS, K, Run, recsys
 from worlds import cycle_world, forks_world
 
 from recsys2stage.checkpoints import read_checkpoint
-from recsys2stage.data.dataset import Dataset, RequestTime
+from recsys2stage.data.catalogue import Catalogue
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import RequestTime
 from recsys2stage.evaluation.evaluate import rank_users
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
@@ -342,7 +344,7 @@ def test_an_empty_history_gets_what_is_popular(recommender: Recommender, dataset
 
 
 def test_what_is_excluded_is_not_recommended(recommender: Recommender) -> None:
-    for history in ([], [recommender.catalogue["item_id"][0]]):
+    for history in ([], [recommender.catalogue.items["item_id"][0]]):
         first = [row["item_id"] for row in recommender.recommend(history, k=10)]
         then = [row["item_id"] for row in recommender.recommend(history, k=8, exclude=[first[0], first[3]])]
         assert then == [item for item in first if item not in (first[0], first[3])]
@@ -351,20 +353,20 @@ def test_what_is_excluded_is_not_recommended(recommender: Recommender) -> None:
 def test_items_come_with_their_titles_where_there_are_any(recommender: Recommender) -> None:
     row = recommender.recommend([], k=1)[0]
     assert list(row) == ["item_id", "title", "score", "rank", "retriever_score"]
-    titles = dict(recommender.catalogue.select("item_id", "title").iter_rows())
+    titles = dict(recommender.catalogue.items.select("item_id", "title").iter_rows())
     assert row["title"] == titles[row["item_id"]]
     assert list(untrained([1, 2]).recommend([1], k=1)[0]) == ["item_id", "score", "rank", "retriever_score"]
 
 
 def test_ids_compare_as_text(recommender: Recommender) -> None:
-    ids = recommender.catalogue["item_id"][:5].to_list()
+    ids = recommender.catalogue.items["item_id"][:5].to_list()
     assert recommender.recommend(ids) == recommender.recommend([str(item) for item in ids])
     assert recommender.recommend(ids) == recommender.recommend(tuple(ids))
     assert recommender.recommend(ids) != recommender.recommend(ids[::-1])
 
 
 def test_unknown_items_are_passed_over(recommender: Recommender) -> None:
-    ids = recommender.catalogue["item_id"][:5].to_list()
+    ids = recommender.catalogue.items["item_id"][:5].to_list()
     assert recommender.recommend([*ids[:2], "?", *ids[2:], -1]) == recommender.recommend(ids)
 
 
@@ -548,7 +550,7 @@ def test_histories_in_a_file_have_the_ratings_and_kinds_of_the_data(tmp_path: Pa
     served, dataset = inquisitive(), Dataset(forks_world(tmp_path, "asked", users=30))
     log = pl.read_csv(tmp_path / "events.csv").rename({"timestamp": "time"})
     ids = pl.read_parquet(dataset.path / "items.parquet")["item_id"].to_list()
-    served.catalogue = pl.DataFrame({"item": range(1, len(ids) + 1), "item_id": ids})
+    served.catalogue = Catalogue(pl.DataFrame({"item": range(1, len(ids) + 1), "item_id": ids}))
     log.sample(fraction=1, shuffle=True, seed=0).write_csv(tmp_path / "new.csv")
     log.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "new.parquet")
     whole = PreparedUsers(dataset, served).read(slice(4, 20))[0]
@@ -708,7 +710,7 @@ def test_signals_of_users_never_seen(
     assert "has no column rating, at which the model looks" in caplog.text
     bob = out.filter(pl.col("user_id") == "bob")
     best = np.argsort(-told.popularity[1:], kind="stable")[:7]
-    assert bob["item_id"].to_list() == told.catalogue["item_id"].to_numpy()[best].tolist()
+    assert bob["item_id"].to_list() == told.catalogue.items["item_id"].to_numpy()[best].tolist()
     assert bob["score"].to_list() == told.popularity[1:][best].tolist()
     assert bob["item_id"].to_list() == [row["item_id"] for row in told.recommend([], k=7, request_time=now)]
     for user in ("ann", "zoë"):
@@ -791,7 +793,7 @@ def test_another_process_serves_from_the_bundle_alone(
         for parent in manifest["parents"].values():
             parent["path"] = "/nowhere"
         (bundle / "manifest.json").write_text(json.dumps(manifest))
-    history = recommender.catalogue["item_id"][:6].to_list()
+    history = recommender.catalogue.items["item_id"][:6].to_list()
     when = {"times": [10**9 + 3_600 * place for place in range(6)], "request_time": 10**9 + 10**6}
     code = f"""
 import json, sys

@@ -14,7 +14,8 @@ from worlds import cycle_world
 
 from recsys2stage import TwoStageRecommender
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.data.dataset import Dataset, Padded
+from recsys2stage.data.batches import Padded
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
 from recsys2stage.evaluation.evaluate import outside_ranking, rank_users

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from recsys2stage.data.dataset import Dataset, spans
+from recsys2stage.data.batches import in_chunks, spans
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.metrics import rank_of
-from recsys2stage.recommender import in_chunks
 
 
 def export(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -28,9 +28,10 @@ from recsys2stage.artifacts import (
     write_manifest,
 )
 from recsys2stage.checkpoints import build, read_checkpoint
-from recsys2stage.data.dataset import Dataset, Part, Seen, no_items, some
+from recsys2stage.data.batches import in_chunks
+from recsys2stage.data.dataset import Dataset, no_items, some
 from recsys2stage.data.ids import given_ids, lines_of
-from recsys2stage.data.options import check_option
+from recsys2stage.data.options import Part, Seen, check_option
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import as_seconds, date_of
 from recsys2stage.data.side_tables import user_specs
@@ -47,9 +48,10 @@ from recsys2stage.evaluation.evaluate import (
 from recsys2stage.evaluation.plots import draw
 from recsys2stage.evaluation.report import HEADLINE, against_text, as_markdown, as_table
 from recsys2stage.mining.mine import mine_negatives
+from recsys2stage.ranking.bundle import POPULARITY, RERANKER, bundle_manifest, check_split
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
-from recsys2stage.recommender import POPULARITY, RERANKER, Recommender, check_split, in_chunks
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.serving.requests import FileUsers, PreparedUsers, asked_of
@@ -250,13 +252,13 @@ def recommend(
     if histories is not None:
         people: PreparedUsers | FileUsers = FileUsers(histories, recommender, only)
     else:
-        made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
+        made_from = bundle_manifest(bundle)["parents"]["data"]["path"]
         dataset = Dataset(data or made_from)
         check_split(dataset, bundle)
         people = PreparedUsers(dataset, recommender, only)
     if not len(people.user_ids):
         raise ValueError("there are no users to recommend for: --users names none")
-    keeps, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue[c.ITEM_ID].to_numpy()
+    keeps, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
     request_time, when = time_of_requests(request_time, recommender, people)
     asked = None if action is None else asked_of(people.user_ids, action, recommender)
     with whole(output) as beside, ParquetStream(beside) as stream:
@@ -318,7 +320,7 @@ def evaluate(
     check_option("split", split, Part)
     negatives = negatives_of(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
-    made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]
+    made_from = bundle_manifest(bundle)["parents"]["data"]["path"]
     dataset = Dataset(data or made_from)
     check_split(dataset, bundle)
     recommender.check(dataset)

@@ -2,85 +2,22 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest, take
-from recsys2stage.data.options import check_option
-from recsys2stage.shapes import History
+from recsys2stage.data.batches import Padded, Ragged, left_aligned, places, spans
+from recsys2stage.data.options import Part, RequestTime, Seen, check_option
 
-Part = Literal["val", "test"]
-RequestTime = Literal["none", "last_event", "target"]
-Seen = Literal["keep", "filter"]  # whether seen items may be recommended
 NEEDS = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
 At = Part | Literal["all"] | np.ndarray  # a user's target in a split, none (after all events), or (B,) target places
-
-
-class Ragged(NamedTuple):
-    """Rows of different lengths: row b is values[offsets[b]:offsets[b + 1]]."""
-
-    values: np.ndarray  # (sum,)
-    offsets: np.ndarray  # (B + 1,) int64
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The row of each value, (sum,) int64."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-
-
-def spans(starts: np.ndarray, ends: np.ndarray) -> Ragged:
-    """The indices starts[b] .. ends[b] - 1 of each row, without a loop."""
-    lengths = np.maximum(ends - starts, 0)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Ragged(np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths), offsets)
 
 
 def no_items(rows: int) -> Ragged:
     """Nothing in each row."""
     return Ragged(np.zeros(0, dtype=np.int64), np.zeros(rows + 1, dtype=np.int64))
-
-
-def places(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The indices starts[b] .. ends[b] - 1 as a left-aligned (B, L) matrix (0 in the rest), and which are real."""
-    column = np.arange(max(int((ends - starts).max(initial=0)), 1))
-    real = column < (ends - starts)[:, None]
-    return np.where(real, starts[:, None] + column, 0), real
-
-
-class Padded(NamedTuple):
-    """Left-aligned events, cut to the longest row, and what is known of the users."""
-
-    items: np.ndarray  # (B, L) int64
-    times: np.ndarray  # (B, L) int64
-    lengths: np.ndarray  # (B,) int64
-    ratings: np.ndarray | None = None  # (B, L) float32
-    actions: np.ndarray | None = None  # (B, L) int64
-    user: tuple[np.ndarray, ...] | None = None  # (B, P) of each declared user feature
-
-
-def left_aligned(
-    items: np.ndarray,
-    times: np.ndarray,
-    starts: np.ndarray,
-    ends: np.ndarray,
-    ratings: np.ndarray | None = None,
-    actions: np.ndarray | None = None,
-) -> Padded:
-    """Events starts[b] .. ends[b] - 1 of each row."""
-    if not len(items):  # nothing to gather from
-        empty = np.zeros((len(starts), 1), dtype=np.int64)
-        return Padded(empty, empty, np.zeros(len(starts), dtype=np.int64))
-    index, real = places(starts, ends)
-    return Padded(
-        items=np.where(real, items[index], c.PAD).astype(np.int64),
-        times=np.where(real, times[index], 0),
-        lengths=ends - starts,
-        ratings=None if ratings is None else np.where(real, ratings[index], np.float32(0)),
-        actions=None if actions is None else np.where(real, actions[index], c.UNKNOWN).astype(np.int64),
-    )
 
 
 class Dataset:
@@ -324,93 +261,3 @@ def declared(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"name": f["name"], "kind": f["kind"], "size": f["size"], "values": f["values"][0].size or 1} for f in features
     ]
-
-
-def as_history(
-    padded: Padded, request_time: RequestTime, target_time: np.ndarray | None = None, asked: np.ndarray | None = None
-) -> History:
-    """A batch as a model reads it.
-
-    Args:
-        padded: histories.
-        request_time: whose time a place's request has: its target's, its own (`last_event`), or none.
-        target_time: (B,) seconds of the request after the last place; None: the last event's own.
-        asked: (B,) the kind of action asked for after the last place; None: models are not told of kinds.
-    """
-    check_option("request_time", request_time, RequestTime)
-    request = None
-    if request_time == "last_event":
-        request = padded.times
-    elif request_time == "target":
-        last = np.maximum(padded.lengths - 1, 0)
-        own = padded.times[np.arange(len(last)), last]
-        request = followed_by(padded.times, padded.lengths, own if target_time is None else target_time)
-    kinds = None
-    if asked is not None:
-        actions = np.zeros_like(padded.items) if padded.actions is None else padded.actions
-        kinds = followed_by(actions, padded.lengths, asked)
-    return History(
-        items=torch.from_numpy(padded.items),
-        lengths=torch.from_numpy(np.asarray(padded.lengths)),
-        times=torch.from_numpy(padded.times),
-        request=tensor(request),
-        ratings=tensor(padded.ratings),
-        actions=tensor(padded.actions),
-        asked=tensor(kinds),
-        user=None if padded.user is None else tuple(torch.from_numpy(values) for values in padded.user),
-    )
-
-
-def newest_first(values: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
-    """The newest `count` of left-aligned (B, L) values, newest first, (B, count); 0 where there are no more."""
-    place = np.asarray(lengths)[:, None] - 1 - np.arange(count)
-    return np.where(place >= 0, np.take_along_axis(values, place.clip(min=0), axis=1), 0)
-
-
-def recent_events(padded: Padded, now: np.ndarray, count: int, has_time: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Items of the newest `count` events and their ages at requests, newest first.
-
-    Args:
-        padded: histories.
-        now: (B,) seconds of the requests.
-        has_time: whether times are seconds; else all ages are 0.
-
-    Returns:
-        (B, count) int64 items and (B, count) float32 log(1 + seconds); both 0 where there are no more events.
-    """
-    items, times = (newest_first(values, padded.lengths, count) for values in (padded.items, padded.times))
-    ages = np.where((items > 0) & has_time, np.log1p((now[:, None] - times).clip(min=0)), 0).astype(np.float32)
-    return torch.from_numpy(items), torch.from_numpy(ages)
-
-
-def tensor(values: np.ndarray | None) -> torch.Tensor | None:
-    return None if values is None else torch.from_numpy(values)
-
-
-def followed_by(values: np.ndarray, lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """What stands at the next place, and `last` after the newest, (B, L)."""
-    shifted = np.concatenate([values[:, 1:], np.zeros_like(values[:, :1])], axis=1)
-    shifted[np.arange(len(lengths)), np.maximum(lengths - 1, 0)] = last
-    return shifted
-
-
-def windows(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts each row of events into windows so that every event but a row's first is a target exactly once.
-
-    A window of n + 1 events asks n targets. Windows are full from the newest event back; only the oldest may be short,
-    and neighbours share one event: the last target of the older is the first input of the newer.
-
-    Args:
-        starts: (B,) first event of each row.
-        ends: (B,) one past the last event of each row.
-        length: most targets in a window.
-
-    Returns:
-        starts and ends (one past the last event) of the windows, each (W,) int64.
-    """
-    targets = np.maximum(ends - starts - 1, 0)
-    counts = -(-targets // length)
-    number = spans(np.zeros_like(counts), counts)  # 0 for the newest window of a row
-    window_ends = np.repeat(ends, counts) - number.values * length
-    window_starts = np.maximum(window_ends - length - 1, np.repeat(starts, counts))
-    return window_starts, window_ends

@@ -1,6 +1,10 @@
 """Options that take one of a few words. The command line checks them; a call from Python reaches the code unchecked."""
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+
+Part = Literal["val", "test"]
+RequestTime = Literal["none", "last_event", "target"]
+Seen = Literal["keep", "filter"]  # whether seen items may be recommended
 
 
 def check_option(name: str, value: object, expected: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from numbers import Real
@@ -144,3 +145,38 @@ def _code(value: Any, codes: Mapping[str, int]) -> int:
     else:
         texts = [str(value)]
     return next((codes[text] for text in texts if text in codes), c.UNKNOWN)
+
+
+def request_seconds(
+    request_time: int | None, newest: int, newest_time: int | None, has_time: bool, reads_time: bool
+) -> int:
+    """Seconds of a request.
+
+    Args:
+        request_time: as it was given; None: now.
+        newest: seconds of the newest event of the history, 0 where there is none.
+        newest_time: seconds of the newest training event, as in `as_seconds`.
+        has_time: whether the model was trained on times.
+        reads_time: whether the model reads the request time.
+    """
+    if request_time is None:
+        clock = int(time.time())
+        if newest > clock and reads_time:
+            logger.warning(
+                "the newest event of the history, %s, lies in the future of this machine's clock, %s; its time is "
+                "taken as the request's: pass request_time",
+                *(date_of(newest), date_of(clock)),
+            )
+        return max(clock, newest)
+    now = int(as_seconds([request_time], "request_time", newest_time)[0])
+    if has_time and now < newest:
+        raise ValueError(
+            f"request_time is {now}, before the newest event of the history, {newest}; give a later time, or only "
+            "the events before the request"
+        )
+    return now
+
+
+def known_ratings(ratings: Sequence[float | int | None]) -> np.ndarray:
+    """Ratings as histories have them, (n,) float32: 0 where there is none."""
+    return np.nan_to_num(np.array(ratings, dtype=np.float32))

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from recsys2stage.data.dataset import Dataset, spans
+from recsys2stage.data.batches import spans
+from recsys2stage.data.dataset import Dataset
 
 
 class Popularity:

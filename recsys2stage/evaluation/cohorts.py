@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from recsys2stage.data.dataset import Dataset, Part, spans
+from recsys2stage.data.batches import spans
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import Part
 from recsys2stage.retrieval.encoders.times import DAY, YEAR
 
 MONTH = 30 * DAY

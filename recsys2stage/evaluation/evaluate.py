@@ -8,13 +8,15 @@ import torch
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.data.dataset import Dataset, Part, Ragged, RequestTime
+from recsys2stage.data.batches import Ragged, in_chunks
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import Part, RequestTime
 from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.cohorts import cohorts
 from recsys2stage.evaluation.compare import paired
 from recsys2stage.evaluation.report import TITLES
 from recsys2stage.metrics import bootstrap, calibration_of, exposure_of, interval, metrics_of, rank_of
-from recsys2stage.recommender import Recommender, in_chunks
+from recsys2stage.recommender import Recommender
 
 TOP = 10  # how many items a user is shown, for what is measured of the shown
 

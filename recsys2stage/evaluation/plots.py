@@ -10,7 +10,7 @@ import numpy as np
 from recsys2stage.artifacts import fingerprint, read_manifest, whole
 from recsys2stage.evaluation.compare import STAGES
 from recsys2stage.evaluation.report import TITLES, title_of
-from recsys2stage.recommender import Recommender
+from recsys2stage.ranking.bundle import bundle_manifest
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}
 MONITORED, LOSS = "val/ndcg@10", "train/loss"  # columns of a log
@@ -132,7 +132,7 @@ def fits_behind(bundle: Path) -> tuple[list[Curves], list[str]]:
     Args:
         bundle: a bundle, or an index for the first stage alone.
     """
-    manifest = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")
+    manifest = bundle_manifest(bundle)
     parents = dict(manifest["parents"])
     if "index" in parents and as_recorded(parents["index"]):
         parents = read_manifest(parents["index"]["path"], "index", "recsys export-index")["parents"] | parents

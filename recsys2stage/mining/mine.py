@@ -8,12 +8,13 @@ from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, ParquetStream, whole, write_manifest
-from recsys2stage.data.dataset import At, Dataset, Ragged, places, some
+from recsys2stage.data.batches import Ragged, in_chunks, places
+from recsys2stage.data.dataset import At, Dataset, some
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, lists, select_fold
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Signal, save_signals, specify
-from recsys2stage.recommender import Recommender, in_chunks, load_for
+from recsys2stage.recommender import Recommender, load_for
 from recsys2stage.trust import Trust, trusts
 
 logger = logging.getLogger("recsys2stage")

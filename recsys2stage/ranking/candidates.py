@@ -11,7 +11,8 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_array, read_manifest, take, verify
 from recsys2stage.checkpoints import SPLIT, load_checkpoint
-from recsys2stage.data.dataset import Dataset, declared, places, recent_events
+from recsys2stage.data.batches import places, recent_events
+from recsys2stage.data.dataset import Dataset, declared
 from recsys2stage.ranking.lists import STATES, CandidateLists, joined, read_candidates
 from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
 from recsys2stage.retrieval.index import VECTORS

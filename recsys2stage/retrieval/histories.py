@@ -16,7 +16,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from recsys2stage import columns as c
-from recsys2stage.data.dataset import Dataset, Part, RequestTime, as_history, declared, windows
+from recsys2stage.data.batches import as_history, windows
+from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.options import Part, RequestTime
 from recsys2stage.shapes import History
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.checkpoints import SPLIT, read_checkpoint
-from recsys2stage.data.dataset import Dataset, RequestTime, Seen
-from recsys2stage.data.options import check_option
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import RequestTime, Seen, check_option
 from recsys2stage.metrics import RankMetrics, rank_of
 from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer

@@ -11,10 +11,11 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.data import ids
-from recsys2stage.data.dataset import Dataset, Padded, Ragged, left_aligned, spans
-from recsys2stage.data.request_inputs import Values, as_seconds, encode_users
+from recsys2stage.data.batches import Padded, Ragged, left_aligned, spans
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.request_inputs import Values, as_seconds, encode_users, known_ratings
 from recsys2stage.data.sources.quotes import layout_of
-from recsys2stage.recommender import NOT_TOLD, Recommender, known_ratings
+from recsys2stage.recommender import NOT_TOLD, Recommender
 
 logger = logging.getLogger("recsys2stage")
 
@@ -87,11 +88,11 @@ class FileUsers:
             raise ValueError(f"{path} holds no events; expected one row for each event of each user")
         if c.TIME in log.columns:
             log = log.sort(c.TIME, maintain_order=True)
-        numbers = recommender.numbers(log[c.ITEM_ID].to_list())
+        numbers = recommender.catalogue.numbers(log[c.ITEM_ID].to_list())
         if not numbers.any():
             raise ValueError(
                 f"none of the {len(log):,} item ids in {path} is known to the model, for example "
-                f"{log[c.ITEM_ID][0]!r}; expected ids as {recommender.catalogue[c.ITEM_ID][0]!r}"
+                f"{log[c.ITEM_ID][0]!r}; expected ids as {recommender.catalogue.items[c.ITEM_ID][0]!r}"
             )
         if not numbers.all():
             logger.warning(
@@ -138,7 +139,7 @@ def _kinds(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarra
     """Of each event, (n,) int64; None where the model does not look at them or there are none."""
     if not recommender.reads_kinds or not _there(log, c.ACTION, path):
         return None
-    return recommender.kinds(log[c.ACTION].cast(pl.String).to_list(), path)
+    return recommender.catalogue.action_numbers(log[c.ACTION].cast(pl.String).to_list(), path)
 
 
 def _user_features(

@@ -16,8 +16,9 @@ from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.cli import commands
 from recsys2stage.data.dataset import Dataset, some
+from recsys2stage.ranking.bundle import check_split
 from recsys2stage.ranking.candidates import Candidates
-from recsys2stage.recommender import Recommender, check_split
+from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import Exact, Faiss, Index
 
 
@@ -78,7 +79,7 @@ def test_a_faiss_index_serves_in_place_of_the_exact_one(trained: Run, tmp_path: 
     exact, other = Recommender.load(trained.index), Recommender.load(tmp_path / "index")
     assert isinstance(exact.index, Exact)
     assert isinstance(other.index, Faiss)
-    history = exact.catalogue["item_id"][:7].to_list()
+    history = exact.catalogue.items["item_id"][:7].to_list()
     one, two = (served.recommend(history) for served in (exact, other))
     assert [row["item_id"] for row in one] == [row["item_id"] for row in two]
     run = Run(tmp_path)

@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 from worlds import write_movielens
 
-from recsys2stage.data.dataset import (
-    Dataset,
+from recsys2stage.data.batches import (
     Padded,
-    Part,
-    RequestTime,
     as_history,
     left_aligned,
     newest_first,
@@ -20,6 +17,8 @@ from recsys2stage.data.dataset import (
     spans,
     windows,
 )
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import Part, RequestTime
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.data.split import GlobalTime, LeaveOneOut

@@ -143,7 +143,7 @@ def test_what_ids_are_in_every_place(tmp_path: Path, name: str) -> None:
     assert sorted(of_histories(tmp_path, column, texts)) == sorted(texts)
     assert of_histories(tmp_path, column, texts, only=texts[:1]) == texts[:1]  # --users, joined to histories
     assert ids.given_ids(column.to_list()) == texts  # Python values: users and histories
-    assert recommender_of(texts).numbers(column.to_list()).tolist() == [1, 2, 3]
+    assert recommender_of(texts).catalogue.numbers(column.to_list()).tolist() == [1, 2, 3]
     assert ids.select(texts[:2], pl.Series(texts), "data").to_list() == [True, True, False]
     if name not in ("Float64", "Float32", "Decimal"):  # in text a float is what is written
         pl.DataFrame({"user_id": texts, "item_id": texts, "timestamp": NOW}).write_csv(tmp_path / "t.csv")

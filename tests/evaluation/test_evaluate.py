@@ -15,7 +15,8 @@ from pipeline_fixtures import K, Run, recsys
 from worlds import Event, write_movielens
 
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.data.dataset import Dataset, Ragged
+from recsys2stage.data.batches import Ragged
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
 from recsys2stage.evaluation.baselines import Markov, Popularity

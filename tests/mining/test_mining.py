@@ -9,7 +9,8 @@ import torch
 from pipeline_fixtures import K, Run, recsys
 
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.data.dataset import Dataset, Padded, Ragged
+from recsys2stage.data.batches import Padded, Ragged
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.lists import lists, read_candidates, select_fold, without_repeats

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from closeness import close
 
-from recsys2stage.data.dataset import Dataset, Padded, left_aligned
+from recsys2stage.data.batches import Padded, left_aligned
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Feature, SideTable, Table
 from recsys2stage.ranking.signals import affinity

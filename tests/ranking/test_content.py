@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
+from recsys2stage.data.batches import Ragged, left_aligned
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources.table import Feature, SideTable, Table
 from recsys2stage.ranking.signals import Content, Requests

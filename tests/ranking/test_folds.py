@@ -286,7 +286,7 @@ def test_what_folds_trained_is_signed_and_served(mined: Mined, selected: Path, t
     served = Recommender.load(tmp_path / "bundle")
     for name, table in served.signals[0].tables.items():  # those of the newest data, not of the fold
         assert np.array_equal(table, np.load(mined.own / "signals" / f"0.{name}.npy"))
-    item = served.catalogue[c.ITEM_ID].to_list()[0]
+    item = served.catalogue.items[c.ITEM_ID].to_list()[0]
     assert len(served.recommend([item], k=5)) == 5
 
 

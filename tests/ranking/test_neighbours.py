@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
+from recsys2stage.data.batches import Ragged, left_aligned
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals, specify
 from recsys2stage.ranking.signals.neighbours import Neighbours
 

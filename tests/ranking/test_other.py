@@ -11,7 +11,8 @@ import torch
 from pipeline_fixtures import RETRIEVER, SIGNALS, Run, recsys
 from worlds import untrained_index
 
-from recsys2stage.data.dataset import Dataset, as_history
+from recsys2stage.data.batches import as_history
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals import OtherRetriever, Requests
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import Index
@@ -117,5 +118,5 @@ def test_a_bundle_serves_both_retrievers_without_the_other_s_folder(trained: Run
         items = rows["item"].to_numpy().astype(np.int64)[None]
         said = served.signals[-1](Requests(items, padded, np.array([time]), VECTORS, VECTORS))
         np.testing.assert_allclose(said[0, :, 0], rows["OtherRetriever.score"].to_numpy(), atol=1e-5)
-    ids = served.catalogue["item_id"].to_numpy()[dataset.items[:5] - 1].tolist()
+    ids = served.catalogue.items["item_id"].to_numpy()[dataset.items[:5] - 1].tolist()
     assert len(served.recommend(ids, k=10, times=list(range(5)), request_time=9)) == 10

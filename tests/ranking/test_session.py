@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage.data.dataset import Dataset, left_aligned
+from recsys2stage.data.batches import left_aligned
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
 from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals

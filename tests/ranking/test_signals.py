@@ -14,7 +14,8 @@ import yaml
 from pipeline_fixtures import K, Run, recsys
 from worlds import untrained_index, write_movielens
 
-from recsys2stage.data.dataset import Dataset, Padded, Ragged
+from recsys2stage.data.batches import Padded, Ragged
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
 from recsys2stage.ranking import signals

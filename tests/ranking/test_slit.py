@@ -8,7 +8,8 @@ from test_transitions import ITEMS, NO_VECTORS, asked, histories
 from test_transitions import dataset as dataset
 from test_transitions import folder as folder
 
-from recsys2stage.data.dataset import Dataset, left_aligned
+from recsys2stage.data.batches import left_aligned
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals import SLIT, Requests
 
 OPTIONS: dict[str, dict[str, Any]] = {

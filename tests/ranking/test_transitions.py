@@ -10,7 +10,8 @@ import pytest
 from closeness import close
 from worlds import write_movielens
 
-from recsys2stage.data.dataset import Dataset, Ragged, left_aligned
+from recsys2stage.data.batches import Ragged, left_aligned
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
 from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals, specify

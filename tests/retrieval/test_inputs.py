@@ -13,7 +13,8 @@ from test_retriever import QUIET, model_for
 from torch import Tensor
 from worlds import cycle_world, forks_world
 
-from recsys2stage.data.dataset import Dataset, Padded, as_history
+from recsys2stage.data.batches import Padded, as_history
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.inputs import (

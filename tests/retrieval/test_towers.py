@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from recsys2stage.columns import MASK
-from recsys2stage.data.dataset import Padded, RequestTime, as_history
+from recsys2stage.data.batches import Padded, as_history
+from recsys2stage.data.options import RequestTime
 from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
 from recsys2stage.retrieval.encoders.times import Calendar, LogBuckets
 from recsys2stage.retrieval.histories import Histories

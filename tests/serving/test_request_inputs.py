@@ -223,7 +223,7 @@ def test_a_signal_of_user_features_says_the_same_in_python(described: Dataset) -
     assert model.reads_user
     numbers = np.arange(2)
     padded = described.histories(numbers, "val", 8)
-    expected = model.rows(model.rank(padded, described.seen(numbers, "val"), None, 4))
+    expected = model.catalogue.rows(model.rank(padded, described.seen(numbers, "val"), None, 4))
     for row, zip_code in enumerate(("01", "1")):
         history = described.items[described.offsets[row] : described.train_ends[row]].tolist()
         got = model.recommend(history, k=4, user={"zip": zip_code})
@@ -355,7 +355,7 @@ def test_rows_of_a_file_are_sorted_by_time(recommender: Recommender, tmp_path: P
     now = 10**9
     (tmp_path / "h.csv").write_text(f"user_id,item_id,time\n1,5,{now + 9}\n1,6,{now}\n1,7,{now + 9}\n")
     padded, _ = FileUsers(tmp_path / "h.csv", recommender).read(slice(0, 1))
-    assert [recommender.catalogue["item_id"][item - 1] for item in padded.items[0].tolist()] == [6, 5, 7]
+    assert [recommender.catalogue.items["item_id"][item - 1] for item in padded.items[0].tolist()] == [6, 5, 7]
     assert padded.times[0].tolist() == [now, now + 9, now + 9]
 
 
@@ -371,7 +371,7 @@ def test_a_newest_event_in_the_future_of_the_clock_is_named(
 
 
 def test_an_option_is_one_of_its_words() -> None:
-    from recsys2stage.data.dataset import Part
+    from recsys2stage.data.options import Part
 
     check_option("split", "val", Part)
     for wrong in ("validation", None, 3, ["val"]):

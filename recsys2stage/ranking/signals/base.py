@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from recsys2stage.artifacts import read_array, read_json
-from recsys2stage.data.dataset import Dataset, Padded, Ragged, newest_first
+from recsys2stage.data.batches import Padded, Ragged, newest_first
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.trust import factory, name_of
 
 FOLDER, DESCRIPTION = "signals", "signals.json"  # of a mined or served folder

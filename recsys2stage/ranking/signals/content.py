@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from recsys2stage.columns import PAD, UNKNOWN
-from recsys2stage.data.dataset import Dataset, Ragged
+from recsys2stage.data.batches import Ragged
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.affinity import FURTHEST, standardised
 from recsys2stage.ranking.signals.base import Proposer, Requests, unit
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, cut, highest

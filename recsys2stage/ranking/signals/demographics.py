@@ -3,7 +3,8 @@
 import numpy as np
 
 from recsys2stage.columns import UNKNOWN
-from recsys2stage.data.dataset import Dataset, spans
+from recsys2stage.data.batches import spans
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Requests, Signal
 from recsys2stage.ranking.signals.keys import END, find
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from recsys2stage.data.dataset import Ragged
+from recsys2stage.data.batches import Ragged
 from recsys2stage.ranking.lists import NONE
 from recsys2stage.ranking.signals.base import is_known
 

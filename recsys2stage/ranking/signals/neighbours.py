@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from recsys2stage.data.dataset import Dataset, Ragged
+from recsys2stage.data.batches import Ragged
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Proposer, Requests, unit
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, best, cut
 

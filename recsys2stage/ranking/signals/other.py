@@ -9,7 +9,8 @@ import torch
 
 from recsys2stage.artifacts import read_manifest, take, verify
 from recsys2stage.checkpoints import build, load_tensors
-from recsys2stage.data.dataset import Dataset, Padded, Ragged, as_history
+from recsys2stage.data.batches import Padded, Ragged, as_history
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, cut, highest
 from recsys2stage.retrieval.index import Index

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recsys2stage.data.dataset import Dataset, Ragged, spans
+from recsys2stage.data.batches import Ragged, spans
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import END, ROWS_IN_FLIGHT, best, cut, find
 
