@@ -550,7 +550,8 @@ def test_histories_in_a_file_have_the_ratings_and_kinds_of_the_data(tmp_path: Pa
     served, dataset = inquisitive(), Dataset(forks_world(tmp_path, "asked", users=30))
     log = pl.read_csv(tmp_path / "events.csv").rename({"timestamp": "time"})
     ids = pl.read_parquet(dataset.path / "items.parquet")["item_id"].to_list()
-    served.catalogue = Catalogue(pl.DataFrame({"item": range(1, len(ids) + 1), "item_id": ids}))
+    items = pl.DataFrame({"item": range(1, len(ids) + 1), "item_id": ids})
+    served.catalogue = Catalogue(items, served.actions)
     log.sample(fraction=1, shuffle=True, seed=0).write_csv(tmp_path / "new.csv")
     log.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "new.parquet")
     whole = PreparedUsers(dataset, served).read(slice(4, 20))[0]
