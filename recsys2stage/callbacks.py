@@ -205,8 +205,10 @@ class OwnFiles(Callback):
             return
         self.alone = True
         if trainer.is_global_zero:
+            folder = Path(str(saver.dirpath))
             for name in (MANIFEST,) if self._resumes(trainer, saver) else (MANIFEST, BEST, LAST):
-                (Path(str(saver.dirpath)) / name).unlink(missing_ok=True)
+                if str(folder / name) != saver._last_checkpoint_saved:  # of weights alone: no callback is called then
+                    (folder / name).unlink(missing_ok=True)
 
     def _resumes(self, trainer: Trainer, saver: ModelCheckpoint) -> bool:
         """Whether the fit goes on from a checkpoint of its own folder."""
