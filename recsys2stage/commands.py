@@ -50,6 +50,11 @@ from recsys2stage.trust import Trust, arguments, trusts
 
 RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
 
+KEPT = (  # of an index's manifest in a bundle's
+    *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
+    *("repeats", "newest_time", "user_features"),
+)
+
 logger = logging.getLogger("recsys2stage")
 
 
@@ -156,9 +161,9 @@ def export_bundle(
         take(options, name, int, ranker)
     output, candidates = output or index.parent / "bundle", candidates or options["num_candidates"]
     first = read_manifest(index, "index", f"recsys export-index --output {index}")
-    kept = ("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers")
-    for name in kept:
+    for name in KEPT:
         take(first, name, object, index / c.MANIFEST)
+    take(weights, "vectors", torch.Tensor, ranker)
     verify(index, first, f"recsys export-index --output {index}")
     if options["split_hash"] != first["split_hash"]:
         raise ValueError(
@@ -175,7 +180,7 @@ def export_bundle(
         torch.save(weights, folder / RERANKER)
         if options["signals"]:
             made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
-            mined = made["parents"]["candidates"]
+            mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
             if fingerprint(mined["path"]) != mined["hash"]:
                 raise ValueError(
                     f"{ranker} was trained on other candidates than those now in {mined['path']}; fit again"
@@ -191,7 +196,7 @@ def export_bundle(
             candidates=candidates,
             reranker={"dim": options["vector_dim"], **second},
             recent=options["recent"],
-            **{name: first[name] for name in (*kept, "repeats", "newest_time", "user_features")},
+            **{name: first[name] for name in KEPT},
         )
     print(f"{output}: both stages, {candidates} candidates")
 

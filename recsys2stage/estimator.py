@@ -32,6 +32,7 @@ from recsys2stage.ids import given_ids
 from recsys2stage.mine import mine_negatives
 from recsys2stage.prepare import prepare
 from recsys2stage.recommend import Recommender
+from recsys2stage.request_inputs import check_user_specs
 from recsys2stage.sources.base import Kind
 from recsys2stage.split import Marked
 
@@ -101,7 +102,7 @@ class TwoStageRecommender:
         item_features: Mapping[str, Kind] | None = None,
         user_features: Mapping[str, Kind] | None = None,
         verbose: bool = False,
-        trust: Sequence[str] = (),
+        trust: Sequence[str] | str | None = (),
     ) -> None:
         self.config = config
         self.retriever = retriever
@@ -168,14 +169,13 @@ class TwoStageRecommender:
             self._prepare(log, sides, folder / "frames", paths["data"])
             self._train("retriever", paths["data"], paths["retriever"], self.overlays)
             best = paths["retriever"] / "best.ckpt"
-            trust = list(self.trust) or None
-            own = {"retriever": best, "data": paths["data"], "trust": trust}
+            own = {"retriever": best, "data": paths["data"], "trust": self._trust}
             self._run(commands.export_index, "index", **own, output=paths["index"])
             of = {"data": paths["data"], "index": paths["index"], "seed": self.seed, "strict": False}
-            self._run(mine_negatives, "mine", **of, trust=trust, output=paths["candidates"])
+            self._run(mine_negatives, "mine", **of, trust=self._trust, output=paths["candidates"])
             self._train("ranker", paths["candidates"], paths["ranker"])
             best = paths["ranker"] / "best.ckpt"
-            own = {"index": paths["index"], "ranker": best, "trust": trust}
+            own = {"index": paths["index"], "ranker": best, "trust": self._trust}
             self._run(commands.export_bundle, "bundle", **own, output=paths["bundle"])
         parents = {"bundle": paths["bundle"], "data": paths["data"]}
         write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
@@ -221,7 +221,9 @@ class TwoStageRecommender:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
                 made = read_manifest(model / "bundle", Recommender.kind(model / "bundle"), "fit(events) in Python")
-                features = [feature["name"] for feature in made["user_features"]]
+                specs = take(made, "user_features", list, model / "bundle" / c.MANIFEST)
+                check_user_specs(specs, model / "bundle" / c.MANIFEST)
+                features = [spec["name"] for spec in specs]
                 self._frames.histories(histories, features).write_parquet(log)
             commands.recommend(
                 bundle=model / "bundle",
@@ -233,7 +235,7 @@ class TwoStageRecommender:
                 request_time=request_time,
                 action=action,
                 seen=seen,
-                trust=list(self.trust),
+                trust=self._trust,
             )
             found = pl.read_parquet(output)
         found = found.select(
@@ -258,7 +260,7 @@ class TwoStageRecommender:
                 protocol=protocol,
                 plots=False,
                 seed=self.seed,
-                trust=list(self.trust),
+                trust=self._trust,
             )
             (report,) = Path(folder).glob("report*.json")
             return json.loads(report.read_text(encoding="utf-8"))
@@ -273,7 +275,7 @@ class TwoStageRecommender:
             shutil.copy(model / c.MANIFEST, folder)
 
     @classmethod
-    def load(cls, path: str | Path, trust: Sequence[str] = ()) -> "TwoStageRecommender":
+    def load(cls, path: str | Path, trust: Sequence[str] | str | None = ()) -> "TwoStageRecommender":
         """A model that was saved, with all its arguments but the folder, and the configs, which only a fit reads.
 
         Args:
@@ -302,6 +304,10 @@ class TwoStageRecommender:
             item_features=self.item_features,
             user_features=self.user_features,
         )
+
+    @property
+    def _trust(self) -> list[str]:
+        return [self.trust] if isinstance(self.trust, str) else list(self.trust or ())
 
     def _new_folder(self) -> Path:
         if self.folder is None:

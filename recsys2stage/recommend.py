@@ -28,11 +28,12 @@ from recsys2stage.dataset import (
     left_aligned,
     recent_events,
 )
+from recsys2stage.events import Repeats
 from recsys2stage.ids import as_text
 from recsys2stage.index import Index
 from recsys2stage.inputs import Field, check_inputs, fields_read
 from recsys2stage.options import check_option
-from recsys2stage.request_inputs import as_seconds, check_ascending, date_of, encode_users
+from recsys2stage.request_inputs import as_seconds, check_ascending, check_user_specs, date_of, encode_users
 from recsys2stage.reranker import Reranker
 from recsys2stage.shapes import Listed
 from recsys2stage.signals.base import FOLDER as SIGNALS
@@ -44,6 +45,8 @@ from recsys2stage.trust import trusting
 logger = logging.getLogger("recsys2stage")
 
 RERANKER, POPULARITY = "reranker.pt", "popularity.npy"  # files of a served folder
+SPEC = ("name", "kind", "size")  # of a user feature, on which a model and its data must agree
+MOST_CANDIDATES = MOST_RECENT = 1 << 20  # of a request to a served folder
 NOT_TOLD = (
     "this model is not told what kind of action is asked for; leave the action out, or train a model with the input "
     "NextAction on data with next_action: target"
@@ -172,7 +175,7 @@ class Recommender:
         return named + [{"name": f"source.{name}", "by_id": True, "counted": False} for name in sources]
 
     @classmethod
-    def load(cls, path: str | Path, trust: Sequence[str] = ()) -> "Recommender":
+    def load(cls, path: str | Path, trust: Sequence[str] | str | None = ()) -> "Recommender":
         """Loads a bundle (both stages) or an index folder (the first stage alone).
 
         Every file is checked against the checksum that the manifest lists, and no code runs that the folder brings or
@@ -223,6 +226,36 @@ class Recommender:
                 f"{where} has the request time {request_time!r} and towers of {towers.items.num_items:,} items, "
                 f"expected one of {', '.join(get_args(RequestTime))} and {count:,} items; make it again: {make}"
             )
+        candidates, recent = (of("candidates", int), of("recent", int)) if kind == "bundle" else (200, 0)
+        if not (1 <= candidates <= MOST_CANDIDATES and 0 <= recent <= MOST_RECENT):
+            raise ValueError(
+                f"{where} has {candidates:,} candidates and {recent:,} recent events, expected 1 to "
+                f"{MOST_CANDIDATES:,} and 0 to {MOST_RECENT:,}; make it again: {make}"
+            )
+        repeats, newest_time, user_features = (
+            of("repeats", str),
+            of("newest_time", int | None),
+            of("user_features", list),
+        )
+        if repeats not in get_args(Repeats) or (newest_time is not None and newest_time < 0):
+            raise ValueError(
+                f"{where} has repeats {repeats!r} and the newest time {newest_time}, expected one of "
+                f"{', '.join(get_args(Repeats))} and seconds since 1970 or null; make it again: {make}"
+            )
+        check_user_specs(user_features, where)
+        if towers.user is not None:
+            read = [
+                tuple(feature.get(part) for part in SPEC) for feature in of("towers", dict).get("user_features") or ()
+            ]
+            if read != [tuple(feature[part] for part in SPEC) for feature in user_features]:
+                raise ValueError(
+                    f"{where} has other user features than its retriever reads, {read}; make it again: {make}"
+                )
+        if type(towers.max_length) is not int or towers.max_length < 1:
+            raise ValueError(
+                f"{where} has the max_length {towers.max_length!r}, expected a whole number above 0; make it "
+                f"again: {make}"
+            )
         with torch.inference_mode():
             made = (count, towers.item_vectors(torch.ones(1, dtype=torch.int64)).shape[1])
         second = made if reranker is None else (len(reranker.vectors) - 1, reranker.vectors.shape[1])
@@ -240,13 +273,13 @@ class Recommender:
             request_time=cast(RequestTime, request_time),
             next_action=next_action,
             actions=actions,
-            candidates=of("candidates", int) if kind == "bundle" else 200,
+            candidates=candidates,
             signals=signals,
-            recent=of("recent", int) if kind == "bundle" else 0,
+            recent=recent,
             has_time=of("has_time", bool),
-            seen="keep" if of("repeats", str) == "keep" else "filter",
-            newest_time=of("newest_time", int | None),
-            user_features=of("user_features", list),
+            seen="keep" if repeats == "keep" else "filter",
+            newest_time=newest_time,
+            user_features=user_features,
         )
         numbers = len(recommender.signal_names)
         if reranker is not None and numbers != len(reranker.signal_mean):
@@ -540,7 +573,7 @@ class Recommender:
         """Refuses data that do not say of events and users what the model was trained to read."""
         check_inputs(self.towers.inputs, dataset, self.next_action)
         ours, theirs = (
-            [(feature["name"], feature["kind"], feature["size"]) for feature in features]
+            [tuple(feature[part] for part in SPEC) for feature in features]
             for features in (self.user_features, dataset.manifest["features"]["users"])
         )
         if self.reads_user and ours != theirs:
