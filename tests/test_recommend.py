@@ -369,6 +369,8 @@ def test_unknown_items_are_passed_over(recommender: Recommender) -> None:
 
 
 def test_a_text_is_not_a_history(recommender: Recommender) -> None:
+    with pytest.raises(ValueError, match="exclude is the text '12', expected a sequence of item ids"):
+        recommender.recommend(["1"], exclude="12")
     with pytest.raises(ValueError, match="expected a sequence of item ids"):
         recommender.recommend("1193")
 
