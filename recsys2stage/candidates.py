@@ -15,6 +15,7 @@ from recsys2stage.data import ArrayModule, BatchLoader
 from recsys2stage.dataset import Dataset, declared, places, recent_events
 from recsys2stage.index import VECTORS
 from recsys2stage.mining import STATES, CandidateLists, joined, read_candidates
+from recsys2stage.options import check_least
 from recsys2stage.shapes import Listed
 
 NEEDS = {  # of the manifest of mined lists
@@ -57,6 +58,7 @@ class Candidates(ArrayModule):
         refit: Path | None = None,
     ) -> None:
         super().__init__()
+        check_least("batch_size", batch_size)
         if recent < 0:
             raise ValueError(f"recent is {recent}, expected 0 for no event, or more")
         self.path, self.batch_size, self.recent = Path(path), batch_size, recent

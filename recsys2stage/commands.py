@@ -34,7 +34,7 @@ from recsys2stage.evaluate import beyond_accuracy, describe, negatives_of, proto
 from recsys2stage.ids import given_ids, lines_of
 from recsys2stage.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.mine import mine_negatives
-from recsys2stage.options import check_option
+from recsys2stage.options import check_least, check_option
 from recsys2stage.people import FileUsers, PreparedUsers, asked_of
 from recsys2stage.plots import draw
 from recsys2stage.prepare import prepare
@@ -79,6 +79,7 @@ def export_index(
         measured: how many users to measure recall and latency on; 0: none.
         trust: modules outside this package whose classes the checkpoint may name.
     """
+    check_least("measured", measured, 0)
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
     for name, kind in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
@@ -154,6 +155,8 @@ def export_bundle(
         candidates: how many candidates the ranker orders at each request; None: as many as it was trained to.
         trust: modules outside this package whose classes the checkpoint may name.
     """
+    if candidates is not None:
+        check_least("candidates", candidates, other="null for as many as the ranker was trained to order")
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     second = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, second, ranker)  # a bundle that would not load is not written
@@ -314,6 +317,7 @@ def evaluate(
         trust: modules outside this package whose classes the bundle may name.
     """
     check_option("split", split, Part)
+    check_least("resamples", resamples)
     negatives = negatives_of(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
     made_from = read_manifest(bundle, Recommender.kind(bundle), "recsys export-bundle")["parents"]["data"]["path"]

@@ -9,7 +9,7 @@ import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest, take
-from recsys2stage.options import check_option
+from recsys2stage.options import check_least, check_option
 from recsys2stage.shapes import History
 
 Part = Literal["val", "test"]
@@ -314,6 +314,8 @@ class Dataset:
 
 def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """All users, or `count` of them drawn at random, ascending."""
+    if count is not None:
+        check_least("users", count, other="null for all")
     if count is None or count >= len(users):
         return users
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))

@@ -32,7 +32,7 @@ from recsys2stage.events import Repeats
 from recsys2stage.ids import as_text
 from recsys2stage.index import Index
 from recsys2stage.inputs import Field, check_inputs, fields_read
-from recsys2stage.options import check_option
+from recsys2stage.options import check_least, check_option
 from recsys2stage.request_inputs import as_seconds, check_ascending, check_user_specs, date_of, encode_users
 from recsys2stage.reranker import Reranker
 from recsys2stage.shapes import Listed
@@ -110,6 +110,7 @@ class Recommender:
     ) -> None:
         check_option("request_time", request_time, RequestTime)
         check_option("seen", seen, Seen)
+        check_least("candidates", candidates)
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
         self.catalogue, self.popularity = catalogue.sort(c.ITEM), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
@@ -506,6 +507,8 @@ class Recommender:
         )
         if user is not None:
             padded = padded._replace(user=encode_users(self.user_features, [user], "user"))
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude is the text {exclude!r}, expected a sequence of item ids: [{exclude!r}]")
         barred = self.numbers(exclude)
         known = np.unique(np.concatenate([numbers[met if seen == "filter" else met[:0]], barred[barred > 0]]))
         asked = None if action is None else np.array([self.kind_asked(action)])
@@ -613,6 +616,7 @@ def known_ratings(ratings: Sequence[float | int | None]) -> np.ndarray:
 
 
 def in_chunks(count: int, size: int) -> Iterator[slice]:
+    check_least("batch_size", size)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
