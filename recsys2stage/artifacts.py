@@ -166,11 +166,11 @@ def take(content: dict[str, Any], name: str, kind: Any, where: str | Path) -> An
     Args:
         content: what a JSON file holds.
         name: of the value.
-        kind: type or types, as `isinstance` takes them; a bool is no int.
+        kind: type or types, as `isinstance` takes them; a bool is no number.
         where: the file, for the error.
     """
     value = content.get(name)
-    if name not in content or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if name not in content or not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
         found = f"the {name} {value!r}" if name in content else f"no {name}"
         raise ValueError(f"{where} has {found[:80]}, expected {getattr(kind, '__name__', kind)}; make it again")
     return value

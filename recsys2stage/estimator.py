@@ -31,6 +31,7 @@ from recsys2stage.data.frames import Frames, Sides, TimeUnit
 from recsys2stage.data.ids import given_ids
 from recsys2stage.data.options import Part, Seen
 from recsys2stage.data.prepare import prepare
+from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.split import Marked
 from recsys2stage.mining.mine import mine_negatives
@@ -102,7 +103,7 @@ class TwoStageRecommender:
         item_features: Mapping[str, Kind] | None = None,
         user_features: Mapping[str, Kind] | None = None,
         verbose: bool = False,
-        trust: Sequence[str] = (),
+        trust: Sequence[str] | str | None = (),
     ) -> None:
         self.config = config
         self.retriever = retriever
@@ -169,14 +170,13 @@ class TwoStageRecommender:
             self._prepare(log, sides, folder / "frames", paths["data"])
             self._train("retriever", paths["data"], paths["retriever"], self.overlays)
             best = paths["retriever"] / "best.ckpt"
-            trust = list(self.trust) or None
-            own = {"retriever": best, "data": paths["data"], "trust": trust}
+            own = {"retriever": best, "data": paths["data"], "trust": self._trust}
             self._run(commands.export_index, "index", **own, output=paths["index"])
             of = {"data": paths["data"], "index": paths["index"], "seed": self.seed, "strict": False}
-            self._run(mine_negatives, "mine", **of, trust=trust, output=paths["candidates"])
+            self._run(mine_negatives, "mine", **of, trust=self._trust, output=paths["candidates"])
             self._train("ranker", paths["candidates"], paths["ranker"])
             best = paths["ranker"] / "best.ckpt"
-            own = {"index": paths["index"], "ranker": best, "trust": trust}
+            own = {"index": paths["index"], "ranker": best, "trust": self._trust}
             self._run(commands.export_bundle, "bundle", **own, output=paths["bundle"])
         parents = {"bundle": paths["bundle"], "data": paths["data"]}
         write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
@@ -221,8 +221,10 @@ class TwoStageRecommender:
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
-                made = bundle_manifest(model / "bundle")
-                features = [feature["name"] for feature in made["user_features"]]
+                manifest = model / "bundle" / c.MANIFEST
+                specs = take(bundle_manifest(model / "bundle"), "user_features", list, manifest)
+                check_user_specs(specs, manifest)
+                features = [spec["name"] for spec in specs]
                 self._frames.histories(histories, features).write_parquet(log)
             commands.recommend(
                 bundle=model / "bundle",
@@ -234,7 +236,7 @@ class TwoStageRecommender:
                 request_time=request_time,
                 action=action,
                 seen=seen,
-                trust=list(self.trust),
+                trust=self._trust,
             )
             found = pl.read_parquet(output)
         found = found.select(
@@ -259,7 +261,7 @@ class TwoStageRecommender:
                 protocol=protocol,
                 plots=False,
                 seed=self.seed,
-                trust=list(self.trust),
+                trust=self._trust,
             )
             (report,) = Path(folder).glob("report*.json")
             return json.loads(report.read_text(encoding="utf-8"))
@@ -274,7 +276,7 @@ class TwoStageRecommender:
             shutil.copy(model / c.MANIFEST, folder)
 
     @classmethod
-    def load(cls, path: str | Path, trust: Sequence[str] = ()) -> "TwoStageRecommender":
+    def load(cls, path: str | Path, trust: Sequence[str] | str | None = ()) -> "TwoStageRecommender":
         """A model that was saved, with all its arguments but the folder, and the configs, which only a fit reads.
 
         Args:
@@ -303,6 +305,10 @@ class TwoStageRecommender:
             item_features=self.item_features,
             user_features=self.user_features,
         )
+
+    @property
+    def _trust(self) -> list[str]:
+        return [self.trust] if isinstance(self.trust, str) else list(self.trust or ())
 
     def _new_folder(self) -> Path:
         if self.folder is None:

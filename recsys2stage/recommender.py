@@ -18,10 +18,10 @@ from recsys2stage import columns as c
 from recsys2stage.data.batches import Padded, Ragged, as_history, left_aligned, recent_events
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import RequestTime, Seen, check_option
+from recsys2stage.data.options import RequestTime, Seen, check_least, check_option
 from recsys2stage.data.request_inputs import as_seconds, check_ascending, encode_users, known_ratings, request_seconds
 from recsys2stage.ranking.beyond import Found, Ranking, beyond
-from recsys2stage.ranking.bundle import check_split, read_bundle
+from recsys2stage.ranking.bundle import SPEC, check_split, read_bundle
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import Proposer, Requests, Signal
 from recsys2stage.ranking.signals.merge import merge, nearness
@@ -79,6 +79,7 @@ class Recommender:
     ) -> None:
         check_option("request_time", request_time, RequestTime)
         check_option("seen", seen, Seen)
+        check_least("candidates", candidates)
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
         self.catalogue, self.popularity = Catalogue(catalogue, actions), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
@@ -144,7 +145,7 @@ class Recommender:
         return named + [{"name": f"source.{name}", "by_id": True, "counted": False} for name in sources]
 
     @classmethod
-    def load(cls, path: str | Path, trust: Sequence[str] = ()) -> "Recommender":
+    def load(cls, path: str | Path, trust: Sequence[str] | str | None = ()) -> "Recommender":
         """Loads a bundle (both stages) or an index folder (the first stage alone).
 
         Every file is checked against the checksum that the manifest lists, and no code runs that the folder brings or
@@ -353,6 +354,8 @@ class Recommender:
         )
         if user is not None:
             padded = padded._replace(user=encode_users(self.user_features, [user], "user"))
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude is the text {exclude!r}, expected a sequence of item ids: [{exclude!r}]")
         barred = self.catalogue.numbers(exclude)
         known = np.unique(np.concatenate([numbers[met if seen == "filter" else met[:0]], barred[barred > 0]]))
         asked = None if action is None else np.array([self.kind_asked(action)])
@@ -378,7 +381,7 @@ class Recommender:
         """Refuses data that do not say of events and users what the model was trained to read."""
         check_inputs(self.towers.inputs, dataset, self.next_action)
         ours, theirs = (
-            [(feature["name"], feature["kind"], feature["size"]) for feature in features]
+            [tuple(feature[part] for part in SPEC) for feature in features]
             for features in (self.user_features, dataset.manifest["features"]["users"])
         )
         if self.reads_user and ours != theirs:

@@ -391,6 +391,14 @@ def test_a_saved_model_says_neither_what_to_trust_nor_which_configs_to_read(
     path.write_text(json.dumps(manifest | {"options": manifest["options"] | named}))
     loaded = TwoStageRecommender.load(tmp_path / "model", trust=["my_signals"])
     assert loaded.trust == ["my_signals"]
+    by_name = TwoStageRecommender.load(tmp_path / "model", trust="my_signals")  # one module, as Recommender.load has it
+    trusted: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recsys2stage.commands.recommend", lambda **options: trusted.append(options["trust"]))
+        for model in (loaded, by_name):
+            with pytest.raises(FileNotFoundError):  # of recommendations, which nothing wrote
+                model.recommend()
+    assert trusted == [["my_signals"]] * 2
     assert [loaded.config, loaded.retriever, loaded.ranker, loaded.overlays] == [None, None, None, ()]
     for options, message in (({"depth": 3}, "has the arguments depth, which are unknown"), ([], "expected dict")):
         path.write_text(json.dumps(manifest | {"options": options}))

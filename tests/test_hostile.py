@@ -244,6 +244,16 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         in_manifest("format", value=None),
         "has no format number, expected 1; it was .* again: recsys",
     ),
+    "no candidates": (in_manifest("candidates", value=-1), "has -1 candidates and .* expected 1 to"),
+    "more candidates than memory": (in_manifest("candidates", value=10**13), "10,000,000,000,000 candidates"),
+    "more recent events than memory": (in_manifest("recent", value=10**13), "10,000,000,000,000 recent events"),
+    "a newest time before 1970": (in_manifest("newest_time", value=-1), "and the newest time -1, expected"),
+    "true as the newest time": (in_manifest("newest_time", value=True), "has the newest_time True, expected int"),
+    "repeats of another kind": (
+        in_manifest("repeats", value="keeps"),
+        "has repeats 'keeps' .* one of first, last, keep",
+    ),
+    "half an event": (in_manifest("towers", "max_length", value=20.5), "has the max_length 20.5|does not hold options"),
     "true as a format": (in_manifest("format", value=True), "has the format True, expected 1"),
 }
 
@@ -401,6 +411,22 @@ def test_a_hostile_checkpoint_starts_nothing(trained: Run, canary: Path, tmp_pat
         recsys("fit", *config, "--output", tmp_path / "out", *start)
     assert not canary.exists()
     assert not (tmp_path / "index").exists()
+
+
+def test_parts_of_a_bundle_that_lack_what_it_needs_are_refused(trained: Run, tmp_path: Path) -> None:
+    weights = torch.load(trained.ranker, weights_only=True)["state_dict"]
+    weights.pop("reranker.vectors")
+    ranker = tampered(trained.ranker, tmp_path / "ranker/best.ckpt", state_dict=weights)
+    with pytest.raises(SystemExit, match=r"best.ckpt has no vectors, expected Tensor"):
+        recsys("export-bundle", "--index", trained.index, "--ranker", ranker, "--output", tmp_path / "bundle")
+    for name in ("repeats", "newest_time", "user_features"):
+        index = shutil.copytree(trained.index, tmp_path / name)
+        manifest = json.loads((index / "manifest.json").read_text(encoding="utf-8"))
+        del manifest[name]
+        (index / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(SystemExit, match=f"manifest.json has no {name}, expected"):
+            recsys("export-bundle", "--index", index, "--ranker", trained.ranker, "--output", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_checkpoint_of_older_code_is_refused(trained: Run, tmp_path: Path) -> None:

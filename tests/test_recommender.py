@@ -29,7 +29,7 @@ from recsys2stage.retrieval.encoders.times import Calendar, RequestGap, TimeFact
 from recsys2stage.retrieval.index import Exact, Faiss
 from recsys2stage.retrieval.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
 from recsys2stage.retrieval.towers import TwoTower
-from recsys2stage.serving.requests import FileUsers, PreparedUsers
+from recsys2stage.serving.requests import FileUsers, PreparedUsers, read_asked
 from recsys2stage.trust import arguments, factory
 
 COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]
@@ -371,6 +371,8 @@ def test_unknown_items_are_passed_over(recommender: Recommender) -> None:
 
 
 def test_a_text_is_not_a_history(recommender: Recommender) -> None:
+    with pytest.raises(ValueError, match="exclude is the text '12', expected a sequence of item ids"):
+        recommender.recommend(["1"], exclude="12")
     with pytest.raises(ValueError, match="expected a sequence of item ids"):
         recommender.recommend("1193")
 
@@ -513,6 +515,18 @@ def test_targets_are_asked_for_by_their_own_kind_wherever_they_are_measured(
     asked = dataset.asked(users, "val", "target")
     queries = served.queries(dataset.histories(users, "val", 8), dataset.request_times(users, "val"), asked)
     assert np.load(tmp_path / "candidates/states.npy") == pytest.approx(queries, abs=1e-5)
+
+
+def test_a_json_of_actions_is_read_as_the_same_csv_is(tmp_path: Path) -> None:
+    """Of two actions for one user in a .json the last was taken, those in a CSV are refused."""
+    path = tmp_path / "actions.json"
+    path.write_text('{"1": "look", "2": null, "03": "buy"}')
+    assert read_asked(path) == {"1": "look", "03": "buy"}
+    path.write_text("{}")
+    assert read_asked(path) == {}
+    path.write_text('{"1": "look", "2": "buy", "1": "buy"}')
+    with pytest.raises(ValueError, match="names more than one action for 1 users, for example '1'"):
+        read_asked(path)
 
 
 def test_an_action_that_cannot_be_asked_for_says_why(forks: Run, trained: Run, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
+from recsys2stage import __version__
 from recsys2stage.artifacts import whole, write_manifest
+from recsys2stage.checkpoints import sign
 from recsys2stage.columns import MANIFEST
 from recsys2stage.retrieval.histories import seed
 
@@ -127,12 +129,14 @@ class KeepLast(Checkpoint):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints beside their place and renames them.
+    """Writes checkpoints beside their place and renames them; those of any module have a format number.
 
     Lightning's own go through the folder for temporary files, from where a move to another disk can be cut short.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "format" not in checkpoint:  # of a module other than this package's, which sign their own
+            sign(checkpoint, None, __version__)
         with whole(path) as beside:
             torch.save(checkpoint, beside)
 
@@ -201,8 +205,10 @@ class OwnFiles(Callback):
             return
         self.alone = True
         if trainer.is_global_zero:
+            folder = Path(str(saver.dirpath))
             for name in (MANIFEST,) if self._resumes(trainer, saver) else (MANIFEST, BEST, LAST):
-                (Path(str(saver.dirpath)) / name).unlink(missing_ok=True)
+                if str(folder / name) != saver._last_checkpoint_saved:  # of weights alone: no callback is called then
+                    (folder / name).unlink(missing_ok=True)
 
     def _resumes(self, trainer: Trainer, saver: ModelCheckpoint) -> bool:
         """Whether the fit goes on from a checkpoint of its own folder."""

@@ -31,7 +31,7 @@ from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, no_items, some
 from recsys2stage.data.ids import given_ids, lines_of
-from recsys2stage.data.options import Part, Seen, check_option
+from recsys2stage.data.options import Part, Seen, check_least, check_option
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import as_seconds, date_of
 from recsys2stage.data.side_tables import user_specs
@@ -59,6 +59,11 @@ from recsys2stage.trust import Trust, arguments, trusts
 
 RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
 
+KEPT = (  # of an index's manifest in a bundle's
+    *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
+    *("repeats", "newest_time", "user_features"),
+)
+
 logger = logging.getLogger("recsys2stage")
 
 
@@ -83,6 +88,7 @@ def export_index(
         measured: how many users to measure recall and latency on; 0: none.
         trust: modules outside this package whose classes the checkpoint may name.
     """
+    check_least("measured", measured, 0)
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
     for name, kind in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
@@ -158,6 +164,8 @@ def export_bundle(
         candidates: how many candidates the ranker orders at each request; None: as many as it was trained to.
         trust: modules outside this package whose classes the checkpoint may name.
     """
+    if candidates is not None:
+        check_least("candidates", candidates, other="null for as many as the ranker was trained to order")
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     second = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, second, ranker)  # a bundle that would not load is not written
@@ -165,9 +173,9 @@ def export_bundle(
         take(options, name, int, ranker)
     output, candidates = output or index.parent / "bundle", candidates or options["num_candidates"]
     first = read_manifest(index, "index", f"recsys export-index --output {index}")
-    kept = ("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers")
-    for name in kept:
+    for name in KEPT:
         take(first, name, object, index / c.MANIFEST)
+    take(weights, "vectors", torch.Tensor, ranker)
     verify(index, first, f"recsys export-index --output {index}")
     if options["split_hash"] != first["split_hash"]:
         raise ValueError(
@@ -184,7 +192,7 @@ def export_bundle(
         torch.save(weights, folder / RERANKER)
         if options["signals"]:
             made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
-            mined = made["parents"]["candidates"]
+            mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
             if fingerprint(mined["path"]) != mined["hash"]:
                 raise ValueError(
                     f"{ranker} was trained on other candidates than those now in {mined['path']}; fit again"
@@ -200,7 +208,7 @@ def export_bundle(
             candidates=candidates,
             reranker={"dim": options["vector_dim"], **second},
             recent=options["recent"],
-            **{name: first[name] for name in (*kept, "repeats", "newest_time", "user_features")},
+            **{name: first[name] for name in KEPT},
         )
     print(f"{output}: both stages, {candidates} candidates")
 
@@ -318,6 +326,7 @@ def evaluate(
         trust: modules outside this package whose classes the bundle may name.
     """
     check_option("split", split, Part)
+    check_least("resamples", resamples)
     negatives = negatives_of(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
     made_from = bundle_manifest(bundle)["parents"]["data"]["path"]

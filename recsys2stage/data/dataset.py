@@ -9,7 +9,7 @@ import numpy as np
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest, take
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, places, spans
-from recsys2stage.data.options import Part, RequestTime, Seen, check_option
+from recsys2stage.data.options import Part, RequestTime, Seen, check_least, check_option
 
 NEEDS = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
 At = Part | Literal["all"] | np.ndarray  # a user's target in a split, none (after all events), or (B,) target places
@@ -251,6 +251,8 @@ class Dataset:
 
 def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """All users, or `count` of them drawn at random, ascending."""
+    if count is not None:
+        check_least("users", count, other="null for all")
     if count is None or count >= len(users):
         return users
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))

@@ -83,7 +83,9 @@ def of_objects(name: str, values: Iterable[Any]) -> pl.Series:
 
 
 def given_ids(values: Iterable[Any]) -> list[str]:
-    """Ids from the arguments of a call, as text; none may be missing."""
+    """Ids from the arguments of a call, as text; none may be missing, and one text is no list of its characters."""
+    if isinstance(values, (str, bytes)):
+        raise ValueError(f"ids are the text {values!r}, expected a list of ids: [{values!r}]")
     texts = [as_text(value) for value in values]
     if None in texts:
         raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing; leave it out")

@@ -26,7 +26,7 @@ from recsys2stage.data.events import (
     tie_shares,
     withhold,
 )
-from recsys2stage.data.options import check_option
+from recsys2stage.data.options import check_least, check_option
 from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
 from recsys2stage.data.sources.vectors import Vectors
@@ -75,6 +75,7 @@ def prepare(
     check_option("tie_break", tie_break, TieBreak)
     check_option("repeats", repeats, Repeats)
     check_option("on_bad_rows", on_bad_rows, OnBadRows)
+    check_least("core", core, 0)
     if not 0 <= cold_items < 1:
         raise ValueError(f"cold_items is {cold_items}, expected a share of the items: at least 0 and below 1")
     item_vectors = item_vectors or {}

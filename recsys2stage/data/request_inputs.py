@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,29 @@ def check_ascending(times: np.ndarray) -> None:
 def date_of(seconds: int) -> str:
     """For a reader: 2003-02-28 17:49:50 UTC (1046454590)."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC ({seconds})"
+
+
+def check_user_specs(specs: Sequence[Any], where: str | Path) -> None:
+    """Refuses declared user features that are not as `side_tables.user_specs` gives them.
+
+    Args:
+        specs: as a manifest holds them.
+        where: the manifest, for the error.
+    """
+    for spec in specs:
+        name, kind, size, classes = (
+            (spec.get(key) if isinstance(spec, dict) else None) for key in ("name", "kind", "size", "classes")
+        )
+        if kind == "numeric":
+            fits = classes is None and type(size) is int and size == 1
+        else:
+            named = isinstance(classes, list) and all(isinstance(one, str) for one in classes)
+            fits = kind in ("categorical", "multi") and named and type(size) is int and size == 1 + len(classes or ())
+        if not (fits and isinstance(name, str)):
+            raise ValueError(
+                f"{where} has the user feature {str(spec)[:80]}, expected a name, a kind, its classes and a size of "
+                "one more; make it again"
+            )
 
 
 def encode_users(specs: Sequence[Mapping[str, Any]], users: Sequence[Mapping[str, Any]], where: str) -> Values:

@@ -19,7 +19,9 @@ from recsys2stage.artifacts import read_array, read_json, read_manifest, take, v
 from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.data.catalogue import read_catalogue
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.events import Repeats
 from recsys2stage.data.options import RequestTime
+from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import load_signals
@@ -28,6 +30,8 @@ from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.trust import trusting
 
 RERANKER, POPULARITY = "reranker.pt", "popularity.npy"  # files of a served folder
+SPEC = ("name", "kind", "size")  # of a user feature, on which a model and its data must agree
+MOST_CANDIDATES = MOST_RECENT = 1 << 20  # of a request to a served folder
 
 
 def kind_of(path: str | Path) -> str:
@@ -47,7 +51,7 @@ def check_split(dataset: Dataset, folder: Path) -> None:
     dataset.check_split(folder, take(bundle_manifest(folder), "split_hash", str, folder / c.MANIFEST))
 
 
-def read_bundle(path: str | Path, trust: Sequence[str] = ()) -> dict[str, Any]:
+def read_bundle(path: str | Path, trust: Sequence[str] | str | None = ()) -> dict[str, Any]:
     """The arguments of the Recommender that a folder holds.
 
     Every file is checked against the checksum that the manifest lists, and no code runs that the folder brings or
@@ -98,6 +102,31 @@ def read_bundle(path: str | Path, trust: Sequence[str] = ()) -> dict[str, Any]:
             f"{where} has the request time {request_time!r} and towers of {towers.items.num_items:,} items, "
             f"expected one of {', '.join(get_args(RequestTime))} and {count:,} items; make it again: {make}"
         )
+    candidates, recent = (of("candidates", int), of("recent", int)) if kind == "bundle" else (200, 0)
+    if not (1 <= candidates <= MOST_CANDIDATES and 0 <= recent <= MOST_RECENT):
+        raise ValueError(
+            f"{where} has {candidates:,} candidates and {recent:,} recent events, expected 1 to "
+            f"{MOST_CANDIDATES:,} and 0 to {MOST_RECENT:,}; make it again: {make}"
+        )
+    repeats, newest_time, user_features = (
+        of("repeats", str),
+        of("newest_time", int | None),
+        of("user_features", list),
+    )
+    if repeats not in get_args(Repeats) or (newest_time is not None and newest_time < 0):
+        raise ValueError(
+            f"{where} has repeats {repeats!r} and the newest time {newest_time}, expected one of "
+            f"{', '.join(get_args(Repeats))} and seconds since 1970 or null; make it again: {make}"
+        )
+    check_user_specs(user_features, where)
+    if towers.user is not None:
+        read = [tuple(feature.get(part) for part in SPEC) for feature in of("towers", dict).get("user_features") or ()]
+        if read != [tuple(feature[part] for part in SPEC) for feature in user_features]:
+            raise ValueError(f"{where} has other user features than its retriever reads, {read}; make it again: {make}")
+    if type(towers.max_length) is not int or towers.max_length < 1:
+        raise ValueError(
+            f"{where} has the max_length {towers.max_length!r}, expected a whole number above 0; make it again: {make}"
+        )
     with torch.inference_mode():
         made = (count, towers.item_vectors(torch.ones(1, dtype=torch.int64)).shape[1])
     second = made if reranker is None else (len(reranker.vectors) - 1, reranker.vectors.shape[1])
@@ -115,11 +144,11 @@ def read_bundle(path: str | Path, trust: Sequence[str] = ()) -> dict[str, Any]:
         "request_time": cast(RequestTime, request_time),
         "next_action": next_action,
         "actions": actions,
-        "candidates": of("candidates", int) if kind == "bundle" else 200,
+        "candidates": candidates,
         "signals": signals,
-        "recent": of("recent", int) if kind == "bundle" else 0,
+        "recent": recent,
         "has_time": of("has_time", bool),
-        "seen": "keep" if of("repeats", str) == "keep" else "filter",
-        "newest_time": of("newest_time", int | None),
-        "user_features": of("user_features", list),
+        "seen": "keep" if repeats == "keep" else "filter",
+        "newest_time": newest_time,
+        "user_features": user_features,
     }

@@ -13,6 +13,7 @@ from recsys2stage.artifacts import fingerprint, read_array, read_manifest, take,
 from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data.batches import places, recent_events
 from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.options import check_least
 from recsys2stage.ranking.lists import STATES, CandidateLists, joined, read_candidates
 from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
 from recsys2stage.retrieval.index import VECTORS
@@ -58,6 +59,7 @@ class Candidates(ArrayModule):
         refit: Path | None = None,
     ) -> None:
         super().__init__()
+        check_least("batch_size", batch_size)
         if recent < 0:
             raise ValueError(f"recent is {recent}, expected 0 for no event, or more")
         self.path, self.batch_size, self.recent = Path(path), batch_size, recent

@@ -18,7 +18,7 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.data.batches import as_history, windows
 from recsys2stage.data.dataset import Dataset, declared
-from recsys2stage.data.options import Part, RequestTime
+from recsys2stage.data.options import Part, RequestTime, check_least
 from recsys2stage.shapes import History
 
 
@@ -203,6 +203,7 @@ class Histories(ArrayModule):
         super().__init__()
         if max_length < 1 or batch_size < 1:
             raise ValueError(f"max_length is {max_length} and batch_size {batch_size}; both must be at least 1")
+        check_least("eval_batch_size", eval_batch_size)
         self.path, self.max_length = Path(path), max_length
         self.request_time, self.next_action = request_time, next_action
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size

@@ -211,15 +211,17 @@ def read_asked(path: Path) -> dict[str, str]:
     """The name of the kind of action that each user id in a file, as text, is asked for."""
     if path.suffix == ".json":
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)  # a dict hides repeated keys
         except ValueError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        if not isinstance(found, dict):
+        if not isinstance(found, tuple):
             raise ValueError(f"{path} holds a {type(found).__name__}, expected {{user_id: action}}")
-        return {user: str(name) for user, name in found.items() if name is not None}
-    log = read_log(path)
-    require(log, [c.USER_ID, c.ACTION], path)
-    log = log.with_columns(ids.checked(log[c.USER_ID], path))
+        pairs = [(user, None if name is None else str(name)) for user, name in found]
+        log = pl.DataFrame(pairs, schema={c.USER_ID: pl.String, c.ACTION: pl.String}, orient="row")
+    else:
+        log = read_log(path)
+        require(log, [c.USER_ID, c.ACTION], path)
+        log = log.with_columns(ids.checked(log[c.USER_ID], path))
     log = log.select(pl.col(c.USER_ID, c.ACTION).cast(pl.String)).drop_nulls()
     twice = log.filter(pl.col(c.USER_ID).is_duplicated())[c.USER_ID].unique()
     if len(twice):

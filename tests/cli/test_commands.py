@@ -19,6 +19,7 @@ from recsys2stage.data.dataset import Dataset, some
 from recsys2stage.ranking.bundle import check_split
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
+from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.index import Exact, Faiss, Index
 
 
@@ -348,3 +349,33 @@ def test_a_bundle_of_an_older_version_is_refused(trained: Run, tmp_path: Path) -
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"bundle was exported by an older version.*export again"):
         Recommender.load(bundle)
+
+
+# numbers that count something
+
+
+def test_numbers_that_count_are_refused_below_the_least(trained: Run, tmp_path: Path) -> None:
+    """Mining with batches of -5 users wrote empty lists, a bundle of -5 candidates failed only when it served."""
+    out, bundle = ("--output", tmp_path / "out"), ("--bundle", trained.bundle)
+    exported = ("--retriever", trained.retriever, "--data", trained.data)
+    mined = ("--data", trained.data, "--index", trained.index)
+    packed = ("--index", trained.index, "--ranker", trained.ranker)
+    for wrong in (0, -5):
+        least = f"is {wrong}, expected at least 1"
+        refused(f"batch_size {least}", "mine-negatives", *mined, *out, "--batch_size", wrong)
+        refused(f"users {least}, or null for all", "mine-negatives", *mined, *out, "--users", wrong)
+        refused(f"candidates {least}, or null for as many", "export-bundle", *packed, *out, "--candidates", wrong)
+        refused(f"batch_size {least}", "recommend", *bundle, *out, "--batch_size", wrong)
+        refused(f"batch_size {least}", "evaluate", *bundle, *out, "--batch_size", wrong)
+        refused(f"users {least}, or null for all", "evaluate", *bundle, *out, "--users", wrong)
+        refused(f"resamples {least}", "evaluate", *bundle, *out, "--resamples", wrong)
+    refused("measured is -1, expected at least 0", "export-index", *exported, *out, "--measured", -1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_of_data_modules_hold_something(trained: Run) -> None:
+    for wrong in (0, -5):
+        with pytest.raises(ValueError, match=f"eval_batch_size is {wrong}, expected at least 1"):
+            Histories(trained.data, eval_batch_size=wrong)
+        with pytest.raises(ValueError, match=f"batch_size is {wrong}, expected at least 1"):
+            Candidates(trained.candidates, batch_size=wrong)

@@ -271,3 +271,46 @@ def test_batches_of_one_step_differ_in_their_random_numbers(fit: Fit, monkeypatc
     run = fit("--trainer.accumulate_grad_batches", 3, "--trainer.limit_train_batches", 3)
     assert len(set(seeds)) == len(seeds) == 6
     assert json.loads((run / "manifest.json").read_text())["steps"] == 2
+
+
+MODULE = """
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+
+class Line(LightningModule):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.line = torch.nn.Linear(width, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.line(batch).pow(2).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/ndcg@10", -self.line(batch).pow(2).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Ones(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.ones(8, 3), batch_size=4)
+
+    val_dataloader = train_dataloader
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_fit_of_any_other_module_can_be_measured_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints have the format number that loading asks for, also those of weights alone."""
+    (tmp_path / "my_lines.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("--model", "my_lines.Line", "--data", "my_lines.Ones", "--output", tmp_path / "run")
+    own += ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+    recsys("fit", *own, "--trainer.max_epochs", 1, "--checkpoint.save_weights_only", "true")
+    recsys("validate", *own)
+    recsys("fit", *own, "--trainer.max_epochs", 2, "--ckpt_path", tmp_path / "run/last.ckpt")
+    assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 4

@@ -213,6 +213,13 @@ def test_objects_of_python_are_their_text(values: Any, texts: list[Any]) -> None
         assert as_polars(pl.DataFrame({"u": values}), ("u",))["u"].to_list() == texts
 
 
+@pytest.mark.parametrize("value", ["12", b"12"])
+def test_one_text_is_no_list_of_ids(value: Any) -> None:
+    """recommend(users="12") answered for the users 1 and 2."""
+    with pytest.raises(ValueError, match=r"ids are the text .*'12', expected a list of ids"):
+        ids.given_ids(value)
+
+
 @pytest.mark.parametrize("value", [True, np.True_, b"a", 1.5, float("inf"), np.float32(2**25), Decimal("1.5")])
 def test_values_that_are_no_ids(value: Any) -> None:
     for call in (ids.as_text, lambda one: ids.given_ids([one]), lambda one: as_polars({"u": ["a", one]}, ("u",))):

@@ -457,6 +457,7 @@ def test_an_order_without_times_switches_off_what_needs_them(tmp_path: Path, tim
     ("options", "message"),
     [
         ({"cold_items": 1.0}, "cold_items is 1.0"),
+        ({"core": -1}, "core is -1, expected at least 0"),
         ({"core": 50}, "core is 50, and no events are left of 9"),
         ({"min_rating": 6}, "no event of .* has a rating of 6 or more"),
     ],

@@ -1,6 +1,7 @@
 """What a caller says of a request: user features as in training, times that are seconds, options that exist."""
 
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -126,6 +127,30 @@ def test_unknown_classes_count_as_unknown_with_a_warning(described: Dataset, cap
 def test_features_of_another_kind_are_refused(described: Dataset, user: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode_users(user_specs(described), [user], "user")
+
+
+MALFORMED: list[Any] = [
+    *([1], [None], ["side"], [[]], [{}], [{"name": "side"}]),
+    [{"name": "side", "kind": "categorical", "size": 3, "classes": None}],
+    [{"name": "side", "kind": "categorical", "size": 3, "classes": [["left"], "right"]}],
+    [{"name": "side", "kind": "categorical", "size": 2, "classes": ["left", "right"]}],
+    [{"name": "side", "kind": "text", "size": 3, "classes": ["left", "right"]}],
+    [{"name": ["side"], "kind": "categorical", "size": 3, "classes": ["left", "right"]}],
+    [{"name": "age", "kind": "numeric", "size": 1, "classes": ["left"]}],
+]
+
+
+def test_malformed_features_of_a_manifest_are_refused_when_it_is_loaded(served: Run, tmp_path: Path) -> None:
+    path = shutil.copytree(served.index, tmp_path / "index") / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for features in MALFORMED:
+        path.write_text(json.dumps(manifest | {"user_features": features}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"manifest.json has the user feature .*, expected a name, a kind"):
+            Recommender.load(path.parent)
+    for features in ([], manifest["user_features"][:1], manifest["user_features"][::-1]):
+        path.write_text(json.dumps(manifest | {"user_features": features}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"has other user features than its retriever reads"):
+            Recommender.load(path.parent)
 
 
 def test_without_declared_features_there_are_none_to_give() -> None:
