@@ -23,7 +23,7 @@ from tables import ROOT, commit, recsys
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.columns import PAD
-from recsys2stage.metrics import metrics_of, rank_of
+from recsys2stage.metrics import compute_metrics, compute_rank
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.ranker import NOWHERE, Ranker
 
@@ -80,9 +80,9 @@ def ndcgs(checkpoint: Path, data: Candidates) -> tuple[np.ndarray, np.ndarray]:
             real, place = lists.listed.items != PAD, lists.positive.clamp(min=0)
             logits = reranker(lists.listed, torch.zeros_like(real)).masked_fill(~real, -torch.inf)
             own = lists.listed.rank.gather(1, place[:, None]).squeeze(1)
-            ranks = torch.stack([rank_of(logits, place), own], dim=1)
+            ranks = torch.stack([compute_rank(logits, place), own], dim=1)
             found.append(torch.where((lists.positive >= 0)[:, None], ranks, NOWHERE).numpy())
-    ranker, retriever = metrics_of(np.concatenate(found), [10])["ndcg@10"].T
+    ranker, retriever = compute_metrics(np.concatenate(found), [10])["ndcg@10"].T
     return ranker, retriever
 
 

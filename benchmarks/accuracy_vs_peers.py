@@ -46,7 +46,7 @@ from peers.exchange import export, ranks
 from train import hardware, install
 
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.metrics import metrics_of
+from recsys2stage.metrics import compute_metrics
 
 SCRIPT = Path(__file__).parent / "peers/rectools_vectors.py"
 SHOWN = ("hr@10", "ndcg@10", "recall@100")
@@ -118,7 +118,7 @@ def measure_peer(label: str, dataset: Dataset, folder: Path, options: argparse.N
     run([str(python), str(SCRIPT), json.dumps(job)], folder / "fit.log", options.threads)
     with np.load(folder / "vectors.npz") as file:
         vectors = dict(file)
-    found = metrics_of(ranks(dataset, vectors))
+    found = compute_metrics(ranks(dataset, vectors))
     users = dataset.users("test")
     last = {
         "unserved": len(np.setdiff1d(users, vectors["users"])),

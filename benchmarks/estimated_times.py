@@ -19,7 +19,7 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.evaluation.compare import TARGET
 from recsys2stage.evaluation.report import TITLES, table, title_of
-from recsys2stage.metrics import metrics_of
+from recsys2stage.metrics import compute_metrics
 
 METRICS = ("hr@10", "ndcg@10")
 UNBOUNDED = 3  # status: estimated with a bound on one side, or none
@@ -64,7 +64,7 @@ def main() -> None:
         groups = {"all": np.ones(len(ranks), bool), "time known or bounded": ~unbounded, "status 3": unbounded}
         rows = []
         for name in (name for name in TITLES if name in ranks.columns):
-            values = metrics_of(ranks[name].to_numpy())
+            values = compute_metrics(ranks[name].to_numpy())
             means = {label: {m: float(values[m][who].mean()) for m in METRICS} for label, who in groups.items()}
             figures.setdefault(str(run), {})[name] = means
             rows.append([TITLES[name], *(f"{means[label][m]:.4f}" for label in groups for m in METRICS)])

@@ -25,7 +25,7 @@ DATA = Path("data/ml-20m")
 
 
 @contextmanager
-def whole(path: str | Path, kind: str | None = None) -> Iterator[Path]:
+def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     """Gives a free name beside `path`, for a folder or a file; on success what was made there takes the name `path`.
 
     On failure it is removed. What stood at `path` before stays untouched until the new artifact is complete.
@@ -38,7 +38,7 @@ def whole(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     if kind is not None:
         _refuse_to_replace_another(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # what a killed run left behind
         owner, pid, state = left.name.rsplit(".", 2)
         if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not _alive(int(pid)):
@@ -46,18 +46,18 @@ def whole(path: str | Path, kind: str | None = None) -> Iterator[Path]:
                 left.rename(path)
             else:
                 _remove(left)
-    _remove(beside)
+    _remove(temporary)
     try:
-        yield beside
+        yield temporary
         if path.is_dir():  # a folder cannot be replaced in one step, so the old one steps aside first
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(aside)
-            beside.rename(path)
+            temporary.rename(path)
             _remove(aside)
         else:
-            os.replace(beside, path)
+            os.replace(temporary, path)
     finally:
-        _remove(beside)
+        _remove(temporary)
 
 
 def _refuse_to_replace_another(path: Path, kind: str) -> None:
@@ -90,8 +90,8 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    with whole(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: dict[str, Any], **facts: Any) -> None:

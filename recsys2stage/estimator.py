@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_manifest, take, whole, write_manifest
+from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
 from recsys2stage.cli import commands, training
 from recsys2stage.data import sources
 from recsys2stage.data.frames import Frames, Sides, TimeUnit
@@ -238,11 +238,11 @@ class TwoStageRecommender:
                 seen=seen,
                 trust=self._trust,
             )
-            found = pl.read_parquet(output)
-        found = found.select(
+            resolve_path = pl.read_parquet(output)
+        resolve_path = resolve_path.select(
             pl.col(c.USER_ID).alias(self.user), pl.col(c.ITEM_ID).alias(self.item), c.RANK, c.SCORE, c.RETRIEVER_SCORE
         )
-        return found.to_pandas() if self._pandas else found
+        return resolve_path.to_pandas() if self._pandas else resolve_path
 
     def evaluate(self, split: Part = "test", protocol: str = "full") -> dict[str, Any]:
         """Both stages and two baselines, measured as by `recsys evaluate`; the report, as in its report.json.
@@ -269,7 +269,7 @@ class TwoStageRecommender:
     def save(self, path: str | Path) -> None:
         """Writes a folder for `load`, and for the verbs with --bundle and --data; a model saved there is replaced."""
         model = self.path
-        with whole(path, KIND) as folder:
+        with atomic_write(path, KIND) as folder:
             folder.mkdir()
             for part in ("data", "bundle"):
                 shutil.copytree(model / part, folder / part)
@@ -337,7 +337,7 @@ class TwoStageRecommender:
         """`recsys fit`."""
         config = self._config(stage)
         options = DEFAULTS[stage] if config is None else [f"--config={config}"]
-        options = [*options, *(f"--config={found(overlay, 'configs/with', '.yaml')}" for overlay in overlays)]
+        options = [*options, *(f"--config={resolve_path(overlay, 'configs/with', '.yaml')}" for overlay in overlays)]
         options += [f"--data.init_args.path={data}", f"--output={output}", f"--seed_everything={self.seed}"]
         if self.max_epochs is not None:
             options.append(f"--trainer.max_epochs={self.max_epochs}")
@@ -346,7 +346,7 @@ class TwoStageRecommender:
         if not self.verbose:
             options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
         options.append("--trainer.devices=1")  # further processes would run the caller's script again
-        with in_own_words(config):
+        with config_errors(config):
             training.train("fit", options)
 
     def _run(self, verb: Callable[..., Any], stage: str, **options: Any) -> None:
@@ -355,7 +355,7 @@ class TwoStageRecommender:
         configured = {} if config is None else yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_function_arguments(verb)
-        with in_own_words(config):
+        with config_errors(config):
             parsed = parser.parse_object({**configured, **options})
             verb(**parser.instantiate(parsed).as_dict())
 
@@ -363,14 +363,14 @@ class TwoStageRecommender:
         """The YAML file of a stage; None where there is none."""
         own = {"retriever": self.retriever, "ranker": self.ranker}.get(stage)
         if own is not None:
-            return found(own, "configs", ".yaml")
+            return resolve_path(own, "configs", ".yaml")
         if self.config is None:
             return None
-        path = found(self.config, "configs") / f"{stage}.yaml"
+        path = resolve_path(self.config, "configs") / f"{stage}.yaml"
         return path if path.is_file() else None
 
 
-def found(name: str | Path, place: str, suffix: str = "") -> Path:
+def resolve_path(name: str | Path, place: str, suffix: str = "") -> Path:
     """A path as it stands, or the name of something in a folder of configs."""
     for path in (Path(name), Path(place) / f"{name}{suffix}"):
         if path.exists():
@@ -383,7 +383,7 @@ def class_path(kind: type) -> str:
 
 
 @contextmanager
-def in_own_words(config: Path | None) -> Iterator[None]:
+def config_errors(config: Path | None) -> Iterator[None]:
     """What a parser does not like is a ValueError that names the file it read."""
     try:
         yield

@@ -38,15 +38,15 @@ class FeatureTable(nn.Module):
     def forward(self, items: Int[Tensor, " N"]) -> Float[Tensor, "N G"]:
         return self.encoder([self.get_buffer(f"values{n}")[items] for n in range(len(self.encoder.parts))])
 
-    def look_up(self, features: Sequence[dict[str, Any]]) -> None:
+    def load_item_tables(self, features: Sequence[dict[str, Any]]) -> None:
         """Takes all items' values and their scales from the data.
 
         Args:
             features: declared features with their arrays, as `Dataset.item_features` gives them.
         """
-        self.encoder.look_up(features)
+        self.encoder.load_item_tables(features)
         for number, feature in enumerate(features):
-            self.get_buffer(f"values{number}").copy_(table_of(feature))
+            self.get_buffer(f"values{number}").copy_(feature_table(feature))
 
 
 class FeatureEncoder(nn.Module):
@@ -78,7 +78,7 @@ class FeatureEncoder(nn.Module):
         """Values, as `forward` takes them, of rows of which nothing is known."""
         return [part.nothing(rows, device) for part in self.parts]
 
-    def look_up(self, features: Sequence[dict[str, Any]]) -> None:
+    def load_item_tables(self, features: Sequence[dict[str, Any]]) -> None:
         """Takes the scales of numeric features from all rows' values.
 
         Args:
@@ -86,10 +86,10 @@ class FeatureEncoder(nn.Module):
         """
         for part, feature in zip(self.parts, features, strict=True):
             if isinstance(part, Numeric):
-                part.look_up(table_of(feature))
+                part.load_item_tables(feature_table(feature))
 
 
-def table_of(feature: dict[str, Any]) -> Tensor:
+def feature_table(feature: dict[str, Any]) -> Tensor:
     """All rows' values of a feature, (rows, P)."""
     values = torch.from_numpy(np.asarray(feature["values"]))
     return values.view(len(values), -1)
@@ -149,7 +149,7 @@ class Numeric(Part):
         standard = (torch.where(known, values, mean) - mean) / std
         return torch.cat([standard, known.to(standard.dtype)], dim=-1)
 
-    def look_up(self, values: Float[Tensor, "N 1"]) -> None:
+    def load_item_tables(self, values: Float[Tensor, "N 1"]) -> None:
         real = values[values.isfinite()].double()
         if len(real):
             spread = real.std(correction=0)

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 KS = (10, 50, 100, 200)
 
 
-def rank_of(scores: Float[Tensor, "B W"], target: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+def compute_rank(scores: Float[Tensor, "B W"], target: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
     """Rank of each row's target column, from 1.
 
     Every column whose score is not below the target's counts against it: ties, and NaN. Excluded columns hold −inf.
@@ -26,7 +26,7 @@ def rank_of(scores: Float[Tensor, "B W"], target: Int[Tensor, " B"]) -> Int[Tens
     return (~(scores < own)).sum(1)
 
 
-def metrics_of(ranks: np.ndarray, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
+def compute_metrics(ranks: np.ndarray, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
     """Each user's metrics, (B,) float64: hr@k = [rank ≤ k], ndcg@k = [rank ≤ k] / log2(1 + rank), mrr = 1 / rank."""
     ranks = ranks.astype(np.float64)
     gain = 1 / np.log2(1 + ranks)
@@ -126,7 +126,7 @@ def randomisation_test(differences: np.ndarray, resamples: int = 1000, seed: int
     return as_large / (1 + resamples)
 
 
-def exposure_of(shown: np.ndarray, train_counts: np.ndarray) -> dict[str, float]:
+def compute_exposure(shown: np.ndarray, train_counts: np.ndarray) -> dict[str, float]:
     """What the items that a model shows are like.
 
     coverage: share of the catalogue that anybody is shown. novelty: mean −log2 of a shown item's share of the training
@@ -150,7 +150,7 @@ def exposure_of(shown: np.ndarray, train_counts: np.ndarray) -> dict[str, float]
     }
 
 
-def calibration_of(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> dict[str, Any]:
+def compute_calibration(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> dict[str, Any]:
     """How far the probability of what a model puts first is from how often it is right.
 
     The expected calibration error, Σ |B_m| / n · |share of hits in B_m − mean confidence in B_m| (Guo et al. 2017),

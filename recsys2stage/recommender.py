@@ -20,7 +20,7 @@ from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.options import RequestTime, Seen, check_least, check_option
 from recsys2stage.data.request_inputs import as_seconds, check_ascending, encode_users, known_ratings, request_seconds
-from recsys2stage.ranking.beyond import Found, Ranking, beyond
+from recsys2stage.ranking.beyond import Recommendations, RetrievedItems, beyond
 from recsys2stage.ranking.bundle import SPEC, check_split, read_bundle
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import Proposer, Requests, Signal
@@ -28,7 +28,7 @@ from recsys2stage.ranking.signals.merge import merge, nearness
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.inputs import Field, check_inputs, fields_read
 from recsys2stage.retrieval.towers import TwoTower
-from recsys2stage.shapes import Listed
+from recsys2stage.shapes import CandidateBatch
 
 logger = logging.getLogger("recsys2stage")
 
@@ -95,12 +95,12 @@ class Recommender:
         return fields_read(self.towers.inputs) | rated
 
     @property
-    def reads_kinds(self) -> bool:
+    def reads_actions(self) -> bool:
         """Whether the kinds of a history's events matter, for themselves or as what was asked for before."""
-        return bool(self.reads & {"actions", "asked"})
+        return bool(self.reads & {"actions", "target_action"})
 
     @property
-    def usual_kind(self) -> int:
+    def default_action(self) -> int:
         """The kind of action asked for where nobody says: the one that next_action names; for target, 0, unknown."""
         return c.UNKNOWN if self.next_action == "target" else 1 + self.actions.index(self.next_action)
 
@@ -168,7 +168,9 @@ class Recommender:
         return recommender
 
     @torch.inference_mode()
-    def queries(self, padded: Padded, request: np.ndarray | None, asked: np.ndarray | None = None) -> np.ndarray:
+    def queries(
+        self, padded: Padded, request: np.ndarray | None, target_action: np.ndarray | None = None
+    ) -> np.ndarray:
         """Query vectors of histories, whose products with item vectors are scores, (B, D) float32.
 
         Args:
@@ -177,19 +179,19 @@ class Recommender:
             asked: (B,) the kind of action asked for, 0 for unknown; None: the usual kind, and a word of warning where
                 that is unknown.
         """
-        if asked is not None and self.next_action == "none":
+        if target_action is not None and self.next_action == "none":
             raise ValueError(NOT_TOLD)
-        if asked is None and self.next_action != "none":
-            asked = np.full(len(padded.lengths), self.usual_kind)
-            if self.usual_kind == c.UNKNOWN and not self.warned:
+        if target_action is None and self.next_action != "none":
+            target_action = np.full(len(padded.lengths), self.default_action)
+            if self.default_action == c.UNKNOWN and not self.warned:
                 self.warned = True
                 logger.warning(
                     "nobody says what kind of action to recommend for, as this model is used to; it knows %s",
                     ", ".join(self.actions),
                 )
-        return self.towers.queries(as_history(padded, self.request_time, request, asked)).float().numpy()
+        return self.towers.queries(as_history(padded, self.request_time, request, target_action)).float().numpy()
 
-    def moment(self, padded: Padded, request: np.ndarray | None) -> np.ndarray:
+    def request_seconds_of(self, padded: Padded, request: np.ndarray | None) -> np.ndarray:
         """When the second stage takes requests to be made: as told, or at the newest event, (B,) int64 seconds."""
         if self.request_time == "target" and request is not None:
             return request
@@ -198,7 +200,7 @@ class Recommender:
 
     def candidates(
         self, queries: np.ndarray, known: Ragged, padded: Padded, request: np.ndarray | None, k: int | None = None
-    ) -> Found:
+    ) -> RetrievedItems:
         """The candidates that are not known: the nearest items, merged with those that signals name.
 
         Args:
@@ -211,18 +213,18 @@ class Recommender:
         depth = self.num_candidates if k is None else k
         score, items = self.index.search(queries, depth, exclude=(known.values, known.offsets))
         if not self.proposers:
-            return Found(items, score, [items])
+            return RetrievedItems(items, score, [items])
         nothing = np.zeros((len(queries), 0), dtype=np.int64)
-        requests = Requests(nothing, padded, self.moment(padded, request), self.vectors, queries)
+        requests = Requests(nothing, padded, self.request_seconds_of(padded, request), self.vectors, queries)
         named = [items, *(signal.propose(requests, known) for signal in self.proposers)]
         items = merge(named, depth)
         score = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(items, c.PAD)])
         score[items < 0] = -np.inf
         order = np.argsort(-score, axis=1, kind="stable")
-        return Found(np.take_along_axis(items, order, axis=1), np.take_along_axis(score, order, axis=1), named)
+        return RetrievedItems(np.take_along_axis(items, order, axis=1), np.take_along_axis(score, order, axis=1), named)
 
     def measure_signals(
-        self, items: np.ndarray, queries: np.ndarray, found: Found, padded: Padded, request: np.ndarray | None
+        self, items: np.ndarray, queries: np.ndarray, found: RetrievedItems, padded: Padded, request: np.ndarray | None
     ) -> np.ndarray:
         """What the signals say of any items at each request, (B, C, S) float32.
 
@@ -232,17 +234,19 @@ class Recommender:
             found: the requests' candidates, whose sources count too.
         """
         items = np.maximum(items, c.PAD).astype(np.int64)
-        requests = Requests(items, padded, self.moment(padded, request), self.vectors, queries)
+        requests = Requests(items, padded, self.request_seconds_of(padded, request), self.vectors, queries)
         numbers = [signal(requests) for signal in self.signals]
         if self.proposers:
             numbers.append(nearness(items, found.named, len(self.vectors)))
         return np.concatenate(numbers, axis=2) if numbers else np.zeros((*items.shape, 0), dtype=np.float32)
 
-    def listed(self, queries: np.ndarray, found: Found, padded: Padded, request: np.ndarray | None) -> Listed:
+    def listed(
+        self, queries: np.ndarray, found: RetrievedItems, padded: Padded, request: np.ndarray | None
+    ) -> CandidateBatch:
         """All that the second stage is told of candidates."""
         real = torch.from_numpy(found.items > 0)
-        recent, ages = recent_events(padded, self.moment(padded, request), self.recent, self.has_time)
-        return Listed(
+        recent, ages = recent_events(padded, self.request_seconds_of(padded, request), self.recent, self.has_time)
+        return CandidateBatch(
             state=torch.from_numpy(queries),
             items=torch.from_numpy(found.items).clamp(min=c.PAD),
             score=torch.from_numpy(found.score).masked_fill(~real, 0),
@@ -253,15 +257,15 @@ class Recommender:
         )
 
     @torch.inference_mode()
-    def rerank(self, listed: Listed, ids_masked: bool = False) -> np.ndarray:
+    def rerank(self, listed: CandidateBatch, ids_masked: bool = False) -> np.ndarray:
         """The second stage's scores of candidates, (B, C) float32; −inf for no candidate."""
         assert self.reranker is not None
         real = listed.items != c.PAD
         return self.reranker(listed, torch.full_like(real, ids_masked)).masked_fill(~real, -torch.inf).numpy()
 
     def rank(
-        self, padded: Padded, known: Ragged, request: np.ndarray | None, k: int, asked: np.ndarray | None = None
-    ) -> Ranking:
+        self, padded: Padded, known: Ragged, request: np.ndarray | None, k: int, target_action: np.ndarray | None = None
+    ) -> Recommendations:
         """Both stages for B requests, with request times and actions as in `queries`; known items are left out.
 
         The first k items are the same however many are requested: the last stage orders the candidates, as many as the
@@ -270,15 +274,15 @@ class Recommender:
         """
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
-        queries = self.queries(padded, request, asked)
+        queries = self.queries(padded, request, target_action)
         found = self.candidates(queries, known, padded, request)
         score = found.score if self.reranker is None else self.rerank(self.listed(queries, found, padded, request))
         order = np.argsort(-score, axis=1, kind="stable")
-        ranking = Ranking(*(np.take_along_axis(x, order, axis=1) for x in (found.items, score, found.score)))
+        ranking = Recommendations(*(np.take_along_axis(x, order, axis=1) for x in (found.items, score, found.score)))
         if k > ranking.items.shape[1]:
             scale = None if self.reranker is None else float(self.reranker.log_scale.detach().exp())
             rest = beyond(queries, self.vectors, known, ranking, k - ranking.items.shape[1], scale)
-            ranking = Ranking(*(np.concatenate(both, axis=1) for both in zip(ranking, rest, strict=True)))
+            ranking = Recommendations(*(np.concatenate(both, axis=1) for both in zip(ranking, rest, strict=True)))
         items, score, retriever_score = (part[:, :k] for part in ranking)
         new = np.asarray(padded.lengths) == 0
         if new.any():
@@ -287,7 +291,7 @@ class Recommender:
             for row in np.flatnonzero(new):
                 best = popular[~np.isin(popular, known.values[known.offsets[row] : known.offsets[row + 1]])][:k]
                 items[row, : len(best)], score[row, : len(best)] = best, self.popularity[best]
-        return Ranking(items, score, retriever_score)
+        return Recommendations(items, score, retriever_score)
 
     def recommend(
         self,
@@ -349,17 +353,17 @@ class Recommender:
             np.array([len(newest)]),
             known_ratings(ratings)[newest] if ratings is not None and "ratings" in self.reads else None,
             self.catalogue.action_numbers(actions, "history")[newest]
-            if actions is not None and self.reads_kinds
+            if actions is not None and self.reads_actions
             else None,
         )
         if user is not None:
             padded = padded._replace(user=encode_users(self.user_features, [user], "user"))
         if isinstance(exclude, str):
             raise ValueError(f"exclude is the text {exclude!r}, expected a sequence of item ids: [{exclude!r}]")
-        barred = self.catalogue.numbers(exclude)
-        known = np.unique(np.concatenate([numbers[met if seen == "filter" else met[:0]], barred[barred > 0]]))
-        asked = None if action is None else np.array([self.kind_asked(action)])
-        ranking = self.rank(padded, Ragged(known, np.array([0, len(known)])), np.array([now]), k, asked)
+        excluded = self.catalogue.numbers(exclude)
+        known = np.unique(np.concatenate([numbers[met if seen == "filter" else met[:0]], excluded[excluded > 0]]))
+        target_action = None if action is None else np.array([self.target_action_number(action)])
+        ranking = self.rank(padded, Ragged(known, np.array([0, len(known)])), np.array([now]), k, target_action)
         return self.catalogue.rows(ranking)[0]
 
     def seen_rule(self, seen: Seen | None) -> Seen:
@@ -369,7 +373,7 @@ class Recommender:
         check_option("seen", seen, Seen)
         return seen
 
-    def kind_asked(self, name: str) -> int:
+    def target_action_number(self, name: str) -> int:
         """The number of a kind of action that is asked for by its name."""
         if self.next_action == "none":
             raise ValueError(NOT_TOLD)
@@ -389,7 +393,7 @@ class Recommender:
                 f"the model reads the user features (name, kind, classes) {ours}, but {dataset.path} has {theirs}; use "
                 "the data it was trained on"
             )
-        if self.reads_kinds and dataset.action_names != self.actions:
+        if self.reads_actions and dataset.action_names != self.actions:
             raise ValueError(
                 f"the model knows the kinds of events {', '.join(self.actions)}, but {dataset.path} has "
                 f"{', '.join(dataset.action_names)}; use the data it was trained on"

@@ -37,7 +37,7 @@ class History(NamedTuple):
     request: Times | None
     ratings: Ratings | None = None
     actions: Actions | None = None
-    asked: Actions | None = None
+    target_action: Actions | None = None
     user: tuple[Tensor, ...] | None = None  # (B, P) values of each declared user feature, in order; None: not known
 
     def take(self, rows: slice) -> "History":
@@ -46,7 +46,7 @@ class History(NamedTuple):
         return self._replace(**some, user=None if self.user is None else tuple(values[rows] for values in self.user))
 
 
-class Listed(NamedTuple):
+class CandidateBatch(NamedTuple):
     """Candidates of B requests, and what the second stage is told of each request. Places without one hold item 0."""
 
     state: Float[Tensor, "B D"]  # query vectors of the users

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage.artifacts import fingerprint, hash_arrays, read_manifest, whole, write_json, write_manifest
+from recsys2stage.artifacts import atomic_write, fingerprint, hash_arrays, read_manifest, write_json, write_manifest
 
 MAKE = "recsys make-it"
 
@@ -22,14 +22,14 @@ def dead_process() -> int:
 
 
 def make_folder(path: Path, text: str) -> None:
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.mkdir()
         (beside / "content").write_text(text)
 
 
 @pytest.mark.parametrize("name", ["index", "index.npy", "a.b.c", ".hidden"])
 def test_a_file_and_a_folder_of_any_name_appear(tmp_path: Path, name: str) -> None:
-    with whole(tmp_path / "files" / name) as beside:
+    with atomic_write(tmp_path / "files" / name) as beside:
         beside.write_text("one")
     assert (tmp_path / "files" / name).read_text() == "one"
     make_folder(tmp_path / "folders" / name, "two")
@@ -38,14 +38,14 @@ def test_a_file_and_a_folder_of_any_name_appear(tmp_path: Path, name: str) -> No
 
 
 def test_nothing_is_at_the_path_before_it_is_complete(tmp_path: Path) -> None:
-    with whole(tmp_path / "new") as beside:
+    with atomic_write(tmp_path / "new") as beside:
         beside.write_text("half")
         assert not (tmp_path / "new").exists()
 
 
 def test_after_a_failure_nothing_half_written_stays(tmp_path: Path) -> None:
     def fail(name: str, error: BaseException) -> None:
-        with whole(tmp_path / name) as beside:
+        with atomic_write(tmp_path / name) as beside:
             beside.mkdir()
             (beside / "half").write_text("half")
             raise error
@@ -60,7 +60,7 @@ def test_the_old_artifact_survives_a_failure(tmp_path: Path) -> None:
     make_folder(tmp_path / "folder", "old")
     write_json(tmp_path / "file.json", "old")
     for name in ("folder", "file.json"):
-        with pytest.raises(RuntimeError), whole(tmp_path / name):
+        with pytest.raises(RuntimeError), atomic_write(tmp_path / name):
             raise RuntimeError
     assert (tmp_path / "folder" / "content").read_text() == "old"
     assert json.loads((tmp_path / "file.json").read_text()) == "old"
@@ -90,7 +90,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(t
 def test_a_run_killed_between_the_two_renames_has_not_lost_the_old_artifact(tmp_path: Path) -> None:
     make_folder(tmp_path / "data", "old")
     (tmp_path / "data").rename(tmp_path / f".data.{dead_process()}.old")  # where the kill struck
-    with pytest.raises(RuntimeError), whole(tmp_path / "data"):
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "data"):
         raise RuntimeError
     assert (tmp_path / "data" / "content").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["data"]

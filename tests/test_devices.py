@@ -59,7 +59,7 @@ from recsys2stage.retrieval.losses import (
 from recsys2stage.retrieval.objectives import Cloze, NextItem
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.retrieval.users import UserTower
-from recsys2stage.shapes import History, Listed
+from recsys2stage.shapes import CandidateBatch, History
 
 B, L, V, D, C, R, S = 5, 7, 20, 8, 6, 4, 2
 FEATURES = [
@@ -130,7 +130,7 @@ def history(**without: Any) -> History:
         "request": (happened + 60) * real,
         "ratings": torch.randint(1, 6, (B, L)).float() * real,
         "actions": torch.randint(1, 3, (B, L)) * real,
-        "asked": torch.randint(1, 3, (B, L)) * real,
+        "target_action": torch.randint(1, 3, (B, L)) * real,
         "user": tuple(rows(feature, B) for feature in FEATURES),
     }
     return History(**{**fields, **without})
@@ -298,7 +298,7 @@ def test_every_position(kind: Any, position: Any, place: Callable[[Any], Any]) -
 @pytest.mark.parametrize("encoder", [Transformer, BERT4Rec])
 def test_histories_of_which_little_is_known(encoder: Any, place: Callable[[Any], Any]) -> None:
     reads = READS["everything"]
-    window = history(request=None, ratings=None, actions=None, asked=None, user=None)
+    window = history(request=None, ratings=None, actions=None, target_action=None, user=None)
     a_step_and_a_validation(retriever(encoder=encoder, request_time="none", **reads), window, place)
 
 
@@ -319,7 +319,7 @@ LIST_LOSSES = {
 
 
 def lists() -> Lists:
-    listed = Listed(
+    listed = CandidateBatch(
         state=torch.randn(B, D),
         items=torch.randint(1, V + 1, (B, C)).index_fill_(1, torch.tensor([C - 1]), PAD),
         score=torch.randn(B, C),

@@ -38,7 +38,7 @@ def table(double: bool = True) -> FeatureTable:
     built = FeatureTable(V, FEATURES, DIM)
     if double:
         built = built.double()
-    built.look_up(arrays())
+    built.load_item_tables(arrays())
     with torch.no_grad():
         for weight in built.parameters():
             weight += 0.5 * torch.randn_like(weight)
@@ -92,7 +92,7 @@ def test_a_table_is_the_naive_one_in_value_and_gradient() -> None:
 def test_what_is_unknown_is_learned_and_starts_in_the_middle(feature: int, unknown: str) -> None:
     """A gradient reaches it from a row of which nothing is known, and from no other."""
     built = FeatureTable(V, FEATURES, DIM)
-    built.look_up(arrays())
+    built.load_item_tables(arrays())
     values = torch.from_numpy(np.asarray(arrays()[feature]["values"])).view(V + 1, -1)
     bad = ~values.isfinite().all(1) if values.is_floating_point() else ~values.any(1)
     part = built.encoder.parts[feature]
@@ -113,9 +113,9 @@ def test_known_numbers_have_about_unit_variance() -> None:
         {"name": "n", "kind": "numeric", "size": 1, "values": rng.normal(-7e5, 3e3, 2000).astype(np.float32)},
         {"name": "v", "kind": "vector", "size": 9, "values": rng.normal(0, 0.01, (2000, 9)).astype(np.float32)},
     ]
-    declared = [{**f, "values": f["values"][0].size} for f in features]
-    built = FeatureTable(1999, declared, 8)
-    built.look_up(features)
+    feature_specs = [{**f, "values": f["values"][0].size} for f in features]
+    built = FeatureTable(1999, feature_specs, 8)
+    built.load_item_tables(features)
     x = built(torch.arange(1, 2000))
     for part in (x[:, :8], x[:, 8], x[:, 10:]):
         assert part.std().item() == pytest.approx(1, abs=0.15)
@@ -126,7 +126,7 @@ def test_known_numbers_have_about_unit_variance() -> None:
 def test_a_number_that_is_never_known_or_always_the_same_says_nothing(values: list[float]) -> None:
     feature: dict[str, Any] = {"name": "n", "kind": "numeric", "size": 1, "values": 1}
     built = FeatureTable(2, [feature], DIM)
-    built.look_up([{**feature, "values": np.array(values, np.float32)}])
+    built.load_item_tables([{**feature, "values": np.array(values, np.float32)}])
     x = built(torch.arange(3))
     assert not x[:, 0].any()
     assert x[:, 1].tolist() == [float(np.isfinite(value)) for value in values]
@@ -144,7 +144,7 @@ def test_an_encoder_alone_takes_the_scale_of_the_data() -> None:
     ages = np.array([20, np.nan, 40, 60], np.float32)
     feature: dict[str, Any] = {"name": "age", "kind": "numeric", "size": 1, "values": 1}
     encoder = FeatureEncoder([feature], DIM)
-    encoder.look_up([{**feature, "values": ages}])
+    encoder.load_item_tables([{**feature, "values": ages}])
     x = encoder([torch.tensor([[60.0], [torch.nan], [40.0]])])
     torch.testing.assert_close(x, torch.tensor([[(3 / 2) ** 0.5, 1], [0, 0], [0, 1]]))
     fresh = FeatureEncoder([feature], DIM)

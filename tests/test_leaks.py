@@ -187,7 +187,7 @@ def test_the_test_events_really_are_altered(base: Run, other_tests: Run) -> None
     one, other = Dataset(base.data), Dataset(other_tests.data)
     users = one.users("test")
     assert (one.request_times(users, "test") < other.request_times(users, "test")).all()
-    assert (one.asked(users, "test", "target") != other.asked(users, "test", "target")).all()
+    assert (one.target_action(users, "test", "target") != other.target_action(users, "test", "target")).all()
     assert one.manifest["split_hash"] != other.manifest["split_hash"]
 
 

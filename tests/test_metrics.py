@@ -12,12 +12,12 @@ from recsys2stage.metrics import (
     KS,
     RankMetrics,
     bootstrap,
-    calibration_of,
-    exposure_of,
+    compute_calibration,
+    compute_exposure,
+    compute_metrics,
+    compute_rank,
     interval,
-    metrics_of,
     randomisation_test,
-    rank_of,
 )
 
 INF, NAN = math.inf, math.nan
@@ -42,15 +42,15 @@ INF, NAN = math.inf, math.nan
     ],
 )
 def test_rank_counts_ties_and_nan_against_the_target(scores: list[float], target: int, rank: int) -> None:
-    assert rank_of(torch.tensor([scores]), torch.tensor([target])).tolist() == [rank]
+    assert compute_rank(torch.tensor([scores]), torch.tensor([target])).tolist() == [rank]
 
 
 def test_rank_of_a_constant_scorer_is_the_last() -> None:
-    assert rank_of(torch.zeros(4, 30), torch.arange(4)).tolist() == [30] * 4
+    assert compute_rank(torch.zeros(4, 30), torch.arange(4)).tolist() == [30] * 4
 
 
 def test_metrics_are_arithmetic() -> None:
-    values = metrics_of(np.array([1, 2, 3, 10, 11]), ks=(1, 3, 10))
+    values = compute_metrics(np.array([1, 2, 3, 10, 11]), ks=(1, 3, 10))
     assert set(values) == {f"{name}@{k}" for name in ("hr", "ndcg", "recall") for k in (1, 3, 10)} | {"mrr"}
     np.testing.assert_array_equal(values["hr@1"], [1, 0, 0, 0, 0])
     np.testing.assert_array_equal(values["hr@3"], [1, 1, 1, 0, 0])
@@ -67,7 +67,7 @@ def test_running_means_are_the_means_over_users(rng: np.random.Generator) -> Non
     for part in np.split(ranks, [1, 50, 51]):  # batches of unequal size: a mean of means would be another number
         metric.update(torch.from_numpy(part))
     computed = metric.compute()
-    for name, values in metrics_of(ranks).items():
+    for name, values in compute_metrics(ranks).items():
         if not name.startswith("recall"):
             assert computed[name].item() == pytest.approx(values.mean(), rel=1e-6), name
     assert set(computed) == {f"{name}@{k}" for name in ("hr", "ndcg") for k in KS} | {"mrr"}
@@ -81,7 +81,7 @@ def test_means_are_those_of_torchmetrics() -> None:
     scores = torch.rand(users, items)
     target = torch.randint(items, (users,))
     metric = RankMetrics(ks=(k,))
-    metric.update(rank_of(scores, target))
+    metric.update(compute_rank(scores, target))
     ours = metric.compute()
 
     relevant = torch.nn.functional.one_hot(target, items).bool().flatten()
@@ -195,7 +195,7 @@ def test_of_models_that_are_alike_p_falls_below_a_level_as_often_as_it_says() ->
 def test_exposure_by_hand() -> None:
     shown, counts = np.array([99, 3, 1, 0, 0]), np.array([0, 6, 2, 0, 4])  # item 0 is padding
     share = (counts[1:] + 1) / 16
-    found = exposure_of(shown, counts)
+    found = compute_exposure(shown, counts)
     assert found["coverage"] == 0.5
     assert found["novelty"] == pytest.approx((3 * -np.log2(share[0]) - np.log2(share[1])) / 4)
     assert found["popularity"] == pytest.approx((3 * 6 + 2) / 4)
@@ -207,11 +207,11 @@ def test_gini_is_zero_where_all_alike_and_nearly_one_where_one_has_all() -> None
     counts = np.ones(101, dtype=int)
     alike, one = np.full(101, 7), np.zeros(101, dtype=int)
     one[50] = 7
-    assert exposure_of(alike, counts)["gini"] == pytest.approx(0)
-    assert exposure_of(one, counts)["gini"] == pytest.approx(0.99)
-    assert exposure_of(alike, counts)["novelty"] == pytest.approx(np.log2(100))
-    assert exposure_of(np.zeros(101, dtype=int), counts)["coverage"] == 0  # nobody is shown anything: no NaN in JSON
-    assert all(np.isfinite(list(exposure_of(np.zeros(101, dtype=int), counts).values())))
+    assert compute_exposure(alike, counts)["gini"] == pytest.approx(0)
+    assert compute_exposure(one, counts)["gini"] == pytest.approx(0.99)
+    assert compute_exposure(alike, counts)["novelty"] == pytest.approx(np.log2(100))
+    assert compute_exposure(np.zeros(101, dtype=int), counts)["coverage"] == 0  # no item is shown: no NaN
+    assert all(np.isfinite(list(compute_exposure(np.zeros(101, dtype=int), counts).values())))
 
 
 # calibration
@@ -220,7 +220,7 @@ def test_gini_is_zero_where_all_alike_and_nearly_one_where_one_has_all() -> None
 def test_calibration_by_hand() -> None:
     confidence = np.array([0.9, 0.2, 0.8, 0.1])
     hit = np.array([True, False, False, True])
-    found = calibration_of(confidence, hit, bins=2)
+    found = compute_calibration(confidence, hit, bins=2)
     assert found["bins"] == [
         {"users": 2, "confidence": pytest.approx(0.15), "hits": 0.5},
         {"users": 2, "confidence": pytest.approx(0.85), "hits": 0.5},
@@ -231,8 +231,8 @@ def test_calibration_by_hand() -> None:
 
 def test_true_probabilities_have_next_to_no_calibration_error(rng: np.random.Generator) -> None:
     confidence = rng.beta(1, 6, size=100_000)
-    true = calibration_of(confidence, rng.random(100_000) < confidence)
-    over = calibration_of(confidence, rng.random(100_000) < confidence / 2)
+    true = compute_calibration(confidence, rng.random(100_000) < confidence)
+    over = compute_calibration(confidence, rng.random(100_000) < confidence / 2)
     assert true["ece"] < 0.01
     assert over["ece"] == pytest.approx(confidence.mean() / 2, abs=0.01)
     assert [row["users"] for row in true["bins"]] == [6667] * 10 + [6666] * 5
@@ -240,5 +240,5 @@ def test_true_probabilities_have_next_to_no_calibration_error(rng: np.random.Gen
 
 
 def test_fewer_users_than_bins_have_a_bin_each() -> None:
-    found = calibration_of(np.array([0.5, 0.25, 0.5]), np.array([True, False, False]))
+    found = compute_calibration(np.array([0.5, 0.25, 0.5]), np.array([True, False, False]))
     assert [row["users"] for row in found["bins"]] == [1, 1, 1]

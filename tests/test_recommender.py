@@ -29,7 +29,7 @@ from recsys2stage.retrieval.encoders.times import Calendar, RequestGap, TimeFact
 from recsys2stage.retrieval.index import Exact, Faiss
 from recsys2stage.retrieval.inputs import ActionEmbedding, InputFactory, NextAction, RatingEmbedding
 from recsys2stage.retrieval.towers import TwoTower
-from recsys2stage.serving.requests import FileUsers, PreparedUsers, read_asked
+from recsys2stage.serving.requests import DatasetRequests, FileRequests, read_target_actions
 from recsys2stage.trust import arguments, factory
 
 COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]
@@ -270,7 +270,7 @@ def test_users_never_seen_are_served(
 def test_ids_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
     served = untrained(["0012", "012", "12", "B7"])
     (tmp_path / "new.csv").write_text("user_id,item_id\n007,0012\n007,12\n8,012\n")
-    people = FileUsers(tmp_path / "new.csv", served)
+    people = FileRequests(tmp_path / "new.csv", served)
     assert people.user_ids.tolist() == ["007", "8"]
     padded, known = people.read(slice(0, 2))
     assert padded.items.tolist() == [[1, 3], [2, 0]]
@@ -285,7 +285,7 @@ def test_a_long_history_in_a_file_filters_all_of_it_and_is_read_by_its_newest_pa
     order = list(range(20, 0, -1))
     path = tmp_path / "long.csv"
     path.write_text("user_id,item_id\n" + "".join(f"1,{item}\n" for item in order))
-    padded, known = FileUsers(path, served).read(slice(0, 1))
+    padded, known = FileRequests(path, served).read(slice(0, 1))
     assert padded.items.tolist() == [order[-8:]]  # max_length is 8
     assert sorted(known.values.tolist()) == sorted(order)
     ranking = served.rank(padded, known, None, 30)
@@ -307,22 +307,22 @@ def test_a_long_history_in_a_file_filters_all_of_it_and_is_read_by_its_newest_pa
 def test_bad_histories_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(ValueError, match=r"bad\.csv") as error:
-        FileUsers(tmp_path / "bad.csv", untrained([1, 2, 3]))
+        FileRequests(tmp_path / "bad.csv", untrained([1, 2, 3]))
     assert message in str(error.value)
 
 
 def test_a_file_that_is_no_parquet_says_so(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_text("user_id,item_id\n1,1\n")
     with pytest.raises(ValueError, match=r"bad\.parquet cannot be read"):
-        FileUsers(tmp_path / "bad.parquet", untrained([1, 2, 3]))
+        FileRequests(tmp_path / "bad.parquet", untrained([1, 2, 3]))
 
 
 def test_unknown_users_say_which(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 of 3 user ids are not in .*, for example \['nobody', 'x'\]"):
-        PreparedUsers(dataset, recommender, ["1", "nobody", "x"])
+        DatasetRequests(dataset, recommender, ["1", "nobody", "x"])
     (tmp_path / "new.csv").write_text("user_id,item_id\n1,1\n")
     with pytest.raises(ValueError, match="1 of 1 user ids are not in"):
-        FileUsers(tmp_path / "new.csv", untrained([1, 2, 3]), ["2"])
+        FileRequests(tmp_path / "new.csv", untrained([1, 2, 3]), ["2"])
 
 
 def test_recommending_for_nobody_is_an_error(trained: Run, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_model_that_is_told_the_time_needs_times(tmp_path: Path) -> None:
     assert len(served.recommend([])) == 10
     (tmp_path / "timeless.csv").write_text("user_id,item_id\n1,1\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
-        FileUsers(tmp_path / "timeless.csv", served)
+        FileRequests(tmp_path / "timeless.csv", served)
 
 
 def test_a_model_with_a_calendar_needs_times_whatever_it_is_told(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_a_model_with_a_calendar_needs_times_whatever_it_is_told(tmp_path: Path)
         served.recommend([1, 2])
     (tmp_path / "timeless.csv").write_text("user_id,item_id\n1,1\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
-        FileUsers(tmp_path / "timeless.csv", served)
+        FileRequests(tmp_path / "timeless.csv", served)
 
 
 def test_a_model_that_is_not_told_the_time_does_not_heed_it() -> None:
@@ -414,7 +414,7 @@ def test_a_model_that_is_not_told_the_time_does_not_heed_it() -> None:
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A first stage that knows: after item i, who looks takes i + 1, who buys i + 7."""
     run = Run(tmp_path_factory.mktemp("forks"))
-    forks_world(run.folder, "asked")
+    forks_world(run.folder, "target_action")
     (run.folder / "retriever.yaml").write_text(RETRIEVER)
     recsys(
         *("fit", "--config", run.folder / "retriever.yaml", "--output", run.folder / "retriever"),
@@ -512,7 +512,7 @@ def test_targets_are_asked_for_by_their_own_kind_wherever_they_are_measured(
     recsys("export-index", "--retriever", forks.retriever, "--data", forks.data, "--output", tmp_path / "index")
     assert not caplog.records, "nobody was asked for an unknown kind"
     users = dataset.users("val")
-    asked = dataset.asked(users, "val", "target")
+    asked = dataset.target_action(users, "val", "target")
     queries = served.queries(dataset.histories(users, "val", 8), dataset.request_times(users, "val"), asked)
     assert np.load(tmp_path / "candidates/states.npy") == pytest.approx(queries, abs=1e-5)
 
@@ -521,12 +521,12 @@ def test_a_json_of_actions_is_read_as_the_same_csv_is(tmp_path: Path) -> None:
     """Of two actions for one user in a .json the last was taken, those in a CSV are refused."""
     path = tmp_path / "actions.json"
     path.write_text('{"1": "look", "2": null, "03": "buy"}')
-    assert read_asked(path) == {"1": "look", "03": "buy"}
+    assert read_target_actions(path) == {"1": "look", "03": "buy"}
     path.write_text("{}")
-    assert read_asked(path) == {}
+    assert read_target_actions(path) == {}
     path.write_text('{"1": "look", "2": "buy", "1": "buy"}')
     with pytest.raises(ValueError, match="names more than one action for 1 users, for example '1'"):
-        read_asked(path)
+        read_target_actions(path)
 
 
 def test_an_action_that_cannot_be_asked_for_says_why(forks: Run, trained: Run, tmp_path: Path) -> None:
@@ -561,17 +561,17 @@ def inquisitive() -> Recommender:
 
 
 def test_histories_in_a_file_have_the_ratings_and_kinds_of_the_data(tmp_path: Path) -> None:
-    served, dataset = inquisitive(), Dataset(forks_world(tmp_path, "asked", users=30))
+    served, dataset = inquisitive(), Dataset(forks_world(tmp_path, "target_action", users=30))
     log = pl.read_csv(tmp_path / "events.csv").rename({"timestamp": "time"})
     ids = pl.read_parquet(dataset.path / "items.parquet")["item_id"].to_list()
     items = pl.DataFrame({"item": range(1, len(ids) + 1), "item_id": ids})
     served.catalogue = Catalogue(items, served.actions)
     log.sample(fraction=1, shuffle=True, seed=0).write_csv(tmp_path / "new.csv")
     log.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "new.parquet")
-    whole = PreparedUsers(dataset, served).read(slice(4, 20))[0]
+    whole = DatasetRequests(dataset, served).read(slice(4, 20))[0]
     assert set(whole.actions.ravel().tolist()) == {1, 2}
     for name in ("new.csv", "new.parquet"):
-        read = FileUsers(tmp_path / name, served).read(slice(4, 20))[0]
+        read = FileRequests(tmp_path / name, served).read(slice(4, 20))[0]
         for field in ("items", "lengths", "times", "ratings", "actions"):
             assert np.array_equal(getattr(read, field), getattr(whole, field)), field
 
@@ -579,13 +579,13 @@ def test_histories_in_a_file_have_the_ratings_and_kinds_of_the_data(tmp_path: Pa
 def test_what_a_file_does_not_say_of_events_is_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     served = inquisitive()
     (tmp_path / "some.csv").write_text("user_id,item_id,rating,action\n1,5,4.5,look\n1,6,,\n1,99,1,buy\n2,7,3,sell\n")
-    padded, _ = FileUsers(tmp_path / "some.csv", served).read(slice(0, 2))
+    padded, _ = FileRequests(tmp_path / "some.csv", served).read(slice(0, 2))
     assert padded.ratings.tolist() == [[4.5, 0.0], [3.0, 0.0]]
     assert padded.actions.tolist() == [[2, 0], [0, 0]]
     assert "1 of 4 events are of kinds the model does not know, for example 'sell'; it knows buy, look" in caplog.text
     caplog.clear()
     (tmp_path / "bare.csv").write_text("user_id,item_id\n1,5\n1,6\n2,7\n")
-    people = FileUsers(tmp_path / "bare.csv", served)
+    people = FileRequests(tmp_path / "bare.csv", served)
     assert [record.getMessage().split("bare.csv ")[1][:20] for record in caplog.records] == [
         "has no column rating",
         "has no column action",
@@ -598,7 +598,7 @@ def test_what_a_file_does_not_say_of_events_is_unknown(tmp_path: Path, caplog: p
     assert np.array_equal(one.items, other.items)
     (tmp_path / "words.csv").write_text("user_id,item_id,rating\n1,5,good\n")
     with pytest.raises(ValueError, match=r"words\.csv has ratings that are no numbers"):
-        FileUsers(tmp_path / "words.csv", served)
+        FileRequests(tmp_path / "words.csv", served)
 
 
 def test_in_python_ratings_and_kinds_are_heeded_by_who_reads_them(caplog: pytest.LogCaptureFixture) -> None:
@@ -623,11 +623,11 @@ def test_in_python_ratings_and_kinds_are_heeded_by_who_reads_them(caplog: pytest
 
 
 def test_data_with_other_kinds_are_refused(tmp_path: Path) -> None:
-    served, dataset = inquisitive(), Dataset(forks_world(tmp_path / "forks", "asked", users=9))
+    served, dataset = inquisitive(), Dataset(forks_world(tmp_path / "forks", "target_action", users=9))
     served.check(dataset)
     dataset.manifest["actions"] = ["buy", "look", "sell"]
     with pytest.raises(ValueError, match=r"the model knows the kinds of events buy, look, but .* has buy, look, sell"):
-        PreparedUsers(dataset, served)
+        DatasetRequests(dataset, served)
     plain = Dataset(cycle_world(tmp_path / "cycle", users=9))
     untrained([1]).check(plain)
     with pytest.raises(ValueError, match="ActionEmbedding reads the actions of events"):
@@ -761,7 +761,7 @@ def test_where_the_time_is_not_told_signals_take_that_of_the_newest_event(
         served.recommend(history)
     (tmp_path / "timeless.csv").write_text(f"user_id,item_id\n1,{history[0]}\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
-        FileUsers(tmp_path / "timeless.csv", served)
+        FileRequests(tmp_path / "timeless.csv", served)
 
 
 def test_where_the_time_is_not_told_what_is_mined_is_what_is_served(untold: Run, dataset: Dataset) -> None:

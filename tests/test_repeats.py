@@ -19,7 +19,7 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
 from recsys2stage.evaluation.evaluate import outside_ranking, rank_users
-from recsys2stage.mining.mine import Mine, barred_from, mine_negatives
+from recsys2stage.mining.mine import Mine, excluded_items, mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.ranking.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions
 from recsys2stage.ranking.signals.base import Proposer
@@ -115,11 +115,11 @@ def test_what_is_filtered_does_not_depend_on_the_target(
     prepare(Table(returning.folder / "e.parquet"), tmp_path / "data", repeats=repeats)
     dataset = Dataset(tmp_path / "data")
     users = dataset.users(split)
-    before, excluded = dataset.known(users, split), barred_from(dataset, users, split)
+    before, excluded = dataset.known(users, split), excluded_items(dataset, users, split)
     items, places = np.array(dataset.items), dataset.target_places(split)[users]
     items[places] = items[dataset.offsets[users]]  # an item that was seen
     dataset.items = items
-    for one, other in ((before, dataset.known(users, split)), (excluded, barred_from(dataset, users, split))):
+    for one, other in ((before, dataset.known(users, split)), (excluded, excluded_items(dataset, users, split))):
         assert one.values.tolist() == other.values.tolist()
         assert one.offsets.tolist() == other.offsets.tolist()
 
@@ -205,7 +205,7 @@ def test_in_training_no_seen_item_is_spared(keeping: Dataset) -> None:
     for same_sequence in (False, True):
         torch.manual_seed(0)
         model = Retriever(ITEMS, 16, dim=8, loss=InfoNCE(same_sequence=same_sequence)).eval()
-        model.look_up(keeping)
+        model.load_item_tables(keeping)
         losses.append(model.losses(window)["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     model.seen_rule = "filter"

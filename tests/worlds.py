@@ -109,7 +109,11 @@ def gap_world(folder: Path, users: int = 300, items: int = 40, length: int = 10)
 
 
 def forks_world(
-    folder: Path, decides: Literal["asked", "action", "rating"], users: int = 300, items: int = 60, length: int = 8
+    folder: Path,
+    decides: Literal["target_action", "action", "rating"],
+    users: int = 300,
+    items: int = 60,
+    length: int = 8,
 ) -> Path:
     """After item i comes i + 1 or i + 7, as the world has it; gives the dataset.
 
@@ -126,7 +130,7 @@ def forks_world(
         for place in range(length):
             buys, likes = rng.random(2) < 0.5
             if place:
-                item = (item + (7 if (buys if decides == "asked" else far) else 1)) % items
+                item = (item + (7 if (buys if decides == "target_action" else far) else 1)) % items
             far = buys if decides == "action" else likes
             rows.append(f"{user},{item + 1},{'buy' if buys else 'look'},{5 if likes else 1},{10**9 + place * 86_400}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import torch
 
 from recsys2stage.data.batches import in_chunks, spans
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.metrics import rank_of
+from recsys2stage.metrics import compute_rank
 
 
 def export(dataset: Dataset) -> dict[str, np.ndarray]:
@@ -54,5 +54,5 @@ def ranks(dataset: Dataset, vectors: dict[str, np.ndarray], batch_size: int = 25
         scores[torch.from_numpy(row[batch] < 0)] = -torch.inf
         known = dataset.known(batch, "test")
         scores[known.rows, known.values - 1] = -torch.inf
-        found.append(rank_of(scores, torch.from_numpy(dataset.targets(batch, "test") - 1)).numpy())
+        found.append(compute_rank(scores, torch.from_numpy(dataset.targets(batch, "test") - 1)).numpy())
     return np.concatenate(found)

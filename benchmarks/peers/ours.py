@@ -41,7 +41,7 @@ def peers(job: Job) -> dict[str, Any]:
     )
     histories = Histories(Path(job.data), max_length=job.length, batch_size=job.batch)
     training = Training(job, encoder, histories.num_items)
-    training.retriever.look_up(histories.dataset)
+    training.retriever.load_item_tables(histories.dataset)
     return timed(partial(spread, histories), training.step, job)
 
 
@@ -50,7 +50,7 @@ def compare(job: Job, names: list[str]) -> dict[str, Any]:
     histories = Histories(Path(job.data), max_length=job.length, batch_size=job.batch, request_time="target")
     trainings = {name: Training(job, factory(name, job), histories.num_items) for name in names or known()}
     for training in trainings.values():
-        training.retriever.look_up(histories.dataset)
+        training.retriever.load_item_tables(histories.dataset)
     return {"encoders": in_turn(trainings, endless(partial(spread, histories)), job)}
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from torch import Tensor
 
 from recsys2stage import __version__
-from recsys2stage.artifacts import whole, write_manifest
+from recsys2stage.artifacts import atomic_write, write_manifest
 from recsys2stage.checkpoints import sign
 from recsys2stage.columns import MANIFEST
 from recsys2stage.retrieval.histories import seed
@@ -137,8 +137,8 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "format" not in checkpoint:  # of a module other than this package's, which sign their own
             sign(checkpoint, None, __version__)
-        with whole(path) as beside:
-            torch.save(checkpoint, beside)
+        with atomic_write(path) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class MeasureTheEnd(Callback):
@@ -216,7 +216,7 @@ class OwnFiles(Callback):
         return path is not None and Path(path).resolve().parent == Path(str(saver.dirpath)).resolve()
 
 
-class SignFit(Callback):
+class WriteManifest(Callback):
     """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end with a best.ckpt."""
 
     def __init__(self) -> None:

@@ -17,26 +17,26 @@ from recsys2stage.artifacts import (
     DATA,
     RUN,
     ParquetStream,
+    atomic_write,
     fingerprint,
     read_array,
     read_json,
     read_manifest,
     take,
     verify,
-    whole,
     write_json,
     write_manifest,
 )
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
-from recsys2stage.data.dataset import Dataset, no_items, some
+from recsys2stage.data.dataset import Dataset, no_items, sample_users
 from recsys2stage.data.ids import given_ids, lines_of
 from recsys2stage.data.options import Part, Seen, check_least, check_option
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import as_seconds, date_of
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.simulate import simulate
-from recsys2stage.evaluation.compare import TARGET, check_opponent, compare, read_opponent
+from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
     beyond_accuracy,
     describe,
@@ -54,7 +54,7 @@ from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
-from recsys2stage.serving.requests import FileUsers, PreparedUsers, asked_of
+from recsys2stage.serving.requests import DatasetRequests, FileRequests, target_actions_of
 from recsys2stage.trust import Trust, arguments, trusts
 
 RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
@@ -117,7 +117,7 @@ def export_index(
         "user_features": user_specs(dataset),
         "towers": towers,
     }
-    with whole(output, "index") as folder:
+    with atomic_write(output, "index") as folder:
         folder.mkdir()
         index.save(folder)
         torch.save(weights, folder / TOWERS)
@@ -136,7 +136,7 @@ def export_index(
                     recommender.queries(
                         dataset.histories(users[part], "val", recommender.towers.max_length),
                         dataset.request_times(users[part], "val"),
-                        dataset.asked(users[part], "val", recommender.next_action),
+                        dataset.target_action(users[part], "val", recommender.next_action),
                     )
                     for part in in_chunks(len(users), 64)
                 ]
@@ -184,7 +184,7 @@ def export_bundle(
         )
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained beside other item vectors than those of {index}; mine and fit again")
-    with whole(output, "bundle") as folder:
+    with atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
             if file.name != c.MANIFEST:
@@ -258,34 +258,34 @@ def recommend(
         users = [line for line in lines_of(users) if line.strip()]
     only = None if users is None else given_ids(users)
     if histories is not None:
-        people: PreparedUsers | FileUsers = FileUsers(histories, recommender, only)
+        requests: DatasetRequests | FileRequests = FileRequests(histories, recommender, only)
     else:
         made_from = bundle_manifest(bundle)["parents"]["data"]["path"]
         dataset = Dataset(data or made_from)
         check_split(dataset, bundle)
-        people = PreparedUsers(dataset, recommender, only)
-    if not len(people.user_ids):
+        requests = DatasetRequests(dataset, recommender, only)
+    if not len(requests.user_ids):
         raise ValueError("there are no users to recommend for: --users names none")
     keeps, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
-    request_time, when = time_of_requests(request_time, recommender, people)
-    asked = None if action is None else asked_of(people.user_ids, action, recommender)
-    with whole(output) as beside, ParquetStream(beside) as stream:
-        for part in tqdm(list(in_chunks(len(people.user_ids), batch_size)), desc="recommend", unit="batch"):
-            padded, known = people.read(part)
+    request_time, when = time_of_requests(request_time, recommender, requests)
+    target_action = None if action is None else target_actions_of(requests.user_ids, action, recommender)
+    with atomic_write(output) as temporary, ParquetStream(temporary) as stream:
+        for part in tqdm(list(in_chunks(len(requests.user_ids), batch_size)), desc="recommend", unit="batch"):
+            padded, known = requests.read(part)
             known = no_items(len(padded.lengths)) if keeps else known
             now = np.full(len(padded.lengths), request_time)
-            ranking = recommender.rank(padded, known, now, k, None if asked is None else asked[part])
+            ranking = recommender.rank(padded, known, now, k, None if target_action is None else target_action[part])
             row, place = np.nonzero(ranking.items > 0)
             stream.write(
                 {
-                    c.USER_ID: people.user_ids[part][row],
+                    c.USER_ID: requests.user_ids[part][row],
                     c.ITEM_ID: item_ids[ranking.items[row, place] - 1],
                     c.SCORE: ranking.score[row, place],
                     c.RANK: (place + 1).astype(np.int32),
                     c.RETRIEVER_SCORE: ranking.retriever_score[row, place],
                 }
             )
-    print(f"{output}: {k} items for each of {len(people.user_ids):,} users{when}")
+    print(f"{output}: {k} items for each of {len(requests.user_ids):,} users{when}")
 
 
 @trusts
@@ -333,7 +333,7 @@ def evaluate(
     dataset = Dataset(data or made_from)
     check_split(dataset, bundle)
     recommender.check(dataset)
-    measured = some(dataset.users(split), users, seed)
+    measured = sample_users(dataset.users(split), users, seed)
     if not len(measured):
         raise ValueError(
             f"{dataset.path} has no user with a {split} target; see the counts in its {c.MANIFEST}, or measure on the "
@@ -343,8 +343,8 @@ def evaluate(
     conditions = describe(dataset, recommender.request_time, split, recommender.next_action, negatives, seed)
     targets = dataset.targets(measured, split)
     if against is not None:  # refused before the work, not after it
-        other = read_opponent(against, mark)
-        differs = check_opponent(other, conditions, dataset.num_items, measured, targets)
+        other = read_baseline_run(against, mark)
+        differs = check_baseline_run(other, conditions, dataset.num_items, measured, targets)
     outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
     report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
     report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
@@ -354,10 +354,10 @@ def evaluate(
     line = protocol_line(conditions, len(measured), dataset.num_items)
     output.mkdir(parents=True, exist_ok=True)
     figures, missing = draw(report, outcome.place, bundle, output) if plots and negatives is None else ({}, [])
-    with whole(output / f"ranks{mark}.parquet") as beside:
-        pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(beside)
-    with whole(output / f"report{mark}.md") as beside:
-        beside.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
+    with atomic_write(output / f"ranks{mark}.parquet") as temporary:
+        pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
+    with atomic_write(output / f"report{mark}.md") as temporary:
+        temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
     write_json(output / f"report{mark}.json", report)
     print(f"\n{line}\n\n{as_table(report)}\n")
     if against is not None:
@@ -369,7 +369,7 @@ def evaluate(
 
 
 def time_of_requests(
-    request_time: int | None, recommender: Recommender, requests: PreparedUsers | FileUsers
+    request_time: int | None, recommender: Recommender, requests: DatasetRequests | FileRequests
 ) -> tuple[int, str]:
     """Seconds of all requests, and a text to print of them, which is empty for a model without request time.
 

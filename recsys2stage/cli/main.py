@@ -60,10 +60,10 @@ def main() -> None:
     except (ValueError, FileNotFoundError, OSError) as error:  # what a user can cause; RECSYS_DEBUG=1 shows where
         if os.environ.get("RECSYS_DEBUG"):
             raise
-        sys.exit(f"recsys {verb}: {own_words(error)}")
+        sys.exit(f"recsys {verb}: {plain_message(error)}")
 
 
-def own_words(error: BaseException) -> BaseException:
+def plain_message(error: BaseException) -> BaseException:
     """What a class of the config had to say: jsonargparse wraps it into an essay on types."""
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
         error = error.__cause__

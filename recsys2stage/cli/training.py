@@ -27,9 +27,9 @@ from recsys2stage.cli.callbacks import (
     OwnFiles,
     RequireFinite,
     ReseedEveryStep,
-    SignFit,
     StayStopped,
     WholeCheckpoints,
+    WriteManifest,
 )
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
@@ -197,7 +197,7 @@ def computes_in_bf16(accelerator: Any) -> bool:
     return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, OwnFiles, SignFit, StayStopped, NextEpoch)
+CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, OwnFiles, WriteManifest, StayStopped, NextEpoch)
 IGNORED = (
     ".*exists and is not empty",  # log/ is there before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch

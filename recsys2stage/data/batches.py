@@ -71,7 +71,10 @@ def left_aligned(
 
 
 def as_history(
-    padded: Padded, request_time: RequestTime, target_time: np.ndarray | None = None, asked: np.ndarray | None = None
+    padded: Padded,
+    request_time: RequestTime,
+    target_time: np.ndarray | None = None,
+    target_action: np.ndarray | None = None,
 ) -> History:
     """A batch as a model reads it.
 
@@ -90,9 +93,9 @@ def as_history(
         own = padded.times[np.arange(len(last)), last]
         request = followed_by(padded.times, padded.lengths, own if target_time is None else target_time)
     kinds = None
-    if asked is not None:
+    if target_action is not None:
         actions = np.zeros_like(padded.items) if padded.actions is None else padded.actions
-        kinds = followed_by(actions, padded.lengths, asked)
+        kinds = followed_by(actions, padded.lengths, target_action)
     return History(
         items=torch.from_numpy(padded.items),
         lengths=torch.from_numpy(np.asarray(padded.lengths)),
@@ -100,7 +103,7 @@ def as_history(
         request=tensor(request),
         ratings=tensor(padded.ratings),
         actions=tensor(padded.actions),
-        asked=tensor(kinds),
+        target_action=tensor(kinds),
         user=None if padded.user is None else tuple(torch.from_numpy(values) for values in padded.user),
     )
 

@@ -192,8 +192,8 @@ def typed_rows(shards: Sequence[tuple[pl.LazyFrame, str]], columns: dict[str, Co
         values = {own: value.cast(dtypes[own]) for own, value in raw.items()}
         lost = {LOST + own: values[own].is_null() & (texts[own].str.strip_chars() != "") for own in checked}
         typed.append(frame.select(**values, **lost))
-        beside = {VALUE + own: value for own, value in values.items()}
-        text.append(frame.select(**texts, **beside).with_row_index(LINE, 1).with_columns(pl.lit(file).alias(FILE)))
+        temporary = {VALUE + own: value for own, value in values.items()}
+        text.append(frame.select(**texts, **temporary).with_row_index(LINE, 1).with_columns(pl.lit(file).alias(FILE)))
     return Rows(pl.concat(typed), name, columns, pl.concat(text), unit="row")
 
 

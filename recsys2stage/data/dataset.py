@@ -142,9 +142,11 @@ class Dataset:
     def histories(self, users: np.ndarray, at: At, max_length: int) -> Padded:
         """The newest events before each user's target, at most `max_length`."""
         ends = self.ends(users, at)
-        return self.events(np.maximum(ends - max_length, self.offsets[users]), ends)._replace(user=self.people(users))
+        return self.events(np.maximum(ends - max_length, self.offsets[users]), ends)._replace(
+            user=self.user_values(users)
+        )
 
-    def people(self, users: np.ndarray) -> tuple[np.ndarray, ...]:
+    def user_values(self, users: np.ndarray) -> tuple[np.ndarray, ...]:
         """The values of each declared user feature, (B, P) each."""
         return tuple(feature["values"][users].reshape(len(users), -1) for feature in self.user_features)
 
@@ -164,7 +166,7 @@ class Dataset:
         """The item each user takes next, (B,) int64."""
         return self.items[self._targets(users, at)].astype(np.int64)
 
-    def asked(self, users: np.ndarray, at: At, next_action: str) -> np.ndarray | None:
+    def target_action(self, users: np.ndarray, at: At, next_action: str) -> np.ndarray | None:
         """The kind of action that each user is asked for, (B,) int64; None where the model is not told.
 
         Args:
@@ -249,7 +251,7 @@ class Dataset:
             )
 
 
-def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+def sample_users(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """All users, or `count` of them drawn at random, ascending."""
     if count is not None:
         check_least("users", count, other="null for all")
@@ -258,7 +260,7 @@ def some(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
 
 
-def declared(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def feature_specs(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What models are built from: each feature without its array, but with how many values a row has."""
     return [
         {"name": f["name"], "kind": f["kind"], "size": f["size"], "values": f["values"][0].size or 1} for f in features

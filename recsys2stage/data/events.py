@@ -234,7 +234,7 @@ def tie_shares(time: np.ndarray, offsets: np.ndarray) -> dict[str, float]:
     return {"events_share": float(tied.mean()), "last_time_share": float(tied[offsets[1:] - 1].mean())}
 
 
-def draw_cold(items: int, share: float, seed: int) -> np.ndarray:
+def sample_cold(items: int, share: float, seed: int) -> np.ndarray:
     """(V + 1,) bool: the items withheld from training, drawn without a look at their events."""
     cold = np.zeros(items + 1, bool)
     cold[1 + np.random.default_rng(seed).choice(items, round(share * items), replace=False)] = True

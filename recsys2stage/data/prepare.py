@@ -12,16 +12,16 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import hash_arrays, read_manifest, whole, write_manifest
+from recsys2stage.artifacts import atomic_write, hash_arrays, read_manifest, write_manifest
 from recsys2stage.data.checks import OnBadRows
 from recsys2stage.data.events import (
     Repeats,
     TieBreak,
-    draw_cold,
     drop_repeats,
     keep_core,
     load_events,
     offsets_of,
+    sample_cold,
     sort,
     tie_shares,
     withhold,
@@ -85,7 +85,7 @@ def prepare(
         "split": split.describe(),
         "item_vectors": {name: asdict(vectors) for name, vectors in item_vectors.items()},
     }
-    with whole(output, "dataset") as folder:
+    with atomic_write(output, "dataset") as folder:
         folder.mkdir()
         with source.open() as tables:
             if split.needs_time and not tables.has_time:
@@ -112,7 +112,7 @@ def prepare(
             else:
                 raise ValueError(f"{tables.events.file} marks what events are for; use split: Marked, or no part")
             too_short = int((np.diff(offsets) < split.min_events).sum())
-            cold = draw_cold(len(events.item_ids), cold_items, seed)
+            cold = sample_cold(len(events.item_ids), cold_items, seed)
             events, offsets, train_end, val_end = withhold(events, offsets, train_end, val_end, cold, counts)
 
             arrays: dict[str, np.ndarray] = {

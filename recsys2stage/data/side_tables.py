@@ -11,7 +11,7 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.data import ids as ids_rule
 from recsys2stage.data.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
-from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.events import codes_of
 from recsys2stage.data.options import check_option
 from recsys2stage.data.sources.base import Kind
@@ -103,7 +103,7 @@ def user_specs(dataset: Dataset) -> list[dict[str, Any]]:
     Each is {"name", "kind", "size", "values", "classes"}: class n of a categorical or multi-valued feature is
     classes[n - 1], and 0 is unknown; classes are None for numbers.
     """
-    specs = declared(dataset.user_features)
+    specs = feature_specs(dataset.user_features)
     if not specs:
         return []
     table = pl.read_parquet(dataset.path / c.USER_TABLE)

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from recsys2stage.artifacts import whole
+from recsys2stage.artifacts import atomic_write
 from recsys2stage.data.options import check_option
 
 RATINGS, MOVIES, README = "ratings.csv", "movies.csv", "README.txt"
@@ -108,9 +108,9 @@ def simulate(
     lengths = _lengths(counts, int((catalogue.available < OPEN).sum() * 0.55), rng)
     chunks = np.array_split(np.arange(counts.users), -(-counts.users // USERS_AT_ONCE))
     rated = np.zeros(len(catalogue.release), np.int64)  # how often each movie was
-    with whole(output) as beside:
-        beside.mkdir(exist_ok=True)  # a name with a dot in it is a folder, too
-        with (beside / RATINGS).open("wb") as file:
+    with atomic_write(output) as temporary:
+        temporary.mkdir(exist_ok=True)  # a name with a dot in it is a folder, too
+        with (temporary / RATINGS).open("wb") as file:
             file.write(b"userId,movieId,rating,timestamp\n")
             for chunk in tqdm(chunks, desc="simulate", unit=f" x {len(chunks[0]):,} users", disable=None):
                 happened = _events(catalogue, lengths[chunk], rng)
@@ -118,8 +118,8 @@ def simulate(
                     _rate_the_rest(catalogue, happened, rated, rng)
                 rated += np.bincount(happened.item, minlength=len(rated))
                 _write_ratings(file, catalogue, happened, int(chunk[0]) + 1, rng)
-        _write_movies(beside / MOVIES, catalogue, rng)
-        (beside / README).write_text(_readme(counts, size, seed), encoding="utf-8")
+        _write_movies(temporary / MOVIES, catalogue, rng)
+        (temporary / README).write_text(_readme(counts, size, seed), encoding="utf-8")
     print(f"{output}: {counts.users:,} users, {counts.items:,} rated movies, {counts.events:,} ratings, all simulated")
 
 

@@ -8,7 +8,7 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_json, take
-from recsys2stage.metrics import bootstrap, interval, metrics_of, randomisation_test
+from recsys2stage.metrics import bootstrap, compute_metrics, interval, randomisation_test
 
 TARGET = "target"  # column of ranks.parquet: the item that each user took
 STAGES = ("retriever", "ranker")  # what is compared between two runs
@@ -57,7 +57,7 @@ def paired(
     }
 
 
-def read_opponent(folder: Path, mark: str) -> Opponent:
+def read_baseline_run(folder: Path, mark: str) -> Opponent:
     """The run to compare with.
 
     Args:
@@ -86,7 +86,7 @@ def read_opponent(folder: Path, mark: str) -> Opponent:
     )
 
 
-def check_opponent(
+def check_baseline_run(
     other: Opponent, protocol: dict[str, Any], items: int, users: np.ndarray, targets: np.ndarray
 ) -> list[str]:
     """What is different in the other run and yet leaves its ranks comparable, one short text each.
@@ -142,7 +142,7 @@ def compare(
         "folder": str(other.folder),
         "differs": differs,
         "models": {
-            name: paired(metrics_of(ranks[name]), metrics_of(other.ranks[name]), resamples, seed)
+            name: paired(compute_metrics(ranks[name]), compute_metrics(other.ranks[name]), resamples, seed)
             for name in STAGES
             if name in ranks and name in other.ranks
         },

@@ -15,7 +15,14 @@ from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.cohorts import cohorts
 from recsys2stage.evaluation.compare import paired
 from recsys2stage.evaluation.report import TITLES
-from recsys2stage.metrics import bootstrap, calibration_of, exposure_of, interval, metrics_of, rank_of
+from recsys2stage.metrics import (
+    bootstrap,
+    compute_calibration,
+    compute_exposure,
+    compute_metrics,
+    compute_rank,
+    interval,
+)
 from recsys2stage.recommender import Recommender
 
 TOP = 10  # how many items a user is shown, for what is measured of the shown
@@ -79,18 +86,18 @@ def rank_users(
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
         known, target = dataset.known(batch, split), dataset.targets(batch, split)
-        barred = outside_ranking(known, target, dataset.num_items, batch, negatives, seed)
+        excluded = outside_ranking(known, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
         tops: dict[str, np.ndarray] = {}
         for name, baseline in baselines.items():
             scores = torch.from_numpy(baseline.scores(last)[:, 1:])
-            parts[name].append(_filtered_rank(scores, barred, target))
+            parts[name].append(_filtered_rank(scores, excluded, target))
             tops[name] = top_of(scores)
-        asked = dataset.asked(batch, split, recommender.next_action)
+        target_action = dataset.target_action(batch, split, recommender.next_action)
         now = dataset.request_times(batch, split)
-        queries = recommender.queries(padded, now, asked)
+        queries = recommender.queries(padded, now, target_action)
         scores = torch.from_numpy(queries) @ vectors.T  # (B, V)
-        first = _filtered_rank(scores, barred, target)
+        first = _filtered_rank(scores, excluded, target)
         new = padded.lengths == 0  # served by popularity
         parts["retriever"].append(np.where(new, parts["popularity"][-1], first))
         tops["retriever"] = top_of(scores)
@@ -102,7 +109,7 @@ def rank_users(
         if recommender.reranker:
             own = scores.gather(1, torch.from_numpy(target - 1)[:, None])
             listed = scores.gather(1, torch.from_numpy(np.maximum(items - 1, 0)))
-            ranked = ~np.take_along_axis(barred, np.maximum(items, c.PAD), axis=1)
+            ranked = ~np.take_along_axis(excluded, np.maximum(items, c.PAD), axis=1)
             before = ((listed >= own).numpy() & ranked & ~there).sum(1)
             shown = recommender.listed(queries, candidates, padded, now)
             for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
@@ -162,23 +169,23 @@ def outside_ranking(
             nor the target; all of them where fewer are left. None: nothing is drawn, all are ranked.
         seed: of the draw.
     """
-    barred = np.zeros((len(target), num_items + 1), dtype=bool)
-    barred[:, c.PAD] = barred[known.rows, known.values] = True
+    excluded = np.zeros((len(target), num_items + 1), dtype=bool)
+    excluded[:, c.PAD] = excluded[known.rows, known.values] = True
     if negatives is None:
-        return barred
+        return excluded
     for row, user in enumerate(users.tolist()):
-        unmet = ~barred[row]
+        unmet = ~excluded[row]
         unmet[target[row]] = False
         left = np.flatnonzero(unmet)
-        drawn = np.random.default_rng([seed, user]).choice(left, min(negatives, len(left)), replace=False)
-        barred[row] = True
-        barred[row, drawn] = barred[row, target[row]] = False
-    return barred
+        sampled = np.random.default_rng([seed, user]).choice(left, min(negatives, len(left)), replace=False)
+        excluded[row] = True
+        excluded[row, sampled] = excluded[row, target[row]] = False
+    return excluded
 
 
-def _filtered_rank(scores: torch.Tensor, barred: np.ndarray, target: np.ndarray) -> np.ndarray:
-    scores.masked_fill_(torch.from_numpy(barred[:, 1:]), -torch.inf)
-    return rank_of(scores, torch.from_numpy(target - 1)).numpy()
+def _filtered_rank(scores: torch.Tensor, excluded: np.ndarray, target: np.ndarray) -> np.ndarray:
+    scores.masked_fill_(torch.from_numpy(excluded[:, 1:]), -torch.inf)
+    return compute_rank(scores, torch.from_numpy(target - 1)).numpy()
 
 
 def second_rank(
@@ -195,7 +202,7 @@ def second_rank(
     """
     place = items == target[:, None]
     found = place.any(1)
-    among = rank_of(torch.from_numpy(logits), torch.from_numpy(place.argmax(1))).numpy()
+    among = compute_rank(torch.from_numpy(logits), torch.from_numpy(place.argmax(1))).numpy()
     below = (items > 0).sum(1) + first - before
     return np.where(found, among, below)
 
@@ -205,7 +212,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Means with 95 % bootstrap intervals, the paired difference of the two stages with its test, and cohorts."""
     names = [name for name in TITLES if name in ranks]
-    values = {name: metrics_of(ranks[name]) for name in names}
+    values = {name: compute_metrics(ranks[name]) for name in names}
     metrics = list(values[names[0]])
     table = np.stack([values[name][metric] for name in names for metric in metrics], axis=1)
     means = bootstrap(table, resamples, seed)
@@ -242,13 +249,13 @@ def beyond_accuracy(dataset: Dataset, outcome: Outcome, k: int) -> dict[str, Any
     if not outcome.shown:
         return report
     report["exposure"] = {
-        name: exposure_of(shown, dataset.train_counts)
+        name: compute_exposure(shown, dataset.train_counts)
         for name, shown in outcome.shown.items()
         if name != "ranker_ids_masked"
     }
     sure = np.isfinite(outcome.confidence)
     if sure.any():
-        report["calibration"] = calibration_of(outcome.confidence[sure], outcome.hit[sure])
+        report["calibration"] = compute_calibration(outcome.confidence[sure], outcome.hit[sure])
     return report
 
 

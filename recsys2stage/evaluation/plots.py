@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys2stage.artifacts import fingerprint, read_manifest, whole
+from recsys2stage.artifacts import atomic_write, fingerprint, read_manifest
 from recsys2stage.evaluation.compare import STAGES
 from recsys2stage.evaluation.report import TITLES, title_of
 from recsys2stage.ranking.bundle import bundle_manifest
@@ -194,6 +194,6 @@ def draw(report: dict[str, Any], place: np.ndarray, bundle: Path, output: Path) 
     if "calibration" in report:
         figures["calibration.png"] = calibration_figure(report["calibration"])
     for name, figure in figures.items():
-        with whole(output / name) as beside:
-            figure.savefig(beside, format="png", dpi=120)
+        with atomic_write(output / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
     return {name: FIGURES[name] for name in figures}, missing

@@ -7,9 +7,9 @@ import numpy as np
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import DATA, RUN, ParquetStream, whole, write_manifest
+from recsys2stage.artifacts import DATA, RUN, ParquetStream, atomic_write, write_manifest
 from recsys2stage.data.batches import Ragged, in_chunks, places
-from recsys2stage.data.dataset import At, Dataset, some
+from recsys2stage.data.dataset import At, Dataset, sample_users
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, lists, select_fold
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -77,7 +77,7 @@ def mine_negatives(
         raise ValueError(f"gap is {gap} seconds, but {data} has an order and no times; leave it out")
     miner = miner or Mixture([RankBand(), Uniform(10), Popular(10)])
     mined, ends = dataset.val_targets(targets, gap)
-    chosen = np.isin(mined, some(np.unique(mined), users, seed))
+    chosen = np.isin(mined, sample_users(np.unique(mined), users, seed))
     mined, ends = mined[chosen], ends[chosen]
     if not len(mined):
         raise ValueError(
@@ -93,7 +93,7 @@ def mine_negatives(
             f"two signals give the number {twice}, and columns need names of their own; name each class once"
         )
     work = Mine(dataset, recommender, miner, select, seed)
-    with whole(output, "candidates") as folder:
+    with atomic_write(output, "candidates") as folder:
         folder.mkdir()
         width = recommender.vectors.shape[1]
         states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), width))
@@ -143,7 +143,7 @@ def is_given(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool
     return True
 
 
-def barred_from(dataset: Dataset, users: np.ndarray, at: At) -> Ragged:
+def excluded_items(dataset: Dataset, users: np.ndarray, at: At) -> Ragged:
     """Items excluded from a list: filtered seen items (none with `repeats: keep`), and those withheld as cold."""
     known, withheld = dataset.known(users, at), np.flatnonzero(dataset.cold)
     if not len(withheld):
@@ -182,17 +182,17 @@ class Mine:
         """
         dataset, recommender = self.dataset, self.recommender
         padded = dataset.histories(users, at, recommender.towers.max_length)
-        barred, target, now = (
-            barred_from(dataset, users, at),
+        excluded, target, now = (
+            excluded_items(dataset, users, at),
             dataset.targets(users, at),
             dataset.request_times(users, at),
         )
-        queries = recommender.queries(padded, now, dataset.asked(users, at, recommender.next_action))
-        found = recommender.candidates(queries, barred, padded, now)
+        queries = recommender.queries(padded, now, dataset.target_action(users, at, recommender.next_action))
+        found = recommender.candidates(queries, excluded, padded, now)
         selects = select_fold(users, self.select, self.seed)
-        request = Request.of(found.items, target, barred.rows, barred.values, dataset.train_counts)
+        request = Request.of(found.items, target, excluded.rows, excluded.values, dataset.train_counts)
         every = queries @ recommender.vectors.T  # (B, V + 1)
-        every[:, c.PAD] = every[barred.rows, barred.values] = -np.inf
+        every[:, c.PAD] = every[excluded.rows, excluded.values] = -np.inf
         table = lists(
             request.candidates, request.target, found.score, self.miner.choose(request, self.rng), every, selects
         )
@@ -204,8 +204,8 @@ class Mine:
                 "must be lower or k higher"
             )
         index, real = places(np.cumsum(length) - length, np.cumsum(length))
-        asked = np.where(real, table[c.ITEM][index], c.PAD)
-        numbers = recommender.measure_signals(asked, queries, found, padded, now)
+        target_action = np.where(real, table[c.ITEM][index], c.PAD)
+        numbers = recommender.measure_signals(target_action, queries, found, padded, now)
         hit = (found.items == target[:, None]).any(1)
         self.counts["train_lists"] += int((~selects & hit).sum())
         self.counts["select_lists"] += int(selects.sum())
@@ -217,5 +217,11 @@ class Mine:
         return (
             queries,
             table | {signal["name"]: values for signal, values in named},
-            {c.USER: users, c.PLACE: at, c.TIME: recommender.moment(padded, now), c.FOLD: fold, c.ROWS: length},
+            {
+                c.USER: users,
+                c.PLACE: at,
+                c.TIME: recommender.request_seconds_of(padded, now),
+                c.FOLD: fold,
+                c.ROWS: length,
+            },
         )

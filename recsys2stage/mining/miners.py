@@ -25,7 +25,7 @@ class Request(NamedTuple):
         keys = np.concatenate([rows, np.arange(len(target))]) * len(counts) + np.concatenate([items, target])
         return cls(candidates, target, np.unique(keys), counts)
 
-    def is_known(self, items: np.ndarray) -> np.ndarray:
+    def is_excluded(self, items: np.ndarray) -> np.ndarray:
         """Which of (B, N) items are no negatives in their row: excluded, or the target; also true of −1."""
         keys = np.arange(len(items))[:, None] * len(self.counts) + items
         place = np.searchsorted(self.known, keys).clip(max=max(len(self.known) - 1, 0))
@@ -58,12 +58,12 @@ class RankBand(Miner):
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
         band = request.candidates[:, self.skip_top : self.last]
-        fit = ~request.is_known(band)
+        fit = ~request.is_excluded(band)
         if self.count is None or self.count >= band.shape[1]:
             return np.where(fit, band, NONE)
         lottery = np.where(fit, rng.random(band.shape), 2.0)
-        drawn = np.sort(np.argpartition(lottery, self.count - 1, axis=1)[:, : self.count], axis=1)  # keep rank order
-        return np.take_along_axis(np.where(fit, band, NONE), drawn, axis=1)
+        sampled = np.sort(np.argpartition(lottery, self.count - 1, axis=1)[:, : self.count], axis=1)  # keep rank order
+        return np.take_along_axis(np.where(fit, band, NONE), sampled, axis=1)
 
 
 class _Drawn(Miner):
@@ -75,10 +75,10 @@ class _Drawn(Miner):
         self.count = count
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
-        drawn = self.draw((len(request.target), 2 * self.count + 8), request.counts, rng)
-        drawn = np.where(request.is_known(drawn), NONE, drawn)
-        first = np.argsort(drawn == NONE, axis=1, kind="stable")[:, : self.count]
-        return np.take_along_axis(drawn, first, axis=1)
+        sampled = self.draw((len(request.target), 2 * self.count + 8), request.counts, rng)
+        sampled = np.where(request.is_excluded(sampled), NONE, sampled)
+        first = np.argsort(sampled == NONE, axis=1, kind="stable")[:, : self.count]
+        return np.take_along_axis(sampled, first, axis=1)
 
     @abstractmethod
     def draw(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...

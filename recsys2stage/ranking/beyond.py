@@ -8,7 +8,7 @@ from recsys2stage import columns as c
 from recsys2stage.data.batches import Ragged
 
 
-class Found(NamedTuple):
+class RetrievedItems(NamedTuple):
     """The candidates of B requests, by the retriever's score; −1 and −inf past the last."""
 
     items: np.ndarray  # (B, K) int64
@@ -16,7 +16,7 @@ class Found(NamedTuple):
     named: list[np.ndarray]  # what each source named, best first, (B, up to K) each: the index, then the signals'
 
 
-class Ranking(NamedTuple):
+class Recommendations(NamedTuple):
     """The best items of B requests, best first; −1 and −inf past the end of a list."""
 
     items: np.ndarray  # (B, k) int64
@@ -25,8 +25,8 @@ class Ranking(NamedTuple):
 
 
 def beyond(
-    queries: np.ndarray, vectors: np.ndarray, excluded: Ragged, ranked: Ranking, count: int, scale: float | None
-) -> Ranking:
+    queries: np.ndarray, vectors: np.ndarray, excluded: Ragged, ranked: Recommendations, count: int, scale: float | None
+) -> Recommendations:
     """The best items by the retriever that are neither excluded nor candidates, to follow the candidates.
 
     After a second stage their scores go on from its lowest logit with the retriever's differences on the scale to which
@@ -52,4 +52,4 @@ def beyond(
         score = np.minimum(own, lowest)  # an approximate index may have missed a better one
     else:
         score = lowest + scale * (own - own[:, :1].clip(min=np.finfo(own.dtype).min))
-    return Ranking(np.where(real, items, -1), np.where(real, score, -np.inf).astype(np.float32), own)
+    return Recommendations(np.where(real, items, -1), np.where(real, score, -np.inf).astype(np.float32), own)

@@ -12,12 +12,12 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_array, read_manifest, take, verify
 from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data.batches import places, recent_events
-from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.options import check_least
 from recsys2stage.ranking.lists import STATES, CandidateLists, joined, read_candidates
 from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
 from recsys2stage.retrieval.index import VECTORS
-from recsys2stage.shapes import Listed
+from recsys2stage.shapes import CandidateBatch
 
 NEEDS = {  # of the manifest of mined lists
     "options": dict,
@@ -32,7 +32,7 @@ NEEDS = {  # of the manifest of mined lists
 class Lists(NamedTuple):
     """Candidate lists, and where in them the positives stand."""
 
-    listed: Listed
+    listed: CandidateBatch
     positive: Int[Tensor, " B"]  # −1 where it is not among the candidates
 
 
@@ -109,7 +109,7 @@ class Candidates(ArrayModule):
     @property
     def features(self) -> list[dict[str, Any]]:
         """Item features the ranker may look at: name, kind, size and width of the array of values."""
-        return declared(self.dataset.item_features)
+        return feature_specs(self.dataset.item_features)
 
     @property
     def signals(self) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ class Candidates(ArrayModule):
         length = min(self.recent, self.manifest["max_length"])  # a history that is served is no longer
         newest = self.dataset.events(np.maximum(ends - length, self.dataset.offsets[self.lists.user[batch]]), ends)
         recent, ages = recent_events(newest, self.lists.now[batch], self.recent, self.dataset.has_time)
-        listed = Listed(
+        listed = CandidateBatch(
             state=torch.from_numpy(self.read_states(batch)),
             items=torch.from_numpy(np.where(real, self.lists.items[index], c.PAD).astype(np.int64)),
             score=torch.from_numpy(self.lists.score[index]),

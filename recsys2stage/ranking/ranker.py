@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from recsys2stage.columns import PAD
-from recsys2stage.metrics import RankMetrics, rank_of
+from recsys2stage.metrics import RankMetrics, compute_rank
 from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.losses import ListLoss, Listwise
@@ -86,7 +86,7 @@ class Ranker(Planned):
                 "the states in folds are those of other retrievers; leave them out: --model.init_args.without '[state]'"
             )
         dataset = candidates.dataset
-        self.reranker.look_up(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
+        self.reranker.load_item_tables(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
         lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
         width = max(batch.listed.items.size(1) for batch in lists)
         score, items = (
@@ -139,7 +139,7 @@ class Ranker(Planned):
         place = lists.positive.clamp(min=0)
         for metric, masks in ((self.metrics, False), (self.masked_metrics, True)):
             logits = self.reranker(lists.listed, torch.full_like(real, masks))
-            ranks = rank_of(logits.masked_fill(~real, -torch.inf), place)
+            ranks = compute_rank(logits.masked_fill(~real, -torch.inf), place)
             metric.update(torch.where(found, ranks, NOWHERE))
         own = lists.listed.rank.gather(1, place[:, None]).squeeze(1)
         self.retriever_metrics.update(torch.where(found, own, NOWHERE))

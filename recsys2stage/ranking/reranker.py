@@ -15,7 +15,7 @@ from recsys2stage.columns import PAD
 from recsys2stage.features import FeatureTable
 from recsys2stage.ranking.scorers import ScorerFactory, Shown
 from recsys2stage.retrieval.towers import unit
-from recsys2stage.shapes import Listed
+from recsys2stage.shapes import CandidateBatch
 
 PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # what may be left out
 
@@ -93,7 +93,7 @@ class Reranker(nn.Module):
         self.register_buffer("center", torch.zeros(()))
 
     def forward(
-        self, listed: Listed, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
+        self, listed: CandidateBatch, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
     ) -> Float[Tensor, "B C"]:
         """
         Args:
@@ -144,7 +144,7 @@ class Reranker(nn.Module):
         distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
         return self.shown("features", self.features(distinct))[place]
 
-    def look_up(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
+    def load_item_tables(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
         """Fills the buffers.
 
         Args:
@@ -157,7 +157,7 @@ class Reranker(nn.Module):
         self.popularity[1:] = torch.from_numpy((log_share - log_share.mean()) / (log_share.std() + 1e-6))
         self.cold[1:] = torch.from_numpy(counts[1:] == 0)
         if self.features is not None:
-            self.features.look_up(features)
+            self.features.load_item_tables(features)
 
     def standardise(self, signals: Float[Tensor, "N S"]) -> None:
         """Takes the means and spreads of signals from those of some candidates."""

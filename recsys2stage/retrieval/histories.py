@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys2stage import columns as c
 from recsys2stage.data.batches import as_history, windows
-from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.options import Part, RequestTime, check_least
 from recsys2stage.shapes import History
 
@@ -28,8 +28,8 @@ class Queries(NamedTuple):
     users: Int[Tensor, " B"]
     history: History
     target: Int[Tensor, " B"]
-    known_rows: Int[Tensor, " X"]
-    known_items: Int[Tensor, " X"]
+    excluded_rows: Int[Tensor, " X"]
+    excluded_items: Int[Tensor, " X"]
 
 
 class BatchLoader:
@@ -241,12 +241,12 @@ class Histories(ArrayModule):
     @property
     def features(self) -> list[dict[str, Any]]:
         """Declared item features, without their arrays."""
-        return declared(self.dataset.item_features)
+        return feature_specs(self.dataset.item_features)
 
     @property
     def user_features(self) -> list[dict[str, Any]]:
         """Declared user features, without their arrays."""
-        return declared(self.dataset.user_features)
+        return feature_specs(self.dataset.user_features)
 
     @property
     def actions(self) -> list[str]:
@@ -272,9 +272,9 @@ class Histories(ArrayModule):
 
     def read_windows(self, batch: np.ndarray) -> History:
         padded = self.dataset.events(self.window_starts[batch], self.window_ends[batch])
-        people = self.dataset.people(self.window_users[batch])
+        user_values = self.dataset.user_values(self.window_users[batch])
         nothing = None if self.next_action == "none" else np.zeros(len(batch), np.int64)  # after the newest event
-        return as_history(padded._replace(user=people), self.request_time, asked=nothing)
+        return as_history(padded._replace(user=user_values), self.request_time, target_action=nothing)
 
     def read_queries(self, users: np.ndarray, split: Part) -> Queries:
         padded = self.dataset.histories(users, split, self.max_length)
@@ -285,11 +285,11 @@ class Histories(ArrayModule):
                 padded,
                 self.request_time,
                 self.dataset.request_times(users, split),
-                self.dataset.asked(users, split, self.next_action),
+                self.dataset.target_action(users, split, self.next_action),
             ),
             target=torch.from_numpy(self.dataset.targets(users, split)),
-            known_rows=torch.from_numpy(known.rows),
-            known_items=torch.from_numpy(known.values),
+            excluded_rows=torch.from_numpy(known.rows),
+            excluded_items=torch.from_numpy(known.values),
         )
 
 

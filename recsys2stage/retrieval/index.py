@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Integer
 
-from recsys2stage.artifacts import read_array, read_json, take, whole, write_json
+from recsys2stage.artifacts import atomic_write, read_array, read_json, take, write_json
 from recsys2stage.trust import find_class, name_of
 
 logger = logging.getLogger("recsys2stage")
@@ -31,7 +31,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 CELLS = 1 << 24  # scores or fetched numbers held at once, so that memory does not grow with the number of queries
 
 Exclude = tuple[Integer[np.ndarray, " _"], Integer[np.ndarray, " _"]]  # items (sum,) flat, offsets (B + 1,)
-Found = tuple[Float32[np.ndarray, "B k"], Int64[np.ndarray, "B k"]]
+SearchResult = tuple[Float32[np.ndarray, "B k"], Int64[np.ndarray, "B k"]]
 
 
 class Index(ABC):
@@ -56,7 +56,7 @@ class Index(ABC):
         self._prepare()
 
     @abstractmethod
-    def search(self, queries: Float32[np.ndarray, "B D"], k: int, exclude: Exclude | None = None) -> Found:
+    def search(self, queries: Float32[np.ndarray, "B D"], k: int, exclude: Exclude | None = None) -> SearchResult:
         """The k best items of each query.
 
         Args:
@@ -74,7 +74,7 @@ class Index(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         kind = type(self)
         options = {name: getattr(self, name) for name in inspect.signature(kind).parameters}
-        with whole(folder / VECTORS) as beside, beside.open("wb") as file:
+        with atomic_write(folder / VECTORS) as temporary, temporary.open("wb") as file:
             np.save(file, self.vectors)
         self._write(folder)
         write_json(folder / DESCRIPTION, {"class": name_of(kind), "options": options})
@@ -154,7 +154,7 @@ class Exact(Index):
             raise ValueError(f"device is {device!r}, expected {', '.join(DEVICES)}, or one of several such as cuda:1")
         self.device = device  # as declared, for another machine that has it
 
-    def search(self, queries: Float32[np.ndarray, "B D"], k: int, exclude: Exclude | None = None) -> Found:
+    def search(self, queries: Float32[np.ndarray, "B D"], k: int, exclude: Exclude | None = None) -> SearchResult:
         exclude = self._check(queries, k, exclude)
         found_scores, found_items = _nothing(len(queries), k)
         top = min(k, len(self.vectors))
@@ -192,7 +192,7 @@ class Approximate(Index):
     def candidates(self, queries: Float32[np.ndarray, "B D"], n: int) -> Int64[np.ndarray, "B n"]:
         """About the n best items of each query in any order, none twice; -1 where none was found."""
 
-    def search(self, queries: Float32[np.ndarray, "B D"], k: int, exclude: Exclude | None = None) -> Found:
+    def search(self, queries: Float32[np.ndarray, "B D"], k: int, exclude: Exclude | None = None) -> SearchResult:
         exclude = self._check(queries, k, exclude)
         found_scores, found_items = _nothing(len(queries), k)
         count = len(self.vectors)
@@ -265,8 +265,8 @@ class Faiss(Approximate):
     def _write(self, folder: Path) -> None:
         import faiss
 
-        with whole(folder / GRAPH) as beside:
-            faiss.write_index(self._index, str(beside))
+        with atomic_write(folder / GRAPH) as temporary:
+            faiss.write_index(self._index, str(temporary))
 
     def _read(self, folder: Path) -> None:
         import faiss

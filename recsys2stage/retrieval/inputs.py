@@ -12,7 +12,7 @@ from recsys2stage.columns import UNKNOWN
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.shapes import Embedded, History
 
-Field = Literal["ratings", "actions", "asked"]  # of a History
+Field = Literal["ratings", "actions", "target_action"]  # of a History
 
 
 class Input(nn.Module, ABC):
@@ -45,7 +45,7 @@ class ActionEmbedding(Input):
 
     def __init__(self, dim: int, actions: Sequence[str]) -> None:
         super().__init__(dim, actions)
-        self.table = table_of(len(actions), dim)
+        self.table = feature_table(len(actions), dim)
 
     def forward(self, x: Embedded, history: History) -> Embedded:
         return x + self.table(or_unknown(history.actions, history))
@@ -74,7 +74,7 @@ class RatingEmbedding(Input):
         if levels < 2 or low >= high:
             raise ValueError(f"there are {levels} levels from {low} to {high}; expected two or more, low below high")
         self.low, self.high, self.step = low, high, (high - low) / (levels - 1)
-        self.table = table_of(levels, dim)
+        self.table = feature_table(levels, dim)
 
     def forward(self, x: Embedded, history: History) -> Embedded:
         return x + self.table(self.level(history))
@@ -104,17 +104,17 @@ class NextAction(Input):
     `next_action` in the data's options.
     """
 
-    reads = ("asked",)
+    reads = ("target_action",)
 
     def __init__(self, dim: int, actions: Sequence[str]) -> None:
         super().__init__(dim, actions)
-        self.table = table_of(len(actions), dim)
+        self.table = feature_table(len(actions), dim)
 
     def forward(self, x: Embedded, history: History) -> Embedded:
-        return x + self.table(or_unknown(history.asked, history))
+        return x + self.table(or_unknown(history.target_action, history))
 
 
-def table_of(kinds: int, dim: int, std: float = 0.02) -> nn.Embedding:
+def feature_table(kinds: int, dim: int, std: float = 0.02) -> nn.Embedding:
     """A vector for each kind, from 1, and row 0 for the unknown.
 
     Row 0 learns as any other, but from zero, the mean of the known at the start: where nothing in a log is unknown, it
@@ -154,13 +154,13 @@ def check_inputs(inputs: Iterable[nn.Module], dataset: Dataset, next_action: str
                     f"{name} reads the {field} of events, and {dataset.path} has none; leave it out of the model's "
                     f"inputs, or prepare the data with a column `{column}`"
                 )
-        if "asked" in part.reads and next_action == "none":
+        if "target_action" in part.reads and next_action == "none":
             raise ValueError(
                 f"{name} reads what kind of action is asked for, and next_action is 'none'; set the data's next_action "
                 "to target or to the name of a kind, or leave it out of the model's inputs"
             )
         part.check(dataset)
-    if next_action != "none" and "asked" not in fields_read(parts):
+    if next_action != "none" and "target_action" not in fields_read(parts):
         raise ValueError(
             f"next_action is {next_action!r}, and no input of the model reads it; add NextAction to the model's "
             "inputs, or use next_action: none"

@@ -40,7 +40,7 @@ class ItemTable(nn.Module):
     def num_items(self) -> int:
         return self.table.num_embeddings - 1
 
-    def look_up(self, features: Sequence[dict[str, Any]], trained: Bool[Tensor, " W"]) -> None:
+    def load_item_tables(self, features: Sequence[dict[str, Any]], trained: Bool[Tensor, " W"]) -> None:
         """Takes what the data say of items.
 
         Args:
@@ -114,8 +114,8 @@ class ItemTower(ItemTable):
         vectors = ids + self.mlp(torch.cat([ids, self.features(distinct)], dim=-1))
         return (vectors * (distinct != PAD)[:, None])[place]
 
-    def look_up(self, features: Sequence[dict[str, Any]], trained: Bool[Tensor, " W"]) -> None:
-        self.features.look_up(features)
+    def load_item_tables(self, features: Sequence[dict[str, Any]], trained: Bool[Tensor, " W"]) -> None:
+        self.features.load_item_tables(features)
         self.trained.copy_(trained)
 
 

@@ -16,7 +16,7 @@ class Question(NamedTuple):
 
     history: History
     places: Bool[Tensor, "B L"]
-    answers: Int[Tensor, " M"]
+    targets: Int[Tensor, " M"]
     ratings: Float[Tensor, " M"] | None = None
 
 
@@ -45,7 +45,7 @@ class NextItem(Objective):
             request=None if window.request is None else window.request[:, :-1],
             ratings=None if window.ratings is None else window.ratings[:, :-1],
             actions=None if window.actions is None else window.actions[:, :-1],
-            asked=None if window.asked is None else window.asked[:, :-1],
+            target_action=None if window.target_action is None else window.target_action[:, :-1],
         )
         places = visible(history.items, history.lengths)
         ratings = None if window.ratings is None else window.ratings[:, 1:][places]
@@ -91,7 +91,7 @@ class Cloze(Objective):
             request=None if request is None else times,
             ratings=None if window.ratings is None else window.ratings.masked_fill(hidden, 0),
             actions=None if window.actions is None else window.actions.masked_fill(hidden, UNKNOWN),
-            asked=None if window.asked is None or window.actions is None else window.actions,
+            target_action=None if window.target_action is None or window.actions is None else window.actions,
         )
         return Question(history, hidden, items[hidden], None if window.ratings is None else window.ratings[hidden])
 

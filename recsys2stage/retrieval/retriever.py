@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.options import RequestTime, Seen, check_option
-from recsys2stage.metrics import RankMetrics, rank_of
+from recsys2stage.metrics import RankMetrics, compute_rank
 from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
 from recsys2stage.retrieval.encoders.layers import without_autocast
 from recsys2stage.retrieval.histories import Histories, Queries
 from recsys2stage.retrieval.inputs import InputFactory, check_inputs
 from recsys2stage.retrieval.items import ItemsFactory, ItemTable
-from recsys2stage.retrieval.losses import Answers, Catalogue, InfoNCE, Loss, NormPenalty
+from recsys2stage.retrieval.losses import Catalogue, InfoNCE, Loss, NormPenalty, Targets
 from recsys2stage.retrieval.objectives import Cloze, NextItem, Objective
 from recsys2stage.retrieval.towers import TwoTower, full_precision
 from recsys2stage.retrieval.users import UserFactory
@@ -112,7 +112,7 @@ class Retriever(Planned):
         self.objective = objective or (NextItem() if causal else Cloze())
         if self.objective.causal != causal:
             raise ValueError(
-                f"{name} sees {'only what came before' if causal else 'both sides, and with them the answers'}, and "
+                f"{name} sees {'only what came before' if causal else 'both sides, and with them the targets'}, and "
                 f"{type(self.objective).__name__} does not suit it; leave the objective out"
             )
         self.loss, self.norm_penalty = loss or InfoNCE(), norm_penalty
@@ -146,15 +146,15 @@ class Retriever(Planned):
                     raise ValueError(
                         f"{self.start} holds another model, so this one cannot start from it: {error}"
                     ) from error
-            self.look_up(histories.dataset)
+            self.load_item_tables(histories.dataset)
 
-    def look_up(self, dataset: Dataset) -> None:
+    def load_item_tables(self, dataset: Dataset) -> None:
         """Takes counts and features from a dataset, once, before training."""
         self.seen_rule = dataset.seen_rule
         self.target_counts.copy_(torch.from_numpy(dataset.target_counts))
         self.last_times.copy_(torch.from_numpy(dataset.last_times))
         trained = torch.from_numpy(dataset.train_counts > 0)
-        self.towers.look_up(dataset.item_features, dataset.user_features, trained)
+        self.towers.load_item_tables(dataset.item_features, dataset.user_features, trained)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -173,11 +173,11 @@ class Retriever(Planned):
         """The loss of a batch, and what is worth logging beside it."""
         question = self.objective(window)
         states = self.states(question.history)[question.places]
-        answers = Answers(
-            items=question.answers,
+        targets = Targets(
+            items=question.targets,
             rows=question.places.nonzero()[:, 0],
             # where repeats are kept, a seen item is no positive now: hidden, the target alone would remain of the seen
-            met=window.items if self.seen_rule == "filter" else torch.zeros_like(window.items),
+            window_items=window.items if self.seen_rule == "filter" else torch.zeros_like(window.items),
             ratings=question.ratings,
             progress=self.progress,
         )
@@ -188,12 +188,12 @@ class Retriever(Planned):
             similarity=self.towers.similarity,
             dim=states.size(-1),
         )
-        loss = self.loss(self.towers.compared(states), answers, catalogue)
+        loss = self.loss(self.towers.compared(states), targets, catalogue)
         facts = self.loss.facts(self.progress)
         if self.norm_penalty is not None:
             norm = full_precision(states).norm(dim=-1).mean()
-            price = self.norm_penalty(norm)
-            loss, facts = loss + price, {**facts, "state_norm": norm.detach(), "norm_penalty": price.detach()}
+            penalty = self.norm_penalty(norm)
+            loss, facts = loss + penalty, {**facts, "state_norm": norm.detach(), "norm_penalty": penalty.detach()}
         return {"loss": loss, **facts}
 
     def states(self, history: History) -> Float[Tensor, "B L D"]:
@@ -215,8 +215,8 @@ class Retriever(Planned):
         queries, items = self.towers.queries(batch.history), self.towers.every_item()
         with without_autocast(queries):  # in bf16 many scores would tie
             scores = queries @ items.T  # (B, V)
-        scores[batch.known_rows, batch.known_items - 1] = -torch.inf
-        return rank_of(scores, batch.target - 1)
+        scores[batch.excluded_rows, batch.excluded_items - 1] = -torch.inf
+        return compute_rank(scores, batch.target - 1)
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_metrics.take("val/").items():

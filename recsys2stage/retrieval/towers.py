@@ -93,7 +93,7 @@ class TwoTower(nn.Module):
     def queries(self, history: History) -> Float[Tensor, "B E"]:
         """The query at the newest place of each history; of an empty history, what the encoder says of padding."""
         if self.mask is not None:
-            history = asked_after(history)
+            history = target_action_after(history)
         last = (history.lengths - 1).clamp(min=0)
         return self.compared(self(history)[torch.arange(len(last), device=last.device), last])
 
@@ -107,7 +107,7 @@ class TwoTower(nn.Module):
         """Vectors of items 1..V."""
         return self.item_vectors(torch.arange(1, self.items.num_items + 1, device=self.items.table.weight.device))
 
-    def look_up(
+    def load_item_tables(
         self, features: Sequence[dict[str, Any]], user_features: Sequence[dict[str, Any]], trained: Tensor
     ) -> None:
         """Takes what the data say, once, before training.
@@ -119,12 +119,12 @@ class TwoTower(nn.Module):
         """
         for table in (self.items, self.untied):
             if table is not None:
-                table.look_up(features, trained)
+                table.load_item_tables(features, trained)
         if self.user is not None:
-            self.user.look_up(user_features)
+            self.user.load_item_tables(user_features)
 
 
-def asked_after(history: History) -> History:
+def target_action_after(history: History) -> History:
     """A history with a hidden event at its end, at the time of the request or, where that is not told, of the newest.
 
     Every place is then asked at its own time, and for its own kind of action, as encoders that see both sides expect.
@@ -136,12 +136,14 @@ def asked_after(history: History) -> History:
     items[rows, lengths], times[rows, lengths] = MASK, now
     ratings = None if history.ratings is None else F.pad(history.ratings, (0, 1))
     actions = None if history.actions is None else F.pad(history.actions, (0, 1))
-    asked = None
-    if history.asked is not None:
-        asked = F.pad(history.asked, (1, 0))  # that of place i is the kind of event i + 1
+    target_action = None
+    if history.target_action is not None:
+        target_action = F.pad(history.target_action, (1, 0))  # that of place i is the kind of event i + 1
         if actions is not None:
-            asked[:, 0] = actions[:, 0]
-    return History(items, lengths + 1, times, None if request is None else times, ratings, actions, asked, history.user)
+            target_action[:, 0] = actions[:, 0]
+    return History(
+        items, lengths + 1, times, None if request is None else times, ratings, actions, target_action, history.user
+    )
 
 
 def unit(x: Tensor) -> Tensor:

@@ -85,13 +85,13 @@ class UserTower(nn.Module):
         scale, shift = self.film(person)[:, None].chunk(2, dim=-1)
         return x * (1 + scale.tanh()) + shift
 
-    def look_up(self, features: Sequence[dict[str, Any]]) -> None:
+    def load_item_tables(self, features: Sequence[dict[str, Any]]) -> None:
         """Takes the scale of numeric features from all users' values.
 
         Args:
             features: declared user features with their arrays.
         """
-        self.features.look_up(features)
+        self.features.load_item_tables(features)
 
 
 UserFactory = Callable[[int, Sequence[dict[str, Any]]], UserTower]  # (dim, features) -> UserTower

@@ -22,7 +22,7 @@ logger = logging.getLogger("recsys2stage")
 EVENT_COLUMNS = (c.USER_ID, c.ITEM_ID, c.TIME, c.RATING, c.ACTION)  # never features of the user
 
 
-class PreparedUsers:
+class DatasetRequests:
     """The users of a prepared dataset with all their events.
 
     Args:
@@ -56,7 +56,7 @@ class PreparedUsers:
         return self.dataset.histories(users, "all", self.max_length), self.dataset.seen(users, "all")
 
 
-class FileUsers:
+class FileRequests:
     """Users whose histories stand in a CSV or Parquet file: user_id, item_id and perhaps time (seconds).
 
     Where the model has inputs for them, it is also told of the columns rating and action (names); a history without
@@ -106,7 +106,7 @@ class FileUsers:
         self.times = times[numbers > 0][order].astype(np.int64)
         self.ratings, self.actions = (
             None if column is None else column[numbers > 0][order]
-            for column in (_ratings(log, recommender, path), _kinds(log, recommender, path))
+            for column in (_ratings(log, recommender, path), _action_numbers(log, recommender, path))
         )
         counts = np.bincount(user[numbers > 0], minlength=len(self.user_ids))
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -135,9 +135,9 @@ def _ratings(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndar
         raise ValueError(f"{path} has ratings that are no numbers: {str(error).splitlines()[0]}") from error
 
 
-def _kinds(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarray | None:
+def _action_numbers(log: pl.DataFrame, recommender: Recommender, path: Path) -> np.ndarray | None:
     """Of each event, (n,) int64; None where the model does not look at them or there are none."""
-    if not recommender.reads_kinds or not _there(log, c.ACTION, path):
+    if not recommender.reads_actions or not _there(log, c.ACTION, path):
         return None
     return recommender.catalogue.action_numbers(log[c.ACTION].cast(pl.String).to_list(), path)
 
@@ -176,7 +176,7 @@ def _there(log: pl.DataFrame, name: str, path: Path) -> bool:
     return name in log.columns
 
 
-def asked_of(users: np.ndarray, action: str, recommender: Recommender) -> np.ndarray:
+def target_actions_of(users: np.ndarray, action: str, recommender: Recommender) -> np.ndarray:
     """The kind of action to recommend for, for each user, (n,) int64.
 
     Args:
@@ -188,26 +188,26 @@ def asked_of(users: np.ndarray, action: str, recommender: Recommender) -> np.nda
     if recommender.next_action == "none":
         raise ValueError(NOT_TOLD)
     if action in recommender.actions:
-        return np.full(len(users), recommender.kind_asked(action))
+        return np.full(len(users), recommender.target_action_number(action))
     if not Path(action).is_file():
         raise ValueError(
             f"the action asked for is {action!r}: no file, and no kind that the model knows, which are "
             f"{', '.join(recommender.actions)}"
         )
-    named = read_asked(Path(action))
-    number = {name: recommender.kind_asked(name) for name in set(named.values())}
+    named = read_target_actions(Path(action))
+    number = {name: recommender.target_action_number(name) for name in set(named.values())}
     told = [named.get(str(user)) for user in users]
     if untold := told.count(None):
-        usual = repr(recommender.next_action) if recommender.usual_kind else "an unknown kind"
+        usual = repr(recommender.next_action) if recommender.default_action else "an unknown kind"
         logger.warning("%s names no action for %s of %s users: %s", action, f"{untold:,}", f"{len(users):,}", usual)
         if untold == len(users) and named:  # perhaps written in another way
             logger.warning(
                 "%s: its users are such as %r, those to recommend for %r", action, next(iter(named)), str(users[0])
             )
-    return np.array([recommender.usual_kind if name is None else number[name] for name in told], dtype=np.int64)
+    return np.array([recommender.default_action if name is None else number[name] for name in told], dtype=np.int64)
 
 
-def read_asked(path: Path) -> dict[str, str]:
+def read_target_actions(path: Path) -> dict[str, str]:
     """The name of the kind of action that each user id in a file, as text, is asked for."""
     if path.suffix == ".json":
         try:

@@ -23,6 +23,7 @@ from recsys2stage.data import sources, split
 from recsys2stage.mining import miners
 from recsys2stage.ranking import scorers, signals
 from recsys2stage.ranking.candidates import Candidates
+from recsys2stage.ranking.losses import ListLoss
 from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.retrieval import encoders, index, inputs, items, losses, objectives, users
 from recsys2stage.retrieval.encoders import positions, times
@@ -88,7 +89,7 @@ def test_help_shows_the_descriptions(verb: str, capsys: pytest.CaptureFixture[st
 def parts() -> Iterator[type]:
     """Every class that a config may name."""
     bases = [
-        *(encoders.Encoder, positions.Position, times.Time, objectives.Objective, losses.Loss, losses.lists.ListLoss),
+        *(encoders.Encoder, positions.Position, times.Time, objectives.Objective, losses.Loss, ListLoss),
         *(losses.Negatives, losses.NormPenalty, inputs.Input, users.UserTower),
         *(miners.Miner, scorers.Scorer, index.Index, sources.Source, split.Split, items.ItemTable, optim.RecsysAdamW),
         *(signals.Signal, Retriever, Ranker, Histories, Candidates),

@@ -15,7 +15,7 @@ from worlds import seal
 from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.cli import commands
-from recsys2stage.data.dataset import Dataset, some
+from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.ranking.bundle import check_split
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
@@ -254,12 +254,12 @@ def test_an_artifact_made_again_replaces_the_old(trained: Run, tmp_path: Path) -
 
 def test_some_users_are_drawn_by_the_seed_and_stay_in_order() -> None:
     users = np.arange(100, 200)
-    assert some(users, None, 0) is users
-    assert some(users, 100, 0) is users
-    drawn = some(users, 10, 0)
+    assert sample_users(users, None, 0) is users
+    assert sample_users(users, 100, 0) is users
+    drawn = sample_users(users, 10, 0)
     assert len(set(drawn.tolist())) == 10
     assert drawn.tolist() == sorted(drawn)
-    assert drawn.tolist() == some(users, 10, 0).tolist() != some(users, 10, 1).tolist()
+    assert drawn.tolist() == sample_users(users, 10, 0).tolist() != sample_users(users, 10, 1).tolist()
 
 
 def test_a_stream_of_tables_is_one_table(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from recsys2stage.data.options import Part, RequestTime
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.data.split import GlobalTime, LeaveOneOut
-from recsys2stage.mining.mine import barred_from
+from recsys2stage.mining.mine import excluded_items
 
 USERS, ITEMS = 40, 25
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -228,11 +228,11 @@ def test_train_counts_and_cold_items(dataset: Dataset) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_what_no_list_may_show_is_what_is_known_or_withheld(dataset: Dataset, split: Part) -> None:
     users = dataset.users(split)
-    known, barred = dataset.known(users, split), barred_from(dataset, users, split)
+    known, excluded = dataset.known(users, split), excluded_items(dataset, users, split)
     for row in range(len(users)):
         own = known.values[known.offsets[row] : known.offsets[row + 1]].tolist()
         want = own + np.flatnonzero(dataset.cold).tolist()
-        assert barred.values[barred.offsets[row] : barred.offsets[row + 1]].tolist() == want
+        assert excluded.values[excluded.offsets[row] : excluded.offsets[row + 1]].tolist() == want
 
 
 def test_features_are_padded_with_unknown(dataset: Dataset) -> None:

@@ -25,7 +25,7 @@ from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.towers import TwoTower
-from recsys2stage.serving.requests import FileUsers, asked_of, read_asked
+from recsys2stage.serving.requests import FileRequests, read_target_actions, target_actions_of
 
 NOW = 1_600_000_000
 UUIDS = [uuid.UUID(int=2**100 + place) for place in range(3)]
@@ -108,7 +108,7 @@ def of_frame(folder: Path, column: pl.Series) -> list[str]:
 
 
 def of_actions(folder: Path, column: pl.Series) -> list[str]:
-    return list(read_asked(parquet(folder / "a.parquet", user_id=column, action=["x", "y", "z"])))
+    return list(read_target_actions(parquet(folder / "a.parquet", user_id=column, action=["x", "y", "z"])))
 
 
 @functools.cache
@@ -126,7 +126,7 @@ def recommender_of(known: list[str], **options: Any) -> Recommender:
 def of_histories(folder: Path, column: pl.Series, known: list[str], only: list[str] | None = None) -> list[str]:
     """Of users; each has met the item of the same id."""
     path = parquet(folder / "h.parquet", user_id=column, item_id=column)
-    people = FileUsers(path, recommender_of(known), only)
+    people = FileRequests(path, recommender_of(known), only)
     texts = [str(one) for one in people.user_ids]
     assert [known[item - 1] for item in people.items] == texts
     return texts
@@ -320,10 +320,10 @@ def test_actions_of_which_no_user_is_known_are_spoken_of(tmp_path: Path, caplog:
     served = recommender_of(["1"], next_action="target", actions=["buy", "see"])
     (tmp_path / "a.csv").write_text("user_id,action\n05,buy\n5.0,see\n")
     with caplog.at_level(logging.WARNING, "recsys2stage"):
-        assert asked_of(np.array([5, 7]), str(tmp_path / "a.csv"), served).tolist() == [0, 0]
+        assert target_actions_of(np.array([5, 7]), str(tmp_path / "a.csv"), served).tolist() == [0, 0]
     assert "its users are such as '05', those to recommend for '5'" in caplog.text
     parquet(tmp_path / "a.parquet", user_id=[5.0, 7.0], action=["buy", "see"])
-    assert asked_of(np.array([5, 7]), str(tmp_path / "a.parquet"), served).tolist() == [1, 2]
+    assert target_actions_of(np.array([5, 7]), str(tmp_path / "a.parquet"), served).tolist() == [1, 2]
 
 
 def test_ids_of_a_text_file_hold_what_python_takes_for_line_ends(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
-from recsys2stage.data.dataset import Dataset, declared
+from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.events import mix, number_ids, stable_order
 from recsys2stage.data.prepare import prepare, split_hash
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vectors
@@ -571,7 +571,7 @@ def test_vectors_are_joined_by_the_item_id_as_text(
     assert set(map(str, text.files)) < set(world.manifest["parents"]), "hashed, as the raw data are"
     assert world.manifest["options"]["item_vectors"]["text"]["path"] == str(path)
     loaded = Dataset(tmp_path / "data").item_features
-    assert declared(loaded)[-1] == {"name": "text", "kind": "vector", "size": 2, "values": 2}
+    assert feature_specs(loaded)[-1] == {"name": "text", "kind": "vector", "size": 2, "values": 2}
     np.testing.assert_array_equal(loaded[-1]["values"], values)
 
 

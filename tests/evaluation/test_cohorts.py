@@ -12,7 +12,7 @@ from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.evaluation.cohorts import age_cohorts, cohorts, gap_cohorts, history_cohorts, popularity_cohorts
 from recsys2stage.evaluation.evaluate import summarise
-from recsys2stage.metrics import metrics_of
+from recsys2stage.metrics import compute_metrics
 
 DAY = 86_400
 
@@ -34,7 +34,7 @@ def test_cohorts_partition_the_users(dataset: Dataset, rng: np.random.Generator)
     for groups in report["cohorts"].values():
         assert sum(group["users"] for group in groups.values()) == len(users)
         mean = sum(group["users"] * group["retriever"]["ndcg@10"] for group in groups.values()) / len(users)
-        assert mean == pytest.approx(metrics_of(ranks)["ndcg@10"].mean())
+        assert mean == pytest.approx(compute_metrics(ranks)["ndcg@10"].mean())
 
 
 def test_cohorts_are_named_after_what_is_in_them(dataset: Dataset) -> None:

@@ -12,7 +12,7 @@ from pipeline_fixtures import Run, recsys
 
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.evaluation.compare import paired
-from recsys2stage.metrics import KS, metrics_of
+from recsys2stage.metrics import KS, compute_metrics
 
 QUICK = ("--plots", "false", "--resamples", 100)
 
@@ -77,7 +77,7 @@ def test_a_comparison_is_of_the_users_differences(trained: Run, other: Path, tmp
     edit_ranks(other, ranks.with_columns(pl.col("retriever", "ranker") * 2).reverse())
     found = against(trained, other, tmp_path / "out")["models"]
     for name in ("retriever", "ranker"):
-        one, two = (metrics_of(rank.to_numpy()) for rank in (ranks[name], ranks[name] * 2))
+        one, two = (compute_metrics(rank.to_numpy()) for rank in (ranks[name], ranks[name] * 2))
         value = found[name]["mrr"]
         assert value["difference"] == pytest.approx((one["mrr"] - two["mrr"]).mean())
         assert value["ratio"] == pytest.approx(2)
@@ -169,11 +169,11 @@ def test_a_run_with_other_training_events_but_the_same_targets_is_comparable(tra
 
 def test_a_gain_of_every_user_is_certain_and_none_is_not(rng: np.random.Generator) -> None:
     ranks = rng.choice([2, 40, 160], 300)
-    gain = paired(metrics_of(ranks - 1), metrics_of(ranks), resamples=200, seed=0)["mrr"]
+    gain = paired(compute_metrics(ranks - 1), compute_metrics(ranks), resamples=200, seed=0)["mrr"]
     assert gain["p"] == 1 / 201
     assert gain["share_of_resamples_above_zero"] == 1
-    shuffled = metrics_of(rng.permutation(ranks))
-    luck = paired(shuffled, metrics_of(ranks), resamples=200, seed=0)["mrr"]
+    shuffled = compute_metrics(rng.permutation(ranks))
+    luck = paired(shuffled, compute_metrics(ranks), resamples=200, seed=0)["mrr"]
     assert luck["difference"] == pytest.approx(0, abs=1e-12)  # the same ranks, of other users
     assert luck["p"] > 0.9
     assert luck["low"] is not None

@@ -32,12 +32,12 @@ from recsys2stage.evaluation.evaluate import (
     top_of,
 )
 from recsys2stage.evaluation.report import as_markdown, as_table
-from recsys2stage.metrics import KS, rank_of
+from recsys2stage.metrics import KS, compute_rank
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.towers import TwoTower
-from recsys2stage.shapes import Listed
+from recsys2stage.shapes import CandidateBatch
 
 MODELS = ["popularity", "markov", "retriever", "ranker", "ranker_ids_masked"]
 METRICS = [*(f"{name}@{k}" for k in KS for name in ("hr", "ndcg", "recall")), "mrr"]
@@ -77,9 +77,9 @@ def rank_by_hand(scores: dict[int, float], target: int, rounding: float = ROUNDI
     return ranks_of((score for item, score in scores.items() if item != target), scores[target], rounding)
 
 
-def told_of(query: np.ndarray, items: list[int], scores: list[float]) -> Listed:
+def told_of(query: np.ndarray, items: list[int], scores: list[float]) -> CandidateBatch:
     """What a ranker without signals and newest events is told of one user's candidates."""
-    return Listed(
+    return CandidateBatch(
         state=torch.from_numpy(query),
         items=torch.tensor([items]),
         score=torch.tensor([scores]),
@@ -282,9 +282,9 @@ def test_a_random_scorer_finds_ten_of_a_hundred_and_one(rng: np.random.Generator
     count, items = 4000, 300
     target = rng.integers(1, items + 1, count)
     nothing = Ragged(np.zeros(0, dtype=np.int64), np.zeros(count + 1, dtype=np.int64))
-    barred = outside_ranking(nothing, target, items, np.arange(count), 100, seed=0)
-    scores = torch.from_numpy(np.where(barred, -np.inf, rng.random(barred.shape)))
-    hits = (rank_of(scores, torch.from_numpy(target)) <= 10).double().mean()
+    excluded = outside_ranking(nothing, target, items, np.arange(count), 100, seed=0)
+    scores = torch.from_numpy(np.where(excluded, -np.inf, rng.random(excluded.shape)))
+    hits = (compute_rank(scores, torch.from_numpy(target)) <= 10).double().mean()
     assert float(hits) == pytest.approx(10 / 101, abs=4 * np.sqrt(0.09 / count))
 
 

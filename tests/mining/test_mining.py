@@ -15,7 +15,7 @@ from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Reques
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.lists import lists, read_candidates, select_fold, without_repeats
 from recsys2stage.ranking.ranker import Ranker
-from recsys2stage.recommender import Found, Recommender
+from recsys2stage.recommender import Recommender, RetrievedItems
 from recsys2stage.retrieval.index import Exact
 
 B, V, D, DEPTH = 30, 50, 6, 20
@@ -357,7 +357,7 @@ class Informed:
         self.known: Ragged = self.dataset.known(self.user, self.place)
         self.now = self.dataset.request_times(self.user, self.place)
         self.queries = self.recommender.queries(self.padded, self.now)
-        self.found: Found = self.recommender.candidates(self.queries, self.known, self.padded, self.now)
+        self.found: RetrievedItems = self.recommender.candidates(self.queries, self.known, self.padded, self.now)
 
     def lists(self) -> list[pl.DataFrame]:
         """The rows of each list."""

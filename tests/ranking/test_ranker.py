@@ -24,7 +24,7 @@ from recsys2stage.ranking.losses import BCE, BPR, ListLoss, Listwise
 from recsys2stage.ranking.ranker import NOWHERE, Ranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.retrieval.index import VECTORS
-from recsys2stage.shapes import Listed
+from recsys2stage.shapes import CandidateBatch
 
 D, USERS = 8, 120
 QUIET: dict[str, Any] = {
@@ -367,7 +367,7 @@ def test_id_dropout_drops_the_very_set_that_evaluation_masks(checkerboard: Path,
     alone = {"cold_dropout": 0.0, "scorer": partial(MLP, hidden=(32,), dropout=0.0)}
     model, lists = ranker_for(data, id_dropout=rate, **alone), batch_of(data)
     found = lists.positive >= 0
-    lists = Lists(Listed(*(part[found] for part in lists.listed)), lists.positive[found])
+    lists = Lists(CandidateBatch(*(part[found] for part in lists.listed)), lists.positive[found])
     model.log = lambda *args, **kwargs: None
     with torch.no_grad():
         for weight in model.parameters():

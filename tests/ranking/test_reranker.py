@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys2stage.ranking import scorers
 from recsys2stage.ranking.reranker import PARTS, Reranker
 from recsys2stage.ranking.scorers import DIN, MLP, Scorer, Shown
-from recsys2stage.shapes import Listed
+from recsys2stage.shapes import CandidateBatch
 
 V, D, B, C, R = 30, 8, 5, 12, 4
 FEATURES: list[dict[str, Any]] = [
@@ -49,7 +49,7 @@ def built(
     reranker = Reranker(V, D, FEATURES, scorer, **({"signals": SIGNALS} | options))
     vectors = torch.nn.functional.normalize(torch.randn(V + 1, D), dim=-1)
     vectors[0] = 0
-    reranker.look_up(vectors, rng.integers(1, 100, size=V + 1), arrays(rng))
+    reranker.load_item_tables(vectors, rng.integers(1, 100, size=V + 1), arrays(rng))
     if learned:
         with torch.no_grad():
             for weight in reranker.parameters():
@@ -57,11 +57,11 @@ def built(
     return reranker.eval()
 
 
-def lists(rng: np.random.Generator) -> Listed:
+def lists(rng: np.random.Generator) -> CandidateBatch:
     """Candidates with their scores (best first) after histories of 0, 1, 2 ... events."""
     recent = torch.from_numpy(np.stack([rng.permutation(V)[:R] + 1 for _ in range(B)]))
     recent[torch.arange(R) >= torch.arange(B)[:, None]] = 0
-    return Listed(
+    return CandidateBatch(
         state=torch.nn.functional.normalize(torch.randn(B, D), dim=-1),
         items=torch.from_numpy(np.stack([rng.permutation(V)[:C] + 1 for _ in range(B)])),
         score=torch.rand(B, C).sort(dim=1, descending=True).values,
@@ -245,7 +245,7 @@ def test_what_no_training_event_shows_is_cold_by_itself(rng: np.random.Generator
         assert (told - reranker(listed, NONE)).abs().max() > 1e-3
         reranker.cold[1:] = torch.from_numpy(counts == 0)[1:]
         assert torch.equal(reranker(listed, NONE), told)
-    reranker.look_up(reranker.vectors, counts, arrays(rng))
+    reranker.load_item_tables(reranker.vectors, counts, arrays(rng))
     assert reranker.cold.tolist() == [False, *(counts[1:] == 0).tolist()]
 
 
@@ -401,7 +401,7 @@ def test_without_signals_there_is_nothing_to_standardise(rng: np.random.Generato
 def test_popularity_is_the_z_score_of_log_shares() -> None:
     counts = np.array([0, 0, 7, 90])
     reranker = Reranker(3, D, [], MLP)
-    reranker.look_up(torch.zeros(4, D), counts, [])
+    reranker.load_item_tables(torch.zeros(4, D), counts, [])
     share = np.log((counts[1:] + 1) / (97 + 3))
     torch.testing.assert_close(
         reranker.popularity[1:],

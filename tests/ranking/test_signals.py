@@ -35,7 +35,7 @@ from recsys2stage.ranking.signals import (
     Signal,
     Transitions,
 )
-from recsys2stage.ranking.signals.base import is_known, load_signals, save_signals, specify
+from recsys2stage.ranking.signals.base import is_excluded, load_signals, save_signals, specify
 from recsys2stage.ranking.signals.merge import merge, nearness
 from recsys2stage.trust import trusting
 
@@ -259,9 +259,9 @@ def test_known_items_equal_a_loop(rng: np.random.Generator) -> None:
     known = Ragged(np.concatenate(met), np.concatenate([[0], np.cumsum([len(own) for own in met])]))
     items = rng.integers(-1, 21, size=(30, 15))
     want = [[item <= 0 or item in own for item in row] for row, own in zip(items, met, strict=True)]
-    assert is_known(items, known, 21).tolist() == want
+    assert is_excluded(items, known, 21).tolist() == want
     nobody = Ragged(np.zeros(0, dtype=np.int64), np.zeros(31, dtype=np.int64))
-    assert np.array_equal(is_known(items, nobody, 21), items <= 0)
+    assert np.array_equal(is_excluded(items, nobody, 21), items <= 0)
 
 
 # --- what docs/second_stage.md says of them

@@ -46,11 +46,11 @@ def model(dataset: Dataset, signal: SLIT, decay: float) -> tuple[list[int], int,
         for place in range(1, len(own)):
             x.append(marked(own[:place][::-1], decay, reach, frequent))
             y.append(marked([own[place]], 1.0, 1, frequent))
-    rows, answers = np.array(x), np.array(y)
+    rows, targets = np.array(x), np.array(y)
     penalty = signal.ridge * np.square(rows).sum() / len(frequent)
     rows = np.concatenate([rows, np.eye(len(frequent)) * penalty**0.5])
-    answers = np.concatenate([answers, np.zeros((len(frequent), len(frequent)))])
-    return frequent, reach, np.linalg.lstsq(rows, answers, rcond=None)[0]
+    targets = np.concatenate([targets, np.zeros((len(frequent), len(frequent)))])
+    return frequent, reach, np.linalg.lstsq(rows, targets, rcond=None)[0]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -76,7 +76,7 @@ def test_queries_equal_a_loop(ragged: Path, split: Any, request_time: Any) -> No
             assert batch.history.items[row, :length].tolist() == items[:place][-LENGTH:]
             assert not batch.history.items[row, length:].any()
             assert batch.target[row] == items[place]
-            assert batch.known_items[batch.known_rows == row].tolist() == items[:place]
+            assert batch.excluded_items[batch.excluded_rows == row].tolist() == items[:place]
             if batch.history.request is not None:
                 assert batch.history.request[row, :length].tolist() == times[: place + 1][-length:]
         seen += batch.users.tolist()
@@ -102,16 +102,16 @@ def test_kinds_and_ratings_equal_a_loop(tmp_path: Path, next_action: str) -> Non
     assert data.actions == ["buy", "see"]
 
     def check(history: History, users: list[int], asked: list[int] | None) -> None:
-        assert (history.asked is None) == (next_action == "none")
+        assert (history.target_action is None) == (next_action == "none")
         for row, user in enumerate(users):
             length = int(history.lengths[row])
             items = history.items[row, :length].tolist()
             said = list(zip(history.ratings[row].tolist(), history.actions[row].tolist(), strict=True))
             assert said == [known[user, item] for item in items] + [(0.0, 0)] * (len(said) - length)
-            if history.asked is not None and length:
+            if history.target_action is not None and length:
                 told = [known[user, item][1] for item in items[1:]]
                 told += [] if asked is None else [asked[row]]
-                assert history.asked[row, : len(told)].tolist() == told
+                assert history.target_action[row, : len(told)].tolist() == told
 
     plan = data.train_dataloader().plan()
     for batch, window in zip(plan, map(data.read_windows, plan), strict=True):

@@ -31,8 +31,12 @@ from recsys2stage.shapes import History
 
 B, L, D = 3, 5, 4
 KINDS = ["buy", "like", "see"]
-Decides = Literal["asked", "action", "rating"]
-INPUTS: dict[Decides, InputFactory] = {"asked": NextAction, "action": ActionEmbedding, "rating": RatingEmbedding}
+Decides = Literal["target_action", "action", "rating"]
+INPUTS: dict[Decides, InputFactory] = {
+    "target_action": NextAction,
+    "action": ActionEmbedding,
+    "rating": RatingEmbedding,
+}
 
 
 def history(**known: Tensor) -> History:
@@ -44,7 +48,7 @@ def history(**known: Tensor) -> History:
 # --- against loops
 
 
-@pytest.mark.parametrize(("part", "field"), [(ActionEmbedding, "actions"), (NextAction, "asked")])
+@pytest.mark.parametrize(("part", "field"), [(ActionEmbedding, "actions"), (NextAction, "target_action")])
 @pytest.mark.parametrize("known", [True, False])
 def test_kinds_are_added_from_their_table(part: type[Input], field: str, known: bool) -> None:
     made = part(D, KINDS).double()
@@ -123,7 +127,7 @@ def hit_at_1(data: Histories, inputs: list[InputFactory] | None) -> float:
 @pytest.mark.parametrize("decides", list(INPUTS))
 def test_a_fork_is_taken_right_by_who_is_told_what_decides(decides: Decides, tmp_path: Path) -> None:
     path = forks_world(tmp_path, decides)
-    told = "target" if decides == "asked" else "none"
+    told = "target" if decides == "target_action" else "none"
     sizes: dict[str, int] = {"max_length": 8, "batch_size": 32, "eval_batch_size": 300}
     assert hit_at_1(Histories(path, next_action=told, **sizes), [INPUTS[decides]]) > 0.9
     assert 0.4 < hit_at_1(Histories(path, **sizes), None) < 0.6
@@ -144,7 +148,7 @@ def states(padded: Padded, inputs: Sequence[InputFactory], asked: int | None) ->
     for part in towers.inputs:  # as large as the rest, so that what they say shows
         torch.nn.init.normal_(part.table.weight)
     with torch.no_grad():
-        return towers(as_history(padded, "none", asked=None if asked is None else np.array([asked])))[0]
+        return towers(as_history(padded, "none", target_action=None if asked is None else np.array([asked])))[0]
 
 
 @pytest.mark.parametrize("place", range(6))
@@ -173,18 +177,20 @@ def test_the_next_events_kind_is_seen_a_place_ahead_only_where_it_is_asked_for(
 
 
 def test_what_cloze_hides_is_hidden_with_its_kind_and_rating_but_not_from_who_asks(tmp_path: Path) -> None:
-    data = Histories(forks_world(tmp_path, "asked", users=40), max_length=8, batch_size=64, next_action="target")
+    data = Histories(
+        forks_world(tmp_path, "target_action", users=40), max_length=8, batch_size=64, next_action="target"
+    )
     window = data.read_windows(np.arange(40))
     question = Cloze(0.4)(window)
     hidden, read = question.places, question.history
     assert hidden.any()
     assert not read.actions[hidden].any()
     assert not read.ratings[hidden].any()
-    assert torch.equal(read.asked[hidden], window.actions[hidden])
+    assert torch.equal(read.target_action[hidden], window.actions[hidden])
     towers = TwoTower(data.num_items, 8, 8, partial(BERT4Rec, layers=1), inputs=list(INPUTS.values()), actions=KINDS)
     assert towers(read).isfinite().all()
     batch = next(iter(data.val_dataloader()))
-    asked = [batch.history._replace(asked=torch.full_like(batch.history.items, kind)) for kind in (1, 2)]
+    asked = [batch.history._replace(target_action=torch.full_like(batch.history.items, kind)) for kind in (1, 2)]
     one, other = map(towers.eval().queries, asked)
     assert ((one - other).abs().amax(1) > 1e-6).all(), "the hidden event at the end is asked for by its kind"
 
@@ -193,7 +199,7 @@ def test_what_cloze_hides_is_hidden_with_its_kind_and_rating_but_not_from_who_as
 
 
 def test_data_must_have_what_inputs_read(cycle: Path, tmp_path: Path) -> None:
-    rated, both = Dataset(cycle), Dataset(forks_world(tmp_path, "asked", users=20))
+    rated, both = Dataset(cycle), Dataset(forks_world(tmp_path, "target_action", users=20))
     everything = [make(D, KINDS) for make in INPUTS.values()]
     check_inputs(everything, both, "target")
     check_inputs(everything, both, "buy")
@@ -207,7 +213,7 @@ def test_data_must_have_what_inputs_read(cycle: Path, tmp_path: Path) -> None:
 
 
 def test_a_next_action_must_be_told_and_read(tmp_path: Path) -> None:
-    dataset = Dataset(forks_world(tmp_path, "asked", users=20))
+    dataset = Dataset(forks_world(tmp_path, "target_action", users=20))
     with pytest.raises(ValueError, match=r"NextAction reads what kind .* and next_action is 'none'; set"):
         check_inputs([NextAction(D, KINDS)], dataset, "none")
     with pytest.raises(ValueError, match="next_action is 'buy', and no input of the model reads it; add NextAction"):

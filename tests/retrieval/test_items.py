@@ -44,7 +44,7 @@ def tower(**options: Any) -> ItemTower:
     built = ItemTower(V, D, FEATURES, **options)
     trained = torch.ones(V + 1, dtype=torch.bool)
     trained[[0, *COLD]] = False
-    built.look_up(arrays(), trained)
+    built.load_item_tables(arrays(), trained)
     with torch.no_grad():
         for weight in built.parameters():
             weight += 0.5 * torch.randn_like(weight)
@@ -174,7 +174,7 @@ def test_what_means_nothing_is_refused(features: Any, options: dict[str, Any], m
 def test_towers_look_up_what_a_tower_of_items_needs(cycle: Path, tied: bool) -> None:
     data = Histories(cycle)
     model = Retriever(data.num_items, data.max_length, dim=D, items=ItemTower, tied=tied, features=data.features)
-    model.look_up(data.dataset)
+    model.load_item_tables(data.dataset)
     for table in (model.towers.items, model.towers.untied):
         if table is not None:
             assert isinstance(table, ItemTower)
@@ -189,7 +189,7 @@ def test_a_tower_of_items_is_rebuilt_from_its_weights() -> None:
         return TwoTower(V, 4, D, Transformer, items=ItemTower, features=FEATURES).eval()
 
     first, second = built(), built()
-    first.look_up(arrays(), [], torch.arange(V + 1) % 2 == 0)
+    first.load_item_tables(arrays(), [], torch.arange(V + 1) % 2 == 0)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.every_item(), first.every_item())
 

@@ -15,7 +15,6 @@ from recsys2stage.retrieval.losses import (
     DCL,
     GBCE,
     MSE,
-    Answers,
     Catalogue,
     FullSoftmax,
     InBatch,
@@ -24,6 +23,7 @@ from recsys2stage.retrieval.losses import (
     Mixed,
     Negatives,
     Sampled,
+    Targets,
     Uniform,
     blocks,
 )
@@ -39,9 +39,9 @@ def unit(*shape: int) -> Tensor:
     return nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-def asked(answers: Tensor) -> Answers:
+def asked(targets: Tensor) -> Targets:
     """Each place in a history of its own."""
-    return Answers(items=answers, rows=torch.arange(len(answers)), met=answers[:, None])
+    return Targets(items=targets, rows=torch.arange(len(targets)), window_items=targets[:, None])
 
 
 def catalogue(table: Tensor, counts: Tensor | None = None) -> Catalogue:
@@ -49,18 +49,18 @@ def catalogue(table: Tensor, counts: Tensor | None = None) -> Catalogue:
     return Catalogue(lambda items: table[items], counts, torch.zeros_like(counts))
 
 
-def info_nce(queries: Tensor, answers: Tensor, table: Tensor, log_popularity: Tensor, temperature: float) -> Tensor:
+def info_nce(queries: Tensor, targets: Tensor, table: Tensor, log_popularity: Tensor, temperature: float) -> Tensor:
     """The definition, by rows and columns."""
     total = torch.zeros((), dtype=torch.float64)
-    for i in range(len(answers)):
+    for i in range(len(targets)):
         logits = []
-        for j in range(len(answers)):
-            if j != i and answers[j] == answers[i]:
+        for j in range(len(targets)):
+            if j != i and targets[j] == targets[i]:
                 continue  # the same item is no negative
-            logits.append(queries[i] @ table[answers[j]] / temperature - log_popularity[answers[j]])
-        own = queries[i] @ table[answers[i]] / temperature - log_popularity[answers[i]]
+            logits.append(queries[i] @ table[targets[j]] / temperature - log_popularity[targets[j]])
+        own = queries[i] @ table[targets[i]] / temperature - log_popularity[targets[i]]
         total = total + torch.stack(logits).logsumexp(0) - own
-    return total / len(answers)
+    return total / len(targets)
 
 
 def of_both(loss: Callable[[Tensor, Tensor], Tensor], queries: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,12 +75,12 @@ def of_both(loss: Callable[[Tensor, Tensor], Tensor], queries: Tensor, table: Te
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 @pytest.mark.parametrize(
-    "answers",
+    "targets",
     [[3, 1, 3, 7, 1, 3, 12, 2], [1, 2, 3, 4, 5], [4, 4, 4, 4], [9]],
     ids=["duplicates", "distinct", "one item only", "one place"],
 )
-def test_info_nce_is_its_definition(answers: list[int], temperature: float) -> None:
-    picked = torch.tensor(answers)
+def test_info_nce_is_its_definition(targets: list[int], temperature: float) -> None:
+    picked = torch.tensor(targets)
     queries, table = unit(len(picked), D), unit(V + 1, D)
     counts = torch.randint(0, 90, (V + 1,))
     log_popularity = log_share(counts)
@@ -89,7 +89,7 @@ def test_info_nce_is_its_definition(answers: list[int], temperature: float) -> N
     want = of_both(lambda q, v: info_nce(q, picked, v, log_popularity, temperature), queries, table)
     for ours, defined in zip(got, want, strict=True):
         torch.testing.assert_close(ours, defined, rtol=1e-9, atol=1e-9)
-    if len(set(answers)) > 1:
+    if len(set(targets)) > 1:
         assert got[1].abs().max() > 1e-3, "the comparison must not be of zeros"
 
 
@@ -126,8 +126,8 @@ class Recorded(Negatives):
         super().__init__()
         self.inner, self.drawn = inner, None
 
-    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
-        self.drawn = self.inner(answers, catalogue)
+    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+        self.drawn = self.inner(targets, catalogue)
         return self.drawn
 
 
@@ -157,14 +157,14 @@ FORMS = {
 }
 
 
-def batch() -> tuple[Tensor, Tensor, Answers, Tensor]:
+def batch() -> tuple[Tensor, Tensor, Targets, Tensor]:
     """Queries, item table, answers of histories of 4, 1, 0 and 5 places, and counts."""
     rows = torch.tensor([0] * 4 + [1] + [3] * 5)
     met = torch.randint(1, V + 1, (B, L)) * (torch.arange(L) < torch.tensor([5, 2, 1, 5])[:, None])
     items = torch.cat([met[0, 1:], met[1, 1:2], met[3]])
-    answers = Answers(items, rows, met, ratings=torch.randint(1, 6, (10,)).float())
+    targets = Targets(items, rows, met, ratings=torch.randint(1, 6, (10,)).float())
     queries, table = torch.randn(10, D, dtype=torch.float64), torch.randn(V + 1, D, dtype=torch.float64)
-    return queries, table, answers, torch.randint(0, 90, (V + 1,))
+    return queries, table, targets, torch.randint(0, 90, (V + 1,))
 
 
 def candidates(drawn: Drawn, place: int) -> list[tuple[int, float, float]]:
@@ -176,27 +176,27 @@ def candidates(drawn: Drawn, place: int) -> list[tuple[int, float, float]]:
     return [(int(item), float(draws), float(log)) for item, draws, log in zip(*fields, strict=True)]
 
 
-def reference(loss: Sampled, drawn: Drawn, queries: Tensor, table: Tensor, answers: Answers) -> Tensor:
+def reference(loss: Sampled, drawn: Drawn, queries: Tensor, table: Tensor, targets: Targets) -> Tensor:
     """The loss by rows and candidates."""
     total = torch.zeros((), dtype=torch.float64)
-    for i, right in enumerate(answers.items.tolist()):
+    for i, right in enumerate(targets.items.tolist()):
         score_of = queries[i] @ table.T / loss.temperature
         own = score_of[right]
         left = [(item, draws, log) for item, draws, log in candidates(drawn, i) if item != right]
         if getattr(loss, "same_sequence", False):
-            left = [entry for entry in left if entry[0] not in answers.met[answers.rows[i]].tolist()]
+            left = [entry for entry in left if entry[0] not in targets.window_items[targets.rows[i]].tolist()]
         if getattr(loss, "near", None) is not None:
             cosine = nn.functional.cosine_similarity(table.detach(), table[right].detach(), dim=1).tolist()
             left = [entry for entry in left if cosine[entry[0]] <= loss.near]
         scores = [score_of[item] for item, *_ in left]
         if isinstance(loss, InfoNCE):
             values = [score.item() for score in scores]
-            order = sorted(range(len(left)), key=lambda j: -values[j])[: loss.hard.at(answers.progress)]
+            order = sorted(range(len(left)), key=lambda j: -values[j])[: loss.hard.at(targets.progress)]
             terms = []
             for j in order:
                 _, draws, log_expected = left[j]
                 terms.append(scores[j] + (math.log(draws) - (0 if loss.correct == "none" else log_expected)))
-            a = own - (drawn.answer_log_expected[i] if loss.correct == "both" else 0)
+            a = own - (drawn.target_log_q[i] if loss.correct == "both" else 0)
             if isinstance(loss, DCL):
                 total = total + (torch.stack(terms).logsumexp(0) - a if terms else 0)
             else:
@@ -204,7 +204,7 @@ def reference(loss: Sampled, drawn: Drawn, queries: Tensor, table: Tensor, answe
             continue
         every = [score for score, (_, draws, _) in zip(scores, left, strict=True) for _ in range(round(draws))]
         count, sigmoid = len(every), torch.sigmoid
-        rating = answers.ratings[i].double()
+        rating = targets.ratings[i].double()
         if isinstance(loss, losses.BCE):
             label = 1.0 if loss.max_rating is None else rating / loss.max_rating
             total = total - label * sigmoid(own).log() - (1 - label) * sigmoid(-own).log()
@@ -218,14 +218,14 @@ def reference(loss: Sampled, drawn: Drawn, queries: Tensor, table: Tensor, answe
             total = total - parts / (count + 1)
         else:
             total = total + sum(-sigmoid(own - score).log() / count for score in every)
-    return total / len(answers.items)
+    return total / len(targets.items)
 
 
 def compare(loss: Sampled) -> None:
-    queries, table, answers, counts = batch()
+    queries, table, targets, counts = batch()
     loss.negatives = Recorded(loss.negatives)
-    got = of_both(lambda q, v: loss(q, answers, catalogue(v, counts)), queries, table)
-    want = of_both(lambda q, v: reference(loss, loss.negatives.drawn, q, v, answers), queries, table)
+    got = of_both(lambda q, v: loss(q, targets, catalogue(v, counts)), queries, table)
+    want = of_both(lambda q, v: reference(loss, loss.negatives.drawn, q, v, targets), queries, table)
     for ours, defined in zip(got, want, strict=True):
         torch.testing.assert_close(ours, defined, rtol=1e-9, atol=1e-9)
 
@@ -253,9 +253,9 @@ def every_loss() -> list[Loss]:
 
 
 def test_full_softmax_is_its_definition() -> None:
-    queries, table, answers, _ = batch()
-    got = of_both(lambda q, v: FullSoftmax(0.7)(q, answers, catalogue(v)), queries, table)
-    want = of_both(lambda q, v: nn.functional.cross_entropy(q @ v[1:].T / 0.7, answers.items - 1), queries, table)
+    queries, table, targets, _ = batch()
+    got = of_both(lambda q, v: FullSoftmax(0.7)(q, targets, catalogue(v)), queries, table)
+    want = of_both(lambda q, v: nn.functional.cross_entropy(q @ v[1:].T / 0.7, targets.items - 1), queries, table)
     for ours, defined in zip(got, want, strict=True):
         torch.testing.assert_close(ours, defined, rtol=1e-9, atol=1e-9)
 
@@ -270,11 +270,11 @@ def test_defaults_are_the_published_choices() -> None:
 @pytest.mark.parametrize("form", [InfoNCE, DCL, FullSoftmax, losses.BCE, GBCE, losses.BPR])
 @pytest.mark.parametrize(("similarity", "temperature"), [("cosine", 0.05), ("dot", 1.0)])
 def test_the_temperature_suits_the_similarity(form: Any, similarity: Any, temperature: float) -> None:
-    queries, table, answers = unit(6, D), unit(V + 1, D), asked(torch.tensor([3, 1, 3, 7, 2, 5]))
+    queries, table, targets = unit(6, D), unit(V + 1, D), asked(torch.tensor([3, 1, 3, 7, 2, 5]))
 
     def cost(given: float | None) -> float:
         torch.manual_seed(1)
-        return form(given)(queries, answers, catalogue(table)._replace(similarity=similarity)).item()
+        return form(given)(queries, targets, catalogue(table)._replace(similarity=similarity)).item()
 
     assert cost(None) == cost(temperature)
     assert cost(None) != pytest.approx(cost(0.3))
@@ -283,22 +283,22 @@ def test_the_temperature_suits_the_similarity(form: Any, similarity: Any, temper
 def test_a_bias_does_not_make_items_alike() -> None:
     """Orthogonal items, each with a large bias behind its vector: their cosine is 0, though not with the bias."""
     table = torch.cat([torch.eye(4), torch.full((4, 1), 30.0)], dim=1).double()
-    answers, queries = asked(torch.tensor([1, 2, 3])), unit(3, 5)
+    targets, queries = asked(torch.tensor([1, 2, 3])), unit(3, 5)
     plain, filtered = InfoNCE(), InfoNCE(near=0.9)
     told = catalogue(table)._replace(dim=4)
-    assert filtered(queries, answers, told).item() == pytest.approx(plain(queries, answers, told).item())
-    assert filtered(queries, answers, catalogue(table)).item() == 0, "the bias alone would hide all negatives"
+    assert filtered(queries, targets, told).item() == pytest.approx(plain(queries, targets, told).item())
+    assert filtered(queries, targets, catalogue(table)).item() == 0, "the bias alone would hide all negatives"
 
 
 def test_calibration_ends_at_bce_and_at_the_share_of_negatives() -> None:
     """Petrov & Macdonald 2023, section 5: t = 0 is BCE, t = 1 weighs the answer by N / (V − 1)."""
     queries, table = torch.zeros(1, D, dtype=torch.float64), unit(V + 1, D)
     table[:, 0], queries[0, 0] = torch.arange(V + 1), 1.0  # the score of item j is j
-    answer = asked(torch.tensor([3]))
+    target = asked(torch.tensor([3]))
 
     def cost(t: float) -> tuple[float, float, int]:
         loss = GBCE(calibration=t, negatives=Recorded(Uniform(4)))
-        value = loss(queries, answer, catalogue(table)._replace(similarity="dot")).item()
+        value = loss(queries, target, catalogue(table)._replace(similarity="dot")).item()
         drawn = [item for item, draws, _ in candidates(loss.negatives.drawn, 0) for _ in range(int(draws)) if item != 3]
         return value, sum(math.log1p(math.exp(item)) for item in drawn), len(drawn)
 
@@ -335,9 +335,9 @@ def test_hard_negatives_are_those_of_the_highest_score_before_the_correction(neg
     table = torch.cat([torch.arange(7.0)[:, None] / 10, torch.eye(7)], dim=1).double()
     queries = torch.zeros(6, 8, dtype=torch.float64)
     queries[:, 0] = 1
-    counts, answers = torch.tensor([0, 0, 0, 0, 0, 0, 10_000]), asked(torch.arange(1, 7))
+    counts, targets = torch.tensor([0, 0, 0, 0, 0, 0, 10_000]), asked(torch.arange(1, 7))
     loss = InfoNCE(1.0, negatives, hard=hard)
-    _, gradient, _ = of_both(lambda q, v: loss(q, answers, catalogue(v, counts)), queries, table)
+    _, gradient, _ = of_both(lambda q, v: loss(q, targets, catalogue(v, counts)), queries, table)
     chosen = set((gradient[0, 1:] > 0).nonzero().flatten().tolist())  # by the place whose answer is item 1
     if isinstance(negatives, InBatch):
         assert chosen == set(range(max(2, 7 - hard), 7))
@@ -350,13 +350,13 @@ def test_hard_negatives_are_those_of_the_highest_score_before_the_correction(neg
 def test_where_nothing_is_left_nothing_is_lost() -> None:
     """Every candidate is in the history: finite, no cost but the answer's own, and no gradient."""
     met = torch.arange(1, V + 1)[None]
-    answers = Answers(torch.tensor([2, 5]), torch.tensor([0, 0]), met)
+    targets = Targets(torch.tensor([2, 5]), torch.tensor([0, 0]), met)
     queries, table = unit(2, D), unit(V + 1, D)
     for form in (InfoNCE, DCL):
         for negatives in NEGATIVES.values():
             for filters in ({"same_sequence": True}, {"near": -1.1}, {"near": -1.1, "hard": 2}):
                 loss = form(0.1, negatives(), **filters)
-                results = of_both(lambda q, v, loss=loss: loss(q, answers, catalogue(v)), queries, table)
+                results = of_both(lambda q, v, loss=loss: loss(q, targets, catalogue(v)), queries, table)
                 assert not any(part.any() for part in results)
     same = asked(torch.tensor([4, 4, 4]))._replace(ratings=torch.full((3,), 5.0))
     for form in FORMS.values():
@@ -379,30 +379,30 @@ def test_near_has_no_gradient_and_takes_out_copies() -> None:
 
 def test_the_sampled_softmax_needs_no_correction_of_both() -> None:
     """Uniform draws are all corrected alike: `both` is `none`, and `negatives` weighs the negatives by V / N."""
-    queries, table, answers, counts = batch()
+    queries, table, targets, counts = batch()
     values = {}
     for correct in ("none", "both", "negatives"):
         torch.manual_seed(3)
-        values[correct] = InfoNCE(1.0, Uniform(5), correct)(queries, answers, catalogue(table, counts)).item()
+        values[correct] = InfoNCE(1.0, Uniform(5), correct)(queries, targets, catalogue(table, counts)).item()
     assert values["none"] == pytest.approx(values["both"], rel=1e-12)
     assert values["negatives"] > values["none"] + 0.1
 
 
 def test_the_same_seed_gives_the_same_loss() -> None:
-    queries, table, answers, counts = batch()
+    queries, table, targets, counts = batch()
 
     def once(loss: Loss) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
-        return of_both(lambda q, v: loss(q, answers, catalogue(v, counts)), queries, table)
+        return of_both(lambda q, v: loss(q, targets, catalogue(v, counts)), queries, table)
 
     for loss, again in zip(every_loss(), every_loss(), strict=True):
         assert all(torch.equal(one, other) for one, other in zip(once(loss), once(again), strict=True))
 
 
 def test_other_draws_give_another_loss() -> None:
-    queries, table, answers, counts = batch()
+    queries, table, targets, counts = batch()
     loss = GBCE(negatives=Uniform(3))
-    assert loss(queries, answers, catalogue(table, counts)) != loss(queries, answers, catalogue(table, counts))
+    assert loss(queries, targets, catalogue(table, counts)) != loss(queries, targets, catalogue(table, counts))
 
 
 # --- ratings
@@ -416,9 +416,9 @@ def test_without_ratings_they_say_so() -> None:
 
 @pytest.mark.parametrize("rating", [-1.0, 5.5])
 def test_a_rating_that_makes_no_label_is_refused(rating: float) -> None:
-    answers = asked(torch.tensor([1, 2]))._replace(ratings=torch.tensor([5.0, rating]))
+    targets = asked(torch.tensor([1, 2]))._replace(ratings=torch.tensor([5.0, rating]))
     with pytest.raises(ValueError, match=rf"rated {rating:g}, expected 0 to max_rating 5"):
-        losses.BCE(max_rating=5.0)(unit(2, D), answers, catalogue(unit(V + 1, D)))
+        losses.BCE(max_rating=5.0)(unit(2, D), targets, catalogue(unit(V + 1, D)))
 
 
 @pytest.mark.parametrize(
@@ -441,12 +441,12 @@ def test_options_out_of_range_are_refused(make: Callable[[], Loss], message: str
 @pytest.mark.parametrize("dense", [0, blocks.DENSE])
 @pytest.mark.parametrize("budget", [1, 60])
 def test_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch, budget: int, dense: int) -> None:
-    queries, table, answers, counts = batch()
+    queries, table, targets, counts = batch()
 
     def results() -> list[tuple[Tensor, ...]]:
         torch.manual_seed(1)
         return [
-            of_both(lambda q, v, loss=loss: loss(q, answers, catalogue(v, counts)), queries, table)
+            of_both(lambda q, v, loss=loss: loss(q, targets, catalogue(v, counts)), queries, table)
             for loss in every_loss()
         ]
 
@@ -461,19 +461,19 @@ def test_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch, budget: int, dens
 @pytest.mark.parametrize("negatives", [InBatch(), Uniform(3, "batch")])
 def test_it_passes_gradcheck(negatives: Negatives) -> None:
     queries, table, _, counts = batch()
-    answers = asked(torch.tensor([3, 1, 3]))
+    targets = asked(torch.tensor([3, 1, 3]))
 
     def loss(q: Tensor, v: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return InfoNCE(1.0, negatives)(q, answers, catalogue(v, counts))
+        return InfoNCE(1.0, negatives)(q, targets, catalogue(v, counts))
 
     assert torch.autograd.gradcheck(loss, (queries[:3].requires_grad_(), table.requires_grad_()))
 
 
 def test_the_gradient_is_scaled_by_what_follows() -> None:
-    queries, table, answers, counts = batch()
-    once = of_both(lambda q, v: InfoNCE()(q, answers, catalogue(v, counts)), queries, table)
-    thrice = of_both(lambda q, v: 3 * InfoNCE()(q, answers, catalogue(v, counts)), queries, table)
+    queries, table, targets, counts = batch()
+    once = of_both(lambda q, v: InfoNCE()(q, targets, catalogue(v, counts)), queries, table)
+    thrice = of_both(lambda q, v: 3 * InfoNCE()(q, targets, catalogue(v, counts)), queries, table)
     torch.testing.assert_close(thrice[1], 3 * once[1])
     torch.testing.assert_close(thrice[2], 3 * once[2])
 
@@ -481,13 +481,13 @@ def test_the_gradient_is_scaled_by_what_follows() -> None:
 @pytest.mark.parametrize("make", [InfoNCE, DCL, FullSoftmax, GBCE, losses.BPR])
 def test_bf16_autocast_does_not_round_it(make: Callable[[], Loss]) -> None:
     """The products are rough, sums and gradients are kept in float32."""
-    answers, table, queries = torch.randint(1, V + 1, (200,)), unit(V + 1, D).float(), unit(200, D).float()
+    targets, table, queries = torch.randint(1, V + 1, (200,)), unit(V + 1, D).float(), unit(200, D).float()
 
     def result(rough: bool) -> tuple[Tensor, ...]:
         def loss(q: Tensor, v: Tensor) -> Tensor:
             torch.manual_seed(1)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rough):
-                return make()(q, asked(answers), catalogue(v))
+                return make()(q, asked(targets), catalogue(v))
 
         return of_both(loss, queries, table)
 
@@ -497,11 +497,11 @@ def test_bf16_autocast_does_not_round_it(make: Callable[[], Loss]) -> None:
 
 
 def test_large_logits_do_not_overflow() -> None:
-    queries, table, answers, counts = batch()
+    queries, table, targets, counts = batch()
     for loss in every_loss():
         if not isinstance(loss, MSE):  # whose square is large
             results = of_both(
-                lambda q, v, loss=loss: loss(q, answers, catalogue(v, counts)), 1e4 * queries.float(), table.float()
+                lambda q, v, loss=loss: loss(q, targets, catalogue(v, counts)), 1e4 * queries.float(), table.float()
             )
             assert all(part.isfinite().all() for part in results)
 
@@ -514,7 +514,7 @@ def test_without_rows_it_says_so() -> None:
 
 def test_a_vector_is_computed_once_for_each_distinct_item() -> None:
     """An item tower is dear: who is drawn often, or in many sets, is asked for once."""
-    queries, table, answers, counts = batch()
+    queries, table, targets, counts = batch()
     for name, negatives in NEGATIVES.items():
         wanted: list[Tensor] = []
 
@@ -523,9 +523,9 @@ def test_a_vector_is_computed_once_for_each_distinct_item() -> None:
             return table[items]
 
         loss = InfoNCE(negatives=Recorded(negatives()))
-        loss(queries, answers, Catalogue(vectors, counts, torch.zeros_like(counts)))
+        loss(queries, targets, Catalogue(vectors, counts, torch.zeros_like(counts)))
         assert len(wanted) == 1, name
-        assert wanted[0].tolist() == sorted({*loss.negatives.drawn.items.flatten().tolist(), *answers.items.tolist()})
+        assert wanted[0].tolist() == sorted({*loss.negatives.drawn.items.flatten().tolist(), *targets.items.tolist()})
 
 
 class Largest(TorchDispatchMode):
@@ -549,7 +549,7 @@ def test_the_scores_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch, den
     rows, items, width, budget = 120, 60, 16, 1 << 9
     monkeypatch.setattr(blocks, "BLOCK", budget)
     monkeypatch.setattr(blocks, "DENSE", dense)
-    answers = Answers(
+    targets = Targets(
         torch.arange(rows) % items + 1,
         torch.arange(rows) // 30,
         torch.arange(rows).view(4, 30) % items + 1,
@@ -558,16 +558,16 @@ def test_the_scores_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch, den
     queries, table = unit(rows, width).requires_grad_(), unit(items + 1, width).requires_grad_()
     for loss in every_loss():
         with Largest() as largest:
-            loss(queries, answers, catalogue(table)).backward()
+            loss(queries, targets, catalogue(table)).backward()
         # as large as the gradients, or as the draws
         assert largest.numel <= max(budget, rows * width, rows * 9, items * width)
         assert largest.numel < min(rows * items, rows * 9 * width)
 
 
 def test_a_large_budget_takes_all_rows_at_once() -> None:
-    answers = torch.arange(300) % 100 + 1
+    targets = torch.arange(300) % 100 + 1
     with Largest() as largest:
-        InfoNCE()(unit(300, 4), asked(answers), catalogue(unit(101, 4)))
+        InfoNCE()(unit(300, 4), asked(targets), catalogue(unit(101, 4)))
     assert largest.numel == 300 * 100, "equal columns are merged"
 
 
@@ -586,7 +586,7 @@ def window(length: int, padding: int) -> History:
 
 def test_next_item_asks_every_event_but_the_first() -> None:
     question = NextItem()(window(7, padding=0))
-    assert question.answers.tolist() == [2, 3, 4, 5, 7, 2, 9]
+    assert question.targets.tolist() == [2, 3, 4, 5, 7, 2, 9]
     assert question.places.sum(1).tolist() == [4, 2, 1] == question.history.lengths.tolist()
     assert question.history.items.shape == (3, 6)
     asked_from = question.history.items[question.places]

@@ -58,7 +58,7 @@ def mamba4rec(row: Row, weights: Weights) -> Places:
     if "position.table" in weights:
         xs = [x + weights["position.table"][place] for place, x in enumerate(xs)]
     if "time.vectors.weight" in weights:
-        gaps = [asked - happened for asked, happened in zip(row.asked, row.times, strict=True)]
+        gaps = [asked - happened for asked, happened in zip(row.target_action, row.times, strict=True)]
         xs = [x + weights["time.vectors.weight"][int(math.log2(1 + gap))] for x, gap in zip(xs, gaps, strict=True)]
     xs = [norm(x, weights, "norm", eps=1e-12) for x in xs]
     layer = 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.retrieval.losses import Answers, Catalogue, InBatch, InfoNCE, Mixed, Negatives
+from recsys2stage.retrieval.losses import Catalogue, InBatch, InfoNCE, Mixed, Negatives, Targets
 from recsys2stage.retrieval.losses.negatives import Drawn
 
 V, ANSWER, BATCHES = 30, 20, 2000
@@ -19,18 +19,18 @@ class Side(Negatives):
         super().__init__()
         self.inner, self.others = inner, others
 
-    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
-        rows = len(answers.items)
+    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+        rows = len(targets.items)
         draws, log_expected = torch.zeros(2, rows, V, dtype=torch.float64)
         own = torch.zeros(rows, dtype=torch.float64)
         items = 1 + torch.multinomial(P, rows * self.others, replacement=True).view(rows, self.others)
         for row in range(rows):
-            batch = torch.cat([answers.items[row, None], items[row]])
+            batch = torch.cat([targets.items[row, None], items[row]])
             places = torch.arange(len(batch))
-            drawn = self.inner(Answers(batch, places, batch[:, None]), catalogue)
+            drawn = self.inner(Targets(batch, places, batch[:, None]), catalogue)
             column = drawn.items[0] - 1
             draws[row, column], log_expected[row, column] = drawn.draws[0], drawn.log_expected[0]
-            own[row] = drawn.answer_log_expected[0]
+            own[row] = drawn.target_log_q[0]
         self.draws = draws
         return Drawn(torch.arange(1, V + 1).expand(rows, V), draws, log_expected, own, None)
 
@@ -42,10 +42,10 @@ def bias(inner: Negatives, share: float, others: int, correct: str, scores: Tens
     remains has a standard deviation of the order of the bias.
     """
     queries = scores.expand(BATCHES, V).clone().requires_grad_()
-    answers = Answers(torch.full((BATCHES,), ANSWER), torch.arange(BATCHES), torch.full((BATCHES, 1), ANSWER))
+    targets = Targets(torch.full((BATCHES,), ANSWER), torch.arange(BATCHES), torch.full((BATCHES, 1), ANSWER))
     table = torch.cat([torch.zeros(1, V), torch.eye(V)]).double()  # the score of item j is coordinate j
     side = Side(inner, others)
-    InfoNCE(1.0, side, correct)(queries, answers, Catalogue(lambda items: table[items], COUNTS, 0 * COUNTS)).backward()
+    InfoNCE(1.0, side, correct)(queries, targets, Catalogue(lambda items: table[items], COUNTS, 0 * COUNTS)).backward()
     assert queries.grad is not None
     full = scores.softmax(0) - torch.eye(V)[ANSWER - 1]
     surplus = side.draws / (others * (P + share / (1 - share) / V)) - 1

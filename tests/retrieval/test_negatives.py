@@ -11,13 +11,13 @@ from torch import Tensor
 from recsys2stage.retrieval.losses import (
     DCL,
     GBCE,
-    Answers,
     Catalogue,
     InBatch,
     InfoNCE,
     Loss,
     Mixed,
     Negatives,
+    Targets,
     Uniform,
 )
 from recsys2stage.retrieval.losses.negatives import Drawn, log_share
@@ -28,10 +28,10 @@ COUNTS = torch.tensor([99, 0, 1, 3, 7, 15, 31])  # what padding counts must not 
 DAY = 86_400
 
 
-def answers(items: list[int], rows: list[int] | None = None, progress: float = 0.0) -> Answers:
+def targets(items: list[int], rows: list[int] | None = None, progress: float = 0.0) -> Targets:
     rows = list(range(len(items))) if rows is None else rows
     met = torch.zeros(max(rows, default=0) + 2, 3, dtype=torch.int64)  # the last history has no place
-    return Answers(torch.tensor(items), torch.tensor(rows), met, progress=progress)
+    return Targets(torch.tensor(items), torch.tensor(rows), met, progress=progress)
 
 
 def catalogue(last_times: Tensor | None = None) -> Catalogue:
@@ -39,7 +39,7 @@ def catalogue(last_times: Tensor | None = None) -> Catalogue:
     return Catalogue(lambda items: torch.zeros(len(items), 2), COUNTS, last_times)
 
 
-def drawn(negatives: Negatives, places: Answers, last_times: Tensor | None = None) -> Drawn:
+def drawn(negatives: Negatives, places: Targets, last_times: Tensor | None = None) -> Drawn:
     return negatives(places, catalogue(last_times))
 
 
@@ -55,13 +55,13 @@ def test_popularity_is_a_power_of_one_more_than_the_count(alpha: float) -> None:
 
 
 def test_other_answers_are_merged_with_their_numbers() -> None:
-    places = answers([5, 2, 5, 3, 5])
+    places = targets([5, 2, 5, 3, 5])
     got = drawn(InBatch(), places)
     assert (got.items.tolist(), got.draws.tolist()) == ([[2, 3, 5]], [[1, 1, 3]])
     share = [(int(count) + 1) / sum(int(count) + 1 for count in COUNTS[1:]) for count in COUNTS]
     assert got.log_expected[0].exp().tolist() == pytest.approx([4 * share[item] for item in (2, 3, 5)])
-    assert got.answer_log_expected.exp().tolist() == pytest.approx([4 * share[item] for item in (5, 2, 5, 3, 5)])
-    assert drawn(InBatch(), answers([4])).log_expected.isfinite().all(), "a place alone has no draws and no log 0"
+    assert got.target_log_q.exp().tolist() == pytest.approx([4 * share[item] for item in (5, 2, 5, 3, 5)])
+    assert drawn(InBatch(), targets([4])).log_expected.isfinite().all(), "a place alone has no draws and no log 0"
 
 
 # --- uniform
@@ -69,18 +69,18 @@ def test_other_answers_are_merged_with_their_numbers() -> None:
 
 @pytest.mark.parametrize(("per", "sets"), [("event", 5), ("sequence", 4), ("batch", 1)])
 def test_each_place_has_the_set_it_is_promised(per: Any, sets: int) -> None:
-    got = drawn(Uniform(3, per), answers([5, 2, 5, 3, 5], rows=[0, 0, 1, 1, 2]))
+    got = drawn(Uniform(3, per), targets([5, 2, 5, 3, 5], rows=[0, 0, 1, 1, 2]))
     assert len(got.items) == sets
     assert got.draws.sum(1).tolist() == [3] * sets
     assert torch.allclose(got.log_expected, torch.tensor(3 / V).double().log())
-    assert torch.allclose(got.answer_log_expected, torch.tensor(3 / V).double().log())
+    assert torch.allclose(got.target_log_q, torch.tensor(3 / V).double().log())
     starts = None if got.starts is None else got.starts.tolist()
     assert starts == {"event": None, "sequence": [0, 2, 4, 5, 5], "batch": [0, 5]}[per]
 
 
 @pytest.mark.parametrize("per", ["event", "sequence", "batch"])
 def test_every_item_is_drawn_alike_and_padding_never(per: Any) -> None:
-    got = drawn(Uniform(3000, per), answers([1] * 4))
+    got = drawn(Uniform(3000, per), targets([1] * 4))
     often = torch.zeros(V + 1, dtype=torch.float64).index_add_(0, got.items.flatten(), got.draws.flatten())
     often /= often.sum()
     assert often[0] == 0
@@ -88,12 +88,12 @@ def test_every_item_is_drawn_alike_and_padding_never(per: Any) -> None:
 
 
 def test_one_set_for_all_places_holds_each_item_once_and_in_order() -> None:
-    one_history = answers([1, 2], rows=[0, 0])._replace(met=torch.ones(1, 3, dtype=torch.int64))
+    one_history = targets([1, 2], rows=[0, 0])._replace(window_items=torch.ones(1, 3, dtype=torch.int64))
     for negatives, places in (
-        (Uniform(50, "batch"), answers([1, 2])),
+        (Uniform(50, "batch"), targets([1, 2])),
         (Uniform(50, "sequence"), one_history),
-        (Uniform(50), answers([1])),
-        (Mixed(share=0.9), answers([1] * 9)),
+        (Uniform(50), targets([1])),
+        (Mixed(share=0.9), targets([1] * 9)),
     ):
         got = drawn(negatives, places)
         assert got.items.tolist() == [list(range(1, V + 1))]
@@ -101,24 +101,24 @@ def test_one_set_for_all_places_holds_each_item_once_and_in_order() -> None:
 
 
 def test_without_a_count_there_are_as_many_as_places() -> None:
-    assert drawn(Uniform(None, "batch"), answers([1] * 17)).draws.sum() == 17
+    assert drawn(Uniform(None, "batch"), targets([1] * 17)).draws.sum() == 17
 
 
 def test_only_active_items_are_drawn() -> None:
     newest = torch.tensor([0, 1, 9, 10, 11, 12, 0]) * DAY
-    got = drawn(Uniform(200, "batch", active_after="1970-01-11"), answers([1]), newest)  # which is day 10
+    got = drawn(Uniform(200, "batch", active_after="1970-01-11"), targets([1]), newest)  # which is day 10
     assert got.items.tolist() == [[4, 5]]
     assert torch.allclose(got.log_expected.exp(), torch.tensor(100.0).double())
-    later = drawn(Uniform(200, "batch", active_after="1970-01-12T01:00:00+02:00"), answers([1]), newest)
+    later = drawn(Uniform(200, "batch", active_after="1970-01-12T01:00:00+02:00"), targets([1]), newest)
     assert later.items.tolist() == [[4, 5]], "one o'clock in Helsinki is the evening before in UTC"
-    mixed = drawn(Mixed(Uniform(None, "batch", active_after="1970-01-11")), answers([1] * 50), newest)
+    mixed = drawn(Mixed(Uniform(None, "batch", active_after="1970-01-11")), targets([1] * 50), newest)
     assert mixed.items.tolist() == [[1, 4, 5]]
 
 
 def test_a_date_after_all_data_or_no_date_is_refused() -> None:
     newest = torch.tensor([0, 1, 9, 10, 11, 12, 0]) * DAY
     with pytest.raises(ValueError, match=r"active_after is 1970-01-14, .* newest is of 1970-01-13 00:00:00 UTC"):
-        drawn(Uniform(active_after="1970-01-14"), answers([1]), newest)
+        drawn(Uniform(active_after="1970-01-14"), targets([1]), newest)
     with pytest.raises(ValueError, match="active_after is 'May', expected an ISO date"):
         Uniform(active_after="May")
 
@@ -146,18 +146,18 @@ def test_a_mixture_expects_what_both_sources_give() -> None:
     """9 places, share 0.75: 8 other answers and 24 draws of the pool, which holds items 4 and 5."""
     newest = torch.tensor([0, 1, 1, 1, 2, 2, 1]) * DAY
     negatives = Mixed(Uniform(None, "batch", active_after="1970-01-02T12:00"), share=0.75, alpha=0.5)
-    got = drawn(negatives, answers([1, 1, 4, 6, 6, 6, 6, 6, 2]), newest)
+    got = drawn(negatives, targets([1, 1, 4, 6, 6, 6, 6, 6, 2]), newest)
     weight = [0.0, *((int(count) + 1) ** 0.5 for count in COUNTS[1:])]
     expected = {item: 8 * weight[item] / sum(weight) + 24 * (item in (4, 5)) / 2 for item in range(1, V + 1)}
     assert got.items.tolist() == [[1, 2, 4, 5, 6]]
     assert got.log_expected[0].exp().tolist() == pytest.approx([expected[item] for item in (1, 2, 4, 5, 6)])
-    assert got.answer_log_expected[3].exp().item() == pytest.approx(expected[6])
+    assert got.target_log_q[3].exp().item() == pytest.approx(expected[6])
     assert got.draws.sum() == 9 + 24
     assert (got.draws[0, 0], got.draws[0, 1], got.draws[0, 4]) == (2, 1, 5)
 
 
 def test_a_share_of_nothing_is_in_batch() -> None:
-    places = answers([5, 2, 5, 3, 5])
+    places = targets([5, 2, 5, 3, 5])
     for ours, other in zip(drawn(Mixed(share=0.0), places), drawn(InBatch(), places), strict=True):
         torch.testing.assert_close(ours, other)
 
@@ -170,7 +170,7 @@ def test_expected_draws_are_what_draws_come_to_on_average() -> None:
         expected = torch.zeros(V + 1, dtype=torch.float64)
         for _ in range(400):
             items = torch.multinomial(share, 50, replacement=True).tolist()
-            got = drawn(negatives, answers(items))
+            got = drawn(negatives, targets(items))
             total.index_add_(0, got.items[0], got.draws[0])
             expected[got.items[0]] = got.log_expected[0].exp()
             if not isinstance(negatives, Uniform):
@@ -200,7 +200,7 @@ def test_points_that_are_no_steps_are_refused(points: list[tuple[float, int | No
 
 def test_the_share_follows_the_run() -> None:
     negatives = Mixed(share=[(0.0, 0.5), (0.6, 0.2)])
-    numbers = [int(drawn(negatives, answers([1] * 21, progress=p)).draws.sum()) for p in (0.0, 0.59, 0.6, 1.0)]
+    numbers = [int(drawn(negatives, targets([1] * 21, progress=p)).draws.sum()) for p in (0.0, 0.59, 0.6, 1.0)]
     assert numbers == [41, 41, 26, 26]
 
 

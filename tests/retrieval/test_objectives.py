@@ -13,7 +13,7 @@ from recsys2stage.data.options import RequestTime
 from recsys2stage.retrieval.encoders import BERT4Rec, Encoder, Transformer
 from recsys2stage.retrieval.objectives import Cloze, NextItem, Objective
 from recsys2stage.retrieval.retriever import Retriever
-from recsys2stage.retrieval.towers import asked_after
+from recsys2stage.retrieval.towers import target_action_after
 from recsys2stage.shapes import History
 
 MODES: list[RequestTime] = ["none", "last_event", "target"]
@@ -105,7 +105,7 @@ def test_what_is_hidden_is_the_answer_and_cannot_be_seen(mode: RequestTime) -> N
     kept = copied(given)
     question = Cloze(0.4)(given)
     assert same(given, kept), "the window must be left as it was"
-    assert torch.equal(question.answers, given.items[question.places])
+    assert torch.equal(question.targets, given.items[question.places])
     assert (question.history.items[question.places] == MASK).all()
     assert torch.equal(question.history.items[~question.places], given.items[~question.places])
     assert torch.equal(question.history.lengths, given.lengths)
@@ -123,7 +123,7 @@ def test_a_question_does_not_depend_on_its_answers(mode: RequestTime) -> None:
     asked = Cloze(0.4)(other)
     assert same(asked.history, question.history)
     assert torch.equal(asked.places, question.places)
-    assert torch.equal(asked.answers, question.answers + 50)
+    assert torch.equal(asked.targets, question.targets + 50)
 
 
 @every_mode
@@ -158,7 +158,7 @@ def test_training_asks_for_the_newest_as_serving_does(mode: RequestTime) -> None
     rows, last = torch.arange(len(given.lengths)), given.lengths - 1
     before = real_places(given) & (torch.arange(given.items.size(1)) < last[:, None])
     padded = Padded(*((part * before).numpy() for part in (given.items, given.times)), last.numpy())
-    served = asked_after(as_history(padded, mode, given.times[rows, last].numpy()))
+    served = target_action_after(as_history(padded, mode, given.times[rows, last].numpy()))
     real = real_places(given)
     assert torch.equal(served.lengths, question.history.lengths)
     assert torch.equal(served.items[:, :-1][real], question.history.items[real])
@@ -173,7 +173,7 @@ def test_the_next_item_is_asked_for_at_every_place_but_the_newest(mode: RequestT
     given = window(mode, rows=20)
     question = NextItem()(given)
     wanted = [item for row, length in enumerate(given.lengths) for item in given.items[row, 1:length].tolist()]
-    assert question.answers.tolist() == wanted
+    assert question.targets.tolist() == wanted
     assert torch.equal(question.places, real_places(question.history))
     assert torch.equal(question.history.lengths, given.lengths - 1)
     for row, length in enumerate(given.lengths.tolist()):

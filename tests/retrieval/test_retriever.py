@@ -18,7 +18,7 @@ from lightning import Trainer
 from recsys2stage.cli.main import main
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.metrics import metrics_of
+from recsys2stage.metrics import compute_metrics
 from recsys2stage.optim import RecsysAdamW, with_schedule
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.encoders.times import Calendar
@@ -87,7 +87,7 @@ def test_metrics_are_those_of_a_naive_full_ranking(split: str, world: str, reque
     model = model_for(data).eval()
     trainer = Trainer(**QUIET)
     [got] = (trainer.validate if split == "val" else trainer.test)(model, data, verbose=False)
-    values = metrics_of(naive_ranks(model, data, split))
+    values = compute_metrics(naive_ranks(model, data, split))
     for name in ("hr@10", "ndcg@10", "mrr", "ndcg@200"):
         assert got[f"{split}/{name}"] == pytest.approx(values[name].mean(), rel=1e-5), name
     assert 0 < got[f"{split}/mrr"] < 1
@@ -99,7 +99,7 @@ def test_known_items_are_filtered(cycle: Path, monkeypatch: pytest.MonkeyPatch) 
     model = model_for(data, dim=data.num_items).eval()
     [batch] = data.val_dataloader()
     scores = torch.zeros(len(batch.users), data.num_items)
-    scores[batch.known_rows, batch.known_items - 1] = 1.0
+    scores[batch.excluded_rows, batch.excluded_items - 1] = 1.0
     scores[torch.arange(len(scores)), batch.target - 1] = 0.5  # below all known, above all unknown
     monkeypatch.setattr(model.towers, "queries", lambda history: scores)
     monkeypatch.setattr(model.towers, "every_item", lambda: torch.eye(data.num_items))
@@ -177,7 +177,7 @@ def test_a_checkpoint_stands_alone(fit: Fit, cycle: Path, tmp_path: Path) -> Non
     assert len(model.towers.encoder.blocks) == 1
     assert model.hparams["request_time"] == "none"
     ranks = naive_ranks(model.eval(), Histories(cycle, max_length=12), "val")
-    assert metrics_of(ranks)["ndcg@10"].mean() == pytest.approx(fit.manifest["best"], abs=1e-4)
+    assert compute_metrics(ranks)["ndcg@10"].mean() == pytest.approx(fit.manifest["best"], abs=1e-4)
 
 
 def test_recsys_validate_measures_the_best(fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -347,9 +347,9 @@ def test_schedules_go_by_the_share_of_the_planned_steps(cycle: Path) -> None:
     seen: list[float] = []
 
     class Watching(InfoNCE):
-        def forward(self, queries: Any, answers: Any, catalogue: Any) -> Any:
-            seen.append(answers.progress)
-            return super().forward(queries, answers, catalogue)
+        def forward(self, queries: Any, targets: Any, catalogue: Any) -> Any:
+            seen.append(targets.progress)
+            return super().forward(queries, targets, catalogue)
 
     trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(model_for(data, loss=Watching(hard=[(0.0, None), (0.5, 4)])), data)

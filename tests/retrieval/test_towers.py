@@ -16,8 +16,8 @@ from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
 from recsys2stage.retrieval.encoders.times import Calendar, LogBuckets
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.index import Exact
-from recsys2stage.retrieval.losses import Answers, Catalogue, InfoNCE
-from recsys2stage.retrieval.towers import TwoTower, asked_after, unit
+from recsys2stage.retrieval.losses import Catalogue, InfoNCE, Targets
+from recsys2stage.retrieval.towers import TwoTower, target_action_after, unit
 from recsys2stage.shapes import History
 
 V, L, D = 12, 6, 8
@@ -51,7 +51,7 @@ def histories(mode: RequestTime = "none", asked: int = 0) -> History:
 @pytest.mark.parametrize("mode", ["none", "last_event", "target"])
 def test_a_question_is_one_hidden_event_more(mode: RequestTime) -> None:
     given = histories(mode)
-    asked = asked_after(given)
+    asked = target_action_after(given)
     assert asked.items.shape == (len(LENGTHS), L + 1)
     assert asked.lengths.tolist() == [length + 1 for length in LENGTHS]
     for row, length in enumerate(LENGTHS):
@@ -83,7 +83,7 @@ def test_a_question_is_one_hidden_event_more(mode: RequestTime) -> None:
 def test_a_query_knows_the_request_time_only_when_told(mode: RequestTime, time: Any, moves: bool) -> None:
     built = towers(partial(BERT4Rec, time=time))
     with torch.no_grad():
-        early, late = (built.queries(histories(mode, asked=wait)) for wait in (0, 12_345_678))
+        early, late = (built.queries(histories(mode, target_action=wait)) for wait in (0, 12_345_678))
     apart = (early - late).abs().amax(1)
     if not moves:
         assert torch.equal(early, late)
@@ -230,9 +230,9 @@ def test_biases_start_at_zero_and_learn_but_that_of_padding() -> None:
     assert built.bias is not None
     assert not built.bias.weight.any()
     queries, items = built.compared(built(histories())[:, 0]), torch.tensor([1, 2, 3, 4, 5])
-    answers = Answers(items, rows=torch.arange(5), met=items[:, None])
+    targets = Targets(items, rows=torch.arange(5), window_items=items[:, None])
     zeros = torch.zeros(V + 1, dtype=torch.int64)
-    InfoNCE()(queries, answers, Catalogue(built.item_vectors, zeros, zeros)).backward()
+    InfoNCE()(queries, targets, Catalogue(built.item_vectors, zeros, zeros)).backward()
     assert built.bias.weight.grad is not None
     assert (built.bias.weight.grad[1:6] != 0).all()
     assert not built.bias.weight.grad[[0, *range(6, V + 1)]].any()

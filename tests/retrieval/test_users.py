@@ -49,7 +49,7 @@ def tower(**options: Any) -> UserTower:
     """In evaluation mode, with weights as after some training."""
     built = UserTower(D, FEATURES, **options)
     arrays = zip(FEATURES, people(), strict=True)
-    built.look_up([{**feature, "values": values.numpy()} for feature, values in arrays])
+    built.load_item_tables([{**feature, "values": values.numpy()} for feature, values in arrays])
     with torch.no_grad():
         for weight in built.parameters():
             weight += 0.5 * torch.randn_like(weight)

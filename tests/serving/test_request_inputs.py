@@ -27,7 +27,7 @@ from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.ranking.signals import Demographics
 from recsys2stage.recommender import Recommender
-from recsys2stage.serving.requests import FileUsers
+from recsys2stage.serving.requests import FileRequests
 
 NEWEST = 10**9 + 2 * 86_400  # seconds of the newest event of the served log
 EACH = {"side": "on", "age": 33}  # features of some user
@@ -98,7 +98,7 @@ def test_features_are_encoded_as_when_the_data_were_prepared(described: Dataset)
         {"zip": 7.0, "likes": [], "age": np.float32(20)},
         {"zip": float("nan"), "age": float("nan")},
     ]
-    encoded, prepared = encode_users(specs, rows, "here"), described.people(np.arange(5))
+    encoded, prepared = encode_users(specs, rows, "here"), described.user_values(np.arange(5))
     for one, other in zip(encoded, prepared, strict=True):
         assert one.dtype == other.dtype
         assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
@@ -214,7 +214,7 @@ def test_files_that_say_nothing_or_two_things_of_a_user(
 ) -> None:
     path = tmp_path / "new.csv"
     path.write_text(f"user_id,item_id,time\n1,5,{10**9}\n")
-    padded, _ = FileUsers(path, recommender).read(slice(0, 1))
+    padded, _ = FileRequests(path, recommender).read(slice(0, 1))
     assert padded.user is None
     assert [record.getMessage().split("new.csv ")[1][:18] for record in caplog.records] == [
         "has no column side",
@@ -222,7 +222,7 @@ def test_files_that_say_nothing_or_two_things_of_a_user(
     ]
     path.write_text(f"user_id,item_id,time,side,age\n1,5,{10**9},on,20\n1,6,{10**9},back,20\n")
     with pytest.raises(ValueError, match="two values of side for one user, 'on' and 'back'; leave one"):
-        FileUsers(path, recommender)
+        FileRequests(path, recommender)
 
 
 def test_a_signal_of_user_features_says_the_same_in_python(described: Dataset) -> None:
@@ -361,7 +361,7 @@ def test_the_request_time_of_a_file_is_that_of_all_its_users(
     """Whoever is chosen of them."""
     log.write_csv(tmp_path / "h.csv")
     early = log.group_by("user_id").agg(pl.col("time").max()).filter(pl.col("time") < NEWEST)["user_id"][0]
-    people = FileUsers(tmp_path / "h.csv", recommender, [str(early)])
+    people = FileRequests(tmp_path / "h.csv", recommender, [str(early)])
     assert people.newest == NEWEST
     assert people.last_times.tolist() == [log.filter(pl.col("user_id") == early)["time"].max()]
 
@@ -373,13 +373,13 @@ def test_the_request_time_of_a_file_is_that_of_all_its_users(
 def test_times_of_a_file_are_checked(recommender: Recommender, tmp_path: Path, time: int, message: str) -> None:
     (tmp_path / "h.csv").write_text(f"user_id,item_id,time\n1,5,{10**9}\n1,6,{time}\n")
     with pytest.raises(ValueError, match=message):
-        FileUsers(tmp_path / "h.csv", recommender)
+        FileRequests(tmp_path / "h.csv", recommender)
 
 
 def test_rows_of_a_file_are_sorted_by_time(recommender: Recommender, tmp_path: Path) -> None:
     now = 10**9
     (tmp_path / "h.csv").write_text(f"user_id,item_id,time\n1,5,{now + 9}\n1,6,{now}\n1,7,{now + 9}\n")
-    padded, _ = FileUsers(tmp_path / "h.csv", recommender).read(slice(0, 1))
+    padded, _ = FileRequests(tmp_path / "h.csv", recommender).read(slice(0, 1))
     assert [recommender.catalogue.items["item_id"][item - 1] for item in padded.items[0].tolist()] == [6, 5, 7]
     assert padded.times[0].tolist() == [now, now + 9, now + 9]
 

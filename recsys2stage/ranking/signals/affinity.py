@@ -90,30 +90,30 @@ class Affinity(Signal):
 
     def _of_classes(self, number: int, requests: Requests, weights: np.ndarray) -> np.ndarray:
         classes = np.asarray(self.tables[f"classes{number}"])
-        seen, asked = classes[requests.history.items], classes[requests.items]  # (B, L, P), (B, C, P)
-        tallies = tally(seen, weights, asked)
+        seen, target_action = classes[requests.history.items], classes[requests.items]  # (B, L, P), (B, C, P)
+        tallies = tally(seen, weights, target_action)
         usual = np.asarray(self.tables[f"shares{number}"])[requests.items]
         usual = np.where(usual > 0, usual, 1)  # where no class is known; the lift is left out below
         total = weights[:2].sum(2)[:, :, None]
         lifts = np.log((tallies[:2] + self.smoothing * usual) / ((total + self.smoothing) * usual))
-        own = (asked != UNKNOWN).sum(2)
+        own = (target_action != UNKNOWN).sum(2)
         newest = ((seen != UNKNOWN).sum(2) * weights[2]).sum(1)[:, None]
         overlap = tallies[2] / (own + newest - tallies[2]).clip(min=1)
         return np.concatenate([np.where(own > 0, lifts, 0), overlap[None]])
 
     def _of_numbers(self, number: int, requests: Requests, place: np.ndarray) -> np.ndarray:
         values = np.asarray(self.tables[f"values{number}"])
-        seen, asked = values[requests.history.items].astype(np.float64), values[requests.items]
+        seen, target_action = values[requests.history.items].astype(np.float64), values[requests.items]
         known = (place >= 0) & np.isfinite(seen)
         count = known.sum(1)
         mean = np.where(count > 0, np.where(known, seen, 0).sum(1) / count.clip(min=1), np.nan)
         newest = np.where((place == 0) & known, seen, 0).sum(1)
         newest = np.where(((place == 0) & known).any(1), newest, np.nan)
-        distance = np.abs(asked - np.stack([mean, newest])[:, :, None])
+        distance = np.abs(target_action - np.stack([mean, newest])[:, :, None])
         return np.where(np.isnan(distance), 0, distance.clip(max=FURTHEST))
 
 
-def tally(seen: np.ndarray, weights: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def tally(seen: np.ndarray, weights: np.ndarray, target_action: np.ndarray) -> np.ndarray:
     """Weights of the events that carry a class, summed over the classes of each candidate, (W, B, C) float64.
 
     Args:
@@ -121,14 +121,14 @@ def tally(seen: np.ndarray, weights: np.ndarray, asked: np.ndarray) -> np.ndarra
         weights: (W, B, L) weights of the events, several ways.
         asked: (B, C, P) classes of the candidates.
     """
-    size = 1 + max(int(seen.max(initial=0)), int(asked.max(initial=0)))
+    size = 1 + max(int(seen.max(initial=0)), int(target_action.max(initial=0)))
     row = size * np.arange(len(seen))[:, None, None]
-    found, wanted, cells = row + seen, row + asked, size * len(seen)
+    found, wanted, cells = row + seen, row + target_action, size * len(seen)
     if cells > CELLS:
         kept, inverse = np.unique(found.ravel(), return_inverse=True)
         at = np.searchsorted(kept, wanted).clip(max=len(kept) - 1)
         found, wanted, cells = inverse, np.where(kept[at] == wanted, at, len(kept)), len(kept) + 1
-    tallies = np.empty((len(weights), *asked.shape[:2]))
+    tallies = np.empty((len(weights), *target_action.shape[:2]))
     for number, weight in enumerate(weights):
         mass = np.where(seen != UNKNOWN, weight[:, :, None], 0.0)
         tallies[number] = np.bincount(found.ravel(), mass.ravel(), cells)[wanted].sum(2)

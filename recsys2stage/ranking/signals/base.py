@@ -109,16 +109,16 @@ class Proposer(Signal):
         """
 
 
-def is_known(items: np.ndarray, known: Ragged, size: int) -> np.ndarray:
+def is_excluded(items: np.ndarray, known: Ragged, size: int) -> np.ndarray:
     """Which of (B, N) items their row's user has met; also true of 0 and below.
 
     Args:
         size: above every item number.
     """
     keys = np.sort(known.rows * size + known.values)
-    asked = np.arange(len(items))[:, None] * size + items
-    place = np.searchsorted(keys, asked).clip(max=max(len(keys) - 1, 0))
-    return (items <= 0) | (keys[place] == asked if len(keys) else False)
+    target_action = np.arange(len(items))[:, None] * size + items
+    place = np.searchsorted(keys, target_action).clip(max=max(len(keys) - 1, 0))
+    return (items <= 0) | (keys[place] == target_action if len(keys) else False)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -123,14 +123,14 @@ def _left_out(told: Sequence[np.ndarray], weights: np.ndarray, vectors: np.ndarr
     """
     penalty = ridge * (weights[weights > 0].mean() if weights.any() else 1)
     width = _dense(told, slice(0, 1)).shape[1]
-    gram, answers = penalty * np.eye(width), np.zeros((width, vectors.shape[1]))
+    gram, targets = penalty * np.eye(width), np.zeros((width, vectors.shape[1]))
     for rows in _blocks(len(vectors)):
         features = _dense(told, rows)
         weighted = features * weights[rows, None]
         gram += features.T @ weighted
-        answers += weighted.T @ vectors[rows]
+        targets += weighted.T @ vectors[rows]
     inverse = np.linalg.inv(gram)
-    mapped, found = inverse @ answers, np.zeros(vectors.shape, dtype=np.float32)
+    mapped, found = inverse @ targets, np.zeros(vectors.shape, dtype=np.float32)
     for rows in _blocks(len(vectors)):
         features = _dense(told, rows)
         leverage = weights[rows] * ((features @ inverse) * features).sum(1)

@@ -69,9 +69,9 @@ class Demographics(Signal):
         counts = np.asarray(self.tables["counts"])
         for number, place in enumerate(self.tables["features"].tolist()):
             own = requests.history.user[place].reshape(-1, 1).astype(np.int64)
-            keys, asked = self.tables[f"keys{number}"], own * len(counts) + requests.items
-            found = find(keys, asked)
-            events = np.where(keys[found] == asked, self.tables[f"events{number}"][found], 0)
+            keys, target_action = self.tables[f"keys{number}"], own * len(counts) + requests.items
+            found = find(keys, target_action)
+            events = np.where(keys[found] == target_action, self.tables[f"events{number}"][found], 0)
             expected = counts[requests.items] * np.asarray(self.tables[f"share{number}"])[own]
             lift = np.log((events + self.alpha) / (expected + self.alpha))
             out[..., number] = np.where((own != UNKNOWN) & (counts[requests.items] > 0), lift, 0)

@@ -4,23 +4,23 @@ import numpy as np
 
 from recsys2stage.data.batches import Ragged
 from recsys2stage.ranking.lists import NONE
-from recsys2stage.ranking.signals.base import is_known
+from recsys2stage.ranking.signals.base import is_excluded
 
 ROWS_IN_FLIGHT = 1 << 10  # requests whose lists are merged at once
 END = np.iinfo(np.int64).max  # past the last key, so that every look-up lands on one
 
 
-def find(keys: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def find(keys: np.ndarray, target_action: np.ndarray) -> np.ndarray:
     """`np.searchsorted` of many values in a long table, in their order: what one look-up reads the next has in cache.
 
     Args:
         keys: ascending.
         asked: values of any shape.
     """
-    order = np.argsort(asked, axis=None)
-    place = np.empty(asked.size, dtype=np.int64)
-    place[order] = np.searchsorted(keys, asked.ravel()[order])
-    return place.reshape(asked.shape)
+    order = np.argsort(target_action, axis=None)
+    place = np.empty(target_action.size, dtype=np.int64)
+    place[order] = np.searchsorted(keys, target_action.ravel()[order])
+    return place.reshape(target_action.shape)
 
 
 def best(rows: np.ndarray, items: np.ndarray, scores: np.ndarray, known: Ragged, size: int, count: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def best(rows: np.ndarray, items: np.ndarray, scores: np.ndarray, known: Ragged,
     found, score = np.zeros(shape, dtype=np.int64), np.zeros(shape)
     found[row, column] = item
     score[row, column] = np.bincount(place, scores, len(keys))
-    score[is_known(found, known, size)] = 0
+    score[is_excluded(found, known, size)] = 0
     order = np.argsort(-score, axis=1, kind="stable")[:, :count]
     return np.where(np.take_along_axis(score, order, axis=1) > 0, np.take_along_axis(found, order, axis=1), NONE)
 
@@ -62,7 +62,7 @@ def highest(scores: np.ndarray, items: np.ndarray, known: Ragged, size: int, cou
     Returns:
         (B, count) int64, best first; ties go to the lower item number.
     """
-    scores[is_known(np.broadcast_to(items, scores.shape), known, size)] = -np.inf
+    scores[is_excluded(np.broadcast_to(items, scores.shape), known, size)] = -np.inf
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     named = np.where(np.isfinite(np.take_along_axis(scores, order, axis=1)), items[order], NONE)
     return np.pad(named, ((0, 0), (0, count - named.shape[1])), constant_values=NONE)

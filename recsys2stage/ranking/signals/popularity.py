@@ -95,8 +95,8 @@ class PopularityAsOf(Proposer):
 
     def _places(self, items: np.ndarray, older: np.ndarray) -> np.ndarray:
         """Where among the keys each item's events from each rank on begin, (B, C, ranks)."""
-        asked = items[..., None] * (len(self.tables["times"]) + 1) + older[:, None, :]
-        return find(np.asarray(self.tables["keys"]), asked)
+        target_action = items[..., None] * (len(self.tables["times"]) + 1) + older[:, None, :]
+        return find(np.asarray(self.tables["keys"]), target_action)
 
     def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
         hour = requests.now - requests.now % HOUR

@@ -80,11 +80,11 @@ class Ratings(Signal):
         if "clock" not in self.tables:
             return np.asarray(self.tables["starts"])[requests.items + 1]
         first, span = self.tables["clock"].tolist()
-        asked = requests.items * span + (requests.now - first).clip(0, span - 1)[:, None]
-        order = np.argsort(asked, axis=None)  # neighbours in memory are looked for one after the other
-        ends = np.empty(asked.size, dtype=np.int64)
-        ends[order] = np.searchsorted(np.asarray(self.tables["keys"]), asked.ravel()[order])
-        return ends.reshape(asked.shape)
+        target_action = requests.items * span + (requests.now - first).clip(0, span - 1)[:, None]
+        order = np.argsort(target_action, axis=None)  # neighbours in memory are looked for one after the other
+        ends = np.empty(target_action.size, dtype=np.int64)
+        ends[order] = np.searchsorted(np.asarray(self.tables["keys"]), target_action.ravel()[order])
+        return ends.reshape(target_action.shape)
 
     def _of_users(self, requests: Requests, mean: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean, newest less mean, and spread of each user's ratings, (B,) each."""

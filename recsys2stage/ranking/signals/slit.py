@@ -73,10 +73,10 @@ class SLIT(Proposer):
         row[frequent] = np.arange(1, len(frequent) + 1)
         self.tables = {"row": row}
         for number, decay in enumerate(self.decays):
-            gram, answers = _moments(row[items].astype(np.int64), after, decay, self._reach(decay), len(frequent) + 1)
+            gram, targets = _moments(row[items].astype(np.int64), after, decay, self._reach(decay), len(frequent) + 1)
             weights = np.zeros(gram.shape, dtype=np.float16)  # three digits are more than noise leaves
             if gram[1:, 1:].any():
-                weights[1:, 1:] = _ridge(gram[1:, 1:], answers[1:, 1:], self.ridge)
+                weights[1:, 1:] = _ridge(gram[1:, 1:], targets[1:, 1:], self.ridge)
             self.tables[f"weights_{number}"] = weights
 
     def _reach(self, decay: float) -> int:
@@ -131,20 +131,20 @@ def _moments(
         history: newest events in x.
         size: above every item number.
     """
-    gram, answers = np.zeros(size * size), np.zeros(size * size)
+    gram, targets = np.zeros(size * size), np.zeros(size * size)
     for lag in range(history):
         first = np.flatnonzero(after >= lag + 1)  # with an event `lag` places on and one to predict after that
         last = first + lag
-        np.add.at(answers, items[first] * size + items[last + 1], decay**lag)
+        np.add.at(targets, items[first] * size + items[last + 1], decay**lag)
         # both stand in x at each answer from last + 1 on, until the first has left: Σ_s decay^(lag + 2s)
         times = np.minimum(after[last], history - lag)
         weight = times if decay == 1 else (1 - decay ** (2 * times)) / (1 - decay**2)
         np.add.at(gram, items[first] * size + items[last], weight * decay**lag * (1 if lag else 0.5))
     pairs = gram.reshape(size, size)
-    return pairs + pairs.T, answers.reshape(size, size)
+    return pairs + pairs.T, targets.reshape(size, size)
 
 
-def _ridge(gram: np.ndarray, answers: np.ndarray, ridge: float) -> np.ndarray:
+def _ridge(gram: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:
     """(gram + ridge · its mean diagonal · I)⁻¹ answers; gram is changed."""
     gram[np.diag_indices_from(gram)] += ridge * np.diag(gram).mean()
-    return torch.cholesky_solve(torch.from_numpy(answers), torch.linalg.cholesky(torch.from_numpy(gram))).numpy()
+    return torch.cholesky_solve(torch.from_numpy(targets), torch.linalg.cholesky(torch.from_numpy(gram))).numpy()

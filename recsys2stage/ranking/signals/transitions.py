@@ -105,11 +105,11 @@ class Transitions(Proposer):
             np.asarray(self.tables[f"{part}_{name}"]) for part in ("keys", "counts", "totals", "rest", "least")
         )
         share = np.asarray(self.tables["share"])
-        asked = before[:, None] * len(share) + items
-        place = find(keys, asked)
+        target_action = before[:, None] * len(share) + items
+        place = find(keys, target_action)
         expected = share[items]
         unlisted = np.minimum(rest[before, None] * expected, least[before, None])
-        seen = np.where(keys[place] == asked, counts[place], unlisted)
+        seen = np.where(keys[place] == target_action, counts[place], unlisted)
         return (seen + self.alpha) / (totals[before, None] * expected + self.alpha)
 
     def propose(self, requests: Requests, known: Ragged) -> np.ndarray:

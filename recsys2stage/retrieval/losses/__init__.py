@@ -1,8 +1,8 @@
 """Losses of the retriever, one family a file; those of the ranker are in `losses.lists`."""
 
-from recsys2stage.retrieval.losses.base import Answers as Answers
 from recsys2stage.retrieval.losses.base import Catalogue as Catalogue
 from recsys2stage.retrieval.losses.base import Loss as Loss
+from recsys2stage.retrieval.losses.base import Targets as Targets
 from recsys2stage.retrieval.losses.contrast import DCL as DCL
 from recsys2stage.retrieval.losses.contrast import FullSoftmax as FullSoftmax
 from recsys2stage.retrieval.losses.contrast import InfoNCE as InfoNCE

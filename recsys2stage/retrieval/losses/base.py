@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from recsys2stage.shapes import Items, Similarity
 
 
-class Answers(NamedTuple):
+class Targets(NamedTuple):
     """What is right at M places of a batch of histories."""
 
     items: Int[Tensor, " M"]
     rows: Int[Tensor, " M"]  # which history of the batch each place belongs to, ascending
-    met: Items  # (B, L) items of each window, answers included, 0 for padding; all 0 where repeats are kept
+    window_items: Items  # (B, L) items of each window, answers included, 0 for padding; all 0 where repeats are kept
     ratings: Float[Tensor, " M"] | None = None  # of the answers, as in the log
     progress: float = 0.0  # share of the training run that is done, for what changes on the way
 
@@ -39,7 +39,7 @@ class Loss(nn.Module, ABC):
         return False
 
     @abstractmethod
-    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
+    def forward(self, queries: Float[Tensor, "M D"], targets: Targets, catalogue: Catalogue) -> Float[Tensor, ""]:
         """
         Args:
             queries: one for each answered place; padding is not among them.

@@ -17,16 +17,16 @@ DENSE = 32  # vectors for each candidate of a row, up to which a product with al
 
 # (own (m,), others (m, N), rows, sets) -> what each row costs (m,), and its gradient for own (m,) and others (m, N).
 # `sets` is the one set of these rows, or as many as rows. It may write over `others`.
-Price = Callable[[Tensor, Tensor, slice, slice], tuple[Tensor, Tensor, Tensor]]
+LossForm = Callable[[Tensor, Tensor, slice, slice], tuple[Tensor, Tensor, Tensor]]
 
 
-def mean_price(
+def mean_loss(
     queries: Float[Tensor, "M D"],
     vectors: Float[Tensor, "U D"],
-    answer: Int[Tensor, " M"],
+    target: Int[Tensor, " M"],
     sets: Int[Tensor, "S N"],
     starts: Int[Tensor, " S+1"] | None,
-    price: Price,
+    loss_terms: LossForm,
 ) -> Float[Tensor, ""]:
     """The mean over rows of what `price` makes of a row's scores: own = q·v_answer, others = q·v_j, j of its set.
 
@@ -41,9 +41,9 @@ def mean_price(
         price: the form of the loss.
     """
     if starts is None and len(vectors) <= DENSE * sets.size(1):
-        mine, form = sets, price
+        mine, form = sets, loss_terms
 
-        def price(own: Tensor, every: Tensor, rows: slice, _: slice) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_terms(own: Tensor, every: Tensor, rows: slice, _: slice) -> tuple[Tensor, Tensor, Tensor]:
             cost, d_own, d_others = form(own, every.gather(1, mine[rows]), rows, rows)
             return cost, d_own, torch.zeros_like(every).scatter_add_(1, mine[rows], d_others)
 
@@ -51,14 +51,20 @@ def mean_price(
         starts = torch.tensor([0, len(queries)], device="cpu")  # read there: on a GPU that would wait for it
     with without_autocast(queries):  # bf16 would round scores of ±20 to steps of 1/8
         return _MeanPrice.apply(  # type: ignore[no-untyped-call]  # torch does not type it
-            queries, vectors, answer, sets, starts, price
+            queries, vectors, target, sets, starts, loss_terms
         )
 
 
 class _MeanPrice(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, vectors: Tensor, answer: Tensor, sets: Tensor, starts: Tensor | None, price: Price
+        ctx: Any,
+        queries: Tensor,
+        vectors: Tensor,
+        target: Tensor,
+        sets: Tensor,
+        starts: Tensor | None,
+        loss_terms: LossForm,
     ) -> Tensor:
         wants_gradient = any(ctx.needs_input_grad[:2])
         d_queries, d_vectors = torch.empty_like(queries), torch.zeros_like(vectors)
@@ -72,18 +78,18 @@ class _MeanPrice(torch.autograd.Function):
             d_candidates = torch.zeros_like(candidates) if wants_gradient else None
             scores = queries.new_empty(blocks[0].stop - blocks[0].start, sets.size(1))  # by all blocks in turn
             for rows in blocks:
-                query, right = queries[rows], vectors[answer[rows]]
+                query, right = queries[rows], vectors[target[rows]]
                 others = scores[: len(query)]
                 if shared:
                     torch.mm(query, candidates.T, out=others)
                 else:
                     torch.bmm(candidates, query[:, :, None], out=others[:, :, None])
-                cost, d_own, d_others = price((query * right).sum(1), others, rows, part)
+                cost, d_own, d_others = loss_terms((query * right).sum(1), others, rows, part)
                 total += cost.sum()
                 if d_candidates is not None:
                     d_query = d_others @ candidates if shared else (d_others[:, None] @ candidates)[:, 0]
                     d_queries[rows] = d_query.addcmul_(d_own[:, None], right)
-                    d_vectors.index_add_(0, answer[rows], d_own[:, None] * query)
+                    d_vectors.index_add_(0, target[rows], d_own[:, None] * query)
                     if shared:
                         d_candidates.addmm_(d_others.T, query)
                     else:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recsys2stage.retrieval.losses.base import Answers, Catalogue
+from recsys2stage.retrieval.losses.base import Catalogue, Targets
 from recsys2stage.retrieval.losses.negatives import Drawn, InBatch, Negatives
-from recsys2stage.retrieval.losses.sampled import Block, Hide, Priced, Sampled, alike
+from recsys2stage.retrieval.losses.sampled import Block, Hide, LossTerms, Sampled, alike
 from recsys2stage.retrieval.losses.schedule import Schedule
 
 
@@ -70,19 +70,19 @@ class InfoNCE(Sampled):
 
     def filters(
         self,
-        answers: Answers,
-        drawn: Drawn,
-        answer: Int[Tensor, " M"],
+        targets: Targets,
+        sampled: Drawn,
+        target: Int[Tensor, " M"],
         sets: Int[Tensor, "S N"],
         vectors: Float[Tensor, "U D"],
         num_items: int,
     ) -> list[Hide]:
-        filters = super().filters(answers, drawn, answer, sets, vectors, num_items)
+        filters = super().filters(targets, sampled, target, sets, vectors, num_items)
         if self.near is not None:
-            filters.append(alike(self.near, answer, sets, vectors))
+            filters.append(alike(self.near, target, sets, vectors))
         return filters
 
-    def price(self, block: Block) -> Priced:
+    def loss_terms(self, block: Block) -> LossTerms:
         own, others = block.own, block.others
         k = self.hard.at(block.progress)
         if k is not None and k < others.size(1):
@@ -90,9 +90,9 @@ class InfoNCE(Sampled):
             others = others.fill_(-torch.inf).scatter_(1, place, scores)
         weight = block.draws.log()
         others += weight if self.correct == "none" else weight - block.log_expected
-        return self.softmax(own - block.answer_log_expected if self.correct == "both" else own, others)
+        return self.softmax(own - block.target_log_q if self.correct == "both" else own, others)
 
-    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> Priced:
+    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> LossTerms:
         """−log of the answer's part."""
         return softmax(own, others)
 
@@ -105,7 +105,7 @@ class DCL(InfoNCE):
     A row without negatives costs 0. Its options and what a and b are: see InfoNCE.
     """
 
-    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> Priced:
+    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> LossTerms:
         top = others.amax(1)
         some = top > -torch.inf
         others.sub_(top.where(some, 0)[:, None]).exp_()
@@ -123,22 +123,22 @@ class FullSoftmax(Sampled):
     def __init__(self, temperature: float | None = None) -> None:
         super().__init__(temperature, _Everything())
 
-    def price(self, block: Block) -> Priced:
+    def loss_terms(self, block: Block) -> LossTerms:
         return softmax(block.own, block.others)
 
 
 class _Everything(Negatives):
     """Every item once."""
 
-    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
-        items = torch.arange(1, len(catalogue.counts), device=answers.items.device)[None]
+    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+        items = torch.arange(1, len(catalogue.counts), device=targets.items.device)[None]
         draws = torch.ones_like(items, dtype=torch.float64)
-        places = len(answers.items)
+        places = len(targets.items)
         starts = torch.tensor([0, places], device="cpu")  # as `merged` has it
         return Drawn(items, draws, draws.log(), draws.new_zeros(places), starts)
 
 
-def softmax(own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> Priced:
+def softmax(own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> LossTerms:
     """−log( exp own / (exp own + Σ exp others) ) of each row."""
     top = torch.maximum(own, others.amax(1))
     others.sub_(top[:, None]).exp_()

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
-from recsys2stage.retrieval.losses.base import Answers, Catalogue
+from recsys2stage.retrieval.losses.base import Catalogue, Targets
 from recsys2stage.retrieval.losses.schedule import Schedule
 
 
@@ -20,7 +20,7 @@ class Drawn(NamedTuple):
     items: Int[Tensor, "S N"]
     draws: Float[Tensor, "S N"]  # how often each was drawn
     log_expected: Float[Tensor, "S N"]  # log of how often each is drawn on average, n·q
-    answer_log_expected: Float[Tensor, " M"]  # the same of each place's answer
+    target_log_q: Float[Tensor, " M"]  # the same of each place's answer
     starts: Int[Tensor, " S+1"] | None  # set s is of places starts[s] .. starts[s + 1] - 1; None: of place s alone
 
 
@@ -33,7 +33,7 @@ class Negatives(nn.Module, ABC):
         return False
 
     @abstractmethod
-    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn: ...
+    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn: ...
 
     def facts(self, progress: float) -> dict[str, float]:
         """What is worth logging at this point of the run."""
@@ -53,9 +53,9 @@ class InBatch(Negatives):
         super().__init__()
         self.alpha = alpha
 
-    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
-        expected = log_share(catalogue.counts, self.alpha) + math.log(max(len(answers.items) - 1, 1))
-        return merged(answers.items, expected, answers)
+    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+        expected = log_share(catalogue.counts, self.alpha) + math.log(max(len(targets.items) - 1, 1))
+        return merged(targets.items, expected, targets)
 
 
 class Uniform(Negatives):
@@ -85,16 +85,16 @@ class Uniform(Negatives):
         self.count, self.per, self.active_after = count, per, active_after
         self.after = None if active_after is None else _seconds(active_after)
 
-    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
-        places, pool, starts = len(answers.items), self.pool(catalogue), None
+    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+        places, pool, starts = len(targets.items), self.pool(catalogue), None
         if self.per == "sequence":
-            starts = torch.searchsorted(answers.rows, torch.arange(len(answers.met) + 1, device=pool.device))
-        sets = {"event": places, "sequence": len(answers.met), "batch": 1}[self.per]
+            starts = torch.searchsorted(targets.rows, torch.arange(len(targets.window_items) + 1, device=pool.device))
+        sets = {"event": places, "sequence": len(targets.window_items), "batch": 1}[self.per]
         count = places if self.count is None else self.count
         picked = pool[torch.randint(len(pool), (sets, count), device=pool.device)]
         expected = torch.tensor(math.log(count / len(pool)), dtype=torch.float64, device=pool.device)
         if sets == 1:
-            return merged(picked[0], expected.expand(len(catalogue.counts)), answers)
+            return merged(picked[0], expected.expand(len(catalogue.counts)), targets)
         once = torch.ones_like(expected).expand(picked.shape)
         return Drawn(picked, once, expected.expand(picked.shape), expected.expand(places), starts)
 
@@ -142,19 +142,19 @@ class Mixed(Negatives):
     def scheduled(self) -> bool:
         return self.share.moves
 
-    def forward(self, answers: Answers, catalogue: Catalogue) -> Drawn:
-        share, others = self.share.at(answers.progress), max(len(answers.items) - 1, 1)
+    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+        share, others = self.share.at(targets.progress), max(len(targets.items) - 1, 1)
         count, pool = round(share / (1 - share) * others), self.pool.pool(catalogue)
         expected = others * log_share(catalogue.counts, self.alpha).exp()
         expected[pool] += count / len(pool)
         picked = pool[torch.randint(len(pool), (count,), device=pool.device)]
-        return merged(torch.cat([answers.items, picked]), expected.log(), answers)
+        return merged(torch.cat([targets.items, picked]), expected.log(), targets)
 
     def facts(self, progress: float) -> dict[str, float]:
         return {"global_share": self.share.at(progress)} if self.scheduled else {}
 
 
-def merged(picked: Int[Tensor, " N"], log_expected: Float[Tensor, " W"], answers: Answers) -> Drawn:
+def merged(picked: Int[Tensor, " N"], log_expected: Float[Tensor, " W"], targets: Targets) -> Drawn:
     """One set for all places, equal items once.
 
     Args:
@@ -163,8 +163,8 @@ def merged(picked: Int[Tensor, " N"], log_expected: Float[Tensor, " W"], answers
         answers: the places.
     """
     items, draws = torch.unique(picked, return_counts=True)
-    starts = torch.tensor([0, len(answers.items)], device="cpu")  # read there: on a GPU that would wait for it
-    return Drawn(items[None], draws[None].double(), log_expected[items][None], log_expected[answers.items], starts)
+    starts = torch.tensor([0, len(targets.items)], device="cpu")  # read there: on a GPU that would wait for it
+    return Drawn(items[None], draws[None].double(), log_expected[items][None], log_expected[targets.items], starts)
 
 
 def log_share(counts: Int[Tensor, " W"], alpha: float = 1.0) -> Float[Tensor, " W"]:

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys2stage.retrieval.losses.base import Answers, Catalogue
+from recsys2stage.retrieval.losses.base import Catalogue, Targets
 from recsys2stage.retrieval.losses.negatives import Negatives, Uniform
-from recsys2stage.retrieval.losses.sampled import Block, Priced, Sampled
+from recsys2stage.retrieval.losses.sampled import Block, LossTerms, Sampled
 
 
 class Pointwise(Sampled):
@@ -26,7 +26,7 @@ class Pointwise(Sampled):
     ) -> None:
         super().__init__(temperature, negatives or Uniform(1), same_sequence)
 
-    def price(self, block: Block) -> Priced:
+    def loss_terms(self, block: Block) -> LossTerms:
         hidden = block.others == -torch.inf
         times = block.draws.masked_fill(hidden, 0)
         with torch.enable_grad():
@@ -75,16 +75,16 @@ class BCE(Pointwise):
             raise ValueError(f"max_rating is {max_rating}, expected the highest rating of the log, above 0")
         self.max_rating = max_rating
 
-    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
+    def forward(self, queries: Float[Tensor, "M D"], targets: Targets, catalogue: Catalogue) -> Float[Tensor, ""]:
         if self.max_rating is not None:
-            ratings = rated(answers, "max_rating: null")
+            ratings = rated(targets, "max_rating: null")
             wrong = ratings[(ratings < 0) | (ratings > self.max_rating)]
             if len(wrong):
                 raise ValueError(
                     f"an answer is rated {wrong[0].item():g}, expected 0 to max_rating {self.max_rating:g}; give the "
                     "highest rating of the log"
                 )
-        return super().forward(queries, answers, catalogue)
+        return super().forward(queries, targets, catalogue)
 
     def cost(
         self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
@@ -98,9 +98,9 @@ class BCE(Pointwise):
 class MSE(Pointwise):
     """scikit-rec's regression: (s_ii − rating)² + 1/N Σ_j s_ij² over the N negatives."""
 
-    def forward(self, queries: Float[Tensor, "M D"], answers: Answers, catalogue: Catalogue) -> Float[Tensor, ""]:
-        rated(answers, "another loss, such as BCE")
-        return super().forward(queries, answers, catalogue)
+    def forward(self, queries: Float[Tensor, "M D"], targets: Targets, catalogue: Catalogue) -> Float[Tensor, ""]:
+        rated(targets, "another loss, such as BCE")
+        return super().forward(queries, targets, catalogue)
 
     def cost(
         self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
@@ -160,7 +160,7 @@ def mean(costs: Float[Tensor, "M N"], times: Float[Tensor, "M N"]) -> Float[Tens
     return (costs * times).sum(1) / times.sum(1).clamp(min=1)
 
 
-def rated(answers: Answers, instead: str) -> Float[Tensor, " M"]:
-    if answers.ratings is None:
+def rated(targets: Targets, instead: str) -> Float[Tensor, " M"]:
+    if targets.ratings is None:
         raise ValueError(f"the loss wants ratings and the log has none; name the column of ratings, or use {instead}")
-    return answers.ratings
+    return targets.ratings
