@@ -1,18 +1,20 @@
 """From a raw log of events to ranked, measured recommendations, in two stages."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recsys2stage.estimator import TwoStageRecommender
+    from recsys2stage.recommender import Recommender
 
-__all__ = ["TwoStageRecommender"]
+__all__ = ["Recommender", "TwoStageRecommender"]
 __version__ = "0.1.0"
+
+_MODULES = {"Recommender": "recommender", "TwoStageRecommender": "estimator"}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the estimator, and with it torch, when it is asked for and not before."""
-    if name not in __all__:
+    """Loads a public class, and with it torch, at its first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from recsys2stage import estimator
-
-    return getattr(estimator, name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
