@@ -21,7 +21,7 @@ from recsys2stage import TwoStageRecommender
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.frames import as_polars, kind_of
+from recsys2stage.data.frames import as_polars, infer_kind
 from recsys2stage.estimator import NotFittedError
 from recsys2stage.recommender import Recommender
 
@@ -149,7 +149,7 @@ def test_features_follow_the_types_of_the_columns(fitted: TwoStageRecommender, i
         "multi": [pl.List(pl.Int64), pl.Array(pl.String, 2)],
     }
     for kind, dtypes in types.items():
-        assert [kind_of(pl.Series("x", [], dtype)) for dtype in dtypes] == [kind] * len(dtypes)
+        assert [infer_kind(pl.Series("x", [], dtype)) for dtype in dtypes] == [kind] * len(dtypes)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ("polars", "pandas") if kind in KINDS])
@@ -400,7 +400,7 @@ def test_a_saved_model_says_neither_what_to_trust_nor_which_configs_to_read(
                 model.recommend()
     assert trusted == [["my_signals"]] * 2
     assert [loaded.config, loaded.retriever, loaded.ranker, loaded.overlays] == [None, None, None, ()]
-    for options, message in (({"depth": 3}, "has the arguments depth, which are unknown"), ([], "expected dict")):
+    for options, message in (({"depth": 3}, "has unknown arguments depth"), ([], "expected dict")):
         path.write_text(json.dumps(manifest | {"options": options}))
         with pytest.raises(ValueError, match=message):
             TwoStageRecommender.load(tmp_path / "model")

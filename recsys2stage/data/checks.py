@@ -36,12 +36,12 @@ def id_text(raw: pl.Expr) -> pl.Expr:
     return raw
 
 
-def filled(raw: pl.Expr) -> pl.Expr:
+def empty_to_null(raw: pl.Expr) -> pl.Expr:
     """Text, null where it is empty."""
     return raw.replace("", None)
 
 
-def whole_number(raw: pl.Expr) -> pl.Expr:
+def parse_int(raw: pl.Expr) -> pl.Expr:
     """Text or number -> whole number, null where it is none; "978300760.0", as pandas likes to write it, is one."""
     text = raw.cast(pl.String).str.strip_chars()
     number = text.cast(pl.Float64, strict=False)
@@ -51,7 +51,7 @@ def whole_number(raw: pl.Expr) -> pl.Expr:
     )
 
 
-def real(raw: pl.Expr) -> pl.Expr:
+def parse_float(raw: pl.Expr) -> pl.Expr:
     """Text or number -> Float64, null where it is none; nan is none."""
     return raw.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
 
@@ -91,12 +91,12 @@ def id_column(name: str) -> Column:
 
 def rating_column(name: str, low: float | int = -1e30, high: float | int = 1e30) -> Column:
     what = "a number" if high == 1e30 else f"a number within {low:g}..{high:g}"
-    return Column(name, what, real, pl.Float32(), low, high)
+    return Column(name, what, parse_float, pl.Float32(), low, high)
 
 
 def time_column(name: str, per_second: int = 1) -> Column:
     unit = {1: "seconds", 1000: "milliseconds"}[per_second]
-    return Column(name, f"{unit} from 1970 to 2100", whole_number, pl.Int64(), 0, YEAR_2100 * per_second)
+    return Column(name, f"{unit} from 1970 to 2100", parse_int, pl.Int64(), 0, YEAR_2100 * per_second)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def read(
     """
     names = rows.typed.collect_schema().names()
     require(needs, names, rows.file)
-    rows = with_rules(rows)
+    rows = with_default_columns(rows)
     columns = rows.columns
     try:
         good = _collect(rows.typed.select(pl.col(list(columns)), pl.col(f"^{LOST}.*$").any()), categorical)
@@ -156,7 +156,7 @@ def read(
     return good, pl.DataFrame(schema=REJECTED_SCHEMA) if bad is None else bad
 
 
-def with_rules(rows: Rows) -> Rows:
+def with_default_columns(rows: Rows) -> Rows:
     """The same rows, held to the rules by our column names where a source states none."""
     if rows.columns:
         return rows
@@ -183,9 +183,9 @@ def typed_rows(shards: Sequence[tuple[pl.LazyFrame, str]], columns: dict[str, Co
         shown.append({own: _shown(pl.col(column.name), schema[column.name]) for own, column in columns.items()})
         for own, column in columns.items():
             if column.parse is id_text and (schema[column.name].is_float() or schema[column.name].is_decimal()):
-                columns = columns | {own: replace(column, what=ids.what_of(schema[column.name]))}
+                columns = columns | {own: replace(column, what=ids.expected_id(schema[column.name]))}
     schemas = [frame.select(**values).collect_schema() for (frame, _), values in zip(shards, parsed, strict=True)]
-    dtypes = {own: ids.common(schema[own] for schema in schemas) for own in columns}
+    dtypes = {own: ids.common_dtype(schema[own] for schema in schemas) for own in columns}
     checked = [own for own, column in columns.items() if column.what and not column.required]
     typed, text = [], []
     for (frame, file), raw, texts in zip(shards, parsed, shown, strict=True):
@@ -201,7 +201,7 @@ def _parsed(own: str, column: Column, dtype: Any, file: str) -> pl.Expr:
     """The values of a typed column, null where its text would have none."""
     raw, where = pl.col(column.name), f"{file}, column {column.name!r}:"
     if column.parse is id_text:
-        return ids.of_column(raw, dtype, where)
+        return ids.cast_id_column(raw, dtype, where)
     if column.parse is as_is:
         return raw
     if own == TIME and dtype in (pl.Date, pl.Datetime):
@@ -217,12 +217,12 @@ def _parsed(own: str, column: Column, dtype: Any, file: str) -> pl.Expr:
         return raw.cast(pl.List(pl.String))
     if dtype in NO_TEXT:
         raise ValueError(f"{where} the type {dtype} is not {column.what or 'a text or number'}; convert the column")
-    if column.parse is whole_number and dtype.is_float():
+    if column.parse is parse_int and dtype.is_float():
         whole = (raw == raw.floor()) & (raw.abs() <= ids.WHOLE[dtype.base_type()])
         return pl.when(whole).then(raw).cast(pl.Int64, strict=False)
-    if column.parse is whole_number and dtype.is_integer():
+    if column.parse is parse_int and dtype.is_integer():
         return raw.cast(pl.Int64, strict=False)
-    if column.parse is real and dtype.is_numeric():
+    if column.parse is parse_float and dtype.is_numeric():
         return raw.cast(pl.Float64).fill_nan(None)
     return column.parse(_shown(raw, dtype))
 

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from recsys2stage.columns import ITEM_ID, TIME, USER_ID
-from recsys2stage.data.checks import YEAR_2100, Column, Rows, with_rules
+from recsys2stage.data.checks import YEAR_2100, Column, Rows, with_default_columns
 
 logger = logging.getLogger("recsys2stage")
 
@@ -32,7 +32,7 @@ def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
     Raises:
         ValueError: where most times are of another unit.
     """
-    rows = with_rules(rows)
+    rows = with_default_columns(rows)
     column = rows.columns[TIME]
     median, low, high = float(times.median()), 0, (int(time.time()) + DAY) * ticks  # type: ignore[arg-type]
     if median < YEAR_1980 * ticks:
@@ -63,7 +63,7 @@ def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
     return replace(rows, columns=rows.columns | {TIME: bounded})
 
 
-def warn_of_newest(frame: pl.DataFrame, ticks: int, file: str) -> None:
+def warn_isolated_newest(frame: pl.DataFrame, ticks: int, file: str) -> None:
     """Warns of a few events that are years after all others."""
     times = frame[TIME].to_numpy()
     tail = max(1, int(TAIL * len(times)))

@@ -9,7 +9,7 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.data import ids as id_rule
 from recsys2stage.data.checks import OnBadRows, read
-from recsys2stage.data.event_times import check_times, warn_of_newest
+from recsys2stage.data.event_times import check_times, warn_isolated_newest
 from recsys2stage.data.hashing import splitmix64
 from recsys2stage.data.sources.base import Tables
 
@@ -41,9 +41,9 @@ class Events:
 
     def renumber(self) -> "Events":
         """Closes the gaps in the numbers of users and items that lost all their events."""
-        self.user, left = number(self.user)
+        self.user, left = factorize(self.user)
         self.user_ids = self.user_ids.gather(left)
-        self.item, left = number(self.item)
+        self.item, left = factorize(self.item)
         self.item_ids = self.item_ids.gather(left - 1)
         self.item += 1
         return self
@@ -59,7 +59,7 @@ def load_events(
     if tables.has_time and (narrower := check_times(tables.events, frame[c.TIME], tables.ticks)):
         frame, rejected = read(narrower, on_bad_rows, needs, packed)
     if tables.has_time:
-        warn_of_newest(frame, tables.ticks, tables.events.file)
+        warn_isolated_newest(frame, tables.ticks, tables.events.file)
     counts["events_read"] = len(frame) + len(rejected)
     counts["removed_by_rating"] = 0
     if min_rating is not None:
@@ -72,17 +72,17 @@ def load_events(
         frame = kept
     columns = {series.name: series for series in frame.get_columns()}
     del frame  # from here on a column goes when its numbers are there
-    user, user_ids = number_ids(columns.pop(c.USER_ID), tables.untyped_ids)
-    item, item_ids = number_ids(columns.pop(c.ITEM_ID), tables.untyped_ids)
+    user, user_ids = encode_ids(columns.pop(c.USER_ID), tables.untyped_ids)
+    item, item_ids = encode_ids(columns.pop(c.ITEM_ID), tables.untyped_ids)
     item += 1
     for ids in (user_ids, item_ids):
         if ids.dtype == pl.String:
-            id_rule.warn_of_texts(ids, ids.name, tables.events.file)
+            id_rule.warn_ambiguous_ids(ids, ids.name, tables.events.file)
     action, action_names = None, []
     if c.ACTION in columns:
         named = columns.pop(c.ACTION).cast(pl.String)
         action_names = named.drop_nulls().unique().sort().to_list()
-        action = codes_of(named, action_names)
+        action = encode_categories(named, action_names)
     rating = columns.pop(c.RATING).cast(pl.Float32).to_numpy() if c.RATING in columns else None
     # without times, the place in the log
     time = columns.pop(c.TIME).cast(pl.Int64).to_numpy() if c.TIME in columns else np.arange(len(user), dtype=np.int64)
@@ -90,7 +90,7 @@ def load_events(
     return Events(user, item, time, rating, action, user_ids, item_ids, action_names, part), rejected
 
 
-def number_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
+def encode_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
     """Numbers from 0 by sorted id, and the sorted ids.
 
     Args:
@@ -100,29 +100,29 @@ def number_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
         values = ids.unique()
         text = values.cast(pl.String)
         if untyped:
-            text = id_rule.narrowed(text)
+            text = id_rule.narrow_ids(text)
         order = text.arg_sort()
         physical = values.to_physical().gather(order).to_numpy()
         table = np.zeros(int(physical.max()) + 1, np.int32)
         table[physical] = np.arange(len(physical), dtype=np.int32)
         return table[ids.to_physical().to_numpy()], text.gather(order).rename(ids.name)
     if ids.dtype in (pl.UInt64, pl.Int128, pl.UInt128):
-        ids = id_rule.narrowed(ids)
+        ids = id_rule.narrow_ids(ids)
     if ids.dtype.is_integer():
         raw = ids.to_numpy()
         if int(raw.max()) - int(raw.min()) < 4 * len(raw) + 1_000_000:  # a table over the range is small
-            codes, raw = number(raw)
+            codes, raw = factorize(raw)
             return codes, pl.Series(ids.name, raw)
     values = ids.unique().sort()
     codes = values.search_sorted(ids).cast(pl.Int32).to_numpy(writable=True)
-    return codes, values if values.dtype == pl.String else id_rule.narrowed(values)
+    return codes, values if values.dtype == pl.String else id_rule.narrow_ids(values)
 
 
-def number(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def factorize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers from 0, int32, by a table over the range of whole numbers; and the values, sorted."""
     low = int(values.min())
     seen = np.zeros(int(values.max()) - low + 1, bool)
-    shifted = above(values, low)
+    shifted = subtract_min(values, low)
     seen[shifted] = True
     table = np.cumsum(seen, dtype=np.int32)
     table -= 1
@@ -130,7 +130,7 @@ def number(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return table[shifted], found.astype(np.uint64) + np.uint64(low) if values.dtype == np.uint64 else found + low
 
 
-def above(values: np.ndarray, low: int) -> np.ndarray:
+def subtract_min(values: np.ndarray, low: int) -> np.ndarray:
     """How far whole numbers are above the least of them, where that fits int64; their own type may not hold it."""
     if values.dtype == np.uint64:
         return (values - np.uint64(low)).astype(np.int64)
@@ -151,7 +151,7 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
         key = key if order is None else key[order]
         low, high = int(key.min()), int(key.max())
         if (high - low).bit_length() + place_bits <= 63:
-            packed = above(key, low).astype(np.int64, copy=low == 0)
+            packed = subtract_min(key, low).astype(np.int64, copy=low == 0)
             packed <<= place_bits
             packed |= np.arange(len(key))
             packed.sort()
@@ -163,17 +163,17 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
     return order
 
 
-def sort(events: Events, tie_break: TieBreak, seed: int) -> Events:
+def sort_events(events: Events, tie_break: TieBreak, seed: int) -> Events:
     """By user and time; equal times by what events are marked for, then by the tie break."""
     keys = [events.user, events.time]
     if events.part is not None:
         keys.append(events.part)
     if tie_break != "file_order":
-        keys.append(events.item if tie_break == "item_id" else mix(events.user, events.item, seed))
+        keys.append(events.item if tie_break == "item_id" else hash_pairs(events.user, events.item, seed))
     return events.take(stable_order(*keys))
 
 
-def mix(user: np.ndarray, item: np.ndarray, seed: int) -> np.ndarray:
+def hash_pairs(user: np.ndarray, item: np.ndarray, seed: int) -> np.ndarray:
     """A pseudo-random 32-bit number for each (user, item), whatever the other events are."""
     pair = (user.astype(np.uint64) << np.uint64(32)) | item.astype(np.uint64)
     return (splitmix64(pair, seed) >> np.uint64(32)).astype(np.int64)
@@ -219,7 +219,7 @@ def keep_core(events: Events, core: int, counts: dict[str, int]) -> Events:
     return events.take(kept) if len(user) < before else events
 
 
-def offsets_of(user: np.ndarray, users: int) -> np.ndarray:
+def compute_offsets(user: np.ndarray, users: int) -> np.ndarray:
     """(U + 1,) int64: user u owns events [offsets[u], offsets[u + 1])."""
     return np.concatenate([[0], np.cumsum(np.bincount(user, minlength=users))]).astype(np.int64)
 
@@ -241,7 +241,7 @@ def sample_cold(items: int, share: float, seed: int) -> np.ndarray:
     return cold
 
 
-def withhold(
+def withhold_cold_items(
     events: Events,
     offsets: np.ndarray,
     train_end: np.ndarray,
@@ -260,11 +260,11 @@ def withhold(
     offsets, train_end, val_end = before[offsets], before[train_end], before[val_end]
     left = np.diff(offsets) > 0
     events = events.take(kept)
-    events.user, _ = number(events.user)
+    events.user, _ = factorize(events.user)
     events.user_ids = events.user_ids.filter(pl.Series(left))
     return events, np.append(offsets[:-1][left], offsets[-1]), train_end[left], val_end[left]
 
 
-def codes_of(values: pl.Series, names: list[str]) -> np.ndarray:
+def encode_categories(values: pl.Series, names: list[str]) -> np.ndarray:
     """int32: 0 = unknown, else 1 + the place in the sorted names."""
     return (values.cast(pl.Enum(names)).to_physical().cast(pl.Int32) + 1).fill_null(c.UNKNOWN).to_numpy()

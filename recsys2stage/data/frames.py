@@ -9,7 +9,7 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.data import ids
-from recsys2stage.data.checks import require, whole_number
+from recsys2stage.data.checks import parse_int, require
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.table import iso
 from recsys2stage.data.split import PARTS
@@ -19,7 +19,7 @@ Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
 
 
 @dataclass(frozen=True)
-class Frames:
+class FrameColumns:
     """What the columns of somebody's frames mean; the arguments are those of `TwoStageRecommender`."""
 
     user: str
@@ -31,7 +31,7 @@ class Frames:
     item_features: Mapping[str, Kind] | None
     user_features: Mapping[str, Kind] | None
 
-    def marked(self, events: Any, validation: Any) -> pl.DataFrame:
+    def mark_parts(self, events: Any, validation: Any) -> pl.DataFrame:
         """The columns of events that count; with validation events, all events with a mark of what they are for."""
         events = as_polars(events, (self.user, self.item))
         names = [self.user, self.item, *filter(None, (self.time, self.rating, self.action))]
@@ -42,7 +42,7 @@ class Frames:
         validation = as_polars(validation, (self.user, self.item))
         require(names, validation.columns, "the frame of validation events")
         for own in (self.user, self.item):  # one type for the ids of both
-            dtype = ids.common([events.schema[own], validation.schema[own]])
+            dtype = ids.common_dtype([events.schema[own], validation.schema[own]])
             events = events.with_columns(events[own].cast(dtype))
         later = validation.select(pl.col(name).cast(events.schema[name]) for name in names)
         later = later.join(events, on=self.user, how="semi", maintain_order="left")
@@ -55,8 +55,8 @@ class Frames:
             later = later.sort(self._milliseconds(later[self.time]), maintain_order=True)
         first = later.unique(self.user, keep="first", maintain_order=True)
         train, val, _ = PARTS
-        marked = [frame.with_columns(pl.lit(part).alias(c.PART)) for frame, part in ((events, train), (first, val))]
-        return pl.concat(marked)
+        parts = [frame.with_columns(pl.lit(part).alias(c.PART)) for frame, part in ((events, train), (first, val))]
+        return pl.concat(parts)
 
     def sides(self, items: Any, users: Any) -> Sides:
         """What is known of items and users, as the tables of them want it."""
@@ -129,7 +129,7 @@ class Frames:
         given = self.item_features if name == "items" else self.user_features
         if given is not None:
             return dict(given)
-        return {column.name: kind_of(column) for column in table if column.name not in (self._id(name), c.TITLE)}
+        return {column.name: infer_kind(column) for column in table if column.name not in (self._id(name), c.TITLE)}
 
     def _unit(self, times: pl.Series) -> TimeUnit:
         if times.dtype.is_temporal():
@@ -142,7 +142,7 @@ class Frames:
         if times.dtype.is_temporal():
             return raw.dt.epoch("ms")
         unit = self._unit(times)
-        return iso(raw) if unit == "iso" else whole_number(raw) * (1000 if unit == "seconds" else 1)
+        return iso(raw) if unit == "iso" else parse_int(raw) * (1000 if unit == "seconds" else 1)
 
 
 def as_polars(frame: Any, id_columns: Sequence[str] = ()) -> pl.DataFrame:
@@ -156,7 +156,7 @@ def as_polars(frame: Any, id_columns: Sequence[str] = ()) -> pl.DataFrame:
     if not isinstance(frame, pl.DataFrame):  # polars refuses Python objects, or guesses a type for them
         names = list(frame) if isinstance(frame, Mapping) else list(getattr(frame, "columns", ()))
         objects = {
-            name: ids.of_objects(name, frame[name]) for name in id_columns if name in names and _any(frame[name])
+            name: ids.ids_from_objects(name, frame[name]) for name in id_columns if name in names and _any(frame[name])
         }
         if objects and not isinstance(frame, Mapping):
             rest = pl.DataFrame(frame.drop(columns=list(objects)))
@@ -166,7 +166,9 @@ def as_polars(frame: Any, id_columns: Sequence[str] = ()) -> pl.DataFrame:
         if name in frame.columns:
             column = frame[name]
             of_any = column.dtype == pl.Object
-            frame = frame.with_columns(ids.of_objects(name, column) if of_any else ids.typed(column, "the frame"))
+            frame = frame.with_columns(
+                ids.ids_from_objects(name, column) if of_any else ids.parse_ids(column, "the frame")
+            )
     return frame
 
 
@@ -175,7 +177,7 @@ def _any(column: Any) -> bool:
     return str(getattr(column, "dtype", "object")).lower() == "object"
 
 
-def kind_of(column: pl.Series) -> Kind:
+def infer_kind(column: pl.Series) -> Kind:
     """What the type of a column says that it is."""
     if column.dtype.is_nested():
         return "multi"

@@ -23,7 +23,7 @@ MISSING = r"^(?i:nan|null|none|na|n/a|<na>|nil|\\n)$"  # texts that other progra
 NUL = "\x00"
 
 
-def of_column(raw: pl.Expr, dtype: Any, where: str) -> pl.Expr:
+def cast_id_column(raw: pl.Expr, dtype: Any, where: str) -> pl.Expr:
     """Ids of a typed column: whole numbers or text, null where there is none.
 
     Args:
@@ -45,7 +45,7 @@ def of_column(raw: pl.Expr, dtype: Any, where: str) -> pl.Expr:
     raise ValueError(f"{where} the type {dtype} holds no ids; expected whole numbers or text: convert the column")
 
 
-def what_of(dtype: Any) -> str:
+def expected_id(dtype: Any) -> str:
     """What an id must be, for errors."""
     if dtype in WHOLE:
         return f"an id: floats are ids only if they are whole and within ±{WHOLE[dtype.base_type()]}"
@@ -75,11 +75,11 @@ def as_text(value: Any) -> str | None:
     return str(value)
 
 
-def of_objects(name: str, values: Iterable[Any]) -> pl.Series:
+def ids_from_objects(name: str, values: Iterable[Any]) -> pl.Series:
     """Ids of Python objects: whole numbers where all are, else text, null where there is none."""
     values = list(values)
     texts = pl.Series(name, [as_text(value) for value in values], dtype=pl.String)
-    return texts if any(isinstance(value, str) for value in values) else narrowed(texts)
+    return texts if any(isinstance(value, str) for value in values) else narrow_ids(texts)
 
 
 def given_ids(values: Iterable[Any]) -> list[str]:
@@ -92,7 +92,7 @@ def given_ids(values: Iterable[Any]) -> list[str]:
     return [text for text in texts if text is not None]
 
 
-def narrowed(ids: pl.Series) -> pl.Series:
+def narrow_ids(ids: pl.Series) -> pl.Series:
     """Text that is all plain whole numbers of 64 bits as such (007 is none), and numbers in the narrowest of Int64,
     UInt64 and text that holds all."""
     if ids.dtype == pl.String and (ids.null_count() == len(ids) or not ids.str.contains(PLAIN_NUMBER).all()):
@@ -104,29 +104,31 @@ def narrowed(ids: pl.Series) -> pl.Series:
     return ids.cast(pl.String)
 
 
-def typed(ids: pl.Series, where: str | Path) -> pl.Series:
+def parse_ids(ids: pl.Series, where: str | Path) -> pl.Series:
     """The ids of a typed column, null where they are missing.
 
     Raises:
         ValueError: naming the first row whose value is no id.
     """
-    found = ids.to_frame().select(of_column(pl.col(ids.name), ids.dtype, f"{where}, column {ids.name!r}:")).to_series()
+    found = (
+        ids.to_frame().select(cast_id_column(pl.col(ids.name), ids.dtype, f"{where}, column {ids.name!r}:")).to_series()
+    )
     bad = found.is_null() & ids.is_not_null()
     if ids.dtype.is_float():
         bad &= ids.is_not_nan()
     if bad.any():
         row = bad.arg_true()[0]
-        raise ValueError(f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {what_of(ids.dtype)}")
-    return narrowed(found) if found.dtype in (pl.Int128, pl.UInt128) else found
+        raise ValueError(f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {expected_id(ids.dtype)}")
+    return narrow_ids(found) if found.dtype in (pl.Int128, pl.UInt128) else found
 
 
-def checked(ids: pl.Series, where: str | Path) -> pl.Series:
+def require_ids(ids: pl.Series, where: str | Path) -> pl.Series:
     """The ids of a typed column, one in every row.
 
     Raises:
         ValueError: for values that are no ids, and for missing ones.
     """
-    found = typed(ids, where)
+    found = parse_ids(ids, where)
     missing = found.is_null()
     if found.dtype == pl.String:
         missing |= found.str.strip_chars() == ""
@@ -138,7 +140,7 @@ def checked(ids: pl.Series, where: str | Path) -> pl.Series:
     return found
 
 
-def common(dtypes: Iterable[Any]) -> Any:
+def common_dtype(dtypes: Iterable[Any]) -> Any:
     """A type that holds the ids of columns of several types, as they come from `of_column`."""
     dtypes = set(dtypes)
     if len(dtypes) == 1:
@@ -148,7 +150,7 @@ def common(dtypes: Iterable[Any]) -> Any:
     return pl.String
 
 
-def as_written(text: str) -> list[str] | None:
+def parse_yaml_ids(text: str) -> list[str] | None:
     """The ids of a list in the notation of YAML, each as it is written: 0012 is not 10; None for any other text.
 
     Raises:
@@ -161,7 +163,7 @@ def as_written(text: str) -> list[str] | None:
     return _scalars(node) if isinstance(node, yaml.SequenceNode) else None
 
 
-def written_in(config: Path, option: str) -> list[str] | None:
+def read_yaml_ids(config: Path, option: str) -> list[str] | None:
     """The same of an option of a YAML file; None where it is no list there."""
     try:
         node = yaml.compose(config.read_text(encoding="utf-8"), yaml.SafeLoader)
@@ -181,7 +183,7 @@ def _scalars(node: yaml.SequenceNode) -> list[str]:
     return [one.value for one in node.value]
 
 
-def lines_of(path: Path) -> list[str]:
+def read_id_lines(path: Path) -> list[str]:
     """The lines of a text file of ids, without their ends; an id may hold what Python's splitlines() splits at."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -190,7 +192,7 @@ def lines_of(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def warn_of_texts(ids: pl.Series, name: str, where: str | Path) -> None:
+def warn_ambiguous_ids(ids: pl.Series, name: str, where: str | Path) -> None:
     """Warns of ids that differ as text only, and of those that usually mean a missing value.
 
     Args:

@@ -17,14 +17,14 @@ from recsys2stage.data.checks import OnBadRows
 from recsys2stage.data.events import (
     Repeats,
     TieBreak,
+    compute_offsets,
     drop_repeats,
     keep_core,
     load_events,
-    offsets_of,
     sample_cold,
-    sort,
+    sort_events,
     tie_shares,
-    withhold,
+    withhold_cold_items,
 )
 from recsys2stage.data.options import check_least, check_option
 from recsys2stage.data.side_tables import write_side, write_vectors
@@ -98,10 +98,10 @@ def prepare(
                 )
             counts: dict[str, int] = {}
             events, bad_events = load_events(tables, min_rating, on_bad_rows, counts)
-            events = keep_core(drop_repeats(sort(events, tie_break, seed), repeats, counts), core, counts)
+            events = keep_core(drop_repeats(sort_events(events, tie_break, seed), repeats, counts), core, counts)
             if counts["removed_by_core"]:
                 events.renumber()
-            offsets = offsets_of(events.user, len(events.user_ids))
+            offsets = compute_offsets(events.user, len(events.user_ids))
             ties = tie_shares(events.time, offsets)
             if tables.ticks > 1:
                 events.time = events.time // tables.ticks
@@ -113,7 +113,7 @@ def prepare(
                 raise ValueError(f"{tables.events.file} marks what events are for; use split: Marked, or no part")
             too_short = int((np.diff(offsets) < split.min_events).sum())
             cold = sample_cold(len(events.item_ids), cold_items, seed)
-            events, offsets, train_end, val_end = withhold(events, offsets, train_end, val_end, cold, counts)
+            events, offsets, train_end, val_end = withhold_cold_items(events, offsets, train_end, val_end, cold, counts)
 
             arrays: dict[str, np.ndarray] = {
                 c.EVENT_ITEMS: events.item,

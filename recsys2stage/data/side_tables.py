@@ -12,7 +12,7 @@ from recsys2stage import columns as c
 from recsys2stage.data import ids as ids_rule
 from recsys2stage.data.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.events import codes_of
+from recsys2stage.data.events import encode_categories
 from recsys2stage.data.options import check_option
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.vectors import Vectors
@@ -50,7 +50,7 @@ def write_side(
         once = known.unique(raw_id, keep="first", maintain_order=True)
         if len(once) < len(known):
             log.warning("%s: %d rows repeat a %s; the first of each counts", rows.file, len(known) - len(once), raw_id)
-        ids_rule.warn_of_texts(once[raw_id], raw_id, rows.file)
+        ids_rule.warn_ambiguous_ids(once[raw_id], raw_id, rows.file)
         text_ids = table.select(owner, pl.col(raw_id).cast(pl.String))
         counts[f"{owner}s_without_metadata"] = text_ids.join(once, on=raw_id, how="anti").height
         if counts[f"{owner}s_without_metadata"] == len(ids):
@@ -73,13 +73,13 @@ def write_feature(folder: Path, stem: str, column: pl.Series, kind: Kind, paddin
         np.save(folder / f"{stem}.values.npy", np.concatenate([np.full(padding, np.nan, np.float32), values]))
     elif kind == "categorical":
         names = classes(column, kind)
-        codes = codes_of(column.cast(pl.String), names)
+        codes = encode_categories(column.cast(pl.String), names)
         np.save(folder / f"{stem}.codes.npy", np.concatenate([np.zeros(padding, np.int32), codes]))
         size += len(names)
     else:
         lists, names = class_lists(column), classes(column, kind)
         lengths = np.concatenate([np.zeros(1 + padding, np.int64), lists.list.len().fill_null(0).to_numpy()])
-        np.save(folder / f"{stem}.codes.npy", codes_of(lists.explode().drop_nulls(), names))
+        np.save(folder / f"{stem}.codes.npy", encode_categories(lists.explode().drop_nulls(), names))
         np.save(folder / f"{stem}.offsets.npy", np.cumsum(lengths, dtype=np.int64))
         size += len(names)
     return {"name": column.name, "kind": kind, "size": size}

@@ -17,15 +17,15 @@ from pipeline_fixtures import recsys
 from recsys2stage import columns as c
 from recsys2stage.cli.main import keep_ids_as_written
 from recsys2stage.data import ids
-from recsys2stage.data.events import number, number_ids, stable_order
-from recsys2stage.data.frames import Frames, as_polars
+from recsys2stage.data.events import encode_ids, factorize, stable_order
+from recsys2stage.data.frames import FrameColumns, as_polars
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import SideTable, Table, Vectors
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.towers import TwoTower
-from recsys2stage.serving.requests import FileRequests, read_target_actions, target_actions_of
+from recsys2stage.serving.requests import FileRequests, read_target_actions, resolve_target_actions
 
 NOW = 1_600_000_000
 UUIDS = [uuid.UUID(int=2**100 + place) for place in range(3)]
@@ -118,7 +118,7 @@ def towers() -> TwoTower:
 
 def recommender_of(known: list[str], **options: Any) -> Recommender:
     index = Exact()
-    index.build(towers().every_item().detach().numpy())
+    index.build(towers().all_item_vectors().detach().numpy())
     catalogue = pl.DataFrame({c.ITEM: range(1, len(known) + 1), c.ITEM_ID: known})
     return Recommender(towers(), index, None, catalogue, np.zeros(4), "none", has_time=False, **options)
 
@@ -228,8 +228,8 @@ def test_values_that_are_no_ids(value: Any) -> None:
 
 
 def test_frames_of_events_and_later_ones_may_type_ids_otherwise() -> None:
-    frames = Frames("u", "i", None, None, None, None, None, None)
-    log = frames.marked({"u": [1, 2], "i": [10, 20]}, {"u": ["1", "x"], "i": [30.0, 40.0]})
+    frames = FrameColumns("u", "i", None, None, None, None, None, None)
+    log = frames.mark_parts({"u": [1, 2], "i": [10, 20]}, {"u": ["1", "x"], "i": [30.0, 40.0]})
     assert log.rows() == [("1", 10, "train"), ("2", 20, "train"), ("1", 30, "val")]
 
 
@@ -242,7 +242,7 @@ def test_every_type_of_whole_number_is_numbered_in_order(dtype: Any) -> None:
     if dtype not in (pl.Int128, pl.UInt128):
         high = pl.select(dtype.max()).item()
     values = pl.Series([high, low, high - 1, low + 1, high, low + 2], dtype=dtype)
-    codes, found = number_ids(values, untyped=False)
+    codes, found = encode_ids(values, untyped=False)
     assert found.to_list() == [low, low + 1, low + 2, high - 1, high]
     assert codes.tolist() == [4, 0, 3, 1, 4, 2]
 
@@ -254,7 +254,7 @@ def test_numbers_and_orders_do_not_overflow(dtype: str) -> None:
     for values in (np.array(near, dtype), np.array([info.max, info.min, info.max, 1], dtype)):
         assert stable_order(values).tolist() == np.argsort(values, kind="stable").tolist()
         if info.bits <= 16 or int(values.max()) - int(values.min()) < 100:
-            codes, found = number(values)
+            codes, found = factorize(values)
             wanted, places = np.unique(values, return_inverse=True)
             assert [int(one) for one in found] == [int(one) for one in wanted]
             assert codes.tolist() == places.tolist()
@@ -320,15 +320,15 @@ def test_actions_of_which_no_user_is_known_are_spoken_of(tmp_path: Path, caplog:
     served = recommender_of(["1"], next_action="target", actions=["buy", "see"])
     (tmp_path / "a.csv").write_text("user_id,action\n05,buy\n5.0,see\n")
     with caplog.at_level(logging.WARNING, "recsys2stage"):
-        assert target_actions_of(np.array([5, 7]), str(tmp_path / "a.csv"), served).tolist() == [0, 0]
+        assert resolve_target_actions(np.array([5, 7]), str(tmp_path / "a.csv"), served).tolist() == [0, 0]
     assert "its users are such as '05', those to recommend for '5'" in caplog.text
     parquet(tmp_path / "a.parquet", user_id=[5.0, 7.0], action=["buy", "see"])
-    assert target_actions_of(np.array([5, 7]), str(tmp_path / "a.parquet"), served).tolist() == [1, 2]
+    assert resolve_target_actions(np.array([5, 7]), str(tmp_path / "a.parquet"), served).tolist() == [1, 2]
 
 
 def test_ids_of_a_text_file_hold_what_python_takes_for_line_ends(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_bytes("\ufeffa\x85b\r\n\u2028\r\nc\n".encode())
-    assert ids.lines_of(tmp_path / "ids.txt") == ["a\x85b", "\u2028", "c"]
+    assert ids.read_id_lines(tmp_path / "ids.txt") == ["a\x85b", "\u2028", "c"]
 
 
 # --users
@@ -368,7 +368,7 @@ def test_users_of_a_config_are_the_text_that_was_written(tmp_path: Path) -> None
         keep_ids_as_written(argv)
         assert len(argv) == 3
     with pytest.raises(ValueError, match="a list of ids holds a list or a mapping"):
-        ids.as_written("[a: b]")
+        ids.parse_yaml_ids("[a: b]")
 
 
 def test_blanks_around_a_wanted_id_count_only_where_such_an_id_exists() -> None:

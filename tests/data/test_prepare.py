@@ -13,7 +13,7 @@ from pipeline_fixtures import recsys
 
 from recsys2stage import columns as c
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.events import mix, number_ids, stable_order
+from recsys2stage.data.events import encode_ids, hash_pairs, stable_order
 from recsys2stage.data.prepare import prepare, split_hash
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vectors
 from recsys2stage.data.split import GlobalTime
@@ -169,7 +169,7 @@ def test_ties_by_hash_follow_the_seed_and_not_the_file(tmp_path: Path) -> None:
 
 def test_the_hash_gives_two_users_different_orders_of_the_same_items() -> None:
     users, items = np.repeat(np.arange(500), 2), np.tile([1, 2], 500)
-    first = mix(users, items, 0).reshape(500, 2).argmin(1)
+    first = hash_pairs(users, items, 0).reshape(500, 2).argmin(1)
     assert 0.4 < first.mean() < 0.6
 
 
@@ -427,7 +427,7 @@ def test_ids_of_parquet_keep_their_type_and_meaning(tmp_path: Path, dtype: Any) 
 
 
 def test_ids_far_apart_are_numbered_too() -> None:
-    codes, ids = number_ids(pl.Series([2**62, -5, 2**62, 7]), untyped=False)
+    codes, ids = encode_ids(pl.Series([2**62, -5, 2**62, 7]), untyped=False)
     assert codes.tolist() == [2, 0, 2, 1]
     assert ids.to_list() == [-5, 7, 2**62]
 

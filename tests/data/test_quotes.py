@@ -11,7 +11,7 @@ from pipeline_fixtures import recsys
 from recsys2stage import columns as c
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, SideTable, Table
-from recsys2stage.data.sources.quotes import layout_of
+from recsys2stage.data.sources.quotes import detect_layout
 from recsys2stage.serving.requests import read_log
 
 HEADER = ["user_id", "item_id", "note", "timestamp"]
@@ -129,7 +129,7 @@ def test_bad_rows_are_on_the_lines_of_the_file(tmp_path: Path) -> None:
 
 def test_lines_after_two_fields_of_several_lines_in_one_row(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text('a,b,c\n"1\n1","2\n\n2",3\n4,5,6\n"7\n",8,9\n10,11,12\n')
-    layout = layout_of(tmp_path / "e.csv", ",")
+    layout = detect_layout(tmp_path / "e.csv", ",")
     places = pl.DataFrame({"row": range(4)}).select(layout.line_of(pl.col("row"), 2)).to_series()
     assert places.to_list() == [2, 6, 7, 9]
 

@@ -141,7 +141,7 @@ def test_movielens_1m_has_users(tmp_path: Path) -> None:
 )
 def test_years_in_titles(title: str, year: int | None, decade: str | None) -> None:
     frame = pl.DataFrame({"title": [title]}).select(
-        year=movielens_module.year_of(pl.col("title")), decade=movielens_module.decade_of(pl.col("title"))
+        year=movielens_module.parse_year(pl.col("title")), decade=movielens_module.parse_decade(pl.col("title"))
     )
     assert frame.row(0) == (year, decade)
 

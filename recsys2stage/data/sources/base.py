@@ -15,8 +15,8 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage.data.checks import FILE, LINE, SURPLUS, Column, Rows, require
-from recsys2stage.data.sources.quotes import AUTO, layout_of
-from recsys2stage.trust import name_of
+from recsys2stage.data.sources.quotes import AUTO, detect_layout
+from recsys2stage.trust import class_name
 
 LARGE = 1 << 30  # bytes: below it, nothing unpacked does harm
 MOST_GROWTH = 200  # a log in text packs to a tenth or twentieth of its size
@@ -69,7 +69,7 @@ class Source(ABC):
             for name, value in vars(self).items()
             if not name.startswith("_")
         }
-        return {"class_path": name_of(kind), "init_args": options}
+        return {"class_path": class_name(kind), "init_args": options}
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
         try:
             with zipfile.ZipFile(path) as archive:
                 named = archive.infolist()
-                chosen = [member for member in named if any(fits(member.filename, pattern) for pattern in patterns)]
+                chosen = [member for member in named if any(matches(member.filename, pattern) for pattern in patterns)]
                 _check_members(path, chosen, free=shutil.disk_usage(folder).free)
                 for member in chosen:
                     archive.extract(member, folder)
@@ -114,7 +114,7 @@ def _check_members(path: Path, members: Sequence[zipfile.ZipInfo], free: int) ->
         )
 
 
-def fits(member: str, pattern: str) -> bool:
+def matches(member: str, pattern: str) -> bool:
     """Whether a path within a folder or zip is, or ends in, what the pattern says."""
     return not member.endswith("/") and (fnmatch.fnmatch(member, pattern) or fnmatch.fnmatch(member, f"*/{pattern}"))
 
@@ -136,7 +136,7 @@ def csv_rows(
     """
     typed, text = [], []
     for file in files:
-        layout = layout_of(file, separator, quote, header is None)
+        layout = detect_layout(file, separator, quote, header is None)
         names = header or read_header(file, separator, layout.quote)
         require((column.name for column in columns.values()), names, file)
         names = [  # as polars names columns that have the name of another

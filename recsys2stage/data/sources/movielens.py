@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from recsys2stage.columns import ACTION, ITEM_ID, RATING, TIME, TITLE, USER_ID
-from recsys2stage.data.checks import FILE, LINE, Column, Rows, rating_column, real, time_column, whole_number
+from recsys2stage.data.checks import FILE, LINE, Column, Rows, parse_float, parse_int, rating_column, time_column
 from recsys2stage.data.download import download
 from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, unpacked
 
@@ -99,24 +99,24 @@ class MovieLens(Source):
         )
 
 
-def year_of(title: pl.Expr) -> pl.Expr:
+def parse_year(title: pl.Expr) -> pl.Expr:
     """1995 of "Toy Story (1995)", the last such of several; the first of "(1975-1979)"; null without."""
     return title.str.extract(r".*\(((?:18|19|20)\d\d)(?:\s*[-–]\s*(?:\d{4})?\s*)?\)", 1).cast(pl.Int32)
 
 
-def decade_of(title: pl.Expr) -> pl.Expr:
+def parse_decade(title: pl.Expr) -> pl.Expr:
     """ "Pre-1970", "1970s", "1980s", ... of the year in the title; null without."""
-    year = year_of(title)
+    year = parse_year(title)
     return pl.when(year < 1970).then(pl.lit("Pre-1970")).otherwise(pl.format("{}0s", year // 10))
 
 
-def genres_of(raw: pl.Expr) -> pl.Expr:
+def parse_genres(raw: pl.Expr) -> pl.Expr:
     """ "Comedy|Drama" -> ["Comedy", "Drama"]; null for "(no genres listed)"."""
     return pl.when(raw != "(no genres listed)").then(raw.str.split("|"))
 
 
 def _number(name: str) -> Column:
-    return Column(name, "a whole number", whole_number, pl.Int32())
+    return Column(name, "a whole number", parse_int, pl.Int32())
 
 
 EVENTS = {
@@ -127,14 +127,14 @@ EVENTS = {
 }
 RATING_ACTIONS = {  # both from one raw column, which is then read as text
     RATING: replace(EVENTS[RATING], dtype=pl.String()),
-    ACTION: Column("rating", "", lambda raw: real(raw).cast(pl.Float32).cast(pl.String), required=False),
+    ACTION: Column("rating", "", lambda raw: parse_float(raw).cast(pl.Float32).cast(pl.String), required=False),
 }
 ITEMS = {
     ITEM_ID: _number("movieId"),
     TITLE: Column("title", required=False),
-    "year": Column("title", "", year_of, required=False),
-    "genres": Column("genres", "", genres_of, required=False),
-    "decade": Column("title", "", decade_of, required=False),
+    "year": Column("title", "", parse_year, required=False),
+    "genres": Column("genres", "", parse_genres, required=False),
+    "decade": Column("title", "", parse_decade, required=False),
 }
 USER_RAW = ("userId", "gender", "age", "occupation", "zip")
 USERS = {

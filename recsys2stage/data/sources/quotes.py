@@ -50,7 +50,7 @@ def check_quote(quote: str | None, separator: str) -> None:
         raise ValueError(f"quote is {quote!r}, expected one ASCII character other than the separator, null or auto")
 
 
-def layout_of(file: Path, separator: str, quote: str | None = AUTO, has_header: bool = True) -> Layout:
+def detect_layout(file: Path, separator: str, quote: str | None = AUTO, has_header: bool = True) -> Layout:
     """Looks for quotes that are not as CSV has them: around a whole field, and doubled within.
 
     Args:

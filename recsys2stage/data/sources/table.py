@@ -14,15 +14,15 @@ from recsys2stage.data.checks import (
     YEAR_2100,
     Column,
     Rows,
-    filled,
+    empty_to_null,
     id_column,
+    parse_float,
+    parse_int,
     rating_column,
-    real,
     time_column,
     typed_rows,
-    whole_number,
 )
-from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, fits, unpacked
+from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, matches, unpacked
 from recsys2stage.data.sources.quotes import AUTO, check_quote
 from recsys2stage.data.split import PARTS
 
@@ -169,13 +169,13 @@ class Table(Source):
                     self.time, "an ISO time from 1970 to 2100", iso, low=0, high=YEAR_2100 * TICKS["iso"]
                 )
             elif self.time_unit == "order":
-                columns[TIME] = Column(self.time, "a whole number", whole_number, pl.Int64())
+                columns[TIME] = Column(self.time, "a whole number", parse_int, pl.Int64())
             else:
                 columns[TIME] = time_column(self.time, TICKS[self.time_unit])
         if self.rating is not None:
             columns[RATING] = rating_column(self.rating, *(self.rating_range or ()))
         if self.action is not None:
-            columns[ACTION] = Column(self.action, "", filled, required=False)
+            columns[ACTION] = Column(self.action, "", empty_to_null, required=False)
         if self.part is not None:
             columns[PART] = Column(self.part, " or ".join(PARTS), part_number)
         return columns
@@ -192,15 +192,17 @@ class Table(Source):
             )
         columns = {own_id: id_column(side.id)}
         if side.title is not None:
-            columns[TITLE] = Column(side.title, "", filled, required=False)
+            columns[TITLE] = Column(side.title, "", empty_to_null, required=False)
         for name, feature in side.columns.items():
             raw = feature.column or name
             if feature.kind == "numeric":
-                columns[name] = Column(raw, "a number", real, pl.Float64(), -MAX_FLOAT32, MAX_FLOAT32, required=False)
+                columns[name] = Column(
+                    raw, "a number", parse_float, pl.Float64(), -MAX_FLOAT32, MAX_FLOAT32, required=False
+                )
             elif feature.kind == "multi":
                 columns[name] = Column(raw, "", _splitter(feature.separator), required=False, lists=True)
             else:
-                columns[name] = Column(raw, "", filled, required=False)
+                columns[name] = Column(raw, "", empty_to_null, required=False)
         kinds = {name: feature.kind for name, feature in side.columns.items()}
         return found, self._rows(found, columns, side.quote), kinds
 
@@ -238,8 +240,8 @@ def _splitter(separator: str) -> Callable[[pl.Expr], pl.Expr]:
 def _matching(folder: Path, patterns: Sequence[str], leave: Sequence[str] = ()) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((".", "_")))
     names = {file: file.relative_to(folder).as_posix() for file in files}
-    wanted = [file for file in files if any(fits(names[file], pattern) for pattern in patterns)]
-    return [file for file in wanted if not any(fits(names[file], pattern) for pattern in leave)]
+    wanted = [file for file in files if any(matches(names[file], pattern) for pattern in patterns)]
+    return [file for file in wanted if not any(matches(names[file], pattern) for pattern in leave)]
 
 
 def parquet_rows(files: Sequence[Path], columns: dict[str, Column]) -> Rows:

@@ -44,7 +44,7 @@ class Vectors:
         ids, vectors = self._read_array() if self.path.suffix == ".npy" else self._read_table()
         empty = ids.is_null() | (ids.str.strip_chars() == "")
         if empty.any():
-            raise ValueError(f"{self.ids or self.path}, row {rows_where(empty)}: the item id is missing; fill it in")
+            raise ValueError(f"{self.ids or self.path}, row {first_rows(empty)}: the item id is missing; fill it in")
         if ids.n_unique() < len(ids):
             twice = ids.filter(ids.is_duplicated()).unique(maintain_order=True)
             raise ValueError(
@@ -53,7 +53,7 @@ class Vectors:
         finite = pl.Series(np.isfinite(vectors).all(axis=1))
         if not finite.all():
             raise ValueError(
-                f"{self.path}, row {rows_where(~finite)}: the vector holds a number that is not finite; leave such "
+                f"{self.path}, row {first_rows(~finite)}: the vector holds a number that is not finite; leave such "
                 "rows out, and their items count as without a vector"
             )
         return ids, vectors
@@ -66,7 +66,7 @@ class Vectors:
             raise ValueError(
                 f"{self.path} has shape {vectors.shape} and type {vectors.dtype}, expected a row of numbers an item"
             )
-        ids = id_rule.lines_of(self.ids)
+        ids = id_rule.read_id_lines(self.ids)
         if len(ids) != len(vectors):
             raise ValueError(f"{self.path} has {len(vectors)} rows but {self.ids} has {len(ids)} lines; give one a row")
         return pl.Series(ITEM_ID, ids, dtype=pl.String), np.asarray(vectors, dtype=np.float32)
@@ -93,14 +93,14 @@ class Vectors:
         wrong = widths != width
         if wrong.any():
             raise ValueError(
-                f"{self.path}, row {rows_where(wrong)}: the vector is not of length {width}, as most are; "
+                f"{self.path}, row {first_rows(wrong)}: the vector is not of length {width}, as most are; "
                 "give all the same length"
             )
         flat = lists.explode().fill_null(float("nan"))
-        return id_rule.typed(table[ITEM_ID], self.path).cast(pl.String), flat.to_numpy().reshape(len(table), width)
+        return id_rule.parse_ids(table[ITEM_ID], self.path).cast(pl.String), flat.to_numpy().reshape(len(table), width)
 
 
-def rows_where(bad: pl.Series) -> str:
+def first_rows(bad: pl.Series) -> str:
     """The first three rows, from 1, in which something is true."""
     rows = bad.arg_true()
     return ", ".join(str(row + 1) for row in rows.head(3)) + (", ..." if len(rows) > 3 else "")
