@@ -19,7 +19,7 @@ from pipeline_fixtures import Run, recsys
 from worlds import seal, untrained_index
 
 import recsys2stage
-from recsys2stage.artifacts import MOST_JSON, read_array, read_json
+from recsys2stage.artifacts import MAX_JSON_BYTES, read_array, read_json
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.sources import base
 from recsys2stage.data.sources.base import unpacked
@@ -152,11 +152,11 @@ def fewer_items(folder: Path, canary: Path) -> None:
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "a process as a signal": (
         lambda folder, canary: (folder / "signals/signals.json").write_text(json.dumps([popen(canary)])),
-        "signals.json names subprocess.Popen, which is not of recsys2stage",
+        "signals.json names subprocess.Popen, which is not part of recsys2stage",
     ),
     "os.system as a scorer": (
         in_manifest("reranker", "scorer", value={"class_path": "os.system", "init_args": {}}),
-        "manifest.json names os.system, which is not of recsys2stage",
+        "manifest.json names os.system, which is not part of recsys2stage",
     ),
     "eval as an encoder": (
         in_manifest("towers", "encoder", value={"class_path": "builtins.eval"}),
@@ -183,25 +183,25 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     ),
     "a function of the package": (
         one_signal("recsys2stage.data.download.download", url="http://localhost", path="x"),
-        "names the Signal 'recsys2stage.data.download.download', which this version has not",
+        "names the Signal 'recsys2stage.data.download.download', which this version does not have",
     ),
     "what the package imports": (
         one_signal("recsys2stage.artifacts.shutil.rmtree", path="x"),
-        "names the Signal 'recsys2stage.artifacts.shutil.rmtree', which this version has not",
+        "names the Signal 'recsys2stage.artifacts.shutil.rmtree', which this version does not have",
     ),
     "a class of the package that is no signal": (one_signal("Transformer"), "names the Signal 'Transformer', which"),
     "a signal as an encoder": (
         in_manifest("towers", "encoder", value={"class_path": "Session"}),
-        "names the Encoder 'Session', which this version has not; expected one of .*Transformer",
+        "names the Encoder 'Session', which this version does not have; expected one of .*Transformer",
     ),
     "a module that is not allowed": (one_signal("evil_parts.Mine"), "names evil_parts.Mine, .*trust=.'evil_parts'."),
     "a name that is no text": (one_signal(["subprocess", "Popen"]), "names the class .* expected text"),
     "a pickle as an array": (pickled_array("popularity.npy"), "popularity.npy cannot be read as an array"),
     "a pickle as item vectors": (pickled_array("index.npy"), "index.npy cannot be read as an array"),
     "a pickle as a table": (pickled_array("signals/0.items.npy"), "0.items.npy cannot be read as an array"),
-    "a pickle as weights": (pickled_weights, "towers.pt is not a checkpoint, or not a whole one"),
+    "a pickle as weights": (pickled_weights, "towers.pt is not a checkpoint, or is incomplete"),
     "compressed weights": (compressed_weights, "towers.pt unpacks from [0-9,]+ to [0-9,]+ bytes"),
-    "one number as many weights": (repeated_weights, "the weights .* are no whole tensor"),
+    "one number as many weights": (repeated_weights, "the weights .* are no tensor, or larger than their storage"),
     "an array larger than its file": (giant_array("index.npy"), "index.npy cannot be read as an array"),
     "a table larger than its file": (giant_array("signals/0.keys.npy"), "0.keys.npy cannot be read as an array"),
     "more items than weights": (
@@ -225,18 +225,18 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     ),
     "weights cut short": (
         lambda folder, canary: os.truncate(folder / "reranker.pt", 9_999),
-        "reranker.pt is not a checkpoint, or not a whole one",
+        "reranker.pt is not a checkpoint, or is incomplete",
     ),
     "fewer items": (fewer_items, "items.parquet has 7 rows .* expected 120"),
     "items that are no Parquet": (written("items.parquet", b"PAR1"), "items.parquet cannot be read as Parquet"),
-    "a link": (linked, "popularity.npy is a link, expected a file of the folder's own"),
+    "a link": (linked, "popularity.npy is a symbolic link, expected a regular file"),
     "no JSON": (written("signals/signals.json", b"[{"), "signals.json is not JSON"),
     "JSON without end": (written("signals/signals.json", b"[" * 100_000), "signals.json is not JSON"),
     "another JSON": (written("signals/signals.json", b"{}"), "signals.json is not a JSON list"),
     "a list as an index": (written("index.json", b"[]"), "index.json is not a JSON object"),
     "options that no index takes": (
         written("index.json", b'{"class": "Exact", "options": {"depth": 3}}'),
-        "index.json has options that no Exact takes",
+        "index.json has options that Exact does not accept",
     ),
     "options that no signal takes": (one_signal("Session", depth=3), "signals.json has a Session with other options"),
     "another format": (in_manifest("format", value=2), "manifest.json has the format 2, expected 1; it was written by"),
@@ -277,7 +277,7 @@ def test_a_module_is_imported_only_where_the_caller_allows_it(bundle: Path, cana
     edited(signals, session, "class_path", value="evil_parts.Mine")
     seal(bundle, trust=["evil_parts"])  # what the file says of trust does not count
     for trust in ([], ["evil"], ["evil_parts.deeper"], ["os", "subprocess"]):
-        with pytest.raises(ValueError, match=r"names evil_parts.Mine, which is not of recsys2stage"):
+        with pytest.raises(ValueError, match=r"names evil_parts.Mine, which is not part of recsys2stage"):
             Recommender.load(bundle, trust=trust)
     words = ("recommend", "--bundle", bundle, "--users", "[1]")
     with pytest.raises(SystemExit, match=r"recsys recommend: .*evil_parts.Mine.*--trust evil_parts"):
@@ -348,7 +348,7 @@ def test_no_value_of_a_manifest_is_taken_for_granted(bundle: Path) -> None:
 
 def test_the_sizes_of_json_and_arrays_are_looked_at_first(tmp_path: Path) -> None:
     with (tmp_path / "large.json").open("wb") as file:
-        file.truncate(MOST_JSON + 1)
+        file.truncate(MAX_JSON_BYTES + 1)
     with pytest.raises(ValueError, match=r"large.json has 67,108,865 bytes, expected at most 67,108,864"):
         read_json(tmp_path / "large.json", dict, "make it")
     np.save(tmp_path / "three.npy", np.zeros(3))
@@ -370,10 +370,10 @@ def test_a_faiss_index_of_other_vectors_is_refused(tmp_path: Path) -> None:
         index.save(tmp_path / name)
     graph = tmp_path / "index/index.faiss"
     shutil.copy(tmp_path / "other/index.faiss", graph)
-    with pytest.raises(ValueError, match=r"index.faiss holds 20 vectors 4 wide, expected 30 of width 4"):
+    with pytest.raises(ValueError, match=r"index.faiss holds 20 vectors of width 4, expected 30 of width 4"):
         Index.load(tmp_path / "index")
     os.truncate(graph, 50)
-    with pytest.raises(ValueError, match=r"index.faiss is not a whole faiss index"):
+    with pytest.raises(ValueError, match=r"index.faiss is not a complete faiss index"):
         Index.load(tmp_path / "index")
 
 
@@ -392,8 +392,8 @@ def test_a_hostile_checkpoint_starts_nothing(trained: Run, canary: Path, tmp_pat
     hostile = tmp_path / "hostile/best.ckpt"
     config = ("--config", trained.folder / "retriever.yaml", "--data.init_args.path", trained.data)
     for encoder, message in (
-        (popen(canary), "names subprocess.Popen, which is not of recsys2stage"),
-        ({"class_path": "evil_parts.Mine"}, "names evil_parts.Mine, which is not of recsys2stage"),
+        (popen(canary), "names subprocess.Popen, which is not part of recsys2stage"),
+        ({"class_path": "evil_parts.Mine"}, "names evil_parts.Mine, which is not part of recsys2stage"),
         ("evil_parts.Mine", "gives encoder of .* as 'evil_parts.Mine', expected class_path"),
     ):
         tampered(trained.retriever, hostile, hyper_parameters={"encoder": encoder})
@@ -404,10 +404,10 @@ def test_a_hostile_checkpoint_starts_nothing(trained: Run, canary: Path, tmp_pat
         with pytest.raises(ValueError, match=message):
             Retriever.load_from_checkpoint(hostile, map_location="cpu")
     torch.save({"state_dict": Evil(canary)}, hostile)
-    with pytest.raises(SystemExit, match=r"best.ckpt is not a checkpoint, or not a whole one"):
+    with pytest.raises(SystemExit, match=r"best.ckpt is not a checkpoint, or is incomplete"):
         recsys("fit", *config, "--output", tmp_path / "out", "--ckpt_path", hostile)
     start = ("--model.init_args.start", hostile)
-    with pytest.raises(SystemExit, match=r"best.ckpt is not a checkpoint, or not a whole one"):
+    with pytest.raises(SystemExit, match=r"best.ckpt is not a checkpoint, or is incomplete"):
         recsys("fit", *config, "--output", tmp_path / "out", *start)
     assert not canary.exists()
     assert not (tmp_path / "index").exists()
@@ -605,7 +605,7 @@ def test_a_retriever_of_another_split_is_refused(trained: Run, informed: Run, tm
 
 def test_a_ranker_or_lists_of_another_split_are_refused(trained: Run, informed: Run, tmp_path: Path) -> None:
     of = ("--index", trained.index, "--ranker", informed.ranker, "--output", tmp_path / "bundle")
-    with pytest.raises(SystemExit, match=r"best.ckpt was trained on data with split hash .* mine beside this index"):
+    with pytest.raises(SystemExit, match=r"best.ckpt was trained on data with split hash .* mine with this index"):
         recsys("export-bundle", *of)
     of = ("--data", informed.data, "--index", trained.index, "--output", tmp_path / "candidates")
     with pytest.raises(SystemExit, match=r"index was made from a dataset with split hash"):

@@ -18,12 +18,12 @@ from recsys2stage.data.batches import Padded
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.evaluation.evaluate import outside_ranking, rank_users
-from recsys2stage.mining.mine import Mine, excluded_items, mine_negatives
+from recsys2stage.evaluation.evaluate import excluded_from_ranking, rank_users
+from recsys2stage.mining.mine import ListBuilder, excluded_items, mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.ranking.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions
 from recsys2stage.ranking.signals.base import Proposer
-from recsys2stage.recommender import Recommender, load_for
+from recsys2stage.recommender import Recommender, load_recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.index import Exact
@@ -86,7 +86,7 @@ def plain_towers() -> TwoTower:
 @pytest.fixture(scope="module")
 def oracle(keeping: Dataset) -> Oracle:
     towers, index = plain_towers(), Exact()
-    index.build(towers.every_item().detach().numpy())
+    index.build(towers.all_item_vectors().detach().numpy())
     catalogue = pl.read_parquet(keeping.path / "items.parquet")
     return Oracle(towers, index, None, catalogue, keeping.train_counts, "none", candidates=ITEMS, seen="keep")
 
@@ -102,7 +102,7 @@ def test_who_knows_only_what_was_seen_ranks_a_tenth_of_the_targets_first(keeping
         assert len(users) == USERS
         outcome = rank_users(keeping, oracle, users, split)  # type: ignore[arg-type]
         assert is_a_tenth((outcome.ranks["retriever"] == 1).mean())
-        assert is_a_tenth((outcome.place == 1).mean()), "among the candidates"
+        assert is_a_tenth((outcome.candidate_rank == 1).mean()), "among the candidates"
         assert outcome.ranks["retriever"].max() <= MET
 
 
@@ -116,7 +116,7 @@ def test_what_is_filtered_does_not_depend_on_the_target(
     dataset = Dataset(tmp_path / "data")
     users = dataset.users(split)
     before, excluded = dataset.known(users, split), excluded_items(dataset, users, split)
-    items, places = np.array(dataset.items), dataset.target_places(split)[users]
+    items, places = np.array(dataset.items), dataset.target_indices(split)[users]
     items[places] = items[dataset.offsets[users]]  # an item that was seen
     dataset.items = items
     for one, other in ((before, dataset.known(users, split)), (excluded, excluded_items(dataset, users, split))):
@@ -136,7 +136,7 @@ def test_baselines_rank_seen_items_too(keeping: Dataset, oracle: Oracle) -> None
 def test_sampled_negatives_are_any_items_but_the_target(keeping: Dataset) -> None:
     users = keeping.users("test")
     target, seen = keeping.targets(users, "test"), keeping.seen(users, "test")
-    left_out = outside_ranking(keeping.known(users, "test"), target, ITEMS, users, 20, seed=0)
+    left_out = excluded_from_ranking(keeping.known(users, "test"), target, ITEMS, users, 20, seed=0)
     ranked = ~left_out
     assert (ranked.sum(1) == 21).all()
     assert ranked[np.arange(len(users)), target].all()
@@ -167,7 +167,7 @@ def test_in_mined_lists_the_target_is_one_of_the_seen(keeping: Dataset, oracle: 
     seen, target = keeping.seen(users, places), keeping.targets(users, places)
     pairs = set(zip(seen.rows.tolist(), seen.values.tolist(), strict=True))
     miner = Mixture([RankBand(), Uniform(10), Popular(10)])
-    _, table, _ = Mine(keeping, oracle, miner, 0.3, seed=0).batch(users, places)
+    _, table, _ = ListBuilder(keeping, oracle, miner, 0.3, seed=0).batch(users, places)
     rows = pl.DataFrame(table)
     positive, negative = rows.filter(pl.col("label") == 1), rows.filter(pl.col("label") == 0)
     assert is_a_tenth((positive["retriever_rank"] == 1).mean())  # type: ignore[arg-type]  # a share
@@ -267,7 +267,7 @@ def test_a_request_time_that_changes_nothing_is_named(
 ) -> None:
     of = ("recommend", "--bundle", short.index, "--output", tmp_path / "o.parquet", "--users", "[1]")
     recsys(*of, "--request_time", 2 * 10**9)
-    assert "trained without request time, so --request_time 2000000000 changes nothing" in caplog.text
+    assert "trained without request time, so --request_time 2000000000 has no effect" in caplog.text
 
 
 # --- all seen items are filtered, those beyond the model's max_length too
@@ -303,7 +303,7 @@ def unseen_ranks(scores: np.ndarray, dataset: Dataset, split: Any) -> list[int]:
     """Rank of each target among the items of no event before it, by a loop; scores are (B, V)."""
     ranks = []
     for row, user in enumerate(dataset.users(split)):
-        end = int(dataset.target_places(split)[user])
+        end = int(dataset.target_indices(split)[user])
         own, target = set(dataset.items[dataset.offsets[user] : end].tolist()), int(dataset.items[end])
         unseen = [score for item, score in enumerate(scores[row], start=1) if item not in own]
         ranks.append(sum(score >= scores[row, target - 1] for score in unseen))
@@ -319,7 +319,7 @@ def scores_of(recommender: Recommender, dataset: Dataset, split: Any) -> np.ndar
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_an_evaluation_filters_old_seen_items(short: Run, long: Dataset, split: Any) -> None:
-    recommender = load_for(long, short.bundle)
+    recommender = load_recommender(long, short.bundle)
     users = long.users(split)
     outcome = rank_users(long, recommender, users, split)
     naive = unseen_ranks(scores_of(recommender, long, split), long, split)
@@ -327,7 +327,7 @@ def test_an_evaluation_filters_old_seen_items(short: Run, long: Dataset, split: 
     popularity = np.tile(long.train_counts[1:], (len(users), 1))
     assert outcome.ranks["popularity"].tolist() == unseen_ranks(popularity, long, split)
     candidates = recommender.num_candidates
-    assert outcome.place.tolist() == [min(rank, candidates + 1) for rank in naive]
+    assert outcome.candidate_rank.tolist() == [min(rank, candidates + 1) for rank in naive]
     unseen = long.num_items - long.known(users, split).offsets[1]
     assert candidates >= unseen, "all unseen items are candidates"
     assert outcome.ranks["ranker"].max() <= unseen

@@ -1,4 +1,4 @@
-"""What every fit does beside training: it depends on seed and batch alone, can be resumed, and is signed at its end."""
+"""Callbacks and checkpoint IO of every fit: reproducible steps, finite losses, resuming, and the final manifest."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys2stage import __version__
 from recsys2stage.artifacts import atomic_write, write_manifest
-from recsys2stage.checkpoints import sign
+from recsys2stage.checkpoints import add_metadata
 from recsys2stage.columns import MANIFEST
 from recsys2stage.retrieval.histories import seed
 
@@ -23,9 +23,9 @@ NEVER = torch.iinfo(torch.int64).max
 
 
 class ReseedEveryStep(Callback):
-    """Makes dropout and sampled negatives a function of (seed, batch, process): a resumed fit equals an unbroken one.
+    """Seeds dropout and negative sampling by (seed, batch, process), so that a resumed fit equals an uninterrupted one.
 
-    The count is of batches over all epochs, not of optimizer steps: batches accumulated for one step differ, too.
+    Batches are counted over all epochs, since batches accumulated for one optimizer step must differ too.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -36,15 +36,15 @@ class ReseedEveryStep(Callback):
 class RequireFinite(Callback):
     """Ends a fit at the first step whose loss is NaN or infinite; no checkpoint of such weights is written.
 
-    Reading a loss waits for the GPU, so there it is read after every 50 batches and before weights are measured or
-    saved; on a CPU after each batch.
+    Reading a loss synchronises the GPU, so it is read every 50 batches there and before each validation and checkpoint;
+    on a CPU after each batch.
     """
 
-    every: int | None = None  # batches between two readings, where the device does not decide
+    every: int | None = None  # batches between reads; None: by device
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.failed = torch.full((), NEVER, device=pl_module.device)  # the first step with such a loss
-        self.rates: dict[int, float] = {}  # step -> learning rate, of the steps whose losses were not read yet
+        self.failed = torch.full((), NEVER, device=pl_module.device)  # first step with a non-finite loss
+        self.rates: dict[int, float] = {}  # step -> learning rate, of steps not read yet
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.step = trainer.global_step + 1
@@ -80,7 +80,7 @@ class RequireFinite(Callback):
             raise ValueError(f"some weights are NaN or infinite after step {trainer.global_step}{self._end()}")
 
     def _read(self, trainer: Trainer) -> None:
-        """On every process, so that all end where the loss of one is not finite."""
+        """Raises on all processes if the loss of any is not finite."""
         step = int(trainer.strategy.reduce(self.failed.clone(), reduce_op="min"))
         if step < NEVER:
             at = f"learning rate {float(self.rates.get(step, math.nan)):g}, precision {trainer.precision}"
@@ -89,20 +89,20 @@ class RequireFinite(Callback):
 
     def _end(self) -> str:
         return (
-            "; the fit ends here without a manifest, and last.ckpt, if there is one, is older: start anew with a lower "
-            "learning rate, a longer warm-up, trainer.gradient_clip_val or trainer.precision 32-true"
+            "; the fit ends here without a manifest, and last.ckpt, if it exists, is from before: start a new fit with "
+            "a lower learning rate, a longer warm-up, trainer.gradient_clip_val or trainer.precision 32-true"
         )
 
 
 class KeepLast(Checkpoint):
-    """Writes last.ckpt after every epoch, for a killed fit to go on from.
+    """Writes last.ckpt after every epoch, so that an interrupted fit can be resumed from it.
 
-    ModelCheckpoint's own `save_last` writes it only where it writes a new best, so a kill would cost all epochs since,
-    and its `every_n_train_steps` would write the best in mid-epoch, where nothing has been measured.
+    ModelCheckpoint's `save_last` writes it only with a new best checkpoint, which would lose all epochs since then, and
+    its `every_n_train_steps` would save the best checkpoint in mid-epoch, before validation.
 
     Args:
         dirpath: folder of last.ckpt.
-        every_n_train_steps: write it in mid-epoch too, whenever this many steps are done; None: at ends of epochs only.
+        every_n_train_steps: also write it in mid-epoch, every this many steps; None: only after each epoch.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int | None = None) -> None:
@@ -114,10 +114,10 @@ class KeepLast(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # between the batches of one accumulated step the gradients so far would be lost
+        # only after an optimizer step: accumulated gradients are not saved
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
         due = self.every_n_train_steps and self.step % self.every_n_train_steps == 0
-        if stepped and due and not trainer.is_last_batch:  # else the end of the epoch saves, when it has been measured
+        if stepped and due and not trainer.is_last_batch:  # the last batch: saved after validation
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,34 +125,34 @@ class KeepLast(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path, weights_only=False)  # with the optimiser, that is
+            trainer.save_checkpoint(self.path, weights_only=False)  # includes the optimizer state
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints beside their place and renames them; those of any module have a format number.
+    """Writes checkpoints atomically, and adds a format number to those of any LightningModule.
 
-    Lightning's own go through the folder for temporary files, from where a move to another disk can be cut short.
+    Lightning writes to the system's temporary folder first; a move from there to another disk can be interrupted.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if "format" not in checkpoint:  # of a module other than this package's, which sign their own
-            sign(checkpoint, None, __version__)
+        if "format" not in checkpoint:  # of a module outside this package
+            add_metadata(checkpoint, None, __version__)
         with atomic_write(path) as temporary:
             torch.save(checkpoint, temporary)
 
 
 class MeasureTheEnd(Callback):
-    """Has the weights measured, so that there is a best.ckpt, where `max_steps` ends a fit in mid-epoch."""
+    """Runs a last validation if `max_steps` ends a fit in mid-epoch, so that there is a best.ckpt."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True  # Lightning measures before it stops, but not where it only runs out of steps
+            trainer.should_stop = True  # Lightning validates before this stop, but not at `max_steps`
 
 
 class StayStopped(Callback):
-    """Trains no further where a fit is resumed that early stopping had ended, and only its signature was missing."""
+    """Stops at once if the resumed fit had been ended by early stopping and lacks only its manifest."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(stopping.wait_count >= stopping.patience for stopping in trainer.early_stopping_callbacks):
@@ -160,9 +160,9 @@ class StayStopped(Callback):
 
 
 class NextEpoch(Callback):
-    """Starts the next epoch where a fit with `max_steps` is resumed at the end of one, as happens without `max_steps`.
+    """Starts the next epoch if a fit with `max_steps` is resumed at the end of an epoch, as without `max_steps`.
 
-    Lightning would end the finished epoch once more, with nothing measured.
+    Lightning would end the finished epoch a second time, without validation.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,25 +171,25 @@ class NextEpoch(Callback):
         if loop.restarting and progress.current.ready == progress.current.started == progress.current.processed:
             for counts in (progress.current, progress.total):
                 counts.completed = counts.processed
-            loop._restarting = loop.epoch_loop.restarting = False  # the loop's own setter has it True with `max_steps`
+            loop._restarting = loop.epoch_loop.restarting = False  # the setter keeps True with `max_steps`
             loop.reset_restart_stage()
 
 
 class OwnFiles(Callback):
-    """Keeps best.ckpt, last.ckpt and the manifest in a folder those of one fit.
+    """Ensures that best.ckpt, last.ckpt and the manifest in a folder belong to one fit.
 
-    What another fit left there goes when this one writes its first checkpoint. A folder that was moved keeps its best.
+    The first checkpoint deletes the files of an earlier fit. A resumed fit finds its best.ckpt in a moved folder.
     """
 
     def __init__(self) -> None:
-        self.alone = False  # whether what another fit left is gone
+        self.cleaned = False  # whether the files of an earlier fit are deleted
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saver = trainer.checkpoint_callback
         if not isinstance(saver, ModelCheckpoint) or not self._resumes(trainer, saver):
             return
         state = checkpoint.get("callbacks", {}).get(saver.state_key)
-        if state is not None and state["dirpath"] != saver.dirpath:  # else the next epoch would count as the first best
+        if state is not None and state["dirpath"] != saver.dirpath:  # else Lightning resets the best score
 
             def moved(path: str) -> str:
                 return path and str(Path(str(saver.dirpath)) / Path(path).name)
@@ -201,26 +201,26 @@ class OwnFiles(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saver = trainer.checkpoint_callback
-        if self.alone or not isinstance(saver, ModelCheckpoint):
+        if self.cleaned or not isinstance(saver, ModelCheckpoint):
             return
-        self.alone = True
+        self.cleaned = True
         if trainer.is_global_zero:
             folder = Path(str(saver.dirpath))
             for name in (MANIFEST,) if self._resumes(trainer, saver) else (MANIFEST, BEST, LAST):
-                if str(folder / name) != saver._last_checkpoint_saved:  # of weights alone: no callback is called then
+                if str(folder / name) != saver._last_checkpoint_saved:  # weights only: no callback runs
                     (folder / name).unlink(missing_ok=True)
 
     def _resumes(self, trainer: Trainer, saver: ModelCheckpoint) -> bool:
-        """Whether the fit goes on from a checkpoint of its own folder."""
+        """Whether the fit resumes from a checkpoint in its own folder."""
         path = trainer.ckpt_path
         return path is not None and Path(path).resolve().parent == Path(str(saver.dirpath)).resolve()
 
 
 class WriteManifest(Callback):
-    """Writes manifest.json beside the checkpoints when, and only when, a fit has come to its end with a best.ckpt."""
+    """Writes manifest.json next to the checkpoints of a fit, only if it is complete and has a best.ckpt."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # of all attempts before this one
+        self.seconds = 0.0  # of earlier runs of this fit
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds + time.monotonic() - self.started}
@@ -233,7 +233,7 @@ class WriteManifest(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = trainer.checkpoint_callback
-        log = trainer.log_dir  # asked for on every process, because the first one tells it to the others
+        log = trainer.log_dir  # on every process: Lightning broadcasts it
         if trainer.fast_dev_run or not isinstance(checkpoint, ModelCheckpoint) or trainer.interrupted:  # type: ignore[attr-defined]
             return
         if not trainer.is_global_zero:
@@ -242,7 +242,7 @@ class WriteManifest(Callback):
         if not best or Path(best).resolve().parent != folder.resolve() or not Path(best).is_file():
             raise ValueError(
                 f"the fit ended after {trainer.global_step} steps without a best.ckpt in {folder}, because "
-                f"{checkpoint.monitor} was not measured, so no manifest is written; let it validate "
+                f"{checkpoint.monitor} was not logged, so no manifest is written; enable validation "
                 "(trainer.limit_val_batches, trainer.check_val_every_n_epoch), or keep the last weights with "
                 "--checkpoint.monitor null"
             )

@@ -1,4 +1,4 @@
-"""The verbs that carry data from stage to stage: load, call what does the work, write an artifact."""
+"""The commands other than fit, validate and test: each loads artifacts, calls the package and writes an artifact."""
 
 import inspect
 import logging
@@ -30,23 +30,23 @@ from recsys2stage.artifacts import (
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, no_items, sample_users
-from recsys2stage.data.ids import given_ids, lines_of
+from recsys2stage.data.ids import given_ids, read_id_lines
 from recsys2stage.data.options import Part, Seen, check_least, check_option
 from recsys2stage.data.prepare import prepare
-from recsys2stage.data.request_inputs import as_seconds, date_of
+from recsys2stage.data.request_inputs import as_seconds, format_time
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.simulate import simulate
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
     beyond_accuracy,
     describe,
-    negatives_of,
+    num_negatives,
     protocol_line,
     rank_users,
     summarise,
 )
-from recsys2stage.evaluation.plots import draw
-from recsys2stage.evaluation.report import HEADLINE, against_text, as_markdown, as_table
+from recsys2stage.evaluation.plots import write_figures
+from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdown, as_table
 from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER, bundle_manifest, check_split
 from recsys2stage.ranking.reranker import Reranker
@@ -54,12 +54,11 @@ from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
-from recsys2stage.serving.requests import DatasetRequests, FileRequests, target_actions_of
+from recsys2stage.serving.requests import DatasetRequests, FileRequests, resolve_target_actions
 from recsys2stage.trust import Trust, arguments, trusts
 
 RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
-
-KEPT = (  # of an index's manifest in a bundle's
+KEPT = (  # fields copied from the manifest of the index to that of the bundle
     *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
     *("repeats", "newest_time", "user_features"),
 )
@@ -85,24 +84,23 @@ def export_index(
         data: prepared dataset.
         output: folder to write; None: index, beside the retriever's folder.
         index: how to search, exactly (Exact) or by a faiss factory string (Faiss); None: Exact.
-        measured: how many users to measure recall and latency on; 0: none.
-        trust: modules outside this package whose classes the checkpoint may name.
+        measured: number of users to measure recall and latency on; 0: none.
+        trust: modules outside this package from which the checkpoint may load classes.
     """
     check_least("measured", measured, 0)
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
-    for name, kind in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
-        take(options, name, kind, retriever)
+    for name, expected in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
+        take(options, name, expected, retriever)
     if options["num_items"] != dataset.num_items:
         raise ValueError(
-            f"{retriever} knows {options['num_items']} items but {data} has {dataset.num_items}; "
-            "it was trained on other data, fit again"
+            f"{retriever} has {options['num_items']} items but {data} has {dataset.num_items}; fit again on {data}"
         )
     dataset.check_split(retriever, options["split_hash"])
     towers = {name: options[name] for name in inspect.signature(TwoTower).parameters if name in options}
     index = index or Exact()
     with torch.inference_mode():
-        vectors = build(TwoTower, towers, weights, retriever).every_item().numpy()
+        vectors = build(TwoTower, towers, weights, retriever).all_item_vectors().numpy()
     index.build(vectors)
     facts = {
         "vector_dim": vectors.shape[1],
@@ -126,23 +124,20 @@ def export_index(
         parents = {"retriever": retriever, "data": data}
         made = {"index": read_json(folder / DESCRIPTION, dict, "recsys export-index"), "measured": measured}
         write_manifest(folder, "index", made, parents, **facts)
-        users = dataset.users("val")
-        users = np.random.default_rng(0).permutation(users)[:measured]
+        users = np.random.default_rng(0).permutation(dataset.users("val"))[:measured]
         if len(users):
-            recommender = Recommender.load(folder, trust=[type(index).__module__])  # named by whoever runs this
+            recommender = Recommender.load(folder, trust=[type(index).__module__])  # the caller's own class
             recommender.check(dataset)
-            queries = np.concatenate(
-                [
-                    recommender.queries(
-                        dataset.histories(users[part], "val", recommender.towers.max_length),
-                        dataset.request_times(users[part], "val"),
-                        dataset.target_action(users[part], "val", recommender.next_action),
-                    )
-                    for part in in_chunks(len(users), 64)
-                ]
-            )
-            known = dataset.known(users, "val")
-            facts["measured"] = measure(index, queries, min(100, dataset.num_items), (known.values, known.offsets))
+            queries = [
+                recommender.queries(
+                    dataset.histories(users[part], "val", recommender.towers.max_length),
+                    dataset.request_times(users[part], "val"),
+                    dataset.target_action(users[part], "val", recommender.next_action),
+                )
+                for part in in_chunks(len(users), 64)
+            ]
+            k, seen = min(100, dataset.num_items), dataset.known(users, "val")
+            facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
             write_manifest(folder, "index", made, parents, **facts)
     print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
 
@@ -155,35 +150,35 @@ def export_bundle(
     candidates: int | None = None,
     trust: Trust = None,
 ) -> None:
-    """Put both stages into one folder that another process serves from.
+    """Export both stages as one folder for serving, which needs no training data.
 
     Args:
         index: folder written by export-index.
         ranker: checkpoint of a ranker.
         output: folder to write; None: bundle, beside the index.
-        candidates: how many candidates the ranker orders at each request; None: as many as it was trained to.
-        trust: modules outside this package whose classes the checkpoint may name.
+        candidates: number of candidates that the ranker scores per request; None: as in its training.
+        trust: modules outside this package from which the checkpoint may load classes.
     """
     if candidates is not None:
-        check_least("candidates", candidates, other="null for as many as the ranker was trained to order")
+        check_least("candidates", candidates, other="null for the number in the ranker's training")
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
-    second = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
-    arguments(Reranker, second, ranker)  # a bundle that would not load is not written
+    reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
+    arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
     for name in ("vector_dim", "num_candidates", "recent"):
         take(options, name, int, ranker)
     output, candidates = output or index.parent / "bundle", candidates or options["num_candidates"]
-    first = read_manifest(index, "index", f"recsys export-index --output {index}")
+    indexed = read_manifest(index, "index", f"recsys export-index --output {index}")
     for name in KEPT:
-        take(first, name, object, index / c.MANIFEST)
+        take(indexed, name, object, index / c.MANIFEST)
     take(weights, "vectors", torch.Tensor, ranker)
-    verify(index, first, f"recsys export-index --output {index}")
-    if options["split_hash"] != first["split_hash"]:
+    verify(index, indexed, f"recsys export-index --output {index}")
+    if options["split_hash"] != indexed["split_hash"]:
         raise ValueError(
             f"{ranker} was trained on data with split hash {str(options['split_hash'])[:12]}…, but {index} is of "
-            f"{str(first['split_hash'])[:12]}…; mine beside this index and fit again"
+            f"{str(indexed['split_hash'])[:12]}…; mine with this index and fit again"
         )
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
-        raise ValueError(f"{ranker} was trained beside other item vectors than those of {index}; mine and fit again")
+        raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
     with atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
@@ -193,22 +188,20 @@ def export_bundle(
         if options["signals"]:
             made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
             mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
-            if fingerprint(mined["path"]) != mined["hash"]:
-                raise ValueError(
-                    f"{ranker} was trained on other candidates than those now in {mined['path']}; fit again"
-                )
-            make = f"recsys mine-negatives --output {mined['path']}"
-            verify(mined["path"], read_manifest(mined["path"], "candidates", make), make)
-            shutil.copytree(Path(mined["path"]) / SIGNALS, folder / SIGNALS)
+            path, make = mined["path"], f"recsys mine-negatives --output {mined['path']}"
+            if fingerprint(path) != mined["hash"]:
+                raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
+            verify(path, read_manifest(path, "candidates", make), make)
+            shutil.copytree(Path(path) / SIGNALS, folder / SIGNALS)
         write_manifest(
             folder,
             "bundle",
             options={"candidates": candidates},
-            parents={"index": index, "ranker": ranker, "data": first["parents"]["data"]["path"]},
+            parents={"index": index, "ranker": ranker, "data": indexed["parents"]["data"]["path"]},
             candidates=candidates,
-            reranker={"dim": options["vector_dim"], **second},
+            reranker={"dim": options["vector_dim"], **reranker},
             recent=options["recent"],
-            **{name: first[name] for name in KEPT},
+            **{name: indexed[name] for name in KEPT},
         )
     print(f"{output}: both stages, {candidates} candidates")
 
@@ -232,57 +225,54 @@ def recommend(
     The Parquet file has the columns user_id, item_id, score, rank and retriever_score.
 
     Args:
-        bundle: folder written by export-bundle (or by export-index: the first stage alone).
-        data: prepared dataset whose users to recommend for; None: the one the bundle was made from.
-        histories: CSV or Parquet with user_id, item_id and, where the model is told the request time, time in seconds;
-            oldest first where there is no time. It may have rating and action, the name of the kind of event, and the
-            declared user features, for models that look at them. These users need not be in the data.
-        users: only these user ids, as a list or as a text file with one a line, each as it is written: 0012 is not 12;
-            None: all.
+        bundle: folder written by export-bundle, or by export-index (first stage only).
+        data: prepared dataset with the users; None: the one the bundle was made from.
+        histories: CSV or Parquet with user_id, item_id and, for models with request time, time in seconds; oldest first
+            if there is no time. Optional: rating, action (name of the action type) and the user features of the model.
+            These users need not be in the data.
+        users: user ids: a list, or a text file with one per line, compared as text (0012 is not 12); None: all.
         output: Parquet file to write; None: recommendations.parquet, beside the bundle.
-        k: how many items a user.
-        request_time: seconds at which the recommendations are made, no earlier than any user's newest event; None: the
-            newest event of the log.
-        action: the kind of action to recommend for, where the model is told: a name, for everybody; or a CSV or Parquet
-            file with user_id and action, or a .json of {user_id: action}. None, and for users not in the file: the kind
-            that the model's next_action names, else an unknown one.
-        seen: whether items that a user has seen may be recommended, keep or filter; None: as the data were prepared,
-            keep with repeats: keep, else filter.
-        batch_size: users at a time.
-        trust: modules outside this package whose classes the bundle may name.
+        k: number of items per user.
+        request_time: seconds since 1970, no earlier than any user's newest event; None: the log's newest event.
+        action: target action, for models with next_action: one name for all users, a CSV or Parquet file with user_id
+            and action, or a .json of {user_id: action}. None, and for users not in the file: the model's next_action
+            if it is an action, else unknown.
+        seen: keep or filter seen items; None: keep if the data were prepared with repeats: keep, else filter.
+        batch_size: users per batch.
+        trust: modules outside this package from which the bundle may load classes.
     """
     recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
     if isinstance(users, Path):
         if not users.is_file():
-            raise ValueError(f"--users {users} is not a file; give one with an id a line, or a list: --users '[5, 7]'")
-        users = [line for line in lines_of(users) if line.strip()]
+            raise ValueError(f"--users {users} is not a file; give one with an id per line or a list: --users '[5, 7]'")
+        users = [line for line in read_id_lines(users) if line.strip()]
     only = None if users is None else given_ids(users)
     if histories is not None:
         requests: DatasetRequests | FileRequests = FileRequests(histories, recommender, only)
     else:
-        made_from = bundle_manifest(bundle)["parents"]["data"]["path"]
-        dataset = Dataset(data or made_from)
+        dataset = Dataset(data or bundle_manifest(bundle)["parents"]["data"]["path"])
         check_split(dataset, bundle)
         requests = DatasetRequests(dataset, recommender, only)
     if not len(requests.user_ids):
-        raise ValueError("there are no users to recommend for: --users names none")
-    keeps, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
+        raise ValueError("there are no users to recommend for: --users is empty")
+    keep_seen, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
     request_time, when = time_of_requests(request_time, recommender, requests)
-    target_action = None if action is None else target_actions_of(requests.user_ids, action, recommender)
+    target_action = None if action is None else resolve_target_actions(requests.user_ids, action, recommender)
     with atomic_write(output) as temporary, ParquetStream(temporary) as stream:
         for part in tqdm(list(in_chunks(len(requests.user_ids), batch_size)), desc="recommend", unit="batch"):
-            padded, known = requests.read(part)
-            known = no_items(len(padded.lengths)) if keeps else known
-            now = np.full(len(padded.lengths), request_time)
-            ranking = recommender.rank(padded, known, now, k, None if target_action is None else target_action[part])
-            row, place = np.nonzero(ranking.items > 0)
+            history, seen_items = requests.read(part)
+            excluded = no_items(len(history.lengths)) if keep_seen else seen_items
+            times = np.full(len(history.lengths), request_time)
+            actions = None if target_action is None else target_action[part]
+            ranking = recommender.rank(history, excluded, times, k, actions)
+            row, column = np.nonzero(ranking.items > 0)
             stream.write(
                 {
                     c.USER_ID: requests.user_ids[part][row],
-                    c.ITEM_ID: item_ids[ranking.items[row, place] - 1],
-                    c.SCORE: ranking.score[row, place],
-                    c.RANK: (place + 1).astype(np.int32),
-                    c.RETRIEVER_SCORE: ranking.retriever_score[row, place],
+                    c.ITEM_ID: item_ids[ranking.items[row, column] - 1],
+                    c.SCORE: ranking.score[row, column],
+                    c.RANK: (column + 1).astype(np.int32),
+                    c.RETRIEVER_SCORE: ranking.retriever_score[row, column],
                 }
             )
     print(f"{output}: {k} items for each of {len(requests.user_ids):,} users{when}")
@@ -303,34 +293,32 @@ def evaluate(
     seed: int = 0,
     trust: Trust = None,
 ) -> None:
-    """Measure both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
+    """Evaluate both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
 
-    Sampled numbers stand apart: report-sampled-100.json, report-sampled-100.md and ranks-sampled-100.parquet. What is
-    measured of the shown items, calibration and figures are of full ranking only.
+    Sampled protocols write report-sampled-100.json, report-sampled-100.md and ranks-sampled-100.parquet, without
+    beyond-accuracy metrics, calibration and figures.
 
     Args:
-        bundle: folder written by export-bundle (or by export-index: the first stage alone).
+        bundle: folder written by export-bundle, or by export-index (first stage only).
         data: prepared dataset; None: the one the bundle was made from.
-        output: folder of the report; None: the one that holds the bundle.
-        split: which targets to rank. Choose by val, report test once.
-        protocol: what each target is ranked among: full (all items, but for the seen ones unless the data were prepared
-            with repeats: keep), or sampled-100 (the target and 100 of them, or any other number, drawn at random),
-            which is not comparable to full.
-        users: how many users, drawn at random; None: all.
-        against: folder of another run's report, to compare both stages with; it must be of the same targets of the
-            same users, ranked in the same way. None: with no other.
+        output: folder of the report; None: the folder of the bundle.
+        split: which targets to rank. Select models on val, report test once.
+        protocol: full: rank each target among all items, without seen ones unless prepared with repeats: keep; or
+            sampled-100: among 100 (or any other number) of these, sampled at random, not comparable to full.
+        users: number of users, sampled at random; None: all.
+        against: folder of the baseline run's report, to compare both stages with; its targets, users and protocol must
+            be the same. None: no comparison.
         plots: also write cohorts.png, ceiling.png, learning.png and calibration.png.
-        resamples: bootstrap samples of users, and draws of each randomisation test.
-        batch_size: users at a time.
-        seed: of the draws, the bootstrap and the tests.
-        trust: modules outside this package whose classes the bundle may name.
+        resamples: number of bootstrap samples of users, and of permutations of each randomisation test.
+        batch_size: users per batch.
+        seed: random seed of sampling, bootstrap and tests.
+        trust: modules outside this package from which the bundle may load classes.
     """
     check_option("split", split, Part)
     check_least("resamples", resamples)
-    negatives = negatives_of(protocol)
+    negatives = num_negatives(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
-    made_from = bundle_manifest(bundle)["parents"]["data"]["path"]
-    dataset = Dataset(data or made_from)
+    dataset = Dataset(data or bundle_manifest(bundle)["parents"]["data"]["path"])
     check_split(dataset, bundle)
     recommender.check(dataset)
     measured = sample_users(dataset.users(split), users, seed)
@@ -342,18 +330,19 @@ def evaluate(
     mark = "" if negatives is None else f"-{protocol}"
     conditions = describe(dataset, recommender.request_time, split, recommender.next_action, negatives, seed)
     targets = dataset.targets(measured, split)
-    if against is not None:  # refused before the work, not after it
-        other = read_baseline_run(against, mark)
-        differs = check_baseline_run(other, conditions, dataset.num_items, measured, targets)
+    if against is not None:  # fail before the long evaluation
+        baseline = read_baseline_run(against, mark)
+        differs = check_baseline_run(baseline, conditions, dataset.num_items, measured, targets)
     outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
     report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
     report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
     report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
     if against is not None:
-        report["against"] = compare(outcome.ranks, other, differs, resamples, seed)
+        report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed)
     line = protocol_line(conditions, len(measured), dataset.num_items)
     output.mkdir(parents=True, exist_ok=True)
-    figures, missing = draw(report, outcome.place, bundle, output) if plots and negatives is None else ({}, [])
+    with_figures = plots and negatives is None
+    figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
     with atomic_write(output / f"ranks{mark}.parquet") as temporary:
         pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
     with atomic_write(output / f"report{mark}.md") as temporary:
@@ -361,32 +350,30 @@ def evaluate(
     write_json(output / f"report{mark}.json", report)
     print(f"\n{line}\n\n{as_table(report)}\n")
     if against is not None:
-        print(f"{against_text(report, HEADLINE)}\n")
-    for sentence in missing:
-        print(sentence)
-    for name in (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures):
-        print(output / name)
+        print(f"{against_text(report, MAIN_METRICS)}\n")
+    files = (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures)
+    print("\n".join([*missing, *(str(output / name) for name in files)]))
 
 
 def time_of_requests(
     request_time: int | None, recommender: Recommender, requests: DatasetRequests | FileRequests
 ) -> tuple[int, str]:
-    """Seconds of all requests, and a text to print of them, which is empty for a model without request time.
+    """Request time of all requests in seconds, and a text to print (empty for a model without request time).
 
     Args:
-        request_time: as it was given; None: that of the newest event of the log.
+        request_time: the user's option; None: the time of the newest event of the log.
     """
-    reads = recommender.request_time == "target"
+    timed = recommender.request_time == "target"
     if request_time is None:
-        if not reads:
-            return 0, ""  # the newest event is not looked up where it does not count: it reads all times
+        if not timed:
+            return 0, ""  # `requests.newest` would read the times of all events
         if requests.newest > time.time():
             logger.warning(
-                "the newest event of the log, %s, lies in the future of this machine's clock, and its time is that of "
-                "all requests; pass --request_time",
-                date_of(requests.newest),
+                "the newest event of the log, %s, lies in the future of this machine's clock, and its time is used as "
+                "the time of all requests; pass --request_time",
+                format_time(requests.newest),
             )
-        return requests.newest, f", as of {date_of(requests.newest)}, the newest event of the log"
+        return requests.newest, f", as of {format_time(requests.newest)}, the newest event of the log"
     now = int(as_seconds([request_time], "request_time", recommender.newest_time)[0])
     late = requests.last_times > now
     if recommender.has_time and late.any():
@@ -396,9 +383,9 @@ def time_of_requests(
             f"{requests.last_times[first]} of user {requests.user_ids[first]}; give a later time, or --histories with "
             "only the events before it"
         )
-    if not reads:
-        logger.warning("the model was trained without request time, so --request_time %s changes nothing", now)
-    return now, f", as of {date_of(now)}" if reads else ""
+    if not timed:
+        logger.warning("the model was trained without request time, so --request_time %s has no effect", now)
+    return now, f", as of {format_time(now)}" if timed else ""
 
 
 COMMANDS: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""recsys: from a raw log of events to ranked, measured recommendations.
+"""recsys: two-stage recommendation from a raw event log to evaluated, ranked items.
 
-fit, validate and test are Lightning's verbs; the others carry data from stage to stage. Each takes --config FILE,
---print_config and dotted overrides such as --trainer.max_epochs 3.
+fit, validate and test are the commands of Lightning; the others prepare data, export, mine, recommend and evaluate.
+Each takes --config FILE, --print_config and dotted overrides such as --trainer.max_epochs 3.
 """
 
 import json
@@ -22,7 +22,7 @@ from recsys2stage.retrieval import index  # noqa: F401
 
 
 def train(verb: str) -> None:
-    from recsys2stage.cli import training  # here, because Lightning is long to import and the other verbs do without
+    from recsys2stage.cli import training  # slow import of Lightning, which other commands do not need
 
     training.train(verb)
 
@@ -33,12 +33,12 @@ def fit() -> None:
 
 
 def validate() -> None:
-    """Measure a checkpoint on the validation targets."""
+    """Evaluate a checkpoint on the validation targets."""
     train("validate")
 
 
 def test() -> None:
-    """Measure a retriever on the test targets; a ranker is tested beside its retriever by `evaluate`."""
+    """Evaluate a retriever on the test targets; `evaluate` tests a ranker, together with its retriever."""
     train("test")
 
 
@@ -48,7 +48,7 @@ TRAINING: dict[str, Any] = {"fit": fit, "validate": validate, "test": test}
 def main() -> None:
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     step_out_of_configs(sys.argv)
-    sys.path.insert(0, os.getcwd())  # classes of one's own, named in a config, may lie beside it
+    sys.path.insert(0, os.getcwd())  # user classes in configs, relative to the working directory
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     try:
         if verb in TRAINING:
@@ -57,47 +57,47 @@ def main() -> None:
             if verb == "recommend":
                 keep_ids_as_written(sys.argv)
             auto_cli(TRAINING | COMMANDS, as_positional=False, prog="recsys", description=__doc__)
-    except (ValueError, FileNotFoundError, OSError) as error:  # what a user can cause; RECSYS_DEBUG=1 shows where
+    except (ValueError, FileNotFoundError, OSError) as error:  # user errors; RECSYS_DEBUG=1 shows the traceback
         if os.environ.get("RECSYS_DEBUG"):
             raise
         sys.exit(f"recsys {verb}: {plain_message(error)}")
 
 
 def plain_message(error: BaseException) -> BaseException:
-    """What a class of the config had to say: jsonargparse wraps it into an essay on types."""
+    """The error of a class in the config, without the list of types that jsonargparse wraps around it."""
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
         error = error.__cause__
     return error
 
 
 def keep_ids_as_written(argv: list[str]) -> None:
-    """Puts the ids of --users, and of users in a config, in quotes; to YAML 0012 is 10, and no is false."""
-    place = 1
-    while place < len(argv):
-        option, equals, value = argv[place].partition("=")
-        if not equals and option in ("--users", "--users+", "--config") and place + 1 < len(argv):
-            place, value = place + 1, argv[place + 1]
-        if option in ("--users", "--users+") and (written := ids.as_written(value)) is not None:
-            argv[place] = f"{option}{equals}{json.dumps(written)}" if equals else json.dumps(written)
-        elif option == "--config" and Path(value).is_file() and (written := ids.written_in(Path(value), "users")):
-            argv[place + 1 : place + 1] = ["--users", json.dumps(written)]
-            place += 2
-        place += 1
+    """Quotes the ids of --users, and of users in a config, since YAML reads 0012 as 10 and no as false."""
+    number = 1
+    while number < len(argv):
+        option, equals, value = argv[number].partition("=")
+        if not equals and option in ("--users", "--users+", "--config") and number + 1 < len(argv):
+            number, value = number + 1, argv[number + 1]
+        if option in ("--users", "--users+") and (written := ids.parse_yaml_ids(value)) is not None:
+            argv[number] = f"{option}{equals}{json.dumps(written)}" if equals else json.dumps(written)
+        elif option == "--config" and Path(value).is_file() and (written := ids.read_yaml_ids(Path(value), "users")):
+            argv[number + 1 : number + 1] = ["--users", json.dumps(written)]
+            number += 2
+        number += 1
 
 
 def step_out_of_configs(argv: list[str]) -> None:
-    """Inside `configs/`, works from the folder that holds it, where the configs' own paths start.
+    """Inside `configs/`, changes to its parent folder, to which the paths in the configs are relative.
 
-    So `recsys fit --config retriever.yaml` means the same in `configs/ml-1m/` as its full name does outside.
+    So `recsys fit --config retriever.yaml` in `configs/ml-1m/` equals the full path outside.
     """
     here = Path.cwd()
     root = next((folder.parent for folder in (here, here.parent) if folder.name == "configs"), None)
     if root is None:
         return
-    for place, word in enumerate(argv):  # the program, too: Lightning starts it again for further processes
-        option, equals, value = word.rpartition("=")
+    for number, argument in enumerate(argv):  # and argv[0]: Lightning starts more processes with it
+        option, equals, value = argument.rpartition("=")
         if value and not value.startswith("-") and (here / value).exists():
-            argv[place] = f"{option}{equals}{here / value}"
+            argv[number] = f"{option}{equals}{here / value}"
     os.chdir(root)
     print(f"recsys: working from {root}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Lightning's verbs: any LightningModule on any LightningDataModule, both named in the config."""
+"""The commands fit, validate and test: LightningCLI for any LightningModule and LightningDataModule of a config."""
 
 import logging
 import sys
@@ -48,16 +48,16 @@ logger = logging.getLogger("recsys2stage")
 
 
 class RecsysCLI(LightningCLI):
-    """Trains whatever LightningModule the config names on whatever LightningDataModule it names.
+    """LightningCLI with the defaults, links and checks of this package.
 
-    The folder `output` receives best.ckpt (by checkpoint.monitor), last.ckpt, log/ and, when the fit has come to its
-    end, manifest.json.
+    A fit writes best.ckpt (by checkpoint.monitor), last.ckpt, log/ and, when it is complete, manifest.json to the
+    folder `output`.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--output", type=Path, required=True, help="Folder of this run's checkpoints and logs.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(KeepLast, "last")  # after the best, whose score it holds
+        parser.add_lightning_class_args(KeepLast, "last")  # after `checkpoint`, as it holds the best score
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults(
             {
@@ -73,11 +73,11 @@ class RecsysCLI(LightningCLI):
         parser.add_argument(
             "--trust",
             type=Trust,
-            help="Modules outside this package whose classes a checkpoint, given by --ckpt_path, may name.",
+            help="Modules outside this package from which the checkpoint of --ckpt_path may load classes.",
         )
         for name in ("checkpoint", "last"):
             parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
-        # the data knows, the model asks; what a model has no argument for is not passed
+        # from the data module to the model; skipped for models without such an argument
         for name in (
             *("num_items", "features", "vector_dim", "num_candidates", "signals", "scores_cold", "recent"),
             *("max_length", "request_time", "next_action", "user_features", "actions"),
@@ -85,17 +85,17 @@ class RecsysCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """Takes the options that the checkpoint holds, as Lightning does, but first looks at the classes they name."""
+        """Takes the hyperparameters of the checkpoint, as Lightning does, but checks their classes first."""
         options = self.config.get(self.config.get("subcommand") or "")
         if options is None or not options.get("ckpt_path") or not Path(options.ckpt_path).is_file():
             return
-        module, _, name = options.model.class_path.rpartition(".")  # of the config, which the parser has imported
-        kind = getattr(import_module(module), name)
+        module, _, name = options.model.class_path.rpartition(".")  # of the config: already imported
+        model_class = getattr(import_module(module), name)
         stored = load_checkpoint(options.ckpt_path, RESUME)[OPTIONS]
-        stored = {name: value for name, value in stored.items() if name in signature(kind).parameters}
-        stored.pop("optimizer", None)  # its state is restored; what it is, the config says
+        stored = {name: value for name, value in stored.items() if name in signature(model_class).parameters}
+        stored.pop("optimizer", None)  # the class comes from the config, the state from the checkpoint
         with trusting(options.trust):
-            arguments(kind, stored, options.ckpt_path)
+            arguments(model_class, stored, options.ckpt_path)
         model = {"class_path": options.model.class_path, "dict_kwargs": stored}
         self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
@@ -104,7 +104,7 @@ class RecsysCLI(LightningCLI):
         if options.trainer.logger is None:
             kwargs["logger"] = CSVLogger(options.output, name="log")
         if options.trainer.default_root_dir is None:
-            kwargs["default_root_dir"] = options.output  # of config.yaml where there is no logger
+            kwargs["default_root_dir"] = options.output  # for config.yaml if there is no logger
         accelerator = options.trainer.accelerator
         if MPSAccelerator.is_available() and accelerator in ("auto", "gpu", "mps"):
             if accelerator != "auto":
@@ -124,22 +124,24 @@ class RecsysCLI(LightningCLI):
         self._load_weights_only("fit")
         output = Path(self.config_init["fit"].output)
         for name, folder in getattr(self.datamodule, "parents", {}).items():
-            if output.resolve() == Path(folder).resolve():  # its manifest would be lost, and a refit's epochs with it
-                raise ValueError(f"{output} is the {name} of this fit and would be overwritten; name another --output")
+            if output.resolve() == Path(folder).resolve():  # would lose its manifest, with the epochs for a refit
+                raise ValueError(
+                    f"{output} is the {name} of this fit and would be overwritten; choose another --output"
+                )
         epochs = getattr(self.datamodule, "epochs", None)
-        if epochs is not None:  # selected before: train so long, and keep the last weights
+        if epochs is not None:  # a refit: train this long and keep the last weights
             self.trainer.fit_loop.max_epochs = epochs
             for stopping in self.trainer.early_stopping_callbacks:
                 stopping.patience = epochs + 1
             for callback in self.trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
                     callback.monitor = None
-        self._refuse_a_fit_without_a_best()
+        self._check_best_is_selectable()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
-    def _refuse_a_fit_without_a_best(self) -> None:
-        """A fit that takes no step, or never measures what best.ckpt is chosen by, would end without one."""
+    def _check_best_is_selectable(self) -> None:
+        """Raises for a fit without steps, or without the validation metric that selects best.ckpt."""
         trainer = self.trainer
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -156,33 +158,35 @@ class RecsysCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
                 raise ValueError(
-                    f"{unmeasured}, so {callback.monitor}, by which best.ckpt is chosen, would not be measured; let it "
-                    "validate, or keep the last weights with --checkpoint.monitor null"
+                    f"{unmeasured}, so {callback.monitor}, which selects best.ckpt, would not be logged; enable "
+                    "validation, or keep the last weights with --checkpoint.monitor null"
                 )
         for stopping in trainer.early_stopping_callbacks:
-            stopping.strict = stopping.strict and not stopping.monitor.startswith("val/")  # else it stops the fit
+            stopping.strict = stopping.strict and not stopping.monitor.startswith("val/")  # else it raises
 
     def before_validate(self) -> None:
-        self._measure_the_best("validate")
+        self._use_best_checkpoint("validate")
 
     def before_test(self) -> None:
         if not is_overridden("test_step", self.model):
             raise ValueError(
-                f"a {type(self.model).__name__} is not tested alone but beside its retriever; run: recsys evaluate"
+                f"a {type(self.model).__name__} is only tested together with its retriever; run: recsys evaluate"
             )
-        self._measure_the_best("test")
+        self._use_best_checkpoint("test")
 
-    def _measure_the_best(self, verb: str) -> None:
+    def _use_best_checkpoint(self, verb: str) -> None:
         self._load_weights_only(verb)
         options = self.config_init[verb]
         if options.ckpt_path is None:
             options.ckpt_path = str(Path(options.output) / BEST)
         if not Path(options.ckpt_path).is_file():
-            raise FileNotFoundError(f"{options.ckpt_path} does not exist; run recsys fit first, or name a --ckpt_path")
-        load_checkpoint(options.ckpt_path, RESUME)  # says what is wrong with it, where torch would only fail
+            raise FileNotFoundError(
+                f"{options.ckpt_path} does not exist; run recsys fit first, or give another --ckpt_path"
+            )
+        load_checkpoint(options.ckpt_path, RESUME)  # raises clearer errors than torch
 
     def _load_weights_only(self, verb: str) -> None:
-        """Never unpickles code from a checkpoint, unless told to."""
+        """Unpickles no code from a checkpoint, unless weights_only is set to false."""
         if self.config_init[verb].weights_only is None:
             self.config_init[verb].weights_only = True
 
@@ -199,21 +203,20 @@ def computes_in_bf16(accelerator: Any) -> bool:
 
 CALLBACKS = (ReseedEveryStep, RequireFinite, MeasureTheEnd, OwnFiles, WriteManifest, StayStopped, NextEpoch)
 IGNORED = (
-    ".*exists and is not empty",  # log/ is there before the first checkpoint
+    ".*exists and is not empty",  # log/ is written before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
-    ".*smaller than the logging interval",  # what is logged is logged once an epoch
-    ".*GPU available but not used",  # where another accelerator was chosen
-    ".*args parameter is intended to run from within Python",  # as it does where options are given
+    ".*smaller than the logging interval",  # metrics are logged once per epoch
+    ".*GPU available but not used",  # another accelerator was chosen
+    ".*args parameter is intended to run from within Python",  # as with `options` below
 )
 
 
 def train(verb: str, options: list[str] | None = None) -> None:
-    """Runs a verb of Lightning's.
+    """Runs fit, validate or test.
 
     Args:
         verb: fit, validate or test.
-        options: what would stand after it on the command line; None: the command line itself, whose errors end the
-            process.
+        options: its command-line options; None: those of sys.argv, where errors end the process.
     """
     with warnings.catch_warnings():
         for message in IGNORED:
@@ -224,7 +227,7 @@ def train(verb: str, options: list[str] | None = None) -> None:
                 LightningDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                auto_configure_optimizers=False,  # the optimiser is part of the model's own config
+                auto_configure_optimizers=False,  # the optimizer is part of the model's config
                 seed_everything_default=0,
                 trainer_defaults={
                     "callbacks": [callback() for callback in CALLBACKS],
@@ -235,5 +238,5 @@ def train(verb: str, options: list[str] | None = None) -> None:
                 parser_kwargs={} if options is None else {"exit_on_error": False, verb: {"exit_on_error": False}},
                 args=None if options is None else [verb, *options],
             )
-        except SIGTERMException:  # whose exit status is 0, as if the fit had come to its end
-            sys.exit(f"recsys {verb}: ended by SIGTERM; a fit goes on with --ckpt_path OUTPUT/last.ckpt")
+        except SIGTERMException:  # its exit status would be 0, as after a complete fit
+            sys.exit(f"recsys {verb}: ended by SIGTERM; resume a fit with --ckpt_path OUTPUT/last.ckpt")

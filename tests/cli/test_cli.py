@@ -202,7 +202,7 @@ def test_without_any_checkpoint_measuring_says_what_to_do(
 ) -> None:
     config = trained.folder / "retriever.yaml"
     words = ["test", "--config", config, "--data.path", trained.data, "--output", tmp_path]
-    assert one_line(words, capsys).endswith("best.ckpt does not exist; run recsys fit first, or name a --ckpt_path")
+    assert one_line(words, capsys).endswith("best.ckpt does not exist; run recsys fit first, or give another --ckpt_path")
 
 
 def test_a_ranker_is_not_tested_alone(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,7 +215,7 @@ def test_a_ranker_of_another_index_is_refused(trained: Run, tmp_path: Path) -> N
     np.save(index / "index.npy", np.load(index / "index.npy") * 0.5)
     seal(index)
     of = ("--index", index, "--ranker", trained.ranker, "--output", tmp_path / "bundle")
-    refused("was trained beside other item vectors than those of .*; mine and fit again", "export-bundle", *of)
+    refused("was trained with other item vectors than those of .*; mine and fit again", "export-bundle", *of)
     assert not (tmp_path / "bundle").exists()
 
 

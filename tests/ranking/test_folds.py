@@ -146,7 +146,7 @@ def test_lists_of_all_folders_train_as_they_were_mined(mined: Mined) -> None:
     every = files(mined.own, mined.fold)
     batch: Lists = data.read(np.arange(len(every)))
     for row, one in enumerate(every):
-        count, listed = len(one.rows), batch.listed
+        count, listed = len(one.rows), batch.candidates
         assert sorted(listed.items[row, :count].tolist()) == sorted(one.rows[c.ITEM].to_list())
         assert not listed.items[row, count:].any()
         rows = one.rows.rows_by_key(c.ITEM, named=True, unique=True)
@@ -205,8 +205,8 @@ def test_no_batch_reads_a_test_event(mined: Mined, selected: Path, refit: bool) 
         setattr(data.dataset, name, values)
     after: Lists = data.read(lists)
     assert torch.equal(before.positive, after.positive)
-    for name, values in before.listed._asdict().items():
-        assert torch.equal(values, getattr(after.listed, name)), name
+    for name, values in before.candidates._asdict().items():
+        assert torch.equal(values, getattr(after.candidates, name)), name
 
 
 def test_a_fold_of_other_signals_is_refused(mined: Mined, tmp_path: Path) -> None:
@@ -358,6 +358,6 @@ def test_a_fit_does_not_write_over_what_it_starts_from(mined: Mined, selected: P
     for output, what in ((selected, "selected"), (mined.own, "candidates")):
         with pytest.raises(SystemExit) as end:
             fit(mined, output, f"--data.init_args.folds=[{mined.fold}]", "--data.init_args.refit", selected)
-        assert f"is the {what} of this fit and would be overwritten; name another --output" in str(end.value.code)
+        assert f"is the {what} of this fit and would be overwritten; choose another --output" in str(end.value.code)
     assert fingerprint(selected / "best.ckpt") == before
     assert read_manifest(mined.own, "candidates", "")["kind"] == "candidates"
