@@ -1,13 +1,12 @@
-"""What each thing that the ranker sees is worth, and each scorer and loss: it is fitted without it, or with another.
+"""Ablation of the ranker: fits without each of its inputs, and with other scorers and losses.
 
     python benchmarks/ablation.py runs/ml-1m-pair-seed0 --config configs/ml-1m/ranker.yaml
-    python benchmarks/ablation.py runs/ml-1m-pair-seed0 --config configs/ml-1m/ranker.yaml --show    only print
+    python benchmarks/ablation.py runs/ml-1m-pair-seed0 --config configs/ml-1m/ranker.yaml --show    print only
 
-RUN holds candidates/. Every row is a `recsys fit` of the config on the same lists, with more in `without` or another
-scorer or loss; candidates stay. NDCG@10 is of the lists of the users that select, at the best epoch, targets outside
-the candidates counted as 0; its difference to the row that sees everything is paired, with a standard error over
-users. The test is not looked at.
-Run again, it goes on with the rows that are missing.
+RUN holds candidates/. Each row is a `recsys fit` of the config on the same candidates, with more inputs in `without`
+or another scorer or loss. NDCG@10 is that of the validation lists at the best epoch; targets that were not retrieved
+count as 0. Its difference to the row with all inputs is paired, with a standard error over users. The test targets are
+not used. A second run measures only the missing rows.
 """
 
 import argparse
@@ -18,14 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from tables import ROOT, commit, recsys
 
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.columns import PAD
 from recsys2stage.metrics import compute_metrics, compute_rank
 from recsys2stage.ranking.candidates import Candidates
-from recsys2stage.ranking.ranker import NOWHERE, Ranker
+from recsys2stage.ranking.ranker import NOT_RETRIEVED, Ranker
 
 EVERYTHING, NOTHING = "everything", "all signals and sources"
 PARTS = ("score", "rank", "margin", "popularity")
@@ -33,74 +32,74 @@ MODEL = "--model.init_args"
 
 
 class Change(NamedTuple):
-    """How a row differs from the config.
+    """Difference of a row to the config.
 
     Args:
-        hidden: what the scorer is not shown.
-        shown: what it is shown, though the config's own `without` names it.
-        words: further options of `recsys fit`.
-        recent: newest events that it looks at; None: as configured.
+        removed: inputs removed from the ranker.
+        added: inputs added to the ranker, although they are in the config's `without`.
+        options: more options of `recsys fit`.
+        recent: number of newest events among the ranker inputs; None: as configured.
     """
 
-    hidden: tuple[str, ...] = ()
-    shown: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     recent: int | None = None
 
 
 def scorer(name: str) -> tuple[str, ...]:
-    """That scorer with the layers of configs/ml-1m."""
-    described = {"class_path": name, "init_args": {"hidden": [128, 64], "dropout": 0.2}}
-    return (f"{MODEL}.scorer={json.dumps(described)}",)
+    """Options of a scorer with the layers of configs/ml-1m."""
+    spec = {"class_path": name, "init_args": {"hidden": [128, 64], "dropout": 0.2}}
+    return (f"{MODEL}.scorer={json.dumps(spec)}",)
 
 
-OTHERWISE = {
-    "MLP, shown state and vectors": Change(shown=("state", "vectors")),
-    "DIN, shown vectors and 20 newest events": Change(shown=("vectors", "recent"), words=scorer("DIN"), recent=20),
-    "MoL, shown state and vectors": Change(shown=("state", "vectors"), words=scorer("MoL")),
-    "DCN": Change(words=scorer("DCN")),
-    **{loss: Change(words=(f"{MODEL}.loss={loss}",)) for loss in ("LambdaRank", "BCE", "BPR")},
+ALTERNATIVES = {
+    "MLP, shown state and vectors": Change(added=("state", "vectors")),
+    "DIN, shown vectors and 20 newest events": Change(added=("vectors", "recent"), options=scorer("DIN"), recent=20),
+    "MoL, shown state and vectors": Change(added=("state", "vectors"), options=scorer("MoL")),
+    "DCN": Change(options=scorer("DCN")),
+    **{loss: Change(options=(f"{MODEL}.loss={loss}",)) for loss in ("LambdaRank", "BCE", "BPR")},
 }
 
 
 def changes(candidates: Path) -> dict[str, Change]:
-    """All rows by their labels."""
+    """All rows by label."""
     mined = read_manifest(candidates, "candidates", f"recsys mine-negatives --output {candidates}")["signals"]
     signals = dict.fromkeys(signal["name"].partition(".")[0] for signal in mined)
-    apart = {name: Change(hidden=(name,)) for name in (*signals, *PARTS)}
-    return {EVERYTHING: Change(), **apart, NOTHING: Change(hidden=tuple(signals)), **OTHERWISE}
+    single = {name: Change(removed=(name,)) for name in (*signals, *PARTS)}
+    return {EVERYTHING: Change(), **single, NOTHING: Change(removed=tuple(signals)), **ALTERNATIVES}
 
 
 def ndcgs(checkpoint: Path, data: Candidates) -> tuple[np.ndarray, np.ndarray]:
-    """NDCG@10 of the lists that select, the ranker's and the retriever's."""
+    """NDCG@10 of each validation list, by the ranker and by the retriever."""
     reranker = Ranker.load_from_checkpoint(checkpoint, map_location="cpu").eval().reranker
     found = []
     with torch.inference_mode():
         for lists in data.val_dataloader():
-            real, place = lists.listed.items != PAD, lists.positive.clamp(min=0)
-            logits = reranker(lists.listed, torch.zeros_like(real)).masked_fill(~real, -torch.inf)
-            own = lists.listed.rank.gather(1, place[:, None]).squeeze(1)
+            real, place = lists.candidates.items != PAD, lists.positive.clamp(min=0)
+            logits = reranker(lists.candidates, torch.zeros_like(real)).masked_fill(~real, -torch.inf)
+            own = lists.candidates.rank.gather(1, place[:, None]).squeeze(1)
             ranks = torch.stack([compute_rank(logits, place), own], dim=1)
-            found.append(torch.where((lists.positive >= 0)[:, None], ranks, NOWHERE).numpy())
+            found.append(torch.where((lists.positive >= 0)[:, None], ranks, NOT_RETRIEVED).numpy())
     ranker, retriever = compute_metrics(np.concatenate(found), [10])["ndcg@10"].T
     return ranker, retriever
 
 
 def measure(label: str, change: Change, options: argparse.Namespace) -> dict[str, Any]:
-    """One fit, its own lists' NDCG@10 kept beside it."""
+    """Fits one row; also saves the NDCG@10 of each list."""
     candidates = options.run / "candidates"
     slug = "".join(letter if letter.isalnum() else "-" for letter in label)
     folder = ROOT / "runs/tables/ablation" / f"{options.run.name}-{slug}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = yaml.safe_load(options.config.read_text())
-    own = config["model"]["init_args"].get("without") or []
-    without = [name for name in own if name not in change.shown] + list(change.hidden)
+    configured = config["model"]["init_args"].get("without") or []
+    without = [name for name in configured if name not in change.added] + list(change.removed)
     recent = config["data"]["init_args"].get("recent", 20) if change.recent is None else change.recent
-    words = ["--config", str(options.config), f"--data.init_args.path={candidates.resolve()}", *change.words]
-    words += [f"{MODEL}.without={json.dumps(without)}", f"--data.init_args.recent={recent}"]
-    words += [f"--seed_everything={options.seed}", "--trainer.enable_progress_bar=false", f"--output={folder}"]
-    recsys("fit", *words, log=folder / "fit.log")
+    arguments = ["--config", str(options.config), f"--data.init_args.path={candidates.resolve()}", *change.options]
+    arguments += [f"{MODEL}.without={json.dumps(without)}", f"--data.init_args.recent={recent}"]
+    arguments += [f"--seed_everything={options.seed}", "--trainer.enable_progress_bar=false", f"--output={folder}"]
+    recsys("fit", *arguments, log=folder / "fit.log")
     data = Candidates(candidates, batch_size=128, recent=recent)
     data.setup("validate")
     ranker, retriever = ndcgs(folder / "best.ckpt", data)
@@ -119,9 +118,9 @@ def measure(label: str, change: Change, options: argparse.Namespace) -> dict[str
 
 
 def against(everything: Path, ranker: np.ndarray) -> dict[str, float]:
-    """Difference to the row that sees everything, and its standard error over users."""
-    with np.load(everything) as whole:
-        gain, number = ranker - whole["ranker"], np.unique(whole["users"], return_inverse=True)[1]
+    """Difference to the row with all inputs, and its standard error clustered by user."""
+    with np.load(everything) as reference:
+        gain, number = ranker - reference["ranker"], np.unique(reference["users"], return_inverse=True)[1]
     lists = np.bincount(number)
     residual = np.bincount(number, gain - gain.mean())  # a user's lists are not independent
     error = np.sqrt(np.square(residual).sum()) / lists.sum()
@@ -142,9 +141,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with candidates/")
-    parser.add_argument("--config", type=Path, required=True, help="of the ranker")
+    parser.add_argument("--config", type=Path, required=True, help="config of the ranker")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", action="store_true", help="print what has been measured, and measure nothing")
+    parser.add_argument("--show", action="store_true", help="print the measured rows only")
     options = parser.parse_args()
     file = ROOT / "docs/measured/ablation.jsonl"
     every = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

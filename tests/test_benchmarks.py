@@ -60,7 +60,7 @@ def train() -> ModuleType:
 
 @pytest.fixture
 def exchange() -> ModuleType:
-    return importlib.import_module("peers.exchange")
+    return importlib.import_module("exchange")
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def test_our_own_vectors_rank_as_in_our_evaluation(exchange: ModuleType, trained
         "users": users,
         "user_vectors": recommender.queries(history, dataset.request_times(users, "test"), None),
         "items": np.arange(1, dataset.num_items + 1),
-        "item_vectors": recommender.towers.every_item().detach().numpy(),
+        "item_vectors": recommender.towers.all_item_vectors().detach().numpy(),
     }
     ours = rank_users(dataset, recommender, users, "test").ranks["retriever"]
     same_ranks(exchange.ranks(dataset, vectors), ours)
@@ -334,7 +334,7 @@ def test_accuracy_goes_on_with_the_rows_that_are_missing(
 
 def test_a_run_on_other_targets_is_not_shown_beside(accuracy: ModuleType, ragged: Path, tmp_path: Path) -> None:
     dataset = Dataset(ragged)
-    values = {metric: {"value": 0.5} for metric in accuracy.SHOWN}
+    values = {metric: {"value": 0.5} for metric in accuracy.METRICS}
     own = {"split_hash": dataset.manifest["split_hash"], "evaluated": "test", "ranking": "full, over all"}
     report = {"protocol": {**own, "request_time": "none"}, "models": {"markov": values, "retriever": values}}
     file = tmp_path / "report.json"
@@ -373,9 +373,9 @@ def test_an_ablation_measures_what_selected_the_ranker(ablation: ModuleType, inf
 def test_an_ablation_leaves_each_signal_out(ablation: ModuleType, informed: Run) -> None:
     rows = ablation.changes(informed.candidates)
     assert rows["everything"] == ablation.Change()
-    assert rows["Transitions"].hidden == ("Transitions",)
-    apart = {*rows} - {*ablation.OTHERWISE, *ablation.PARTS, "everything", "all signals and sources"}
-    assert set(rows["all signals and sources"].hidden) == apart
+    assert rows["Transitions"].removed == ("Transitions",)
+    apart = {*rows} - {*ablation.ALTERNATIVES, *ablation.PARTS, "everything", "all signals and sources"}
+    assert set(rows["all signals and sources"].removed) == apart
     assert "source" in apart
 
 

@@ -346,11 +346,11 @@ def test_a_signal_of_ones_own_is_mined_learned_from_and_served(run: Run) -> None
     data = Candidates(run.candidates)
     data.setup("fit")
     selects = np.flatnonzero(data.lists.fold == "select")
-    mined, users, ends = data.read(selects).listed, data.lists.user[selects], data.lists.place[selects]
+    mined, users, ends = data.read(selects).candidates, data.lists.user[selects], data.lists.position[selects]
     padded, now = dataset.histories(users, ends, 6), dataset.request_times(users, ends)
     queries = recommender.queries(padded, now)
     found = recommender.candidates(queries, dataset.known(users, ends), padded, now)
-    served = recommender.listed(queries, found, padded, now)
+    served = recommender.candidate_batch(queries, found, padded, now)
     for name, one in mined._asdict().items():
         torch.testing.assert_close(one, getattr(served, name), rtol=1e-4, atol=1e-4, msg=name)
     newest = mined.recent[:, :1]

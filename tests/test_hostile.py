@@ -201,7 +201,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "a pickle as a table": (pickled_array("signals/0.items.npy"), "0.items.npy cannot be read as an array"),
     "a pickle as weights": (pickled_weights, "towers.pt is not a checkpoint, or is incomplete"),
     "compressed weights": (compressed_weights, "towers.pt unpacks from [0-9,]+ to [0-9,]+ bytes"),
-    "one number as many weights": (repeated_weights, "the weights .* are no tensor, or larger than their storage"),
+    "one number as many weights": (repeated_weights, "the weights .* are not a tensor, or are larger than their storage"),
     "an array larger than its file": (giant_array("index.npy"), "index.npy cannot be read as an array"),
     "a table larger than its file": (giant_array("signals/0.keys.npy"), "0.keys.npy cannot be read as an array"),
     "more items than weights": (
@@ -589,13 +589,13 @@ def test_a_retriever_of_another_split_is_refused(trained: Run, informed: Run, tm
     unknown = tampered(trained.retriever, tmp_path / "unknown/best.ckpt", split_hash=None)
     content = torch.load(unknown, weights_only=True) | {"split_hash": None}
     torch.save(content, unknown)
-    with pytest.raises(SystemExit, match=r"does not say on which split it was trained.*fit it again"):
+    with pytest.raises(SystemExit, match=r"has no split hash.*fit it again"):
         recsys("export-index", "--retriever", unknown, *index)
     config = ("--config", trained.folder / "retriever.yaml", "--data.init_args.path", informed.data)
     config = (*config, "--output", tmp_path / "fit")
     with pytest.raises(SystemExit, match=message):
         recsys("fit", *config, "--model.init_args.start", trained.retriever)
-    message = r"the checkpoint was trained on data with split hash .*their test events may have been trained on"
+    message = r"the checkpoint was trained on data with split hash .*its test events may have been trained on"
     for verb in ("fit", "validate", "test"):
         with pytest.raises(SystemExit, match=f"recsys {verb}: {message}"):
             recsys(verb, *config, "--ckpt_path", trained.retriever)

@@ -75,7 +75,7 @@ def untrained(
     for part in towers.inputs:  # as large as the rest, so that what they say shows
         torch.nn.init.normal_(part.table.weight)
     index = Exact()
-    index.build(towers.every_item().detach().numpy())
+    index.build(towers.all_item_vectors().detach().numpy())
     catalogue = {"item": np.arange(1, len(item_ids) + 1), "item_id": item_ids} | ({"title": titles} if titles else {})
     popularity = np.append(0, np.arange(len(item_ids), 0, -1))
     table = pl.DataFrame(catalogue)
@@ -254,7 +254,7 @@ def test_users_never_seen_are_served(
     out = pl.read_parquet(tmp_path / "o")
     assert out["user_id"].unique().sort().to_list() == ["ann lee", "bob", "zoë"]
     assert out.group_by("user_id").len()["len"].unique().to_list() == [7]
-    assert "2 of 5 events are of items the model does not know" in caplog.text
+    assert "skipping 2 of 5 events, of items the model does not know" in caplog.text
     ann = out.filter(pl.col("user_id") == "ann lee")
     same_lists(ann, as_frame(recommender.recommend([items[3], items[8]], k=7), ann))
     bob = out.filter(pl.col("user_id") == "bob")  # of whom nothing is known
@@ -381,7 +381,7 @@ def test_a_model_that_is_told_the_time_needs_times(tmp_path: Path) -> None:
     served = untrained(list(range(1, 21)), "target")
     now = 1_000_000_000
     times = [now - 500, now - 100]
-    with pytest.raises(ValueError, match="needs times"):
+    with pytest.raises(ValueError, match="reads event times"):
         served.recommend([1, 2], request_time=now)
     with pytest.raises(ValueError, match="history has 2 events but times has 1"):
         served.recommend([1, 2], times=[now], request_time=now)
@@ -395,7 +395,7 @@ def test_a_model_that_is_told_the_time_needs_times(tmp_path: Path) -> None:
 
 def test_a_model_with_a_calendar_needs_times_whatever_it_is_told(tmp_path: Path) -> None:
     served = untrained(list(range(1, 21)), time=Calendar)
-    with pytest.raises(ValueError, match="has a clock, so it needs times"):
+    with pytest.raises(ValueError, match="reads event times; pass times"):
         served.recommend([1, 2])
     (tmp_path / "timeless.csv").write_text("user_id,item_id\n1,1\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
@@ -470,7 +470,7 @@ def test_each_user_is_asked_for_an_action_of_a_file(
     mixed = best_of_each(forks, out, "--action", path, "--batch_size", 37)
     look, buy = (best_of_each(forks, out, "--action", kind) for kind in ("look", "buy"))
     assert mixed == {user: (nobody if user < 10 else look if user % 2 else buy)[user] for user in range(300)}
-    assert "names no action for 10 of 300 users: an unknown kind" in caplog.text
+    assert "has no action for 10 of 300 users; using 'unknown'" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -478,7 +478,7 @@ def test_where_nobody_says_the_kind_is_unknown_and_that_is_said_once(
     forks: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     best_of_each(forks, tmp_path / "out")
-    assert caplog.text.count("nobody says what kind of action to recommend for") == len(caplog.records) == 1
+    assert caplog.text.count("no target action given, using 'unknown'") == len(caplog.records) == 1
     served = Recommender.load(forks.index)
     assert served.recommend([5], k=1)[0]["item_id"] in (6, 12)
     served.recommend([7])
@@ -510,7 +510,7 @@ def test_targets_are_asked_for_by_their_own_kind_wherever_they_are_measured(
     of = ("--data", forks.data, "--index", forks.index, "--output", tmp_path / "candidates")
     recsys("mine-negatives", *of, "--k", 20)
     recsys("export-index", "--retriever", forks.retriever, "--data", forks.data, "--output", tmp_path / "index")
-    assert not caplog.records, "nobody was asked for an unknown kind"
+    assert not caplog.records, "all users have a target action"
     users = dataset.users("val")
     asked = dataset.target_action(users, "val", "target")
     queries = served.queries(dataset.histories(users, "val", 8), dataset.request_times(users, "val"), asked)
@@ -525,7 +525,7 @@ def test_a_json_of_actions_is_read_as_the_same_csv_is(tmp_path: Path) -> None:
     path.write_text("{}")
     assert read_target_actions(path) == {}
     path.write_text('{"1": "look", "2": "buy", "1": "buy"}')
-    with pytest.raises(ValueError, match="names more than one action for 1 users, for example '1'"):
+    with pytest.raises(ValueError, match="has more than one action for 1 users, for example '1'"):
         read_target_actions(path)
 
 
@@ -534,22 +534,22 @@ def test_an_action_that_cannot_be_asked_for_says_why(forks: Run, trained: Run, t
         with pytest.raises(SystemExit, match=message):
             recsys("recommend", "--bundle", bundle, "--output", tmp_path / "out", "--action", action)
 
-    refused("'sell': no file, and no kind that the model knows, which are buy, look", forks.index, "sell")
+    refused("the target action is 'sell', expected a file or one of the model's actions buy, look", forks.index, "sell")
     (tmp_path / "asked.csv").write_text("user_id,action\n1,look\n2,sell\n")
-    refused("the action asked for is 'sell', expected one of buy, look", forks.index, tmp_path / "asked.csv")
+    refused("the target action is 'sell', expected one of buy, look", forks.index, tmp_path / "asked.csv")
     (tmp_path / "twice.csv").write_text("user_id,action\n1,look\n2,buy\n1,buy\n")
-    refused("names more than one action for 1 users, for example '1'", forks.index, tmp_path / "twice.csv")
+    refused("has more than one action for 1 users, for example '1'", forks.index, tmp_path / "twice.csv")
     (tmp_path / "bare.csv").write_text("user_id,kind\n1,look\n")
     refused(r"lacks the columns \['action'\]", forks.index, tmp_path / "bare.csv")
     (tmp_path / "list.json").write_text("[1, 2]")
     refused("holds a list, expected {user_id: action}", forks.index, tmp_path / "list.json")
     (tmp_path / "cut.json").write_text('{"1": "lo')
     refused(r"cut\.json cannot be read", forks.index, tmp_path / "cut.json")
-    refused("this model is not told what kind of action is asked for", trained.bundle, "look")
+    refused("this model has no target action", trained.bundle, "look")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="the action asked for is 'sell', expected one of buy, look"):
+    with pytest.raises(ValueError, match="the target action is 'sell', expected one of buy, look"):
         Recommender.load(forks.index).recommend([5], action="sell")
-    with pytest.raises(ValueError, match="this model is not told what kind of action"):
+    with pytest.raises(ValueError, match="this model has no target action"):
         Recommender.load(trained.bundle).recommend([5], action="look")
 
 
@@ -582,7 +582,7 @@ def test_what_a_file_does_not_say_of_events_is_unknown(tmp_path: Path, caplog: p
     padded, _ = FileRequests(tmp_path / "some.csv", served).read(slice(0, 2))
     assert padded.ratings.tolist() == [[4.5, 0.0], [3.0, 0.0]]
     assert padded.actions.tolist() == [[2, 0], [0, 0]]
-    assert "1 of 4 events are of kinds the model does not know, for example 'sell'; it knows buy, look" in caplog.text
+    assert "1 of 4 events have action types that the model does not know, for example 'sell'; it knows buy, look" in caplog.text
     caplog.clear()
     (tmp_path / "bare.csv").write_text("user_id,item_id\n1,5\n1,6\n2,7\n")
     people = FileRequests(tmp_path / "bare.csv", served)
@@ -613,7 +613,7 @@ def test_in_python_ratings_and_kinds_are_heeded_by_who_reads_them(caplog: pytest
     assert scores(actions=["buy", None, "look"]) != plain
     assert not caplog.records
     assert scores(actions=[None, "sell", None]) == plain
-    assert "1 of 3 events are of kinds the model does not know, for example 'sell'" in caplog.text
+    assert "1 of 3 events have action types that the model does not know, for example 'sell'" in caplog.text
     with pytest.raises(ValueError, match="history has 3 events but ratings has 1; give one rating for each"):
         scores(ratings=[1])
     with pytest.raises(ValueError, match="history has 3 events but actions has 4; give one action for each"):
@@ -626,7 +626,9 @@ def test_data_with_other_kinds_are_refused(tmp_path: Path) -> None:
     served, dataset = inquisitive(), Dataset(forks_world(tmp_path / "forks", "target_action", users=9))
     served.check(dataset)
     dataset.manifest["actions"] = ["buy", "look", "sell"]
-    with pytest.raises(ValueError, match=r"the model knows the kinds of events buy, look, but .* has buy, look, sell"):
+    with pytest.raises(
+        ValueError, match=r"the model was trained with the actions buy, look, but .* has buy, look, sell"
+    ):
         DatasetRequests(dataset, served)
     plain = Dataset(cycle_world(tmp_path / "cycle", users=9))
     untrained([1]).check(plain)
@@ -722,7 +724,7 @@ def test_signals_of_users_never_seen(
     of = ("--bundle", informed.bundle, "--histories", tmp_path / "new.csv", "--output", tmp_path / "o", "--k", 7)
     recsys("recommend", *of, "--request_time", now)
     out = pl.read_parquet(tmp_path / "o")
-    assert "has no column rating, at which the model looks" in caplog.text
+    assert "has no column rating, which the model reads" in caplog.text
     bob = out.filter(pl.col("user_id") == "bob")
     best = np.argsort(-told.popularity[1:], kind="stable")[:7]
     assert bob["item_id"].to_list() == told.catalogue.items["item_id"].to_numpy()[best].tolist()
@@ -757,7 +759,7 @@ def test_where_the_time_is_not_told_signals_take_that_of_the_newest_event(
     later = [time + 10**7 for time in times]
     scores = [[row["score"] for row in served.recommend(history, times=when)] for when in (times, later)]
     assert scores[0] != scores[1], "but the times of events are looked at"
-    with pytest.raises(ValueError, match="has a clock, so it needs times"):
+    with pytest.raises(ValueError, match="reads event times; pass times"):
         served.recommend(history)
     (tmp_path / "timeless.csv").write_text(f"user_id,item_id\n1,{history[0]}\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['time'\]"):
@@ -768,14 +770,14 @@ def test_where_the_time_is_not_told_what_is_mined_is_what_is_served(untold: Run,
     served, data = Recommender.load(untold.bundle), Candidates(untold.candidates)
     data.setup("fit")
     selects = np.flatnonzero(data.lists.fold == "select")
-    users, ends = data.lists.user[selects], data.lists.place[selects]
+    users, ends = data.lists.user[selects], data.lists.position[selects]
     padded = dataset.histories(users, ends, served.towers.max_length)
-    assert data.lists.now[selects].tolist() == dataset.times[ends - 1].tolist()
+    assert data.lists.request_time[selects].tolist() == dataset.times[ends - 1].tolist()
     for request in (dataset.request_times(users, ends), None):
         queries = served.queries(padded, request)
         found = served.candidates(queries, dataset.known(users, ends), padded, request)
-        listed = served.listed(queries, found, padded, request)
-        for name, one in data.read(selects).listed._asdict().items():
+        listed = served.candidate_batch(queries, found, padded, request)
+        for name, one in data.read(selects).candidates._asdict().items():
             torch.testing.assert_close(one, getattr(listed, name), rtol=1e-4, atol=1e-4, msg=name)
 
 
@@ -785,7 +787,7 @@ def test_masked_ids_hide_all_but_what_does_not_come_from_them(told: Recommender,
     padded, now = dataset.histories(users, "test", told.towers.max_length), dataset.request_times(users, "test")
     queries = told.queries(padded, now)
     found = told.candidates(queries, dataset.known(users, "test"), padded, now)
-    listed = told.listed(queries, found, padded, now)
+    listed = told.candidate_batch(queries, found, padded, now)
     by_id = torch.tensor([number["by_id"] for number in told.signal_names])
     for ours, changes in ((by_id, False), (~by_id, True)):
         signals = torch.where(ours, listed.signals + torch.randn_like(listed.signals), listed.signals)

@@ -167,7 +167,7 @@ def test_in_mined_lists_the_target_is_one_of_the_seen(keeping: Dataset, oracle: 
     seen, target = keeping.seen(users, places), keeping.targets(users, places)
     pairs = set(zip(seen.rows.tolist(), seen.values.tolist(), strict=True))
     miner = Mixture([RankBand(), Uniform(10), Popular(10)])
-    _, table, _ = ListBuilder(keeping, oracle, miner, 0.3, seed=0).batch(users, places)
+    _, table, _ = ListBuilder(keeping, oracle, miner, 0.3, seed=0).build(users, places)
     rows = pl.DataFrame(table)
     positive, negative = rows.filter(pl.col("label") == 1), rows.filter(pl.col("label") == 0)
     assert is_a_tenth((positive["retriever_rank"] == 1).mean())  # type: ignore[arg-type]  # a share

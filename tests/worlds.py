@@ -207,7 +207,7 @@ def untrained_index(folder: Path, dataset: Dataset, seed: int = 9, inputs: Itera
             torch.nn.init.normal_(part.weight)
     folder.mkdir()
     index = Exact()
-    index.build(towers.every_item().detach().numpy())
+    index.build(towers.all_item_vectors().detach().numpy())
     index.save(folder)
     torch.save(towers.state_dict(), folder / TOWERS)
     facts = {"split_hash": dataset.manifest["split_hash"], "request_time": "target", "towers": options}

@@ -1,4 +1,4 @@
-"""Both stages and two baselines, side by side on the same users, in full ranking or among sampled items."""
+"""Evaluation of both stages and two baselines on the same users, with full ranking or sampled negatives."""
 
 import re
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.options import Part, RequestTime
 from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.cohorts import cohorts
-from recsys2stage.evaluation.compare import paired
+from recsys2stage.evaluation.compare import paired_differences
 from recsys2stage.evaluation.report import TITLES
 from recsys2stage.metrics import (
     bootstrap,
@@ -25,7 +25,7 @@ from recsys2stage.metrics import (
 )
 from recsys2stage.recommender import Recommender
 
-TOP = 10  # how many items a user is shown, for what is measured of the shown
+TOP = 10  # length of the lists that the beyond-accuracy metrics measure
 
 SEEN_FILTER = {"filter": "all items the user has met", "keep": "none, seen items are ranked too"}
 
@@ -35,8 +35,8 @@ SAMPLED = (
 )
 
 
-def negatives_of(protocol: str) -> int | None:
-    """How many random items a target is ranked among; None: the whole catalogue.
+def num_negatives(protocol: str) -> int | None:
+    """Number of sampled negatives per target; None: full ranking.
 
     Args:
         protocol: full, or sampled-N, such as sampled-100.
@@ -48,14 +48,14 @@ def negatives_of(protocol: str) -> int | None:
     raise ValueError(f"protocol is {protocol!r}, expected full or sampled-N with N from 1 on, such as sampled-100")
 
 
-class Outcome(NamedTuple):
-    """What came of the targets of n users."""
+class RankingResult(NamedTuple):
+    """Target ranks and top-10 counts of n users."""
 
     ranks: dict[str, np.ndarray]  # model -> (n,) int64, rank of the target, from 1
-    place: np.ndarray  # (n,) int64, place of the target among the K candidates, from 1; K + 1 where it is not there
-    shown: dict[str, np.ndarray]  # model -> (V + 1,) int64, in how many users' top 10 an item is; in full ranking only
-    confidence: np.ndarray  # (n,) float32, the ranker's largest probability; NaN where it gave none
-    hit: np.ndarray  # (n,) bool, whether that item is the target
+    candidate_rank: np.ndarray  # (n,) int64, rank of the target among the K candidates, from 1; K + 1 if not among them
+    top_counts: dict[str, np.ndarray]  # model -> (V + 1,) int64, number of users with the item in their top 10
+    confidence: np.ndarray  # (n,) float32, the ranker's largest probability; NaN without a ranker or a history
+    hit: np.ndarray  # (n,) bool, whether the item with that probability is the target
 
 
 def rank_users(
@@ -66,118 +66,120 @@ def rank_users(
     batch_size: int = 256,
     negatives: int | None = None,
     seed: int = 0,
-) -> Outcome:
-    """Rank of each user's target by every model, and what the models show.
+) -> RankingResult:
+    """Ranks each user's target with every model and counts the items in the top 10.
 
-    The retriever and the baselines rank all items but the seen ones that the protocol filters (with `repeats: keep`
-    none). The ranker orders the retriever's candidates anew; what lies outside them keeps the retriever's order below.
-    Its probabilities are a softmax over the candidates.
+    The retriever and the baselines rank all items except the seen ones (with `repeats: keep`, all items). The ranker
+    re-ranks the retriever's candidates; items outside them follow in the retriever's order. Its probabilities are a
+    softmax over the candidates.
 
     Args:
-        negatives: each order is restricted to the target and so many random items; None: to none.
-        seed: of the draw, which is a function of seed and user alone and so the same for every model.
+        negatives: number of sampled negatives that each target is ranked against; None: full ranking.
+        seed: of the samples, which depend on seed and user only and so are the same for every model.
     """
     baselines: dict[str, Popularity | Markov] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
-    vectors = recommender.towers.every_item().detach().float()
+    vectors = recommender.towers.all_item_vectors().detach().float()
     names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "place", "confidence", "hit"]}
-    often = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "candidate_rank", "confidence", "hit"]}
+    top_counts = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
     for part in tqdm(list(in_chunks(len(users), batch_size)), desc=f"rank {split} targets", unit="batch"):
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
         known, target = dataset.known(batch, split), dataset.targets(batch, split)
-        excluded = outside_ranking(known, target, dataset.num_items, batch, negatives, seed)
+        excluded = excluded_from_ranking(known, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
         tops: dict[str, np.ndarray] = {}
         for name, baseline in baselines.items():
             scores = torch.from_numpy(baseline.scores(last)[:, 1:])
             parts[name].append(_filtered_rank(scores, excluded, target))
-            tops[name] = top_of(scores)
+            tops[name] = top_items(scores)
         target_action = dataset.target_action(batch, split, recommender.next_action)
-        now = dataset.request_times(batch, split)
-        queries = recommender.queries(padded, now, target_action)
+        request_times = dataset.request_times(batch, split)
+        queries = recommender.queries(padded, request_times, target_action)
         scores = torch.from_numpy(queries) @ vectors.T  # (B, V)
         first = _filtered_rank(scores, excluded, target)
         new = padded.lengths == 0  # served by popularity
         parts["retriever"].append(np.where(new, parts["popularity"][-1], first))
-        tops["retriever"] = top_of(scores)
-        candidates = recommender.candidates(queries, known, padded, now)
+        tops["retriever"] = top_items(scores)
+        candidates = recommender.candidates(queries, known, padded, request_times)
         items = candidates.items
-        there = items == target[:, None]
-        parts["place"].append(np.where(there.any(1), there.argmax(1), items.shape[1]) + 1)
+        is_target = items == target[:, None]
+        parts["candidate_rank"].append(np.where(is_target.any(1), is_target.argmax(1), items.shape[1]) + 1)
         confidence, hit = np.full(len(batch), np.nan, np.float32), np.zeros(len(batch), dtype=bool)
         if recommender.reranker:
-            own = scores.gather(1, torch.from_numpy(target - 1)[:, None])
-            listed = scores.gather(1, torch.from_numpy(np.maximum(items - 1, 0)))
+            target_score = scores.gather(1, torch.from_numpy(target - 1)[:, None])
+            candidate_scores = scores.gather(1, torch.from_numpy(np.maximum(items - 1, 0)))
             ranked = ~np.take_along_axis(excluded, np.maximum(items, c.PAD), axis=1)
-            before = ((listed >= own).numpy() & ranked & ~there).sum(1)
-            shown = recommender.listed(queries, candidates, padded, now)
+            before = ((candidate_scores >= target_score).numpy() & ranked & ~is_target).sum(1)
+            inputs = recommender.candidate_batch(queries, candidates, padded, request_times)
             for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
-                logits = recommender.rerank(shown, ids_masked=masked)
+                logits = recommender.rerank(inputs, ids_masked=masked)
                 logits[~ranked] = -np.inf
-                second = second_rank(np.where(ranked, items, -1), logits, target, first, before)
+                second = second_stage_rank(np.where(ranked, items, -1), logits, target, first, before)
                 parts[name].append(np.where(new, parts["popularity"][-1], second))
-                tops[name] = top_of(torch.from_numpy(logits), items)
+                tops[name] = top_items(torch.from_numpy(logits), items)
                 if not masked:
-                    confidence, hit = first_choice(logits, there)
+                    confidence, hit = top_probability(logits, is_target)
         parts["confidence"].append(np.where(new, np.float32(np.nan), confidence))
         parts["hit"].append(hit)
         for name, top in tops.items():
-            seen = np.where(new[:, None], tops["popularity"], top)
-            often[name] += np.bincount(seen[seen > 0], minlength=dataset.num_items + 1)
-    whole = {name: np.concatenate(values) for name, values in parts.items()}
-    ranks = {name: whole[name] for name in names}
-    return Outcome(ranks, whole["place"], {} if negatives else often, whole["confidence"], whole["hit"])
+            served = np.where(new[:, None], tops["popularity"], top)
+            top_counts[name] += np.bincount(served[served > 0], minlength=dataset.num_items + 1)
+    merged = {name: np.concatenate(values) for name, values in parts.items()}
+    ranks = {name: merged[name] for name in names}
+    return RankingResult(
+        ranks, merged["candidate_rank"], {} if negatives else top_counts, merged["confidence"], merged["hit"]
+    )
 
 
-def top_of(scores: torch.Tensor, items: np.ndarray | None = None) -> np.ndarray:
-    """The items of the TOP best scores of each row, best first, (B, TOP); −1 past the last, which has no score.
+def top_items(scores: torch.Tensor, items: np.ndarray | None = None) -> np.ndarray:
+    """The TOP items of each row by score, best first, (B, TOP); padded with −1.
 
     Args:
-        scores: (B, W), −inf for what is not ranked.
-        items: (B, W) whose they are; None: columns are items, from 1.
+        scores: (B, W), −inf for excluded items.
+        items: (B, W) item of each score; None: column j is item j + 1.
     """
     top = np.full((len(scores), TOP), -1)
-    best, place = (part.numpy() for part in scores.topk(min(TOP, scores.shape[1])))
-    chosen = place + 1 if items is None else np.take_along_axis(items, place, axis=1)
-    top[:, : place.shape[1]] = np.where(best > -np.inf, chosen, -1)
+    best, column = (part.numpy() for part in scores.topk(min(TOP, scores.shape[1])))
+    chosen = column + 1 if items is None else np.take_along_axis(items, column, axis=1)
+    top[:, : column.shape[1]] = np.where(best > -np.inf, chosen, -1)
     return top
 
 
-def first_choice(logits: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest probability of each list, (B,), and whether the target has it, (B,) bool; NaN for an empty list.
+def top_probability(logits: np.ndarray, is_target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest probability of each list, (B,), NaN if empty, and whether it is the target's, (B,) bool.
 
     Args:
-        logits: (B, K), −inf for no candidate.
-        there: (B, K) where the target stands.
+        logits: (B, K), −inf for padding.
+        is_target: (B, K) bool.
     """
-    best, place = torch.from_numpy(logits).softmax(1).max(1)
-    return best.numpy(), there[np.arange(len(there)), place.numpy()]
+    best, column = torch.from_numpy(logits).softmax(1).max(1)
+    return best.numpy(), is_target[np.arange(len(is_target)), column.numpy()]
 
 
-def outside_ranking(
+def excluded_from_ranking(
     known: Ragged, target: np.ndarray, num_items: int, users: np.ndarray, negatives: int | None, seed: int
 ) -> np.ndarray:
-    """Which items a target is not ranked among: padding, the known, and those that were not drawn, (B, V + 1) bool.
+    """Items excluded from the ranking, (B, V + 1) bool: padding, filtered seen items, and items not sampled.
 
     Args:
-        known: the seen items that are filtered for each user.
+        known: filtered seen items of each user.
         target: (B,) items.
         num_items: V.
-        users: (B,) numbers of the users, for the draw.
-        negatives: how many items are drawn for each user, uniformly and without replacement, from those neither known
-            nor the target; all of them where fewer are left. None: nothing is drawn, all are ranked.
-        seed: of the draw.
+        users: (B,) user numbers, which seed the samples.
+        negatives: number of items sampled for each user, uniformly without replacement, from those neither filtered
+            nor the target; all of them if fewer are left. None: full ranking.
+        seed: of the samples.
     """
     excluded = np.zeros((len(target), num_items + 1), dtype=bool)
     excluded[:, c.PAD] = excluded[known.rows, known.values] = True
     if negatives is None:
         return excluded
     for row, user in enumerate(users.tolist()):
-        unmet = ~excluded[row]
-        unmet[target[row]] = False
-        left = np.flatnonzero(unmet)
-        sampled = np.random.default_rng([seed, user]).choice(left, min(negatives, len(left)), replace=False)
+        eligible = ~excluded[row]
+        eligible[target[row]] = False
+        pool = np.flatnonzero(eligible)
+        sampled = np.random.default_rng([seed, user]).choice(pool, min(negatives, len(pool)), replace=False)
         excluded[row] = True
         excluded[row, sampled] = excluded[row, target[row]] = False
     return excluded
@@ -188,29 +190,28 @@ def _filtered_rank(scores: torch.Tensor, excluded: np.ndarray, target: np.ndarra
     return compute_rank(scores, torch.from_numpy(target - 1)).numpy()
 
 
-def second_rank(
+def second_stage_rank(
     items: np.ndarray, logits: np.ndarray, target: np.ndarray, first: np.ndarray, before: np.ndarray
 ) -> np.ndarray:
     """Rank of each target after the second stage, (B,) int64.
 
     Args:
-        items: (B, K) candidates, −1 past the last.
+        items: (B, K) candidates, padded with −1.
         logits: (B, K) the second stage's scores.
         target: (B,) items.
         first: (B,) rank by the retriever over the catalogue.
-        before: (B,) how many candidates, other than the target, the retriever scores at least as high as the target.
+        before: (B,) number of other candidates that the retriever scores at least as high as the target.
     """
-    place = items == target[:, None]
-    found = place.any(1)
-    among = compute_rank(torch.from_numpy(logits), torch.from_numpy(place.argmax(1))).numpy()
+    is_target = items == target[:, None]
+    among = compute_rank(torch.from_numpy(logits), torch.from_numpy(is_target.argmax(1))).numpy()
     below = (items > 0).sum(1) + first - before
-    return np.where(found, among, below)
+    return np.where(is_target.any(1), among, below)
 
 
 def summarise(
     dataset: Dataset, ranks: dict[str, np.ndarray], users: np.ndarray, split: Part, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Means with 95 % bootstrap intervals, the paired difference of the two stages with its test, and cohorts."""
+    """Mean metrics with 95 % bootstrap intervals, the paired difference of the stages with its test, and cohorts."""
     names = [name for name in TITLES if name in ranks]
     values = {name: compute_metrics(ranks[name]) for name in names}
     metrics = list(values[names[0]])
@@ -223,7 +224,7 @@ def summarise(
         models[name][metric] = {"value": float(table[:, j].mean()), "low": float(low[j]), "high": float(high[j])}
     report: dict[str, Any] = {"users": len(users), "models": models}
     if "ranker" in names:
-        report["comparison"] = paired(values["ranker"], values["retriever"], resamples, seed)
+        report["comparison"] = paired_differences(values["ranker"], values["retriever"], resamples, seed)
     report["cohorts"] = {
         cohort: {
             label: {"users": int(member.sum())}
@@ -239,23 +240,23 @@ def summarise(
     return report
 
 
-def beyond_accuracy(dataset: Dataset, outcome: Outcome, k: int) -> dict[str, Any]:
-    """The candidates' recall and, in full ranking, what is shown and how true the ranker's probabilities are.
+def beyond_accuracy(dataset: Dataset, outcome: RankingResult, k: int) -> dict[str, Any]:
+    """Recall of the candidates and, in full ranking, exposure metrics and the ranker's calibration.
 
     Args:
-        k: how many candidates there were.
+        k: number of candidates.
     """
-    report: dict[str, Any] = {"candidates": {"k": k, "recall": float((outcome.place <= k).mean())}}
-    if not outcome.shown:
+    report: dict[str, Any] = {"candidates": {"k": k, "recall": float((outcome.candidate_rank <= k).mean())}}
+    if not outcome.top_counts:
         return report
     report["exposure"] = {
-        name: compute_exposure(shown, dataset.train_counts)
-        for name, shown in outcome.shown.items()
+        name: compute_exposure(counts, dataset.train_counts)
+        for name, counts in outcome.top_counts.items()
         if name != "ranker_ids_masked"
     }
-    sure = np.isfinite(outcome.confidence)
-    if sure.any():
-        report["calibration"] = compute_calibration(outcome.confidence[sure], outcome.hit[sure])
+    scored = np.isfinite(outcome.confidence)
+    if scored.any():
+        report["calibration"] = compute_calibration(outcome.confidence[scored], outcome.hit[scored])
     return report
 
 
@@ -267,11 +268,11 @@ def describe(
     negatives: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything a reader must know to compare numbers.
+    """The evaluation protocol, as stored in the report.
 
     Args:
-        negatives: how many random items a target is ranked among; None: the catalogue.
-        seed: of their draw.
+        negatives: number of sampled negatives; None: full ranking.
+        seed: of the samples.
     """
     return {
         **dataset.protocol,
@@ -288,7 +289,7 @@ def describe(
 
 
 def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
-    """The protocol in one line, for a reader."""
+    """The protocol as one line of text."""
     filters = [
         text.format(protocol[key])
         for key, text in (("min_rating", "ratings ≥ {}"), ("core", "{}-core"), ("cold_items", "{} of items withheld"))
@@ -303,7 +304,7 @@ def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
             f"{protocol['split']} split{held}, {protocol['evaluated']} targets of {users:,} users",
             f"full ranking of {num_items:,} items{without}"
             if protocol["ranking"].startswith("full")
-            else f"{protocol['ranking']}; negatives drawn from {num_items:,} items{without}",
+            else f"{protocol['ranking']}; negatives sampled from {num_items:,} items{without}",
             f"equal times in {protocol['tie_break']}",
             f"repeats: {protocol['repeats']}",
             *filters,

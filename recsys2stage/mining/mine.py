@@ -1,4 +1,4 @@
-"""The verb mine-negatives: candidate lists around targets that the retriever has never seen."""
+"""The verb mine-negatives: candidate lists with labels, signals and hard negatives for each validation target."""
 
 import logging
 from pathlib import Path
@@ -8,18 +8,18 @@ from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, ParquetStream, atomic_write, write_manifest
-from recsys2stage.data.batches import Ragged, in_chunks, places
+from recsys2stage.data.batches import Ragged, in_chunks, padded_indices
 from recsys2stage.data.dataset import At, Dataset, sample_users
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
-from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, lists, select_fold
+from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Signal, save_signals, specify
-from recsys2stage.recommender import Recommender, load_for
+from recsys2stage.recommender import Recommender, load_recommender
 from recsys2stage.trust import Trust, trusts
 
 logger = logging.getLogger("recsys2stage")
 
-Table = dict[str, np.ndarray]  # columns of like length
+Table = dict[str, np.ndarray]  # columns of equal length
 
 
 @trusts
@@ -39,34 +39,33 @@ def mine_negatives(
     strict: bool = True,
     trust: Trust = None,
 ) -> None:
-    """Mine candidate lists around each user's validation targets, which the retriever has never been trained on.
+    """Mine a candidate list for each validation target of each user; the retriever was not trained on these targets.
 
-    Candidates come through the path that serves: the index and the signals that name some, with the user's seen items
-    excluded, and those that are withheld from all training. Every positive up to and including the target is kept out
-    of the negatives; the test event is never consulted. With `repeats: keep` no seen item is excluded: it is a
-    candidate and, unless it is the target itself, a negative, as it was not taken this time. Users kept to select the
-    ranker get all candidates, in order, as they are served.
+    Candidates come from the serving code path: the index and the signals that propose candidates, without the user's
+    seen items and the items withheld as cold. The target and all earlier positives are excluded from the negatives;
+    test events are never read. With `repeats: keep` seen items are not excluded: each is a candidate and, unless it is
+    the target, a negative. Lists of the validation users contain all candidates in the order of serving.
 
     Args:
         data: prepared dataset.
         index: folder written by export-index.
-        output: folder to write; None: candidates, beside the index.
-        miner: which negatives a training list gets; None: every candidate, 10 uniform and 10 popular items.
-        signals: what the ranker is told of a candidate beside the retriever's opinion, counted in training events; some
-            may name candidates of their own. None: nothing.
-        k: candidates of each request.
-        targets: so many of each user's newest validation targets, a list each; None: all.
-        gap: only targets that come so many seconds after the event before them, at least, and `targets` of these; 3600
-            leaves the beginnings of sessions, which the test requests of GlobalTime are.
-        select: share of the users, by seeded hash, that select the ranker and do not train it.
-        users: how many users to mine, drawn at random; None: all.
-        batch_size: lists at a time.
-        seed: of the draws.
-        strict: whether a signal that the data cannot give is an error; else it is left out with a warning.
-        trust: modules outside this package whose classes the index may name.
+        output: folder to write; None: the folder `candidates` next to the index.
+        miner: negatives of a training list; None: all candidates, 10 uniform and 10 popular items.
+        signals: additional ranker features of the candidates, fitted on training events; some also propose candidates.
+            None: no signals.
+        k: number of candidates per request.
+        targets: number of newest validation targets to mine per user, one list each; None: all.
+        gap: mine only targets at least this many seconds after the previous event; `targets` counts these only. 3600
+            selects session starts, as the test requests of GlobalTime are.
+        select: share of the users, by seeded hash, used to validate the ranker and not to train it.
+        users: number of users to mine, sampled at random; None: all.
+        batch_size: lists per batch.
+        seed: seed of all sampling.
+        strict: whether a signal that the data do not support is an error; if False it is left out with a warning.
+        trust: modules outside this package from which the index may load classes.
     """
     output, dataset = output or index.parent / "candidates", Dataset(data)
-    recommender = load_for(dataset, index)
+    recommender = load_recommender(dataset, index)
     if not 0 <= select < 1:
         raise ValueError(f"select is {select}, expected a share of the users from 0 to below 1")
     if targets is not None and targets < 1:
@@ -84,28 +83,30 @@ def mine_negatives(
             f"{data} has no user with a validation target and events before it{f' by {gap} seconds' if gap else ''}; "
             f"see the counts in {data / c.MANIFEST}"
         )
-    recommender.signals = [signal for signal in signals or [] if is_given(signal, dataset, recommender.vectors, strict)]
+    recommender.signals = [
+        signal for signal in signals or [] if fit_signal(signal, dataset, recommender.vectors, strict)
+    ]
     recommender.num_candidates = k
     names = [signal["name"] for signal in recommender.signal_names]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
-            f"two signals give the number {twice}, and columns need names of their own; name each class once"
+            f"two signals give the value {twice}, expected distinct column names; use each signal class once"
         )
-    work = Mine(dataset, recommender, miner, select, seed)
+    builder = ListBuilder(dataset, recommender, miner, select, seed)
     with atomic_write(output, "candidates") as folder:
         folder.mkdir()
         width = recommender.vectors.shape[1]
         states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), width))
         with ParquetStream(folder / CANDIDATES) as rows, ParquetStream(folder / REQUESTS) as requests:
             for part in tqdm(list(in_chunks(len(mined), batch_size)), desc="mine", unit="batch"):
-                states[part], table, request = work.batch(mined[part], ends[part])
+                states[part], table, request = builder.build(mined[part], ends[part])
                 table[c.REQUEST] += part.start
                 rows.write(table)
                 requests.write(request)
         states.flush()
         save_signals(recommender.signals, folder / SIGNALS)
-        counts = {"lists": len(mined), "users": len(np.unique(mined)), **work.counts}
+        counts = {"lists": len(mined), "users": len(np.unique(mined)), **builder.counts}
         write_manifest(
             folder,
             "candidates",
@@ -126,13 +127,13 @@ def mine_negatives(
         )
     print(
         f"{output}: {counts['rows']:,} rows in {counts['lists']:,} lists of {counts['users']:,} users "
-        f"({counts['train_lists']:,} lists train the ranker, {counts['select_lists']:,} select it); the target of "
-        f"{counts['target_outside_candidates']:,} lies outside the {k} candidates"
+        f"({counts['train_lists']:,} training and {counts['select_lists']:,} validation lists); "
+        f"{counts['target_outside_candidates']:,} lists do not contain the target among their {k} candidates"
     )
 
 
-def is_given(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool) -> bool:
-    """Fits a signal; whether the data have what it needs."""
+def fit_signal(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool) -> bool:
+    """Fits a signal; returns False, with a warning, if the dataset lacks what it needs and `strict` is False."""
     try:
         signal.fit(dataset, vectors)
     except ValueError as error:
@@ -144,25 +145,25 @@ def is_given(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool
 
 
 def excluded_items(dataset: Dataset, users: np.ndarray, at: At) -> Ragged:
-    """Items excluded from a list: filtered seen items (none with `repeats: keep`), and those withheld as cold."""
-    known, withheld = dataset.known(users, at), np.flatnonzero(dataset.cold)
+    """Items excluded from a list: seen items (none with `repeats: keep`) and items withheld as cold."""
+    seen, withheld = dataset.known(users, at), np.flatnonzero(dataset.cold)
     if not len(withheld):
-        return known
-    rows = np.concatenate([known.rows, np.repeat(np.arange(len(users)), len(withheld))])
-    values = np.concatenate([known.values, np.tile(withheld, len(users))])
+        return seen
+    rows = np.concatenate([seen.rows, np.repeat(np.arange(len(users)), len(withheld))])
+    values = np.concatenate([seen.values, np.tile(withheld, len(users))])
     ends = np.cumsum(np.bincount(rows, minlength=len(users)))
     return Ragged(values[np.argsort(rows, kind="stable")], np.concatenate([[0], ends]))
 
 
-class Mine:
-    """Makes lists, batch after batch, and counts them.
+class ListBuilder:
+    """Builds candidate lists batch by batch, and counts them.
 
     Args:
         dataset: prepared dataset.
         recommender: the first stage, with fitted signals.
-        miner: which negatives a training list gets.
-        select: share of the users whose lists select the ranker.
-        seed: of the draws.
+        miner: negatives of a training list.
+        select: share of validation users.
+        seed: seed of the sampled negatives and of the choice of validation users.
     """
 
     def __init__(self, dataset: Dataset, recommender: Recommender, miner: Miner, select: float, seed: int) -> None:
@@ -170,32 +171,28 @@ class Mine:
         self.rng = np.random.default_rng(seed)
         self.counts = dict.fromkeys(("train_lists", "select_lists", "target_outside_candidates", "rows"), 0)
 
-    def batch(self, users: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, Table, Table]:
+    def build(self, users: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, Table, Table]:
         """The lists of B targets.
 
         Args:
-            users: (B,) whose targets they are.
-            at: (B,) their places among all events.
+            users: (B,) user of each target.
+            at: (B,) index of each target among all events.
 
         Returns:
-            (B, D) query vectors, the rows of all lists, and a row for each list.
+            (B, D) query vectors, a table with a row for each candidate, and one with a row for each list.
         """
         dataset, recommender = self.dataset, self.recommender
         padded = dataset.histories(users, at, recommender.towers.max_length)
-        excluded, target, now = (
-            excluded_items(dataset, users, at),
-            dataset.targets(users, at),
-            dataset.request_times(users, at),
-        )
-        queries = recommender.queries(padded, now, dataset.target_action(users, at, recommender.next_action))
-        found = recommender.candidates(queries, excluded, padded, now)
-        selects = select_fold(users, self.select, self.seed)
-        request = Request.of(found.items, target, excluded.rows, excluded.values, dataset.train_counts)
-        every = queries @ recommender.vectors.T  # (B, V + 1)
-        every[:, c.PAD] = every[excluded.rows, excluded.values] = -np.inf
-        table = lists(
-            request.candidates, request.target, found.score, self.miner.choose(request, self.rng), every, selects
-        )
+        excluded, target = excluded_items(dataset, users, at), dataset.targets(users, at)
+        request_time = dataset.request_times(users, at)
+        queries = recommender.queries(padded, request_time, dataset.target_action(users, at, recommender.next_action))
+        retrieved = recommender.candidates(queries, excluded, padded, request_time)
+        validation = validation_users(users, self.select, self.seed)
+        request = Request.from_exclusions(retrieved.items, target, excluded.rows, excluded.values, dataset.train_counts)
+        scores = queries @ recommender.vectors.T  # (B, V + 1)
+        scores[:, c.PAD] = scores[excluded.rows, excluded.values] = -np.inf
+        negatives = self.miner.choose(request, self.rng)
+        table = build_lists(request.candidates, request.target, retrieved.score, negatives, scores, validation)
         row = table.pop("row")
         length = np.bincount(row, minlength=len(users))
         if empty := int((length == 0).sum()):
@@ -203,24 +200,24 @@ class Mine:
                 f"the miner left {empty} of {len(users)} lists empty; with k = {recommender.num_candidates}, skip_top "
                 "must be lower or k higher"
             )
-        index, real = places(np.cumsum(length) - length, np.cumsum(length))
-        target_action = np.where(real, table[c.ITEM][index], c.PAD)
-        numbers = recommender.measure_signals(target_action, queries, found, padded, now)
-        hit = (found.items == target[:, None]).any(1)
-        self.counts["train_lists"] += int((~selects & hit).sum())
-        self.counts["select_lists"] += int(selects.sum())
+        index, real = padded_indices(np.cumsum(length) - length, np.cumsum(length))
+        items = np.where(real, table[c.ITEM][index], c.PAD)
+        values = recommender.compute_signals(items, queries, retrieved, padded, request_time)
+        hit = (retrieved.items == target[:, None]).any(1)
+        self.counts["train_lists"] += int((~validation & hit).sum())
+        self.counts["select_lists"] += int(validation.sum())
         self.counts["target_outside_candidates"] += int((~hit).sum())
         self.counts["rows"] += len(row)
         table = {c.REQUEST: row.astype(np.int32), c.USER: users[row].astype(np.int32), **table}
-        named = zip(recommender.signal_names, numbers[real].T, strict=True)
-        fold = np.where(selects, "select", "train")
+        columns = zip(recommender.signal_names, values[real].T, strict=True)
+        fold = np.where(validation, "select", "train")
         return (
             queries,
-            table | {signal["name"]: values for signal, values in named},
+            table | {signal["name"]: column for signal, column in columns},
             {
                 c.USER: users,
                 c.PLACE: at,
-                c.TIME: recommender.request_seconds_of(padded, now),
+                c.TIME: recommender.ranker_request_time(padded, request_time),
                 c.FOLD: fold,
                 c.ROWS: length,
             },

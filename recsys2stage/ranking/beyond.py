@@ -13,7 +13,7 @@ class RetrievedItems(NamedTuple):
 
     items: np.ndarray  # (B, K) int64
     score: np.ndarray  # (B, K) float32, the retriever's
-    named: list[np.ndarray]  # what each source named, best first, (B, up to K) each: the index, then the signals'
+    proposed: list[np.ndarray]  # items of each source, best first, (B, up to K) each: the index, then the signals
 
 
 class Recommendations(NamedTuple):

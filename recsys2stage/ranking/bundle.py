@@ -31,7 +31,7 @@ from recsys2stage.trust import trusting
 
 RERANKER, POPULARITY = "reranker.pt", "popularity.npy"  # files of a served folder
 SPEC = ("name", "kind", "size")  # of a user feature, on which a model and its data must agree
-MOST_CANDIDATES = MOST_RECENT = 1 << 20  # of a request to a served folder
+MAX_CANDIDATES = MAX_RECENT = 1 << 20  # of a request to a served folder
 
 
 def kind_of(path: str | Path) -> str:
@@ -103,10 +103,10 @@ def read_bundle(path: str | Path, trust: Sequence[str] | str | None = ()) -> dic
             f"expected one of {', '.join(get_args(RequestTime))} and {count:,} items; make it again: {make}"
         )
     candidates, recent = (of("candidates", int), of("recent", int)) if kind == "bundle" else (200, 0)
-    if not (1 <= candidates <= MOST_CANDIDATES and 0 <= recent <= MOST_RECENT):
+    if not (1 <= candidates <= MAX_CANDIDATES and 0 <= recent <= MAX_RECENT):
         raise ValueError(
             f"{where} has {candidates:,} candidates and {recent:,} recent events, expected 1 to "
-            f"{MOST_CANDIDATES:,} and 0 to {MOST_RECENT:,}; make it again: {make}"
+            f"{MAX_CANDIDATES:,} and 0 to {MAX_RECENT:,}; make it again: {make}"
         )
     repeats, newest_time, user_features = (
         of("repeats", str),

@@ -11,10 +11,10 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_array, read_manifest, take, verify
 from recsys2stage.checkpoints import SPLIT, load_checkpoint
-from recsys2stage.data.batches import places, recent_events
+from recsys2stage.data.batches import padded_indices, recent_events
 from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.options import check_least
-from recsys2stage.ranking.lists import STATES, CandidateLists, joined, read_candidates
+from recsys2stage.ranking.lists import STATES, CandidateLists, concatenate_lists, read_candidates
 from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
 from recsys2stage.retrieval.index import VECTORS
 from recsys2stage.shapes import CandidateBatch
@@ -32,7 +32,7 @@ NEEDS = {  # of the manifest of mined lists
 class Lists(NamedTuple):
     """Candidate lists, and where in them the positives stand."""
 
-    listed: CandidateBatch
+    candidates: CandidateBatch
     positive: Int[Tensor, " B"]  # −1 where it is not among the candidates
 
 
@@ -64,7 +64,7 @@ class Candidates(ArrayModule):
             raise ValueError(f"recent is {recent}, expected 0 for no event, or more")
         self.path, self.batch_size, self.recent = Path(path), batch_size, recent
         self.folds, self.refit = folds or [], refit
-        self.manifest = mined(self.path)
+        self.manifest = read_mined_manifest(self.path)
         self.dataset = Dataset(self.manifest["parents"]["data"]["path"])
         self.dataset.check_split(self.path, self.manifest["split_hash"])
 
@@ -133,7 +133,7 @@ class Candidates(ArrayModule):
         self._refuse_test_events(self.path, own)
         selecting = np.unique(own.user[own.fold == "select"])
         self.states = read_array(self.path / STATES, np.float32, (len(own.user), self.vector_dim))
-        self.lists = joined([own, *(self.read_fold(folder, names, selecting) for folder in self.folds)])
+        self.lists = concatenate_lists([own, *(self.read_fold(folder, names, selecting) for folder in self.folds)])
 
     def read_fold(self, folder: Path, names: list[str], selecting: np.ndarray) -> CandidateLists:
         """Lists of earlier targets of the same events; users who select do not train here either.
@@ -143,7 +143,7 @@ class Candidates(ArrayModule):
             names: columns of the signals.
             selecting: users whose own lists select.
         """
-        manifest = mined(folder)
+        manifest = read_mined_manifest(folder)
         data, own = Dataset(manifest["parents"]["data"]["path"]), self.manifest
         data.check_split(folder, manifest["split_hash"])
         if manifest["signals"] != self.signals or manifest["options"]["signals"] != own["options"]["signals"]:
@@ -175,7 +175,7 @@ class Candidates(ArrayModule):
         return lists._replace(fold=np.where(selects | (lists.fold == "select"), "aside", lists.fold))
 
     def _refuse_test_events(self, folder: Path, lists: CandidateLists) -> None:
-        if (late := int((lists.place >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
+        if (late := int((lists.position >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
             raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
 
     def train_dataloader(self) -> BatchLoader:
@@ -198,12 +198,12 @@ class Candidates(ArrayModule):
 
     def read(self, batch: np.ndarray) -> Lists:
         starts, ends = self.lists.offsets[batch], self.lists.offsets[batch + 1]
-        index, real = places(starts, ends)
-        ends = self.lists.place[batch]
+        index, real = padded_indices(starts, ends)
+        ends = self.lists.position[batch]
         length = min(self.recent, self.manifest["max_length"])  # a history that is served is no longer
         newest = self.dataset.events(np.maximum(ends - length, self.dataset.offsets[self.lists.user[batch]]), ends)
-        recent, ages = recent_events(newest, self.lists.now[batch], self.recent, self.dataset.has_time)
-        listed = CandidateBatch(
+        recent, ages = recent_events(newest, self.lists.request_time[batch], self.recent, self.dataset.has_time)
+        candidates = CandidateBatch(
             state=torch.from_numpy(self.read_states(batch)),
             items=torch.from_numpy(np.where(real, self.lists.items[index], c.PAD).astype(np.int64)),
             score=torch.from_numpy(self.lists.score[index]),
@@ -212,7 +212,7 @@ class Candidates(ArrayModule):
             recent=recent,
             ages=ages,
         )
-        return Lists(listed, torch.from_numpy(self.lists.positive[batch]))
+        return Lists(candidates, torch.from_numpy(self.lists.positive[batch]))
 
     def read_states(self, batch: np.ndarray) -> Float[np.ndarray, "B D"]:
         """The users' query vectors; zero in lists that another retriever made."""
@@ -221,7 +221,7 @@ class Candidates(ArrayModule):
         return states * own[:, None]
 
 
-def mined(folder: Path) -> dict[str, Any]:
+def read_mined_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of mined lists, whose parents must be as they were."""
     manifest = read_manifest(folder, "candidates", f"recsys mine-negatives --output {folder}")
     for name, kind in NEEDS.items():

@@ -23,7 +23,7 @@ def without_repeats(items: np.ndarray) -> np.ndarray:
     return np.where(again, NONE, items)
 
 
-def lists(
+def build_lists(
     candidates: np.ndarray,
     target: np.ndarray,
     scores: np.ndarray,
@@ -78,7 +78,7 @@ def lists(
     return {name: column[order] for name, column in table.items()}
 
 
-def select_fold(users: np.ndarray, share: float, seed: int) -> np.ndarray:
+def validation_users(users: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Which users are kept to select the ranker, by a seeded hash of their number."""
     return splitmix64(users, seed) < np.uint64(int(share * (2**64 - 1)))
 
@@ -87,8 +87,8 @@ class CandidateLists(NamedTuple):
     """The mined lists of n requests, as arrays over all rows."""
 
     user: np.ndarray  # (n,)
-    place: np.ndarray  # (n,) int64, of the target among all events
-    now: np.ndarray  # (n,) int64, seconds of the request
+    position: np.ndarray  # (n,) int64, index of the target in the event log
+    request_time: np.ndarray  # (n,) int64, seconds
     fold: np.ndarray  # (n,) "train" | "select"
     positive: np.ndarray  # (n,) int64, place of the positive in its list; −1 where it is not there
     offsets: np.ndarray  # (n + 1,) int64
@@ -141,8 +141,8 @@ def read_candidates(folder: Path, signals: Sequence[str], dataset: Dataset) -> C
         numbers[:, place] = column(name)
     return CandidateLists(
         user=whole_numbers(c.USER, 0, dataset.num_users, REQUESTS),
-        place=whole_numbers(c.PLACE, 0, len(dataset.items), REQUESTS),
-        now=column(c.TIME, REQUESTS),
+        position=whole_numbers(c.PLACE, 0, len(dataset.items), REQUESTS),
+        request_time=column(c.TIME, REQUESTS),
         fold=column(c.FOLD, REQUESTS).astype(str),
         positive=positive,
         offsets=offsets,
@@ -153,7 +153,7 @@ def read_candidates(folder: Path, signals: Sequence[str], dataset: Dataset) -> C
     )
 
 
-def joined(parts: Sequence[CandidateLists]) -> CandidateLists:
+def concatenate_lists(parts: Sequence[CandidateLists]) -> CandidateLists:
     """Lists of several folders behind each other."""
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in CandidateLists._fields}
     ends = np.cumsum([0, *(part.offsets[-1] for part in parts)])

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from recsys2stage.columns import PAD
 from recsys2stage.metrics import RankMetrics, compute_rank
-from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
+from recsys2stage.optim import RecsysAdamW, RecsysModule, with_schedule
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.losses import ListLoss, Listwise
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP, ScorerFactory
 
-NOWHERE = 1 << 30  # rank of a target that is not among the candidates
+NOT_RETRIEVED = 1 << 30  # rank of a target that is not among the candidates
 
 
-class Ranker(Planned):
+class Ranker(RecsysModule):
     """Trains a Reranker.
 
     Args:
@@ -88,19 +88,19 @@ class Ranker(Planned):
         dataset = candidates.dataset
         self.reranker.load_item_tables(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
         lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
-        width = max(batch.listed.items.size(1) for batch in lists)
+        width = max(batch.candidates.items.size(1) for batch in lists)
         score, items = (
             torch.cat([torch.nn.functional.pad(value, (0, width - value.size(1))) for value in values])
-            for values in ([b.listed.score for b in lists], [b.listed.items for b in lists])
+            for values in ([b.candidates.score for b in lists], [b.candidates.items for b in lists])
         )
         self.reranker.calibrate(score, torch.cat([b.positive for b in lists]), items != PAD)
-        self.reranker.standardise(torch.cat([b.listed.signals[b.listed.items != PAD] for b in lists]))
+        self.reranker.standardise(torch.cat([b.candidates.signals[b.candidates.items != PAD] for b in lists]))
 
     def on_train_start(self) -> None:
         """Measures step 0, the retriever's order, so that best.ckpt is at least as good on the selecting users."""
         super().on_train_start()
         if self.final_lr < 1:
-            self.needs_an_end("the learning rate")
+            self.require_planned_steps("the learning rate")
         checkpoint = self.trainer.checkpoint_callback
         if self.global_step or not isinstance(checkpoint, ModelCheckpoint):
             return
@@ -112,8 +112,8 @@ class Ranker(Planned):
         checkpoint.on_train_epoch_end(self.trainer, self)  # it saves at ends of epochs
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
-        items = lists.listed.items
-        logits = self.reranker(lists.listed, self.drop_ids(items), self.drop_counts(items))
+        items = lists.candidates.items
+        logits = self.reranker(lists.candidates, self.drop_ids(items), self.drop_counts(items))
         loss = self.loss(logits, lists.positive, items != PAD)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), sync_dist=True)
         return loss
@@ -135,14 +135,14 @@ class Ranker(Planned):
         return torch.rand(items.shape, device=items.device) < self.cold_dropout
 
     def validation_step(self, lists: Lists, batch_idx: int) -> None:
-        real, found = lists.listed.items != PAD, lists.positive >= 0
+        real, found = lists.candidates.items != PAD, lists.positive >= 0
         place = lists.positive.clamp(min=0)
         for metric, masks in ((self.metrics, False), (self.masked_metrics, True)):
-            logits = self.reranker(lists.listed, torch.full_like(real, masks))
+            logits = self.reranker(lists.candidates, torch.full_like(real, masks))
             ranks = compute_rank(logits.masked_fill(~real, -torch.inf), place)
-            metric.update(torch.where(found, ranks, NOWHERE))
-        own = lists.listed.rank.gather(1, place[:, None]).squeeze(1)
-        self.retriever_metrics.update(torch.where(found, own, NOWHERE))
+            metric.update(torch.where(found, ranks, NOT_RETRIEVED))
+        own = lists.candidates.rank.gather(1, place[:, None]).squeeze(1)
+        self.retriever_metrics.update(torch.where(found, own, NOT_RETRIEVED))
 
     def on_validation_epoch_end(self) -> None:
         """Both stages on the same users, and the ranker with all ids masked."""

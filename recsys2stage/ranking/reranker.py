@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
 from recsys2stage.features import FeatureTable
-from recsys2stage.ranking.scorers import ScorerFactory, Shown
+from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
 from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 
@@ -119,7 +119,7 @@ class Reranker(nn.Module):
         signals = signals.masked_fill(hidden, 0)
         features = torch.cat([torch.stack(own, dim=-1), self.item_features(listed.items), signals], dim=-1)
         there = listed.recent != PAD
-        shown = Shown(
+        shown = RankerInputs(
             state=self.shown("state", unit(listed.state)),
             vectors=self.shown("vectors", unit(self.vectors[listed.items]) * ~masked[..., None]),
             features=features,

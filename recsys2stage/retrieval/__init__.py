@@ -1,1 +1,1 @@
-"""A prepared dataset to a retriever and its index."""
+"""First stage: two-tower retriever, its training data, and the index that serves it."""

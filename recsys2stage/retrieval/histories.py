@@ -1,4 +1,4 @@
-"""Histories for the retriever, and what batches of any kind are made with.
+"""Data module of the retriever (`Histories`), and the batch loader and data module base that both stages share.
 
 Batches are gathers over memory-mapped arrays, so there are no workers and no per-row Python.
 """
@@ -23,7 +23,7 @@ from recsys2stage.shapes import History
 
 
 class Queries(NamedTuple):
-    """Histories with their targets and what may not be recommended."""
+    """Histories with their targets and excluded items."""
 
     users: Int[Tensor, " B"]
     history: History
@@ -33,14 +33,14 @@ class Queries(NamedTuple):
 
 
 class BatchLoader:
-    """Batches in the order of a plan that is made anew at the start of each epoch.
+    """Data loader that follows a plan of index arrays, computed at the start of each epoch.
 
-    Where the plan is a function of seed and epoch alone, as all plans here are, a run resumes in mid-epoch exactly.
+    All plans here depend only on seed and epoch, so a run resumes exactly in the middle of an epoch.
 
     Args:
         read: indices -> batch.
-        plan: gives index arrays, one a batch; always as many.
-        epoch: number of the epoch whose plan that is.
+        plan: returns the index arrays of an epoch, one per batch; their number must not change between epochs.
+        epoch: returns the current epoch number.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Any]:
         plan, epoch = self.plan(), self.epoch()
-        loaded, self.loaded = self.loaded, None  # it is of one epoch: the next one is whole, wherever this one ends
+        loaded, self.loaded = self.loaded, None  # applies to one epoch only: the next starts at batch 0
         first = 0
         if loaded is not None and loaded["epoch"] == epoch and loaded["next"] < loaded["batches"]:
             if loaded["batches"] != len(plan):
                 raise ValueError(
                     f"the checkpoint was saved after {loaded['next']} of the {loaded['batches']} batches of an epoch, "
-                    f"which now has {len(plan)}; resume with the data, batch size and number of processes of before, "
-                    "or start anew without --ckpt_path"
+                    f"which now has {len(plan)}; resume with the same data, batch size and number of processes, "
+                    "or start a new run without --ckpt_path"
                 )
             first = loaded["next"]
         for number in range(first, len(plan)):
-            # before the yield: a checkpoint is saved while the batch is out
+            # before the yield: a checkpoint is saved while the batch is in use
             self.state = {"epoch": epoch, "next": number + 1, "batches": len(plan)}
             yield self.read(plan[number])
 
@@ -79,19 +79,19 @@ class BatchLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         if state.keys() != self.state.keys():
-            raise ValueError("the checkpoint is of an older version; start anew without --ckpt_path")
+            raise ValueError("the checkpoint was written by an older version; start a new run without --ckpt_path")
         self.loaded = state
 
 
 def seed() -> int:
-    """The run's seed, as `seed_everything` left it."""
+    """Seed of the run, as set by `seed_everything`."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def shuffled(lengths: np.ndarray, batch_size: int, epoch: int, pool: int = 32) -> list[np.ndarray]:
-    """Indices in random batches of like length, so that little is padded: a function of the run's seed and the epoch.
+    """Random batches of indices, bucketed by length to reduce padding; depends only on the run's seed and the epoch.
 
-    The shuffled indices are cut into pools of `pool` batches; each pool is sorted by length and cut into batches, and
+    The shuffled indices are cut into pools of `pool` batches. Each pool is sorted by length and cut into batches, and
     the batches are shuffled.
     """
     rng = np.random.default_rng([seed(), epoch])
@@ -104,15 +104,15 @@ def shuffled(lengths: np.ndarray, batch_size: int, epoch: int, pool: int = 32) -
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def equally_many(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
-    """Batches of which every process can take as many: the largest are split in two, and no index is lost or repeated.
+def balance_batches(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
+    """Splits the largest batches until their number is a multiple of `processes`; each index is kept exactly once.
 
     Raises:
-        ValueError: where a process would be left without a batch.
+        ValueError: if a process would have no batch.
     """
     if len(batches) < processes:
         raise ValueError(
-            f"{processes} processes share {len(batches)} training batches, expected at least one batch for each; lower "
+            f"{processes} processes share {len(batches)} training batches, expected at least one per process; lower "
             f"the data's batch_size, or set trainer.devices to at most {len(batches)}"
         )
     batches = list(batches)
@@ -128,41 +128,43 @@ def equally_many(batches: list[np.ndarray], processes: int) -> list[np.ndarray]:
 
 
 class ArrayModule(LightningDataModule):
+    """Base data module over memory-mapped arrays: shards training and evaluation batches between processes."""
+
     path: Path
     batch_size: int
     dataset: Dataset
 
     @property
     def split_hash(self) -> str:
-        """Of the prepared dataset; checkpoints carry it."""
+        """Hash of the prepared dataset's split; stored in checkpoints."""
         return self.dataset.manifest["split_hash"]
 
-    def __str__(self) -> str:  # Lightning's own would read a batch of every loader
+    def __str__(self) -> str:  # Lightning's own reads a batch of every loader
         return f"{type(self).__name__}({self.path})"
 
     def _shuffled(self, read: Callable[[np.ndarray], Any], lengths: np.ndarray) -> BatchLoader:
-        """Training batches of this process: together the processes take the epoch of one, each index once."""
+        """Training batches of this process. Across processes, each index is used once per epoch."""
         rank, processes = self._rank()
 
         def epoch() -> int:
             return self.trainer.current_epoch if self.trainer else 0
 
         def plan() -> list[np.ndarray]:
-            return equally_many(shuffled(lengths, self.batch_size, epoch()), processes)[rank::processes]
+            return balance_batches(shuffled(lengths, self.batch_size, epoch()), processes)[rank::processes]
 
         return BatchLoader(read, plan, epoch)
 
     def _in_order(self, read: Callable[[np.ndarray], Any], users: np.ndarray, batch_size: int) -> BatchLoader:
-        """Batches of this process that measure: each user once, and as many batches in every process.
+        """Evaluation batches of this process: each user once, and the same number of batches in every process.
 
         Raises:
-            ValueError: for fewer users than processes.
+            ValueError: if there are fewer users than processes.
         """
         rank, processes = self._rank()
         batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)]
         if len(users) < processes:
             raise ValueError(
-                f"{processes} processes share {len(users)} users to measure, expected at least one user for each; set "
+                f"{processes} processes share {len(users)} evaluation users, expected at least one per process; set "
                 f"trainer.devices to at most {len(users)}"
             )
         if processes > 1:
@@ -171,23 +173,23 @@ class ArrayModule(LightningDataModule):
         return BatchLoader(read, lambda: batches)
 
     def _rank(self) -> tuple[int, int]:
-        """The number of this process, and how many there are."""
+        """Rank of this process and number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 class Histories(ArrayModule):
-    """Windows over every user's training events, and the histories before validation and test targets.
+    """Training windows over every user's training events, and histories that end before validation and test targets.
 
     Args:
         path: prepared dataset.
-        prepare: configuration of `recsys prepare-data`, used when nothing is at `path` yet.
-        max_length: longest history the model sees, L.
-        batch_size: windows in a training batch.
-        eval_batch_size: users in a validation or test batch.
-        request_time: whether the model is told when the next item is asked for: not at all (`none`), at the time of the
-            newest event (`last_event`), or at the target's own time (`target`), as a server that knows "now".
-        next_action: whether the model is told what kind of action is asked for: not at all (`none`), the target's own
-            kind (`target`), or, in training the target's own and at each request the kind of this name.
+        prepare: configuration of `recsys prepare-data`, used if `path` has no dataset yet.
+        max_length: maximum history length L.
+        batch_size: windows per training batch.
+        eval_batch_size: users per validation or test batch.
+        request_time: request time given to the model: none (`none`), the time of the newest event (`last_event`), or
+            the target's own time (`target`), which matches a server that knows the current time.
+        next_action: target action given to the model: none (`none`), the target's own action (`target`), or the name of
+            an action: then the target's own in training and this one at every request.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class Histories(ArrayModule):
         self.request_time, self.next_action = request_time, next_action
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.prepare = prepare
-        self.prepare_data()  # before Lightning asks for it, because the model's size comes from the data
+        self.prepare_data()  # before Lightning calls it, because the model's size comes from the data
         self.dataset = Dataset(path)
         self.dataset.check_request_time(request_time)
         self.dataset.check_next_action(next_action)
@@ -217,13 +219,13 @@ class Histories(ArrayModule):
         self.window_users = np.searchsorted(self.dataset.offsets, self.window_starts, side="right") - 1
 
     def prepare_data(self) -> None:
-        """Prepares the dataset where it is missing and `prepare` says how."""
+        """Prepares the dataset with the configuration `prepare` if it is missing."""
         if self.prepare is None or (self.path / c.MANIFEST).is_file():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.with_name(f".{self.path.name}.lock")
         with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # of processes that start together one prepares, and the others wait
+            fcntl.flock(file, fcntl.LOCK_EX)  # the first process prepares, the others wait
             try:
                 if not (self.path / c.MANIFEST).is_file():
                     prepare_dataset(self.prepare, self.path)
@@ -250,12 +252,12 @@ class Histories(ArrayModule):
 
     @property
     def actions(self) -> list[str]:
-        """Kinds of events, from 1."""
+        """Action types, numbered from 1."""
         return self.dataset.action_names
 
     def train_dataloader(self) -> BatchLoader:
         if not len(self.window_starts):
-            raise ValueError(f"{self.path} has no user with two training events; nothing can be learned from it")
+            raise ValueError(f"{self.path} has no user with two training events, so there are no targets to train on")
         return self._shuffled(self.read_windows, self.window_ends - self.window_starts)
 
     def val_dataloader(self) -> BatchLoader:
@@ -273,12 +275,12 @@ class Histories(ArrayModule):
     def read_windows(self, batch: np.ndarray) -> History:
         padded = self.dataset.events(self.window_starts[batch], self.window_ends[batch])
         user_values = self.dataset.user_values(self.window_users[batch])
-        nothing = None if self.next_action == "none" else np.zeros(len(batch), np.int64)  # after the newest event
-        return as_history(padded._replace(user=user_values), self.request_time, target_action=nothing)
+        unknown = None if self.next_action == "none" else np.zeros(len(batch), np.int64)  # after the newest event
+        return as_history(padded._replace(user=user_values), self.request_time, target_action=unknown)
 
     def read_queries(self, users: np.ndarray, split: Part) -> Queries:
         padded = self.dataset.histories(users, split, self.max_length)
-        known = self.dataset.known(users, split)
+        excluded = self.dataset.known(users, split)
         return Queries(
             users=torch.from_numpy(users),
             history=as_history(
@@ -288,8 +290,8 @@ class Histories(ArrayModule):
                 self.dataset.target_action(users, split, self.next_action),
             ),
             target=torch.from_numpy(self.dataset.targets(users, split)),
-            excluded_rows=torch.from_numpy(known.rows),
-            excluded_items=torch.from_numpy(known.values),
+            excluded_rows=torch.from_numpy(excluded.rows),
+            excluded_items=torch.from_numpy(excluded.values),
         )
 
 

@@ -1,4 +1,4 @@
-"""The item table: item numbers to vectors. Row 0 is padding and is always zero."""
+"""Item embeddings: a plain table and an item tower over IDs and features. Row 0 is padding and is always zero."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -14,17 +14,18 @@ from recsys2stage.retrieval.encoders.layers import Dropout
 
 
 class ItemTable(nn.Module):
-    """A learned vector for each item, shared by histories and candidates.
+    """Learned embedding table, shared by histories and candidates.
 
     Args:
         num_items: V.
         dim: D.
-        features: declared item features, of which it makes nothing.
-        std: of the initial vectors. Under a cosine only directions count, and AdamW turns a short vector sooner than a
-            long one: N(0, 1), PyTorch's and nanoRecSys's, learns several times slower than N(0, 0.02²).
+        features: declared item features; ignored.
+        std: standard deviation of the initial vectors. With cosine similarity only directions count, and AdamW turns
+            short vectors faster than long ones: N(0, 1), as in PyTorch and nanoRecSys, learns several times slower than
+            N(0, 0.02²).
     """
 
-    knows_cold: ClassVar[bool] = False  # whether the vector of an item without training events means something
+    knows_cold: ClassVar[bool] = False  # whether vectors of cold items (no training events) are usable
 
     def __init__(self, num_items: int, dim: int, features: Sequence[dict[str, Any]] = (), std: float = 0.02) -> None:
         super().__init__()
@@ -41,11 +42,11 @@ class ItemTable(nn.Module):
         return self.table.num_embeddings - 1
 
     def load_item_tables(self, features: Sequence[dict[str, Any]], trained: Bool[Tensor, " W"]) -> None:
-        """Takes what the data say of items.
+        """Loads item features and which items are cold.
 
         Args:
             features: declared features with their arrays.
-            trained: (V + 1,) bool, which items have training events.
+            trained: (V + 1,) bool, True for items with training events.
         """
 
     def every(self) -> Float[Tensor, "V D"]:
@@ -54,22 +55,22 @@ class ItemTable(nn.Module):
 
 
 class ItemTower(ItemTable):
-    """Vectors from ids and declared features, so that an item that was never trained has one that means something.
+    """Item tower over IDs and declared features, which also embeds cold items.
 
-        id' = id, or a learned "unknown" where the id is dropped or has had no training event
+        id' = id, or a learned "unknown" vector if the ID is dropped or the item is cold (no training events)
         vector = id' + MLP([id', features]),    MLP: dropout → (Linear → ReLU → dropout)… → Linear
 
-    The same tower reads histories, answers and candidates, as that of a TAAC 2025 finalist.
+    The same tower embeds histories, targets and candidates, as in the model of a TAAC 2025 finalist.
 
     Args:
         num_items: V.
         dim: D.
         features: declared item features.
-        feature_dim: width of the vector that a feature becomes.
-        hidden: widths of the layers of the MLP; None: one of 2 D.
-        id_dropout: probability with which an item of a call goes by its features alone, in training.
+        feature_dim: width of a feature's embedding.
+        hidden: widths of the hidden layers of the MLP; None: one layer of 2 D.
+        id_dropout: probability in training that an item's ID is dropped, so that it is embedded by features alone.
         dropout: before the first layer and after each but the last.
-        std: of the initial vectors of ids.
+        std: standard deviation of the initial ID vectors.
     """
 
     knows_cold = True
@@ -88,8 +89,8 @@ class ItemTower(ItemTable):
     ) -> None:
         if not features:
             raise ValueError(
-                "ItemTower is for items with features, and the data declare none; name some (source.init_args.items) "
-                "or give vectors (item_vectors) in the config of prepare-data, or use items: ItemTable"
+                "ItemTower needs item features, and the data declare none; declare some (source.init_args.items) or "
+                "give vectors (item_vectors) in the config of prepare-data, or use items: ItemTable"
             )
         if not 0 <= id_dropout < 1:
             raise ValueError(f"id_dropout is {id_dropout}, expected a probability from 0 to below 1")
@@ -105,14 +106,14 @@ class ItemTower(ItemTable):
         self.register_buffer("trained", torch.ones(num_items + 1, dtype=torch.bool))
 
     def forward(self, items: Int[Tensor, "*S"]) -> Float[Tensor, "*S D"]:
-        distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its items many times
-        known = self.trained[distinct]
+        distinct, inverse = torch.unique(items, return_inverse=True)  # a batch repeats its items many times
+        with_id = self.trained[distinct]
         if self.training:
-            known = known & (torch.rand(len(distinct), device=known.device) >= self.id_dropout)
-        ids = torch.where(known[:, None], self.table(distinct), self.unknown)
-        # the finalist has no sum; with it an id turns as fast as in a plain table while its features speak at once
+            with_id = with_id & (torch.rand(len(distinct), device=with_id.device) >= self.id_dropout)
+        ids = torch.where(with_id[:, None], self.table(distinct), self.unknown)
+        # the finalist has no residual sum; with it IDs train as fast as in a plain table, and features act at once
         vectors = ids + self.mlp(torch.cat([ids, self.features(distinct)], dim=-1))
-        return (vectors * (distinct != PAD)[:, None])[place]
+        return (vectors * (distinct != PAD)[:, None])[inverse]
 
     def load_item_tables(self, features: Sequence[dict[str, Any]], trained: Bool[Tensor, " W"]) -> None:
         self.features.load_item_tables(features)

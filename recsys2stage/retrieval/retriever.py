@@ -1,4 +1,4 @@
-"""The first stage in training: a two-tower model that learns which item comes next."""
+"""Training of the first stage: LightningModule of the two-tower retriever."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.options import RequestTime, Seen, check_option
 from recsys2stage.metrics import RankMetrics, compute_rank
-from recsys2stage.optim import Planned, RecsysAdamW, with_schedule
+from recsys2stage.optim import RecsysAdamW, RecsysModule, with_schedule
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
 from recsys2stage.retrieval.encoders.layers import without_autocast
 from recsys2stage.retrieval.histories import Histories, Queries
@@ -27,37 +27,37 @@ from recsys2stage.retrieval.users import UserFactory
 from recsys2stage.shapes import History, Similarity
 
 
-class Retriever(Planned):
-    """Trains a TwoTower.
+class Retriever(RecsysModule):
+    """Trains and evaluates a TwoTower.
 
     Args:
         num_items: number of items V (set by the data).
-        max_length: longest history L (set by the data).
-        request_time: whose time a request has (set by the data, kept for serving).
+        max_length: maximum history length L (set by the data).
+        request_time: source of the request time (set by the data, kept for serving).
         dim: width D of item vectors and states.
         encoder: the sequence encoder, built with (dim, max_length).
         items: the item table, built with (num_items, dim, features).
-        tied: whether candidates are the vectors that histories are read with.
+        tied: whether histories and candidates share one item table.
         item_bias: whether each item has a bias, added to its score.
-        similarity: whether a score is a cosine or a dot product.
-        inputs: what is added to embedded events: their kinds, ratings, the kind of action that is asked for.
-        user: what the users' features do: UserTower, or None for nothing.
+        similarity: score of query and item: cosine or dot product.
+        inputs: event inputs added to the item embeddings: action type, rating, target action.
+        user: tower of user features, such as UserTower; None: user features are ignored.
         features: declared item features (set by the data).
         user_features: declared user features (set by the data).
-        actions: kinds of events (set by the data).
-        next_action: what the model is told of the kind of action that is asked for (set by the data, kept for serving).
-        objective: what a history is asked; None: the next item, or Cloze where the encoder sees both sides.
-        loss: how answers are compared with other items.
-        norm_penalty: what long states cost; None: nothing.
-        optimizer: built with the parameters.
-        warmup_steps: steps over which the learning rate rises linearly from 0.
-        final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
-            1: it stays. Let early stopping be patient where it falls.
-        start: checkpoint of a like retriever, trained on the same split, whose weights this one starts from; None: from
-            the beginning.
-        compiled: whether the encoder goes through torch.compile, which pays on a GPU.
-        recompute_rows: so many histories at a time keep their activations, the others' are computed again for the
-            gradient: much less memory, about a fifth more time. None: all keep them.
+        actions: action types (set by the data).
+        next_action: source of the target action (set by the data, kept for serving).
+        objective: training objective; None: NextItem for causal encoders, Cloze for bidirectional ones.
+        loss: loss of the targets against negatives.
+        norm_penalty: penalty on the norm of states; None: none.
+        optimizer: called with the parameters.
+        warmup_steps: steps of linear warmup of the learning rate.
+        final_lr: share of the learning rate at the planned end, after cosine decay; 1: constant. With decay, increase
+            the patience of early stopping.
+        start: checkpoint of a retriever of the same architecture, trained on the same split, that initialises the
+            weights; None: random initialisation.
+        compiled: whether torch.compile compiles the encoder, which is worth it on a GPU.
+        recompute_rows: gradient checkpointing in chunks of this many histories: activations are recomputed in the
+            backward pass, which takes much less memory and about a fifth more time. None: activations are kept.
     """
 
     target_counts: Tensor
@@ -112,31 +112,33 @@ class Retriever(Planned):
         self.objective = objective or (NextItem() if causal else Cloze())
         if self.objective.causal != causal:
             raise ValueError(
-                f"{name} sees {'only what came before' if causal else 'both sides, and with them the targets'}, and "
-                f"{type(self.objective).__name__} does not suit it; leave the objective out"
+                f"{name} is {'causal' if causal else 'bidirectional, so it would see the targets'}: it cannot be "
+                f"trained with {type(self.objective).__name__}; leave the objective out"
             )
         self.loss, self.norm_penalty = loss or InfoNCE(), norm_penalty
         self.optimizer, self.warmup_steps, self.final_lr = optimizer, warmup_steps, final_lr
         self.recompute_rows, self.start = recompute_rows, start
-        self.seen_rule: Seen = "filter"  # as the data have it, from `look_up` on
+        self.seen_rule: Seen = "filter"  # replaced by that of the data in `load_item_tables`
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
         if recompute_rows is not None and recompute_rows < 1:
-            raise ValueError(f"recompute_rows is {recompute_rows}, expected at least 1, or null to keep everything")
+            raise ValueError(
+                f"recompute_rows is {recompute_rows}, expected at least 1, or null to keep all activations"
+            )
         if compiled:
-            self.towers.encoder.compile(dynamic=True)  # histories are as long as their batch needs
+            self.towers.encoder.compile(dynamic=True)  # sequence length varies between batches
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             histories: Histories = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.towers.encoder.reads_times and not histories.dataset.has_time:
                 raise ValueError(
-                    f"the encoder has a clock ({type(self.towers.encoder).__name__} with a time encoding), but "
-                    f"{histories.path} has an order and no times; put configs/with/no-time.yaml on top"
+                    f"the encoder ({type(self.towers.encoder).__name__}) has a time encoding, but {histories.path} "
+                    "has an order and no times; add the overlay configs/with/no-time.yaml"
                 )
             check_inputs(self.towers.inputs, histories.dataset, histories.next_action)
-            if self.start is not None:  # a fit that goes on from its own last checkpoint reads that after this
+            if self.start is not None:  # a resumed fit loads its own last checkpoint after this
                 make = "recsys fit --config configs/NAME/retriever.yaml"
                 options, weights = read_checkpoint(self.start, "towers", make)
                 histories.dataset.check_split(self.start, options[SPLIT])
@@ -144,12 +146,12 @@ class Retriever(Planned):
                     self.towers.load_state_dict(weights)
                 except RuntimeError as error:
                     raise ValueError(
-                        f"{self.start} holds another model, so this one cannot start from it: {error}"
+                        f"{self.start} holds a model of another architecture, so it cannot initialise this one: {error}"
                     ) from error
             self.load_item_tables(histories.dataset)
 
     def load_item_tables(self, dataset: Dataset) -> None:
-        """Takes counts and features from a dataset, once, before training."""
+        """Loads item counts, item features and user features from a dataset, once, before training."""
         self.seen_rule = dataset.seen_rule
         self.target_counts.copy_(torch.from_numpy(dataset.target_counts))
         self.last_times.copy_(torch.from_numpy(dataset.last_times))
@@ -159,9 +161,9 @@ class Retriever(Planned):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.loss.scheduled:
-            self.needs_an_end(type(self.loss).__name__)
+            self.require_planned_steps(type(self.loss).__name__)
         if self.final_lr < 1:
-            self.needs_an_end("the learning rate")
+            self.require_planned_steps("the learning rate")
 
     def training_step(self, window: History, batch_idx: int) -> Tensor:
         losses = self.losses(window)
@@ -170,15 +172,15 @@ class Retriever(Planned):
         return losses["loss"]
 
     def losses(self, window: History) -> dict[str, Any]:
-        """The loss of a batch, and what is worth logging beside it."""
-        question = self.objective(window)
-        states = self.states(question.history)[question.places]
+        """The loss of a batch under "loss", and further values to log."""
+        training_batch = self.objective(window)
+        states = self.states(training_batch.history)[training_batch.target_positions]
         targets = Targets(
-            items=question.targets,
-            rows=question.places.nonzero()[:, 0],
-            # where repeats are kept, a seen item is no positive now: hidden, the target alone would remain of the seen
+            items=training_batch.targets,
+            rows=training_batch.target_positions.nonzero()[:, 0],
+            # with repeats, seen items stay negatives: masking them would leave the target as the only seen candidate
             window_items=window.items if self.seen_rule == "filter" else torch.zeros_like(window.items),
-            ratings=question.ratings,
+            ratings=training_batch.ratings,
             progress=self.progress,
         )
         catalogue = Catalogue(
@@ -188,7 +190,7 @@ class Retriever(Planned):
             similarity=self.towers.similarity,
             dim=states.size(-1),
         )
-        loss = self.loss(self.towers.compared(states), targets, catalogue)
+        loss = self.loss(self.towers.query_vectors(states), targets, catalogue)
         facts = self.loss.facts(self.progress)
         if self.norm_penalty is not None:
             norm = full_precision(states).norm(dim=-1).mean()
@@ -197,7 +199,7 @@ class Retriever(Planned):
         return {"loss": loss, **facts}
 
     def states(self, history: History) -> Float[Tensor, "B L D"]:
-        """What the towers say at every place, with activations kept for all rows or for some at a time."""
+        """States at every position, with gradient checkpointing if `recompute_rows` is set."""
         if self.recompute_rows is None:
             return self.towers(history)
         starts = range(0, len(history.items), self.recompute_rows)
@@ -211,9 +213,9 @@ class Retriever(Planned):
         self.test_metrics.update(self.ranks(batch))
 
     def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
-        """Rank of each target in the whole catalogue, filtered as in an evaluation."""
-        queries, items = self.towers.queries(batch.history), self.towers.every_item()
-        with without_autocast(queries):  # in bf16 many scores would tie
+        """Rank of each target in the whole catalogue, without excluded items."""
+        queries, items = self.towers.queries(batch.history), self.towers.all_item_vectors()
+        with without_autocast(queries):  # bf16 would produce many ties
             scores = queries @ items.T  # (B, V)
         scores[batch.excluded_rows, batch.excluded_items - 1] = -torch.inf
         return compute_rank(scores, batch.target - 1)

@@ -1,4 +1,4 @@
-"""The retriever's two towers: histories to queries, items to vectors; a score is their product, and perhaps a bias."""
+"""The two-tower model: histories to query vectors, items to item vectors; a score is their inner product."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,26 +15,26 @@ from recsys2stage.retrieval.items import ItemsFactory, ItemTable
 from recsys2stage.retrieval.users import UserFactory
 from recsys2stage.shapes import History, Similarity
 
-TOWERS = "towers.pt"  # a served folder's file of their weights
+TOWERS = "towers.pt"  # file of their weights in an exported folder
 
 
 class TwoTower(nn.Module):
-    """An encoder over histories and an item table that it shares with the candidates.
+    """A sequence encoder over histories, and an item table shared by histories and candidates.
 
     Args:
         num_items: V.
-        max_length: longest history L.
+        max_length: maximum history length L.
         dim: width D.
         encoder: called with (dim, max_length).
         items: called with (num_items, dim, features).
-        tied: whether candidates are the vectors that histories are read with; else they have a table of their own.
-        item_bias: whether each item has a learned bias, added to its score: one more coordinate, 1 in every query.
-        similarity: whether a score is the cosine of query and item, or their dot product.
-        inputs: what is added to embedded events, each called with (dim, actions); None: nothing.
-        user: what the users' features do, called with (dim, user_features); None: nothing.
+        tied: whether histories and candidates share one item table; otherwise candidates have their own.
+        item_bias: whether each item has a learned bias, added to its score: one more dimension, 1 in every query.
+        similarity: score of query and item: cosine or dot product.
+        inputs: event inputs added to the item embeddings, each called with (dim, actions); None: none.
+        user: tower of user features, called with (dim, user_features); None: user features are ignored.
         features: declared item features.
         user_features: declared user features.
-        actions: kinds of events.
+        actions: action types.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class TwoTower(nn.Module):
         self.inputs = nn.ModuleList(make(dim, actions or ()) for make in inputs or ())
         self.user = None if user is None else user(dim, user_features or ())
         self.encoder = encoder(dim, max_length + (self.user is not None and self.user.token))
-        self.mask = None if self.encoder.causal else nn.Parameter(0.02 * torch.randn(dim))  # stands for a hidden event
+        self.mask = None if self.encoder.causal else nn.Parameter(0.02 * torch.randn(dim))  # embedding of masked events
         if self.bias is not None:
             nn.init.zeros_(self.bias.weight)
 
     def forward(self, history: History) -> Float[Tensor, "B L D"]:
-        """States at every place; `compared` makes queries of them."""
+        """States at every position; `query_vectors` turns them into queries."""
         x = self.items(history.items.clamp(min=PAD))
         if self.mask is not None:
             x = torch.where((history.items == MASK)[..., None], self.mask.to(x.dtype), x)
@@ -76,69 +76,70 @@ class TwoTower(nn.Module):
             x = add(x, history)
         if self.user is None:
             return self.encoder(x, history.lengths, history.times, history.request)
-        person = self.user(history.user, len(x))
-        x = self.user.condition(x, person)
+        user = self.user(history.user, len(x))
+        x = self.user.condition(x, user)
         if not self.user.token:
             return self.encoder(x, history.lengths, history.times, history.request)
-        x, first = torch.cat([person[:, None].to(x.dtype), x], dim=1), history.times[:, :1]  # the user comes first
+        x, first = torch.cat([user[:, None].to(x.dtype), x], dim=1), history.times[:, :1]  # the user is the first token
         times = torch.cat([first, history.times], dim=1)
         request = None if history.request is None else torch.cat([first, history.request], dim=1)
         return self.encoder(x, history.lengths + 1, times, request)[:, 1:]
 
-    def compared(self, states: Float[Tensor, "*S D"]) -> Float[Tensor, "*S E"]:
-        """Query vectors of states, of width E = D, and with a 1 at the end where items have a bias (E = D + 1)."""
+    def query_vectors(self, states: Float[Tensor, "*S D"]) -> Float[Tensor, "*S E"]:
+        """Query vectors of states, of width E = D; with item biases, E = D + 1 and the last element is 1."""
         query = unit(states) if self.similarity == "cosine" else full_precision(states)
         return query if self.bias is None else F.pad(query, (0, 1), value=1.0)
 
     def queries(self, history: History) -> Float[Tensor, "B E"]:
-        """The query at the newest place of each history; of an empty history, what the encoder says of padding."""
+        """Query vector at the newest position of each history; for an empty history, the state of padding."""
         if self.mask is not None:
-            history = target_action_after(history)
+            history = append_masked_event(history)
         last = (history.lengths - 1).clamp(min=0)
-        return self.compared(self(history)[torch.arange(len(last), device=last.device), last])
+        return self.query_vectors(self(history)[torch.arange(len(last), device=last.device), last])
 
     def item_vectors(self, items: Int[Tensor, " U"]) -> Float[Tensor, "U E"]:
-        """Vectors whose products with queries are scores, with the bias at the end where items have one."""
+        """Item vectors; the inner product with a query is the score. With item biases, the last element is the bias."""
         vectors = (self.untied or self.items)(items)
         vectors = unit(vectors) if self.similarity == "cosine" else full_precision(vectors)
         return vectors if self.bias is None else torch.cat([vectors, self.bias(items).to(vectors.dtype)], dim=-1)
 
-    def every_item(self) -> Float[Tensor, "V E"]:
+    def all_item_vectors(self) -> Float[Tensor, "V E"]:
         """Vectors of items 1..V."""
         return self.item_vectors(torch.arange(1, self.items.num_items + 1, device=self.items.table.weight.device))
 
     def load_item_tables(
         self, features: Sequence[dict[str, Any]], user_features: Sequence[dict[str, Any]], trained: Tensor
     ) -> None:
-        """Takes what the data say, once, before training.
+        """Loads item and user features and which items are cold, once, before training.
 
         Args:
             features: declared item features with their arrays.
             user_features: declared user features with their arrays.
-            trained: (V + 1,) bool, which items have training events.
+            trained: (V + 1,) bool, True for items with training events.
         """
         for table in (self.items, self.untied):
             if table is not None:
                 table.load_item_tables(features, trained)
         if self.user is not None:
-            self.user.load_item_tables(user_features)
+            self.user.load_user_features(user_features)
 
 
-def target_action_after(history: History) -> History:
-    """A history with a hidden event at its end, at the time of the request or, where that is not told, of the newest.
+def append_masked_event(history: History) -> History:
+    """Appends a masked event, at the request time or, without request time, at the time of the newest event.
 
-    Every place is then asked at its own time, and for its own kind of action, as encoders that see both sides expect.
+    The request time and target action of every position are then those of its own event, as bidirectional encoders
+    expect.
     """
     items, lengths, times, request = history[:4]
     rows, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
-    now = (times if request is None else request)[rows, last]
+    seconds = (times if request is None else request)[rows, last]
     items, times = F.pad(items, (0, 1)), F.pad(times, (0, 1))
-    items[rows, lengths], times[rows, lengths] = MASK, now
+    items[rows, lengths], times[rows, lengths] = MASK, seconds
     ratings = None if history.ratings is None else F.pad(history.ratings, (0, 1))
     actions = None if history.actions is None else F.pad(history.actions, (0, 1))
     target_action = None
     if history.target_action is not None:
-        target_action = F.pad(history.target_action, (1, 0))  # that of place i is the kind of event i + 1
+        target_action = F.pad(history.target_action, (1, 0))  # at position i it was the action of event i + 1
         if actions is not None:
             target_action[:, 0] = actions[:, 0]
     return History(

@@ -1,4 +1,4 @@
-"""What is known of users, and how it bears on their histories."""
+"""User tower: user features as a first token of the history and as feature-wise modulation (FiLM)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,24 +14,24 @@ from recsys2stage.shapes import Embedded
 
 
 class UserTower(nn.Module):
-    """User features to a vector that opens the history as its first token and modulates it (FiLM).
+    """Encodes user features as a vector: the first token of the history, and the input of FiLM modulation.
 
-        person = dropout(SiLU(Linear(features)))
-        scale, shift = Linear(person), zero at first
+        user = dropout(SiLU(Linear(features)))
+        scale, shift = Linear(user), initialised to zero
         event = event · (1 + tanh(scale)) + shift
 
-    As a TAAC 2025 finalist has it, after Perez et al. 2018, but with SiLU for ReLU: with so few numbers to read, a high
-    learning rate can leave no ReLU that is ever above zero, and then all users are alike for good. In training some
-    users are taken for strangers, so that the model can also serve people of whom nothing is known.
+    As in the model of a TAAC 2025 finalist (FiLM: Perez et al. 2018), but with SiLU instead of ReLU: with so few
+    inputs, a high learning rate can make all ReLUs die, and then all users stay alike. In training, the features of
+    some users are dropped, so that the model can also serve users without features.
 
     Args:
         dim: width D.
         features: declared user features.
         token: whether the vector is the first token of the history.
-        film: whether it scales and shifts every event. Beside a plain ItemTable, whose vectors are short at first,
-            shifts drown them and training starts slowly; beside an ItemTower it does not.
-        feature_dim: width of the vector that a feature becomes.
-        dropout: share of the vector's numbers that are dropped in training, and of users taken for strangers.
+        film: whether it scales and shifts every event. With a plain ItemTable, whose initial vectors are short, the
+            shifts dominate and training starts slowly; with an ItemTower it does not.
+        feature_dim: width of a feature's embedding.
+        dropout: probability in training that an element of the vector is dropped, and that a user's features are.
     """
 
     token: bool
@@ -48,11 +48,11 @@ class UserTower(nn.Module):
         super().__init__()
         if not features:
             raise ValueError(
-                "UserTower is for users with features, and the data declare none; name some (source.init_args.users) "
+                "UserTower needs user features, and the data declare none; declare some (source.init_args.users) "
                 "in the config of prepare-data, or leave user out"
             )
         if not (token or film):
-            raise ValueError("UserTower has token: false and film: false, and would do nothing; choose one, or both")
+            raise ValueError("UserTower has token: false and film: false, so it has no effect; set one or both to true")
         self.token = token
         self.features = FeatureEncoder(features, feature_dim)
         self.linear = nn.Linear(self.features.width, dim)
@@ -65,28 +65,28 @@ class UserTower(nn.Module):
     def forward(self, values: tuple[Tensor, ...] | None, users: int) -> Float[Tensor, "B D"]:
         """
         Args:
-            values: (B, P) of each declared feature; None: nothing is known.
+            values: (B, P) of each declared feature; None: all features are missing.
             users: B.
         """
-        nothing = self.features.nothing(users, self.linear.weight.device)
+        missing_values = self.features.missing_values(users, self.linear.weight.device)
         if values is None:
-            known: Sequence[Tensor] = nothing
+            features: Sequence[Tensor] = missing_values
         elif self.training:
-            stranger = torch.rand(users, 1, device=self.linear.weight.device) < self.dropout.p
-            known = [torch.where(stranger, *both) for both in zip(nothing, values, strict=True)]
+            dropped = torch.rand(users, 1, device=self.linear.weight.device) < self.dropout.p
+            features = [torch.where(dropped, *both) for both in zip(missing_values, values, strict=True)]
         else:
-            known = values
-        return self.dropout(F.silu(self.linear(self.features(known))))
+            features = values
+        return self.dropout(F.silu(self.linear(self.features(features))))
 
-    def condition(self, x: Embedded, person: Float[Tensor, "B D"]) -> Embedded:
-        """Events as the user's features scale and shift them."""
+    def condition(self, x: Embedded, user: Float[Tensor, "B D"]) -> Embedded:
+        """Scales and shifts the embedded events by FiLM."""
         if self.film is None:
             return x
-        scale, shift = self.film(person)[:, None].chunk(2, dim=-1)
+        scale, shift = self.film(user)[:, None].chunk(2, dim=-1)
         return x * (1 + scale.tanh()) + shift
 
-    def load_item_tables(self, features: Sequence[dict[str, Any]]) -> None:
-        """Takes the scale of numeric features from all users' values.
+    def load_user_features(self, features: Sequence[dict[str, Any]]) -> None:
+        """Fits the scales of numeric features to the values of all users.
 
         Args:
             features: declared user features with their arrays.

@@ -20,7 +20,7 @@ from recsys2stage import data as data_module
 from recsys2stage import estimator
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.ranker import Ranker
-from recsys2stage.retrieval.histories import Histories, equally_many, shuffled
+from recsys2stage.retrieval.histories import Histories, balance_batches, shuffled
 from recsys2stage.retrieval.retriever import Retriever
 
 TIMEOUT = 150  # seconds: processes that wait for each other fail the test, not the suite
@@ -51,7 +51,7 @@ def test_processes_share_an_epoch_in_equal_steps_and_leave_no_window_out(ragged:
 
 def test_the_largest_batches_are_split() -> None:
     batches = shuffled(np.arange(22), 4, 0)  # 4, 4, 4, 4, 4 and 2, in some order
-    shared = equally_many(batches, 4)
+    shared = balance_batches(batches, 4)
     assert sorted(map(len, shared)) == [2, 2, 2, 2, 2, 4, 4, 4]
     assert np.concatenate(shared).tolist() == np.concatenate(batches).tolist(), "in the order of one process"
 
@@ -60,7 +60,7 @@ def test_fewer_training_batches_than_processes_are_refused(cycle: Path) -> None:
     with pytest.raises(ValueError, match=r"4 processes share 3 training batches.* set trainer.devices to at most 3"):
         shares(cycle, 4, batch_size=50)[0].train_dataloader()
     with pytest.raises(ValueError, match=r"3 training batches of one row .* batch_size to at least 2"):
-        equally_many([np.array([number]) for number in range(3)], 2)
+        balance_batches([np.array([number]) for number in range(3)], 2)
 
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(1, 50), (2, 256), (2, 50), (3, 7), (7, 1), (7, 31), (120, 256)])
@@ -73,7 +73,7 @@ def test_each_target_is_measured_once(cycle: Path, processes: int, batch_size: i
 
 
 def test_fewer_users_than_processes_are_refused(cycle: Path) -> None:
-    with pytest.raises(ValueError, match=r"121 processes share 120 users to measure.* trainer.devices to at most 120"):
+    with pytest.raises(ValueError, match=r"121 processes share 120 evaluation users.* trainer.devices to at most 120"):
         shares(cycle, 121)[0].val_dataloader()
 
 

@@ -321,7 +321,7 @@ def test_actions_of_which_no_user_is_known_are_spoken_of(tmp_path: Path, caplog:
     (tmp_path / "a.csv").write_text("user_id,action\n05,buy\n5.0,see\n")
     with caplog.at_level(logging.WARNING, "recsys2stage"):
         assert resolve_target_actions(np.array([5, 7]), str(tmp_path / "a.csv"), served).tolist() == [0, 0]
-    assert "its users are such as '05', those to recommend for '5'" in caplog.text
+    assert "has user ids such as '05', the requests '5'" in caplog.text
     parquet(tmp_path / "a.parquet", user_id=[5.0, 7.0], action=["buy", "see"])
     assert resolve_target_actions(np.array([5, 7]), str(tmp_path / "a.parquet"), served).tolist() == [1, 2]
 

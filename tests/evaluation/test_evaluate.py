@@ -23,13 +23,13 @@ from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.evaluate import (
     TOP,
     describe,
-    first_choice,
-    outside_ranking,
+    top_probability,
+    excluded_from_ranking,
     protocol_line,
     rank_users,
-    second_rank,
+    second_stage_rank,
     summarise,
-    top_of,
+    top_items,
 )
 from recsys2stage.evaluation.report import as_markdown, as_table
 from recsys2stage.metrics import KS, compute_rank
@@ -121,13 +121,13 @@ def ranks_by_hand(dataset: Dataset, recommender: Recommender, user: int) -> dict
 def test_every_rank_is_that_of_a_naive_evaluation(dataset: Dataset, recommender: Recommender) -> None:
     users = dataset.users("test")[::2]
     outcome = rank_users(dataset, recommender, users, "test", batch_size=32)
-    ranks, found = outcome.ranks, outcome.place <= K
+    ranks, found = outcome.ranks, outcome.candidate_rank <= K
     assert list(ranks) == MODELS
     for row, user in enumerate(users.tolist()):
         expected = ranks_by_hand(dataset, recommender, user)
         assert all(int(ranks[name][row]) in expected[name] for name in MODELS), user
-    same_ranks(outcome.place[found], ranks["retriever"][found])  # the index is exact
-    assert (outcome.place[~found] == K + 1).all()
+    same_ranks(outcome.candidate_rank[found], ranks["retriever"][found])  # the index is exact
+    assert (outcome.candidate_rank[~found] == K + 1).all()
     assert 0.2 < found.mean() < 0.9  # both sides are put to the test
     assert (ranks["ranker"] != ranks["retriever"]).any()
     assert (ranks["ranker"] != ranks["ranker_ids_masked"]).any()
@@ -136,7 +136,7 @@ def test_every_rank_is_that_of_a_naive_evaluation(dataset: Dataset, recommender:
 def test_a_target_outside_the_candidates_keeps_the_retrievers_rank(dataset: Dataset, recommender: Recommender) -> None:
     users = dataset.users("test")
     outcome = rank_users(dataset, recommender, users, "test")
-    ranks, outside = outcome.ranks, outcome.place > K
+    ranks, outside = outcome.ranks, outcome.candidate_rank > K
     assert outside.any()
     for name in ("ranker", "ranker_ids_masked"):
         assert (ranks[name][outside] == ranks["retriever"][outside]).all()
@@ -150,8 +150,8 @@ def test_ranks_do_not_depend_on_who_else_is_ranked(dataset: Dataset, recommender
     for name in MODELS:
         same_ranks(whole.ranks[name], parts.ranks[name])
         same_ranks(whole.ranks[name][5::10], some.ranks[name])
-        assert np.abs(whole.shown[name] - parts.shown[name]).sum() <= 0.01 * whole.shown[name].sum()  # near ties
-    same_ranks(whole.place, parts.place)
+        assert np.abs(whole.top_counts[name] - parts.top_counts[name]).sum() <= 0.01 * whole.top_counts[name].sum()  # near ties
+    same_ranks(whole.candidate_rank, parts.candidate_rank)
     close(whole.confidence, parts.confidence)
     assert (whole.hit != parts.hit).mean() <= 0.02
 
@@ -172,7 +172,7 @@ def test_ranks_do_not_depend_on_who_else_is_ranked(dataset: Dataset, recommender
 def test_the_second_rank_by_hand(logits: list[float], target: int, first: int, before: int, expected: int) -> None:
     """Candidates 5, 3, 9 of an index that found three."""
     items, padded = np.array([[5, 3, 9, -1]]), np.array([[*logits, -np.inf]], dtype=np.float32)
-    rank = second_rank(items, padded, np.array([target]), np.array([first]), np.array([before]))
+    rank = second_stage_rank(items, padded, np.array([target]), np.array([first]), np.array([before]))
     assert rank.tolist() == [expected]
 
 
@@ -184,7 +184,7 @@ def test_the_second_ranks_of_all_items_are_a_permutation(rng: np.random.Generato
     ranks = []
     for place, item in enumerate(retrieved):
         before = sum(candidate in retrieved[:place] for candidate in listed)
-        rank = second_rank(listed[None], logits[None], np.array([item]), np.array([place + 1]), np.array([before]))
+        rank = second_stage_rank(listed[None], logits[None], np.array([item]), np.array([place + 1]), np.array([before]))
         ranks.append(int(rank[0]))
     assert sorted(ranks) == list(range(1, count + 1))
     assert sorted(ranks[list(retrieved).index(item)] for item in listed) == list(range(1, k + 1))
@@ -242,9 +242,9 @@ def test_every_sampled_rank_is_that_of_a_naive_evaluation(
         expected = sampled_ranks_by_hand(dataset, recommender, user, negatives, seed=5)
         assert all(int(ranks[name][row]) in expected[name] for name in MODELS), user
     full = rank_users(dataset, recommender, users, "test")
-    same_ranks(outcome.place, full.place)  # the candidates are those of the whole catalogue
-    assert 0 < (outcome.place <= K).mean() < 1
-    assert outcome.shown == {}  # nobody is shown a sample
+    same_ranks(outcome.candidate_rank, full.place)  # the candidates are those of the whole catalogue
+    assert 0 < (outcome.candidate_rank <= K).mean() < 1
+    assert outcome.top_counts == {}  # nobody is shown a sample
     for name in MODELS:
         assert (ranks[name] <= full.ranks[name]).all()
         assert np.array_equal(ranks[name], full.ranks[name]) == (negatives == 500)  # fewer are left: all of them
@@ -266,7 +266,7 @@ def test_a_sample_holds_the_target_and_so_many_of_the_unmet_each_as_often(rng: n
     met = [rng.choice(np.arange(1, items + 1), 8, replace=False) for _ in range(count)]
     target = np.array([items_met[0] for items_met in met])
     known = Ragged(np.concatenate([items_met[1:] for items_met in met]), np.arange(0, 7 * count + 1, 7))
-    ranked = ~outside_ranking(known, target, items, np.arange(count), negatives, seed=0)
+    ranked = ~excluded_from_ranking(known, target, items, np.arange(count), negatives, seed=0)
     assert (ranked.sum(1) == negatives + 1).all()
     assert ranked[np.arange(count), target].all()
     assert not ranked[known.rows, known.values].any()
@@ -282,7 +282,7 @@ def test_a_random_scorer_finds_ten_of_a_hundred_and_one(rng: np.random.Generator
     count, items = 4000, 300
     target = rng.integers(1, items + 1, count)
     nothing = Ragged(np.zeros(0, dtype=np.int64), np.zeros(count + 1, dtype=np.int64))
-    excluded = outside_ranking(nothing, target, items, np.arange(count), 100, seed=0)
+    excluded = excluded_from_ranking(nothing, target, items, np.arange(count), 100, seed=0)
     scores = torch.from_numpy(np.where(excluded, -np.inf, rng.random(excluded.shape)))
     hits = (compute_rank(scores, torch.from_numpy(target)) <= 10).double().mean()
     assert float(hits) == pytest.approx(10 / 101, abs=4 * np.sqrt(0.09 / count))
@@ -508,30 +508,30 @@ def test_what_is_shown_is_the_ten_best_of_a_naive_evaluation(dataset: Dataset, r
         assert outcome.confidence[row] == pytest.approx(chances.max(), rel=1e-4)
         assert outcome.hit[row] == (listed[chances.argmax()] == target)
     for name, counts in shown.items():
-        assert outcome.shown[name].tolist() == counts.tolist()
-    for counts in outcome.shown.values():
+        assert outcome.top_counts[name].tolist() == counts.tolist()
+    for counts in outcome.top_counts.values():
         assert counts.sum() == 10 * len(users)
         assert counts[0] == 0
-    assert outcome.shown["retriever"].tolist() != outcome.shown["ranker"].tolist()
+    assert outcome.top_counts["retriever"].tolist() != outcome.top_counts["ranker"].tolist()
     assert outcome.hit.any()
 
 
 def test_nobody_is_shown_what_is_not_ranked() -> None:
     scores = torch.tensor([[0.1, 0.9, -torch.inf], [-torch.inf] * 3])
-    assert top_of(scores).tolist() == [[2, 1] + [-1] * (TOP - 2), [-1] * TOP]
+    assert top_items(scores).tolist() == [[2, 1] + [-1] * (TOP - 2), [-1] * TOP]
     listed = np.array([[7, 5, -1], [-1, -1, -1]])
-    assert top_of(scores, listed).tolist() == [[5, 7] + [-1] * (TOP - 2), [-1] * TOP]
+    assert top_items(scores, listed).tolist() == [[5, 7] + [-1] * (TOP - 2), [-1] * TOP]
     wide = torch.arange(30.0)[None]
-    assert top_of(wide).tolist() == [list(range(30, 20, -1))]
+    assert top_items(wide).tolist() == [list(range(30, 20, -1))]
 
 
 def test_the_probability_of_the_first_choice() -> None:
     logits = np.log(np.array([[1, 3, 6], [5, 4, 1]], dtype=np.float32))
     there = np.array([[False, False, True], [False, False, False]])  # the second target is no candidate
-    confidence, hit = first_choice(logits, there)
+    confidence, hit = top_probability(logits, there)
     assert confidence == pytest.approx([0.6, 0.5])
     assert hit.tolist() == [True, False]
-    confidence, hit = first_choice(np.full((1, 3), -np.inf, dtype=np.float32), there[1:])
+    confidence, hit = top_probability(np.full((1, 3), -np.inf, dtype=np.float32), there[1:])
     assert np.isnan(confidence).all()
     assert not hit.any()
 
@@ -548,7 +548,7 @@ def test_who_has_no_history_is_shown_what_is_popular_and_has_no_probability(
     dataset = Dataset(data)
     outcome = rank_users(dataset, recommender, np.arange(5), "test")
     least = np.sort(dataset.train_counts[1:])[-10]
-    for counts in outcome.shown.values():
+    for counts in outcome.top_counts.values():
         assert counts.sum() == 5 * 10
         assert (dataset.train_counts[counts > 0] >= least).all()
     assert np.isnan(outcome.confidence).all()
@@ -571,7 +571,7 @@ def test_with_repeats_kept_nothing_is_filtered(tmp_path: Path) -> None:
     torch.manual_seed(0)
     towers = TwoTower(6, 8, 8, partial(Transformer, layers=1))
     index = Exact()
-    index.build(towers.every_item().detach().numpy())
+    index.build(towers.all_item_vectors().detach().numpy())
     catalogue = pl.read_parquet(dataset.path / "items.parquet")
     served = Recommender(towers, index, None, catalogue, np.append(0, np.ones(6)), "none", candidates=6)
     outcome = rank_users(dataset, served, users, "test")
@@ -580,9 +580,9 @@ def test_with_repeats_kept_nothing_is_filtered(tmp_path: Path) -> None:
     own = scores[np.arange(12), dataset.targets(users, "test") - 1]
     ranks = (scores >= own[:, None]).sum(1)
     assert ranks.max() > 3, "seen items stand above some targets"
-    assert outcome.ranks["retriever"].tolist() == outcome.place.tolist() == ranks.tolist()
+    assert outcome.ranks["retriever"].tolist() == outcome.candidate_rank.tolist() == ranks.tolist()
     for name in ("popularity", "markov", "retriever"):
-        assert outcome.shown[name].sum() == 6 * 12  # there are no ten
+        assert outcome.top_counts[name].sum() == 6 * 12  # there are no ten
     assert np.isnan(outcome.confidence).all()  # there is no ranker
     protocol = describe(dataset, "none", "test")
     assert protocol["seen_filter"] == "none, seen items are ranked too"

@@ -13,7 +13,7 @@ from recsys2stage.data.batches import Padded, Ragged
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.candidates import Candidates
-from recsys2stage.ranking.lists import lists, read_candidates, select_fold, without_repeats
+from recsys2stage.ranking.lists import build_lists, read_candidates, validation_users, without_repeats
 from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.recommender import Recommender, RetrievedItems
 from recsys2stage.retrieval.index import Exact
@@ -47,7 +47,7 @@ class World:
         index = Exact()
         index.build(self.vectors)
         self.scores, candidates = index.search(self.queries, depth, (self.items, self.offsets))
-        self.request = Request.of(candidates, self.target, self.rows, self.items, self.counts)
+        self.request = Request.from_exclusions(candidates, self.target, self.rows, self.items, self.counts)
         self.every = np.full((B, V + 1), -np.inf, np.float32)
         self.every[:, 1:] = self.queries @ self.vectors.T
         self.every[self.rows, self.items] = -np.inf
@@ -83,7 +83,7 @@ def test_a_miner_chooses_the_same_from_the_same_seed(world: World, miner: Miner)
 
 def test_a_request_without_any_positive_known_but_the_target(rng: np.random.Generator) -> None:
     nobody = np.zeros(0, dtype=np.int64)
-    request = Request.of(np.array([[3, 1, 2]]), np.array([1]), nobody, nobody, np.ones(4))
+    request = Request.from_exclusions(np.array([[3, 1, 2]]), np.array([1]), nobody, nobody, np.ones(4))
     assert RankBand().choose(request, rng).tolist() == [[3, -1, 2]]
 
 
@@ -134,7 +134,7 @@ def test_as_many_are_drawn_as_asked(world: World, kind: type, rng: np.random.Gen
 def test_uniform_draws_all_items_alike_and_popular_by_their_counts(rng: np.random.Generator) -> None:
     counts = np.append(0, [1, 16, 81, 0])
     nobody = np.zeros(0, dtype=np.int64)
-    request = Request.of(np.full((2000, 1), -1), np.full(2000, 4), nobody, nobody, counts)
+    request = Request.from_exclusions(np.full((2000, 1), -1), np.full(2000, 4), nobody, nobody, counts)
 
     def shares(miner: Miner) -> np.ndarray:
         drawn = miner.choose(request, rng)
@@ -149,7 +149,7 @@ def test_uniform_draws_all_items_alike_and_popular_by_their_counts(rng: np.rando
 def test_what_no_one_ever_took_is_never_drawn_as_popular(rng: np.random.Generator) -> None:
     nobody = np.zeros(0, dtype=np.int64)
     counts = np.array([0, 0, 5, 0, 5, 0])  # neither the first nor the last item
-    request = Request.of(np.full((500, 1), -1), np.full(500, 3), nobody, nobody, counts)
+    request = Request.from_exclusions(np.full((500, 1), -1), np.full(500, 3), nobody, nobody, counts)
     assert set(chosen(Popular(10, exponent=0.25).choose(request, rng))) == {2, 4}
 
 
@@ -173,7 +173,7 @@ def test_later_repeats_become_none() -> None:
 def test_each_row_has_its_true_score_and_rank(world: World, rng: np.random.Generator) -> None:
     negatives = Mixture([RankBand(count=8), Uniform(8)]).choose(world.request, rng)
     selects = np.arange(B) % 3 == 0
-    table = lists(world.request.candidates, world.request.target, world.scores, negatives, world.every, selects)
+    table = build_lists(world.request.candidates, world.request.target, world.scores, negatives, world.every, selects)
     seen = {"candidate": 0, "drawn": 0}
     for row, item, label, score, rank, origin, fold in zip(*table.values(), strict=True):
         exact = world.every[row].tolist()
@@ -193,7 +193,7 @@ def test_what_the_index_missed_ranks_below_what_it_found(rng: np.random.Generato
     missed = world.request.candidates[:, 0]
     request = world.request._replace(candidates=world.request.candidates[:, 1:6])
     every = np.where(np.isin(np.arange(B), 3)[:, None], -np.inf, world.every)  # user 3 has no six items left
-    table = lists(
+    table = build_lists(
         request.candidates, request.target, world.scores[:, 1:6], missed[:, None], every, np.zeros(B, dtype=bool)
     )
     drawn = table["origin"] == "drawn"
@@ -204,7 +204,7 @@ def test_what_the_index_missed_ranks_below_what_it_found(rng: np.random.Generato
 def test_lists_hold_target_and_negatives_or_all_candidates_in_order(world: World, rng: np.random.Generator) -> None:
     negatives = MINERS["mixture"].choose(world.request, rng)
     selects = np.arange(B) % 2 == 0
-    table = lists(world.request.candidates, world.request.target, world.scores, negatives, world.every, selects)
+    table = build_lists(world.request.candidates, world.request.target, world.scores, negatives, world.every, selects)
     inside = outside = 0
     for row in range(B):
         own = table["row"] == row
@@ -224,12 +224,12 @@ def test_lists_hold_target_and_negatives_or_all_candidates_in_order(world: World
 
 def test_the_fold_is_a_seeded_hash_of_the_user() -> None:
     users = np.arange(100_000)
-    fold = select_fold(users, 0.2, seed=0)
+    fold = validation_users(users, 0.2, seed=0)
     assert fold.mean() == pytest.approx(0.2, abs=0.005)
-    assert np.array_equal(select_fold(users[::-7], 0.2, 0), fold[::-7])  # whoever else is there
-    assert select_fold(users, 0.2, seed=1)[fold].mean() == pytest.approx(0.2, abs=0.02)
-    assert (select_fold(users, 0.3, 0) | ~fold).all()  # a larger share keeps those of a smaller one
-    assert not select_fold(users, 0.0, 0).any()
+    assert np.array_equal(validation_users(users[::-7], 0.2, 0), fold[::-7])  # whoever else is there
+    assert validation_users(users, 0.2, seed=1)[fold].mean() == pytest.approx(0.2, abs=0.02)
+    assert (validation_users(users, 0.3, 0) | ~fold).all()  # a larger share keeps those of a smaller one
+    assert not validation_users(users, 0.0, 0).any()
     assert np.flatnonzero(fold)[:5].tolist() == [3, 10, 18, 21, 33]  # as ever
 
 
@@ -294,8 +294,8 @@ def test_users_whose_target_was_not_found_do_not_train(trained: Run) -> None:
     candidates = Candidates(trained.candidates, batch_size=1000)
     candidates.setup("fit")
     (batch,) = candidates.train_dataloader()
-    assert len(batch.listed.items) == candidates.manifest["counts"]["train_lists"]
-    positive = batch.listed.items.gather(1, batch.positive[:, None]).squeeze(1)
+    assert len(batch.candidates.items) == candidates.manifest["counts"]["train_lists"]
+    positive = batch.candidates.items.gather(1, batch.positive[:, None]).squeeze(1)
     dataset = Dataset(trained.data)
     lists_of = read_candidates(trained.candidates, [], Dataset(trained.data))
     trains = lists_of.user[(lists_of.fold == "train") & (lists_of.positive >= 0)]
@@ -423,7 +423,7 @@ def test_no_list_holds_an_item_that_is_known_by_then(told: Informed) -> None:
 def test_the_history_of_a_list_ends_right_before_its_target(told: Informed) -> None:
     data = Candidates(told.run.candidates, recent=7)
     data.setup("fit")
-    listed = data.read(np.arange(len(told.user))).listed
+    listed = data.read(np.arange(len(told.user))).candidates
     for row, (user, place) in enumerate(zip(told.user.tolist(), told.place.tolist(), strict=True)):
         before = told.dataset.items[int(told.dataset.offsets[user]) : place][::-1][:7].tolist()
         assert listed.recent[row].tolist() == before + [0] * (7 - len(before))
@@ -437,8 +437,8 @@ def test_what_selects_is_what_is_served_with_all_sources(told: Informed) -> None
     data = Candidates(told.run.candidates)
     data.setup("fit")
     selects = np.flatnonzero(told.requests["fold"].to_numpy() == "select")
-    mined = data.read(selects).listed
-    served = told.recommender.listed(told.queries, told.found, told.padded, told.now)
+    mined = data.read(selects).candidates
+    served = told.recommender.candidate_batch(told.queries, told.found, told.padded, told.now)
     assert mined.items.shape == (len(selects), K)
     for name, one in mined._asdict().items():
         other = getattr(served, name)[selects]
@@ -459,7 +459,7 @@ def test_signals_of_mined_rows_are_those_that_are_served(told: Informed) -> None
     items = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
     real = np.arange(items.shape[1]) < lengths[:, None]
     items[real] = told.rows["item"].to_numpy()
-    numbers = told.recommender.measure_signals(items, told.queries, told.found, told.padded, told.now)[real]
+    numbers = told.recommender.compute_signals(items, told.queries, told.found, told.padded, told.now)[real]
     assert told.rows["origin"].n_unique() == 2
     for place, name in enumerate(told.names):
         np.testing.assert_allclose(told.rows[name], numbers[:, place], rtol=1e-4, atol=1e-4, err_msg=name)
@@ -544,10 +544,10 @@ def test_the_ranks_of_an_evaluation_are_those_of_the_lists_that_select(told: Inf
     assert len(reports) == len(chosen) > 10
     for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
         with torch.no_grad():
-            logits = model.reranker(batch.listed, torch.full_like(batch.listed.items, masked, dtype=torch.bool))
+            logits = model.reranker(batch.candidates, torch.full_like(batch.candidates.items, masked, dtype=torch.bool))
         own = logits.gather(1, batch.positive[:, None])
         assert reports[name].to_list() == (logits >= own).sum(1).tolist(), name
-    first = batch.listed.score.gather(1, batch.positive[:, None])
+    first = batch.candidates.score.gather(1, batch.positive[:, None])
     better = (torch.from_numpy(told.queries[chosen] @ told.recommender.vectors[1:].T) >= first - 1e-6).numpy()
     for row, user in enumerate(told.user[chosen].tolist()):
         met = told.known.values[told.known.rows == chosen[row]]

@@ -38,7 +38,7 @@ def test_the_score_is_that_of_the_other_retriever(ragged: Path, tmp_path: Path) 
     with torch.inference_mode():
         short = dataset.histories(users, "test", towers.max_length)
         queries = towers.queries(as_history(short, "target", requests.now)).numpy()
-        vectors = np.concatenate([np.zeros((1, 8), np.float32), towers.every_item().numpy()])
+        vectors = np.concatenate([np.zeros((1, 8), np.float32), towers.all_item_vectors().numpy()])
     want = np.where(requests.items > 0, np.einsum("bd,bcd->bc", queries, vectors[requests.items]), 0)
     np.testing.assert_allclose(signal(requests)[..., 0], want, rtol=1e-4, atol=1e-5)
     later = requests._replace(now=requests.now + 10**6)
@@ -87,7 +87,7 @@ def test_what_signals_are_not_told_is_refused(ragged: Path, tmp_path: Path) -> N
     rated.fit(dataset, VECTORS)
     assert rated.reads_ratings
     untrained_index(tmp_path / "kinds", dataset, inputs=["ActionEmbedding"])
-    with pytest.raises(ValueError, match="kinds reads actions of events, which signals are not told"):
+    with pytest.raises(ValueError, match="kinds reads actions of events, which signals do not receive"):
         OtherRetriever(str(tmp_path / "kinds")).fit(dataset, VECTORS)
 
 

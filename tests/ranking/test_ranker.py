@@ -21,7 +21,7 @@ from recsys2stage.optim import RecsysAdamW
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.ranking.losses import BCE, BPR, ListLoss, Listwise
-from recsys2stage.ranking.ranker import NOWHERE, Ranker
+from recsys2stage.ranking.ranker import NOT_RETRIEVED, Ranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.retrieval.index import VECTORS
 from recsys2stage.shapes import CandidateBatch
@@ -147,7 +147,7 @@ def test_batches_equal_a_loop(checkerboard: Path, tmp_path: Path) -> None:
     found: dict[str, list[int]] = {"train": [], "select": []}
     for fold, loader in (("train", data.train_dataloader()), ("select", data.val_dataloader())):
         for batch in loader:
-            listed = batch.listed
+            listed = batch.candidates
             for row in range(len(listed.items)):
                 user = int((np.abs(states - listed.state[row].numpy()).sum(1)).argmin())
                 own = naive[user]
@@ -183,7 +183,7 @@ def test_no_older_events_are_shown_than_when_it_serves(checkerboard: Path, tmp_p
     for path in (checkerboard, folder):
         data = Candidates(path, recent=5)
         data.setup("fit")
-        batches.append(data.read(np.arange(USERS)).listed)
+        batches.append(data.read(np.arange(USERS)).candidates)
     whole, short = batches
     for name in ("recent", "ages"):
         one, other = getattr(whole, name), getattr(short, name)
@@ -197,7 +197,7 @@ def test_no_event_may_be_looked_at(checkerboard: Path) -> None:
     data = Candidates(checkerboard, recent=0)
     data.setup("fit")
     batch = data.read(np.arange(5))
-    assert batch.listed.recent.shape == batch.listed.ages.shape == (5, 0)
+    assert batch.candidates.recent.shape == batch.candidates.ages.shape == (5, 0)
     with pytest.raises(ValueError, match="recent is -1, expected 0 for no event, or more"):
         Candidates(checkerboard, recent=-1)
 
@@ -272,10 +272,10 @@ def test_a_cold_target_is_found_by_its_genre_beside_others_that_are_known(checke
     model = ranker_for(data, id_dropout=0.0, cold_dropout=0.3)
     fitted(model, data, epochs=30)
     lists = data.read(np.array([user for user in range(4, USERS, 5) if user % 7 != 6]))
-    cold = torch.zeros_like(lists.listed.items, dtype=torch.bool)
+    cold = torch.zeros_like(lists.candidates.items, dtype=torch.bool)
     cold[torch.arange(len(cold)), lists.positive] = True
     with torch.no_grad():
-        logits = model.eval().reranker(lists.listed, torch.zeros_like(cold), cold)
+        logits = model.eval().reranker(lists.candidates, torch.zeros_like(cold), cold)
     ranks = (logits >= logits.gather(1, lists.positive[:, None])).sum(1)
     assert (1 / ranks).mean() > 0.9
 
@@ -323,9 +323,9 @@ def test_metrics_are_those_of_a_naive_ranking(checkerboard: Path) -> None:
         reciprocal = []
         for user in range(4, USERS, 5):
             lists = data.read(np.array([user]))
-            mask = torch.full_like(lists.listed.items, masks, dtype=torch.bool)
+            mask = torch.full_like(lists.candidates.items, masks, dtype=torch.bool)
             with torch.no_grad():
-                logits = model.reranker(lists.listed, mask)[0]
+                logits = model.reranker(lists.candidates, mask)[0]
             place = int(lists.positive[0])
             reciprocal.append(0.0 if place < 0 else 1 / int((logits >= logits[place]).sum()))
         assert metrics[f"val/{prefix}mrr"] == pytest.approx(np.mean(reciprocal), abs=1e-6)
@@ -340,7 +340,7 @@ def test_a_target_outside_the_candidates_is_nowhere(checkerboard: Path) -> None:
     model.validation_step(lost, 0)
     for metric in (model.metrics, model.retriever_metrics, model.masked_metrics):
         assert metric.compute()["hr@200"] == 0
-        assert metric.compute()["mrr"].item() == pytest.approx(1 / NOWHERE)
+        assert metric.compute()["mrr"].item() == pytest.approx(1 / NOT_RETRIEVED)
 
 
 # --- ID dropout
@@ -354,8 +354,8 @@ def batch_of(data: Candidates) -> Lists:
 def test_id_dropout_masks_whole_lists_at_its_rate(checkerboard: Path) -> None:
     data = Candidates(checkerboard)
     model, lists = ranker_for(data, id_dropout=0.25), batch_of(data)
-    masks = torch.stack([model.drop_ids(lists.listed.items) for _ in range(400)])
-    assert masks.shape[1:] == lists.listed.items.shape
+    masks = torch.stack([model.drop_ids(lists.candidates.items) for _ in range(400)])
+    assert masks.shape[1:] == lists.candidates.items.shape
     assert (masks.all(-1) == masks.any(-1)).all()
     assert masks[..., 0].float().mean().item() == pytest.approx(0.25, abs=0.02)
 
@@ -367,15 +367,15 @@ def test_id_dropout_drops_the_very_set_that_evaluation_masks(checkerboard: Path,
     alone = {"cold_dropout": 0.0, "scorer": partial(MLP, hidden=(32,), dropout=0.0)}
     model, lists = ranker_for(data, id_dropout=rate, **alone), batch_of(data)
     found = lists.positive >= 0
-    lists = Lists(CandidateBatch(*(part[found] for part in lists.listed)), lists.positive[found])
+    lists = Lists(CandidateBatch(*(part[found] for part in lists.candidates)), lists.positive[found])
     model.log = lambda *args, **kwargs: None
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)
         trained = model.training_step(lists, 0)
-        real = lists.listed.items != c.PAD
+        real = lists.candidates.items != c.PAD
         masked, known = (
-            model.loss(model.reranker(lists.listed, torch.full_like(real, mask)), lists.positive, real)
+            model.loss(model.reranker(lists.candidates, torch.full_like(real, mask)), lists.positive, real)
             for mask in (True, False)
         )
     assert trained == (masked if rate else known)

@@ -234,7 +234,7 @@ def test_an_epoch_of_another_length_is_not_taken_up(ragged: Path) -> None:
         ValueError, match=r"saved after 1 of the \d+ batches of an epoch, which now has \d+; resume with"
     ):
         next(iter(resumed))
-    with pytest.raises(ValueError, match="older version; start anew without --ckpt_path"):
+    with pytest.raises(ValueError, match="older version; start a new run without --ckpt_path"):
         resumed.load_state_dict({"next": 1})
 
 
@@ -255,7 +255,7 @@ def test_without_two_training_events_nothing_can_be_learned(tmp_path: Path) -> N
     raw = [(user, item, 3.0, 1_000 * item) for user in range(4) for item in (1, 2, 3)]  # one trains, one val, one test
     prepare(MovieLens(write_movielens(tmp_path / "raw", raw)), tmp_path / "data")
     data = Histories(tmp_path / "data")
-    with pytest.raises(ValueError, match=r"no user with two training events; nothing can be learned"):
+    with pytest.raises(ValueError, match=r"no user with two training events, so there are no targets"):
         data.train_dataloader()
     assert len(next(iter(data.val_dataloader())).users) == 4
 
@@ -276,7 +276,7 @@ def test_a_next_action_must_be_a_kind_of_the_data(cycle: Path, tmp_path: Path) -
     prepare(Table(tmp_path / "events.csv", time=None, time_unit="order", action="action"), tmp_path / "data")
     with pytest.raises(ValueError, match="next_action is 'sell', expected none, target or one of buy, see"):
         Histories(tmp_path / "data", next_action="sell")
-    with pytest.raises(ValueError, match=r"next_action is 'target' but the events of .* have no kinds"):
+    with pytest.raises(ValueError, match=r"next_action is 'target' but the events of .* have no action types"):
         Histories(cycle, next_action="target")
 
 

@@ -264,7 +264,7 @@ def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
         index.search(np.full((2, 4), np.nan, np.float32), 3)
     with pytest.raises(ValueError, match="2 offsets and 1 items, expected 3 offsets"):
         index.search(normal(1, 2, 4), 3, excluded([[1]]))
-    with pytest.raises(ValueError, match=r"name items 1\.\.31, expected 1\.\.30"):
+    with pytest.raises(ValueError, match=r"items are in 1\.\.31, expected 1\.\.30"):
         index.search(normal(1, 2, 4), 3, excluded([[1], [31]]))
     with pytest.raises(ValueError, match="no queries"):
         measure(index, normal(1, 0, 4), 3)
@@ -281,11 +281,11 @@ def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
     [
         ("IVF64,Flat", None, "'IVF64,Flat' cannot be trained on 50 item vectors .*use a smaller one"),
         ("PQ4", None, "cannot be trained on 50 item vectors"),
-        ("Nonsense", None, r"cannot make 'Nonsense' for vectors 16 wide \(could not parse index string Nonsense\)"),
+        ("Nonsense", None, r"cannot build 'Nonsense' for vectors of width 16 \(could not parse .*Nonsense\)"),
         ("PQ7", None, "multiple"),
-        ("HNSW8,PQ4x4", None, "only for distances"),
-        ("Flat", {"efSearch": 4}, "does not take the parameters 'efSearch=4'"),
-        ("IVF4,Flat", "many", "expected such as nprobe=16"),
+        ("HNSW8,PQ4x4", None, "only for L2 distance"),
+        ("Flat", {"efSearch": 4}, "does not accept the parameters 'efSearch=4'"),
+        ("IVF4,Flat", "many", "expected, for example, nprobe=16"),
     ],
 )
 def test_a_factory_that_cannot_be_built_says_why(

@@ -157,7 +157,7 @@ def test_a_batch_trains_what_stands_for_a_dropped_id() -> None:
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        ([], {}, "the data declare none; name some .* or give vectors .item_vectors. .* or use items: ItemTable"),
+        ([], {}, "the data declare none; declare some .* or give vectors .item_vectors. .* or use items: ItemTable"),
         (FEATURES, {"id_dropout": 1.0}, "id_dropout is 1.0, expected a probability from 0 to below 1"),
         (FEATURES, {"dropout": -0.1}, "dropout is -0.1"),
     ],
@@ -181,7 +181,7 @@ def test_towers_look_up_what_a_tower_of_items_needs(cycle: Path, tied: bool) -> 
             assert torch.equal(table.features.get_buffer("values0")[1:, 0] > 0, torch.ones(40, dtype=torch.bool))
             assert table.trained.tolist() == [False] + [True] * 40
     assert (model.towers.untied is None) == tied
-    assert model.towers.eval().every_item().shape == (40, D)
+    assert model.towers.eval().all_item_vectors().shape == (40, D)
 
 
 def test_a_tower_of_items_is_rebuilt_from_its_weights() -> None:
@@ -191,7 +191,7 @@ def test_a_tower_of_items_is_rebuilt_from_its_weights() -> None:
     first, second = built(), built()
     first.load_item_tables(arrays(), [], torch.arange(V + 1) % 2 == 0)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(second.every_item(), first.every_item())
+    assert torch.equal(second.all_item_vectors(), first.all_item_vectors())
 
 
 # --- a world in which half of the items are cold

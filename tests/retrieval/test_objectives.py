@@ -13,7 +13,7 @@ from recsys2stage.data.options import RequestTime
 from recsys2stage.retrieval.encoders import BERT4Rec, Encoder, Transformer
 from recsys2stage.retrieval.objectives import Cloze, NextItem, Objective
 from recsys2stage.retrieval.retriever import Retriever
-from recsys2stage.retrieval.towers import target_action_after
+from recsys2stage.retrieval.towers import append_masked_event
 from recsys2stage.shapes import History
 
 MODES: list[RequestTime] = ["none", "last_event", "target"]
@@ -49,7 +49,7 @@ def real_places(history: History) -> Tensor:
 @pytest.mark.parametrize("rate", [0.05, 0.6])
 def test_only_real_places_are_hidden_and_one_at_least(rate: float, newest: float) -> None:
     given = window()
-    hidden = Cloze(rate, newest)(given).places
+    hidden = Cloze(rate, newest)(given).target_positions
     assert not (hidden & ~real_places(given)).any()
     assert hidden.any(1).all()
 
@@ -57,14 +57,14 @@ def test_only_real_places_are_hidden_and_one_at_least(rate: float, newest: float
 @pytest.mark.parametrize("rate", [0.15, 0.6])
 def test_each_place_is_hidden_at_the_rate(rate: float) -> None:
     given = window("target", rows=4_000, longest=40, shortest=40)
-    share = Cloze(rate, newest=0.0)(given).places.float().mean(0)
+    share = Cloze(rate, newest=0.0)(given).target_positions.float().mean(0)
     assert share.mean().item() == pytest.approx(rate, abs=0.01)
     assert (share - rate).abs().max() < 0.04, "no place is favoured"
 
 
 def test_a_row_that_would_hide_nothing_hides_the_newest() -> None:
     given = window("target", rows=2_000, longest=4, shortest=4)
-    hidden = Cloze(0.1, newest=0.0)(given).places
+    hidden = Cloze(0.1, newest=0.0)(given).target_positions
     assert hidden.any(1).all()
     # to the tenth come those of the rows that would hide none
     share = hidden.float().mean(0)
@@ -75,7 +75,7 @@ def test_a_row_that_would_hide_nothing_hides_the_newest() -> None:
 @pytest.mark.parametrize("newest", [0.0, 0.3, 1.0])
 def test_in_a_share_of_the_rows_the_newest_alone_is_hidden(newest: float) -> None:
     given = window(rows=2_000, longest=40, shortest=30)
-    hidden = Cloze(0.5, newest)(given).places
+    hidden = Cloze(0.5, newest)(given).target_positions
     last = torch.arange(40) == given.lengths[:, None] - 1
     assert (hidden == last).all(1).float().mean().item() == pytest.approx(newest, abs=0.03)
 
@@ -83,10 +83,10 @@ def test_in_a_share_of_the_rows_the_newest_alone_is_hidden(newest: float) -> Non
 def test_draws_follow_the_seed() -> None:
     given, cloze = window(), Cloze()
     torch.manual_seed(3)
-    first = cloze(given).places
-    second = cloze(given).places
+    first = cloze(given).target_positions
+    second = cloze(given).target_positions
     torch.manual_seed(3)
-    assert torch.equal(cloze(given).places, first)
+    assert torch.equal(cloze(given).target_positions, first)
     assert not torch.equal(first, second)
 
 
@@ -103,34 +103,34 @@ def test_shares_beyond_0_and_1_are_refused(rate: float, newest: float) -> None:
 def test_what_is_hidden_is_the_answer_and_cannot_be_seen(mode: RequestTime) -> None:
     given = window(mode)
     kept = copied(given)
-    question = Cloze(0.4)(given)
+    batch = Cloze(0.4)(given)
     assert same(given, kept), "the window must be left as it was"
-    assert torch.equal(question.targets, given.items[question.places])
-    assert (question.history.items[question.places] == MASK).all()
-    assert torch.equal(question.history.items[~question.places], given.items[~question.places])
-    assert torch.equal(question.history.lengths, given.lengths)
-    for row, hidden in enumerate(question.places):
-        assert not set(given.items[row, hidden].tolist()) & set(question.history.items[row].tolist())
+    assert torch.equal(batch.targets, given.items[batch.target_positions])
+    assert (batch.history.items[batch.target_positions] == MASK).all()
+    assert torch.equal(batch.history.items[~batch.target_positions], given.items[~batch.target_positions])
+    assert torch.equal(batch.history.lengths, given.lengths)
+    for row, hidden in enumerate(batch.target_positions):
+        assert not set(given.items[row, hidden].tolist()) & set(batch.history.items[row].tolist())
 
 
 @every_mode
 def test_a_question_does_not_depend_on_its_answers(mode: RequestTime) -> None:
     given = window(mode)
     torch.manual_seed(1)
-    question = Cloze(0.4)(given)
-    other = given._replace(items=torch.where(question.places, given.items + 50, given.items))
+    batch = Cloze(0.4)(given)
+    other = given._replace(items=torch.where(batch.target_positions, given.items + 50, given.items))
     torch.manual_seed(1)
     asked = Cloze(0.4)(other)
-    assert same(asked.history, question.history)
-    assert torch.equal(asked.places, question.places)
-    assert torch.equal(asked.targets, question.targets + 50)
+    assert same(asked.history, batch.history)
+    assert torch.equal(asked.target_positions, batch.target_positions)
+    assert torch.equal(asked.targets, batch.targets + 50)
 
 
 @every_mode
 def test_the_time_of_a_hidden_event_is_what_a_request_would_tell(mode: RequestTime) -> None:
     given = window(mode)
-    question = Cloze(0.4)(given)
-    got, hidden = question.history, question.places
+    batch = Cloze(0.4)(given)
+    got, hidden = batch.history, batch.target_positions
     for row, length in enumerate(given.lengths.tolist()):
         times = given.times[row].tolist()
         told = list(times)[:length]
@@ -154,34 +154,34 @@ def test_the_time_of_a_hidden_event_is_what_a_request_would_tell(mode: RequestTi
 def test_training_asks_for_the_newest_as_serving_does(mode: RequestTime) -> None:
     """Where the newest alone is hidden, the question is that of the history before it."""
     given = window(mode)
-    question = Cloze(newest=1.0)(given)
+    batch = Cloze(newest=1.0)(given)
     rows, last = torch.arange(len(given.lengths)), given.lengths - 1
     before = real_places(given) & (torch.arange(given.items.size(1)) < last[:, None])
     padded = Padded(*((part * before).numpy() for part in (given.items, given.times)), last.numpy())
-    served = target_action_after(as_history(padded, mode, given.times[rows, last].numpy()))
+    served = append_masked_event(as_history(padded, mode, given.times[rows, last].numpy()))
     real = real_places(given)
-    assert torch.equal(served.lengths, question.history.lengths)
-    assert torch.equal(served.items[:, :-1][real], question.history.items[real])
-    assert torch.equal(served.times[:, :-1][real], question.history.times[real])
-    assert (served.request is None) == (question.history.request is None) == (mode == "none")
-    if served.request is not None and question.history.request is not None:
-        assert torch.equal(served.request[:, :-1][real], question.history.request[real])
+    assert torch.equal(served.lengths, batch.history.lengths)
+    assert torch.equal(served.items[:, :-1][real], batch.history.items[real])
+    assert torch.equal(served.times[:, :-1][real], batch.history.times[real])
+    assert (served.request is None) == (batch.history.request is None) == (mode == "none")
+    if served.request is not None and batch.history.request is not None:
+        assert torch.equal(served.request[:, :-1][real], batch.history.request[real])
 
 
 @every_mode
 def test_the_next_item_is_asked_for_at_every_place_but_the_newest(mode: RequestTime) -> None:
     given = window(mode, rows=20)
-    question = NextItem()(given)
+    batch = NextItem()(given)
     wanted = [item for row, length in enumerate(given.lengths) for item in given.items[row, 1:length].tolist()]
-    assert question.targets.tolist() == wanted
-    assert torch.equal(question.places, real_places(question.history))
-    assert torch.equal(question.history.lengths, given.lengths - 1)
+    assert batch.targets.tolist() == wanted
+    assert torch.equal(batch.target_positions, real_places(batch.history))
+    assert torch.equal(batch.history.lengths, given.lengths - 1)
     for row, length in enumerate(given.lengths.tolist()):
-        assert question.history.times[row, : length - 1].tolist() == given.times[row, : length - 1].tolist()
-        if question.history.request is not None:
+        assert batch.history.times[row, : length - 1].tolist() == given.times[row, : length - 1].tolist()
+        if batch.history.request is not None:
             told = given.times[row, 1:length] if mode == "target" else given.times[row, : length - 1]
-            assert question.history.request[row, : length - 1].tolist() == told.tolist()
-    assert (question.history.request is None) == (mode == "none")
+            assert batch.history.request[row, : length - 1].tolist() == told.tolist()
+    assert (batch.history.request is None) == (mode == "none")
 
 
 # --- which objective suits which encoder
@@ -201,10 +201,10 @@ def test_an_encoder_is_asked_what_suits_it(encoder: type[Encoder], objective: ty
 def test_an_objective_that_does_not_suit_is_refused() -> None:
     with pytest.raises(
         ValueError,
-        match="BERT4Rec sees both sides, and with them the answers, and NextItem does not suit it; leave the objective",
+        match="BERT4Rec is bidirectional, so it would see the targets: it cannot be trained with NextItem; leave the",
     ):
         retriever(BERT4Rec, objective=NextItem())
     with pytest.raises(
-        ValueError, match="Transformer sees only what came before, and Cloze does not suit it; leave the objective out"
+        ValueError, match="Transformer is causal: it cannot be trained with Cloze; leave the objective out"
     ):
         retriever(Transformer, objective=Cloze())

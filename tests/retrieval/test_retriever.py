@@ -57,7 +57,7 @@ def naive_ranks(model: Retriever, data: Histories, split: str) -> np.ndarray:
         met, target = dataset.items[start:place].tolist(), int(dataset.items[place])
         read = data.read_queries(np.array([user]), "val" if split == "val" else "test").history
         with torch.no_grad():
-            query = model.towers.compared(model.towers(read))[0, min(len(met), data.max_length) - 1]
+            query = model.towers.query_vectors(model.towers(read))[0, min(len(met), data.max_length) - 1]
         scores = (vectors @ query).tolist()
         others = [item for item in range(1, data.num_items + 1) if item not in met and item != target]
         ranks.append(1 + sum(scores[item] >= scores[target] for item in others))
@@ -102,7 +102,7 @@ def test_known_items_are_filtered(cycle: Path, monkeypatch: pytest.MonkeyPatch) 
     scores[batch.excluded_rows, batch.excluded_items - 1] = 1.0
     scores[torch.arange(len(scores)), batch.target - 1] = 0.5  # below all known, above all unknown
     monkeypatch.setattr(model.towers, "queries", lambda history: scores)
-    monkeypatch.setattr(model.towers, "every_item", lambda: torch.eye(data.num_items))
+    monkeypatch.setattr(model.towers, "all_item_vectors", lambda: torch.eye(data.num_items))
     [got] = Trainer(**QUIET).validate(model, data, verbose=False)
     assert got["val/mrr"] == 1.0
 
@@ -205,12 +205,12 @@ def test_the_query_is_that_of_the_newest_place(ragged: Path) -> None:
     lengths = batch.history.lengths
     assert len(lengths.unique()) > 3
     with torch.no_grad():
-        queries, places = model.towers.queries(batch.history), model.towers.compared(model.towers(batch.history))
+        queries, places = model.towers.queries(batch.history), model.towers.query_vectors(model.towers(batch.history))
         for row, length in enumerate(lengths.tolist()):
             alone = data.read_queries(batch.users[row : row + 1].numpy(), "test").history
             torch.testing.assert_close(queries[row], places[row, length - 1])
             torch.testing.assert_close(
-                queries[row], model.towers.compared(model.towers(alone))[0, -1], rtol=1e-4, atol=1e-6
+                queries[row], model.towers.query_vectors(model.towers(alone))[0, -1], rtol=1e-4, atol=1e-6
             )
         torch.testing.assert_close(queries.norm(dim=1), torch.ones(len(queries)))
         nothing = torch.zeros(2, 1, dtype=torch.long)
@@ -225,7 +225,7 @@ def test_item_vectors_are_unit_and_padding_is_none(cycle: Path) -> None:
     assert not table[0].any()
     Trainer(max_epochs=1, limit_val_batches=0, **QUIET).fit(model, data)
     assert not table[0].any(), "padding must not learn"
-    vectors = model.towers.every_item()
+    vectors = model.towers.all_item_vectors()
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(40))
     some = torch.tensor([3, 40, 1])
     close(model.towers.item_vectors(some), vectors[some - 1])
@@ -297,12 +297,12 @@ def test_a_clock_is_refused_where_there_are_no_times(tmp_path: Path) -> None:
     prepare(Table(tmp_path / "events.csv", time=None, time_unit="order"), tmp_path / "data")
     data = Histories(tmp_path / "data", max_length=5)
     model = model_for(data, encoder=partial(Transformer, time=Calendar))
-    with pytest.raises(ValueError, match=r"has an order and no times; put configs/with/no-time.yaml on top"):
+    with pytest.raises(ValueError, match=r"has an order and no times; add the overlay configs/with/no-time.yaml"):
         Trainer(**QUIET, max_epochs=1).fit(model, datamodule=data)
 
 
 def test_recompute_rows_are_at_least_one() -> None:
-    with pytest.raises(ValueError, match="recompute_rows is 0, expected at least 1, or null to keep everything"):
+    with pytest.raises(ValueError, match="recompute_rows is 0, expected at least 1, or null to keep all activations"):
         Retriever(5, 5, recompute_rows=0)
 
 
@@ -326,8 +326,8 @@ def test_the_price_is_on_states_before_they_are_made_unit(ragged: Path, similari
     priced = model_for(data, similarity=similarity, norm_penalty=NormPenalty(0.3, cap=1.0)).eval()
     priced.load_state_dict(free.state_dict())
     plain, dear = free.losses(window), priced.losses(window)
-    question = free.objective(window)
-    norm = free.towers(question.history)[question.places].norm(dim=-1).mean()
+    training_batch = free.objective(window)
+    norm = free.towers(training_batch.history)[training_batch.target_positions].norm(dim=-1).mean()
     assert norm > 1.5, "else the cap is not reached"
     assert dear["state_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
     assert dear["norm_penalty"].item() == pytest.approx(0.3 * (norm.item() - 1) ** 2, rel=1e-4)
@@ -360,7 +360,7 @@ def test_schedules_go_by_the_share_of_the_planned_steps(cycle: Path) -> None:
 def test_a_schedule_wants_a_run_with_an_end(cycle: Path) -> None:
     data = Histories(cycle, max_length=10, batch_size=40)
     trainer = Trainer(max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    with pytest.raises(ValueError, match=r"InfoNCE changes with the share .* set trainer.max_epochs"):
+    with pytest.raises(ValueError, match=r"InfoNCE is scheduled over the whole run.* set trainer.max_epochs"):
         trainer.fit(model_for(data, loss=InfoNCE(hard=[(0.0, None), (0.5, 4)])), data)
 
 
@@ -378,7 +378,7 @@ def test_a_fit_may_start_from_anothers_weights(cycle: Path, fit: Fit, tmp_path: 
         assert torch.equal(weight, theirs[f"towers.{name}"]), name
     assert "start" not in model.hparams, "where it came from must not matter to those who load it"
     other = model_for(data, dim=16, encoder=encoder, start=fit.output / "best.ckpt")
-    with pytest.raises(ValueError, match=r"best\.ckpt holds another model, so this one cannot start from it"):
+    with pytest.raises(ValueError, match=r"best\.ckpt holds a model of another architecture, so it cannot init"):
         Trainer(max_epochs=1, **QUIET).fit(other, data)
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt does not exist; run: recsys fit"):
         Trainer(max_epochs=1, **QUIET).fit(model_for(data, start=tmp_path / "none.ckpt"), data)

@@ -17,7 +17,7 @@ from recsys2stage.retrieval.encoders.times import Calendar, LogBuckets
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.losses import Catalogue, InfoNCE, Targets
-from recsys2stage.retrieval.towers import TwoTower, target_action_after, unit
+from recsys2stage.retrieval.towers import TwoTower, append_masked_event, unit
 from recsys2stage.shapes import History
 
 V, L, D = 12, 6, 8
@@ -35,13 +35,13 @@ def towers(encoder: Any = Transformer, **options: Any) -> TwoTower:
     return built.eval()
 
 
-def histories(mode: RequestTime = "none", asked: int = 0) -> History:
-    """Of all lengths; `asked` puts off the request."""
+def histories(mode: RequestTime = "none", delay: int = 0) -> History:
+    """Histories of all lengths; `delay` seconds are added to the request time."""
     rng = np.random.default_rng(0)
     lengths = np.array(LENGTHS)
     real = np.arange(L) < lengths[:, None]
     times = (10**9 + np.cumsum(rng.integers(1, 10**6, (len(lengths), L)), axis=1)) * real
-    target = times.max(1) + 1_000 + asked
+    target = times.max(1) + 1_000 + delay
     return as_history(Padded(rng.integers(1, V + 1, (len(lengths), L)) * real, times, lengths), mode, target)
 
 
@@ -51,7 +51,7 @@ def histories(mode: RequestTime = "none", asked: int = 0) -> History:
 @pytest.mark.parametrize("mode", ["none", "last_event", "target"])
 def test_a_question_is_one_hidden_event_more(mode: RequestTime) -> None:
     given = histories(mode)
-    asked = target_action_after(given)
+    asked = append_masked_event(given)
     assert asked.items.shape == (len(LENGTHS), L + 1)
     assert asked.lengths.tolist() == [length + 1 for length in LENGTHS]
     for row, length in enumerate(LENGTHS):
@@ -83,7 +83,7 @@ def test_a_question_is_one_hidden_event_more(mode: RequestTime) -> None:
 def test_a_query_knows_the_request_time_only_when_told(mode: RequestTime, time: Any, moves: bool) -> None:
     built = towers(partial(BERT4Rec, time=time))
     with torch.no_grad():
-        early, late = (built.queries(histories(mode, target_action=wait)) for wait in (0, 12_345_678))
+        early, late = (built.queries(histories(mode, delay=delay)) for delay in (0, 12_345_678))
     apart = (early - late).abs().amax(1)
     if not moves:
         assert torch.equal(early, late)
@@ -147,7 +147,7 @@ def test_the_longest_history_leaves_a_place_for_the_question(ragged: Path) -> No
 
 def both(built: TwoTower) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        return built.queries(histories()), built.every_item()
+        return built.queries(histories()), built.all_item_vectors()
 
 
 def test_a_tied_table_is_read_and_recommended() -> None:
@@ -229,7 +229,7 @@ def test_biases_start_at_zero_and_learn_but_that_of_padding() -> None:
         torch.testing.assert_close(mine[:, :D], other)
     assert built.bias is not None
     assert not built.bias.weight.any()
-    queries, items = built.compared(built(histories())[:, 0]), torch.tensor([1, 2, 3, 4, 5])
+    queries, items = built.query_vectors(built(histories())[:, 0]), torch.tensor([1, 2, 3, 4, 5])
     targets = Targets(items, rows=torch.arange(5), window_items=items[:, None])
     zeros = torch.zeros(V + 1, dtype=torch.int64)
     InfoNCE()(queries, targets, Catalogue(built.item_vectors, zeros, zeros)).backward()

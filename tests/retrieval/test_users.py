@@ -49,7 +49,7 @@ def tower(**options: Any) -> UserTower:
     """In evaluation mode, with weights as after some training."""
     built = UserTower(D, FEATURES, **options)
     arrays = zip(FEATURES, people(), strict=True)
-    built.load_item_tables([{**feature, "values": values.numpy()} for feature, values in arrays])
+    built.load_user_features([{**feature, "values": values.numpy()} for feature, values in arrays])
     with torch.no_grad():
         for weight in built.parameters():
             weight += 0.5 * torch.randn_like(weight)
@@ -128,8 +128,8 @@ def test_in_training_some_users_are_strangers_for_a_moment() -> None:
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        ([], {}, "data declare none; name some .source.init_args.users. in the config of prepare-data, or leave"),
-        (FEATURES, {"token": False, "film": False}, "token: false and film: false, and would do nothing; choose"),
+        ([], {}, "data declare none; declare some .source.init_args.users. in the config of prepare-data, or leave"),
+        (FEATURES, {"token": False, "film": False}, "token: false and film: false, so it has no effect; set"),
         (FEATURES, {"dropout": 1.0}, "dropout is 1.0"),
     ],
 )

@@ -221,7 +221,7 @@ def test_files_that_say_nothing_or_two_things_of_a_user(
         "has no column age,",
     ]
     path.write_text(f"user_id,item_id,time,side,age\n1,5,{10**9},on,20\n1,6,{10**9},back,20\n")
-    with pytest.raises(ValueError, match="two values of side for one user, 'on' and 'back'; leave one"):
+    with pytest.raises(ValueError, match="two values of side for one user, 'on' and 'back'; keep one"):
         FileRequests(path, recommender)
 
 
@@ -233,7 +233,7 @@ def test_a_signal_of_user_features_says_the_same_in_python(described: Dataset) -
 
     torch.manual_seed(0)
     towers, index = TwoTower(described.num_items, 8, 8, partial(Transformer, layers=1)), Exact()
-    index.build(towers.every_item().detach().numpy())
+    index.build(towers.all_item_vectors().detach().numpy())
     signal = Demographics()
     signal.fit(described, np.zeros((described.num_items + 1, 8), np.float32))
     catalogue, popularity = pl.read_parquet(described.path / "items.parquet"), described.train_counts
@@ -431,7 +431,7 @@ for call in (
     lambda: evaluate(index, data, folder / "out", split="validation", plots=False, resamples=5),
     lambda: model.evaluate("validation"),
     lambda: dataset.users("validation"),
-    lambda: dataset.target_places("Test"),
+    lambda: dataset.target_indices("Test"),
     lambda: dataset.ends(users, "train"),
     lambda: dataset.targets(users, "validation"),
     lambda: dataset.targets(users, "all"),
