@@ -1,4 +1,4 @@
-"""Losses of the ranker: they see a list of candidates around one positive."""
+"""Losses of the ranker over candidate lists with one positive: softmax, BCE, BPR and LambdaRank."""
 
 from abc import ABC, abstractmethod
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class ListLoss(nn.Module, ABC):
-    """How well a list of candidates is ordered around its one positive."""
+    """Loss of candidate lists with one positive each."""
 
     @abstractmethod
     def forward(
@@ -18,8 +18,8 @@ class ListLoss(nn.Module, ABC):
         """
         Args:
             logits: scores of the candidates.
-            positive: place of the positive in each list.
-            real: which places hold a candidate.
+            positive: index of the positive in each list.
+            real: mask of the candidates, False at padding.
         """
 
 
@@ -33,14 +33,14 @@ class Listwise(ListLoss):
 
 
 class BCE(ListLoss):
-    """Binary cross entropy of each candidate, averaged over the list's negatives and added to the positive's."""
+    """Binary cross entropy of the positive plus the mean over the list's negatives."""
 
     def forward(
         self, logits: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]
     ) -> Float[Tensor, ""]:
-        own, negative = _sides(logits, positive, real)
-        against = F.softplus(logits).masked_fill(~negative, 0).sum(1) / negative.sum(1).clamp(min=1)
-        return (F.softplus(-own) + against).mean()
+        positive_score, negative = _split(logits, positive, real)
+        negative_loss = F.softplus(logits).masked_fill(~negative, 0).sum(1) / negative.sum(1).clamp(min=1)
+        return (F.softplus(-positive_score) + negative_loss).mean()
 
 
 class BPR(ListLoss):
@@ -49,25 +49,25 @@ class BPR(ListLoss):
     def forward(
         self, logits: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]
     ) -> Float[Tensor, ""]:
-        own, negative = _sides(logits, positive, real)
-        pairs = F.softplus(logits - own[:, None]).masked_fill(~negative, 0)
-        return (pairs.sum(1) / negative.sum(1).clamp(min=1)).mean()
+        positive_score, negative = _split(logits, positive, real)
+        pair_losses = F.softplus(logits - positive_score[:, None]).masked_fill(~negative, 0)
+        return (pair_losses.sum(1) / negative.sum(1).clamp(min=1)).mean()
 
 
 class LambdaRank(ListLoss):
-    """Pairs of the positive with each negative, weighted by what their exchange would change in NDCG@k (Burges 2010).
+    """Pairwise losses of the positive and each negative, weighted by the change of NDCG@k if they swap (Burges 2010).
 
         Σ_j |gain(rank of the positive) − gain(rank of j)| · softplus(σ · (score of j − score of the positive))
 
-    gain(r) = 1 / log2(1 + r) up to rank k, 0 below. Ranks are those of the moment and carry no gradient; ties count
-    against the positive and otherwise leave the list's order. A pair below rank k weighs nothing: a positive down there
-    is drawn up by the k candidates at the top alone. With one positive the ideal DCG is 1, so the weights need no norm.
-    There is no other: a sum over each list, as in LambdaLoss (Wang et al. 2018), averaged over lists, without the
-    `lambdarank_norm` of LightGBM, which damps lists of bad order.
+    gain(r) = 1 / log2(1 + r) up to rank k, 0 below. Ranks are those of the current scores and carry no gradient. A tie
+    counts against the positive; ties of negatives keep the order of the list. Pairs with both ranks below k have weight
+    0, so only the top k candidates pull up a positive that is below rank k. With one positive the ideal DCG is 1, so
+    the weights need no normalisation. Each list is summed, as in LambdaLoss (Wang et al. 2018), and lists are averaged,
+    without `lambdarank_norm` of LightGBM, which reduces the loss of badly ordered lists.
 
     Args:
-        k: how many ranks NDCG counts; None: all.
-        sigma: steepness of a pair's loss.
+        k: cutoff of NDCG; None: all ranks.
+        sigma: slope of the pairwise loss.
     """
 
     def __init__(self, k: int | None = 10, sigma: float = 1.0) -> None:
@@ -81,24 +81,25 @@ class LambdaRank(ListLoss):
     def forward(
         self, logits: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]
     ) -> Float[Tensor, ""]:
-        own, negative = _sides(logits, positive, real)
-        apart = logits - own[:, None]
+        positive_score, negative = _split(logits, positive, real)
+        margin = logits - positive_score[:, None]
         with torch.no_grad():
-            ahead = negative & (apart >= 0)
+            above = negative & (margin >= 0)
             order = logits.masked_fill(~negative, -torch.inf).argsort(dim=1, descending=True, stable=True)
-            among_negatives = order.argsort(dim=1)  # from 0
-            rank = among_negatives + torch.where(ahead, 1, 2)  # the positive stands ahead of the others
-            weights = (self.gain(1 + ahead.sum(1, keepdim=True)) - self.gain(rank)).abs()
-        pairs = weights * F.softplus(self.sigma * apart)
-        return pairs.masked_fill(~negative, 0).sum(1).mean()
+            negative_rank = order.argsort(dim=1)  # from 0
+            rank = negative_rank + torch.where(above, 1, 2)  # from 1; +1 more for negatives below the positive
+            weights = (self.gain(1 + above.sum(1, keepdim=True)) - self.gain(rank)).abs()
+        pair_losses = weights * F.softplus(self.sigma * margin)
+        return pair_losses.masked_fill(~negative, 0).sum(1).mean()
 
     def gain(self, rank: Int[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """Of a positive at a rank, counted from 1."""
+        """Gain of a positive at a rank from 1."""
         gain = 1 / (1 + rank).log2()
         return gain if self.k is None else gain.masked_fill(rank > self.k, 0)
 
 
-def _sides(logits: Tensor, positive: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def _split(logits: Tensor, positive: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Score of the positive (B,) and mask of the negatives (B, C)."""
     negative = real.clone()
     negative.scatter_(1, positive[:, None], False)
     return logits.gather(1, positive[:, None]).squeeze(1), negative

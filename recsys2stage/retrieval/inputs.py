@@ -1,4 +1,4 @@
-"""What is known of an event besides its item, added to its vector: its kind, its rating, what is asked for next."""
+"""Event inputs: embeddings of action type, rating and target action, added to the item embedding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -16,14 +16,14 @@ Field = Literal["ratings", "actions", "target_action"]  # of a History
 
 
 class Input(nn.Module, ABC):
-    """Adds something to embedded events.
+    """Adds an embedding of one event field to the embedded events.
 
     Args:
         dim: width D.
-        actions: kinds of events; kind n is actions[n - 1], and 0 is unknown.
+        actions: action types; number n is actions[n - 1], and 0 is unknown.
     """
 
-    reads: ClassVar[tuple[Field, ...]] = ()  # what it looks at; where a history has it not, that is all unknown
+    reads: ClassVar[tuple[Field, ...]] = ()  # fields it reads; unknown everywhere if the history lacks them
 
     def __init__(self, dim: int, actions: Sequence[str]) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class Input(nn.Module, ABC):
     def forward(self, x: Embedded, history: History) -> Embedded: ...
 
     def check(self, dataset: Dataset) -> None:
-        """Raises a ValueError where it cannot make sense of what it reads in these data."""
+        """Raises a ValueError if it cannot use the fields of this dataset."""
 
 
 InputFactory = Callable[[int, Sequence[str]], Input]  # (dim, actions) -> Input
 
 
 class ActionEmbedding(Input):
-    """A learned vector for the kind of each event; what is unknown has one of its own."""
+    """Learned embedding of the action type of each event, with one for unknown."""
 
     reads = ("actions",)
 
@@ -52,17 +52,17 @@ class ActionEmbedding(Input):
 
 
 class RatingEmbedding(Input):
-    """A learned vector for each of some evenly spaced levels of the rating of each event; the nearest counts.
+    """Learned embedding of the rating of each event, rounded to the nearest of evenly spaced levels.
 
-    A table and not a line through the ratings: what a rating says of the next item need not grow with it. A rating of
-    0, as histories have it where none is known, has a vector of its own.
+    A table, not a linear function: the effect of a rating on the next item need not be monotonic. Rating 0 means
+    unknown and has its own embedding.
 
     Args:
         dim: width D.
-        actions: kinds of events, of which it makes nothing.
-        low: the lowest level; what lies below it counts as it.
-        high: the highest level; what lies above it counts as it.
-        levels: how many there are. The defaults are the half stars of MovieLens.
+        actions: unused.
+        low: lowest level; lower ratings are clipped to it.
+        high: highest level; higher ratings are clipped to it.
+        levels: number of levels. The defaults are the half stars of MovieLens.
     """
 
     reads = ("ratings",)
@@ -72,7 +72,9 @@ class RatingEmbedding(Input):
     ) -> None:
         super().__init__(dim, actions)
         if levels < 2 or low >= high:
-            raise ValueError(f"there are {levels} levels from {low} to {high}; expected two or more, low below high")
+            raise ValueError(
+                f"levels is {levels}, low {low} and high {high}; expected 2 or more levels, low below high"
+            )
         self.low, self.high, self.step = low, high, (high - low) / (levels - 1)
         self.table = feature_table(levels, dim)
 
@@ -80,7 +82,7 @@ class RatingEmbedding(Input):
         return x + self.table(self.level(history))
 
     def level(self, history: History) -> Int[Tensor, "B L"]:
-        """The level of each event, from 1; 0 where its rating is unknown."""
+        """Level of each event, from 1; 0 if its rating is unknown."""
         if history.ratings is None:
             return or_unknown(None, history)
         nearest = 1 + ((history.ratings.clamp(self.low, self.high) - self.low) / self.step).round().long()
@@ -91,16 +93,16 @@ class RatingEmbedding(Input):
         low, high = float(dataset.ratings.min()), float(dataset.ratings.max())
         if low < self.low - self.step or high > self.high + self.step:
             raise ValueError(
-                f"RatingEmbedding tells ratings from {self.low:g} to {self.high:g} apart, but those of {dataset.path} "
+                f"RatingEmbedding has levels from {self.low:g} to {self.high:g}, but the ratings of {dataset.path} "
                 f"go from {low:g} to {high:g}; set its low and high to these"
             )
 
 
 class NextAction(Input):
-    """A learned vector for the kind of action that is asked for after each event, as a TAAC 2025 finalist has it.
+    """Learned embedding of the target action after each event, as in the model of a TAAC 2025 finalist.
 
-    In training that is the next event's own kind, so the model learns what follows given what is done with it; a
-    request says whether, say, clicks or purchases are wanted. A kind that is not told has a vector of its own. Wants
+    In training it is the next event's action type, so the model predicts the next item conditioned on its action. A
+    request sets it, for example to click or purchase. An unknown target action has its own embedding. Requires
     `next_action` in the data's options.
     """
 
@@ -114,50 +116,50 @@ class NextAction(Input):
         return x + self.table(or_unknown(history.target_action, history))
 
 
-def feature_table(kinds: int, dim: int, std: float = 0.02) -> nn.Embedding:
-    """A vector for each kind, from 1, and row 0 for the unknown.
+def feature_table(num_values: int, dim: int, std: float = 0.02) -> nn.Embedding:
+    """Embedding table of feature values: row 0 for unknown, values from 1.
 
-    Row 0 learns as any other, but from zero, the mean of the known at the start: where nothing in a log is unknown, it
-    stays there, and still means something when a server knows less than the log.
+    Row 0 is trained like any other but starts at zero, the mean of the other rows. It stays there if a log has no
+    unknown values, and remains a neutral input if values are unknown when serving.
     """
-    table = nn.Embedding(kinds + 1, dim)
+    table = nn.Embedding(num_values + 1, dim)
     nn.init.normal_(table.weight, std=std)
     with torch.no_grad():
         table.weight[UNKNOWN] = 0
     return table
 
 
-def or_unknown(kinds: Int[Tensor, "B L"] | None, history: History) -> Int[Tensor, "B L"]:
-    return torch.full_like(history.items, UNKNOWN) if kinds is None else kinds
+def or_unknown(values: Int[Tensor, "B L"] | None, history: History) -> Int[Tensor, "B L"]:
+    return torch.full_like(history.items, UNKNOWN) if values is None else values
 
 
 def fields_read(inputs: Iterable[nn.Module]) -> set[Field]:
-    """What some inputs look at, taken together."""
+    """Fields that the inputs read, combined."""
     return {field for part in inputs if isinstance(part, Input) for field in part.reads}
 
 
 def check_inputs(inputs: Iterable[nn.Module], dataset: Dataset, next_action: str) -> None:
-    """Refuses data that do not hold what a model's inputs read, and a next action that goes unread or untold.
+    """Raises a ValueError if the data lack a field that an input reads, or if `next_action` does not fit the inputs.
 
     Args:
-        inputs: of the model.
-        dataset: it is to be trained on, or asked about.
-        next_action: what the model is told of the kind of action that is asked for.
+        inputs: inputs of the model.
+        dataset: data for training or evaluation.
+        next_action: option of the data: none, target or an action type.
     """
     parts = [part for part in inputs if isinstance(part, Input)]
-    has = {"ratings": dataset.ratings is not None, "actions": dataset.actions is not None}
+    available = {"ratings": dataset.ratings is not None, "actions": dataset.actions is not None}
     for part in parts:
         name = type(part).__name__
         for field, column in (("ratings", "rating"), ("actions", "action")):
-            if field in part.reads and not has[field]:
+            if field in part.reads and not available[field]:
                 raise ValueError(
                     f"{name} reads the {field} of events, and {dataset.path} has none; leave it out of the model's "
                     f"inputs, or prepare the data with a column `{column}`"
                 )
         if "target_action" in part.reads and next_action == "none":
             raise ValueError(
-                f"{name} reads what kind of action is asked for, and next_action is 'none'; set the data's next_action "
-                "to target or to the name of a kind, or leave it out of the model's inputs"
+                f"{name} reads the target action, and next_action is 'none'; set the data's next_action to target "
+                "or to the name of an action type, or leave it out of the model's inputs"
             )
         part.check(dataset)
     if next_action != "none" and "target_action" not in fields_read(parts):

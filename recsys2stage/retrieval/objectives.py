@@ -1,4 +1,4 @@
-"""What a history is asked in training."""
+"""Training objectives: next-item prediction and masked-item prediction (cloze)."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
@@ -11,33 +11,33 @@ from recsys2stage.columns import MASK, UNKNOWN
 from recsys2stage.shapes import History, Items
 
 
-class Question(NamedTuple):
-    """A history, the places at which an item is asked for, and the items that are right there with their ratings."""
+class TrainingBatch(NamedTuple):
+    """Input histories, the target positions in them, and the M target items with their ratings."""
 
     history: History
-    places: Bool[Tensor, "B L"]
+    target_positions: Bool[Tensor, "B L"]
     targets: Int[Tensor, " M"]
     ratings: Float[Tensor, " M"] | None = None
 
 
 class Objective(nn.Module, ABC):
-    """Turns windows of events into questions and their right answers."""
+    """Turns windows of events into model inputs and targets."""
 
-    causal: ClassVar[bool] = True  # whether it is meant for encoders that see only what came before a place
+    causal: ClassVar[bool] = True  # for causal encoders; False: for bidirectional ones
 
     @abstractmethod
-    def forward(self, window: History) -> Question:
+    def forward(self, window: History) -> TrainingBatch:
         """
         Args:
-            window: events of which the newest is only ever an answer; what `window.request` and `window.asked` say
-                belongs to the places before it.
+            window: events; the newest of each row is only a target. `window.request` and `window.target_action` are
+                valid at the positions before it.
         """
 
 
 class NextItem(Objective):
-    """At every place, the item that comes next."""
+    """Predicts the next item at every position."""
 
-    def forward(self, window: History) -> Question:
+    def forward(self, window: History) -> TrainingBatch:
         history = window._replace(
             items=window.items[:, :-1],
             lengths=(window.lengths - 1).clamp(min=0),
@@ -47,24 +47,24 @@ class NextItem(Objective):
             actions=None if window.actions is None else window.actions[:, :-1],
             target_action=None if window.target_action is None else window.target_action[:, :-1],
         )
-        places = visible(history.items, history.lengths)
-        ratings = None if window.ratings is None else window.ratings[:, 1:][places]
-        return Question(history, places, window.items[:, 1:][places], ratings)
+        target_positions = real_positions(history.items, history.lengths)
+        ratings = None if window.ratings is None else window.ratings[:, 1:][target_positions]
+        return TrainingBatch(history, target_positions, window.items[:, 1:][target_positions], ratings)
 
 
 class Cloze(Objective):
-    """Events hidden behind a mask, to be told from those on both sides (Sun et al. 2019, section 3.6).
+    """Predicts masked events from those on both sides (BERT4Rec, Sun et al. 2019, section 3.6).
 
-    Each event is hidden with probability `rate`, and the newest in any row that would hide none. In a share of the rows
-    only the newest is hidden, which is how the model will be asked. A hidden event's time is what a request for it
-    would tell of it: with `request_time: target` its own time, otherwise that of the newest visible event before it. A
-    row's first event, which has none, is then never hidden unless it stands alone. Its rating and kind are hidden, too;
-    where the model is told the kind of action that is asked for, it is told each hidden event's own.
+    Each event is masked with probability `rate`, and the newest of a row if no other is. In a share of the rows only
+    the newest is masked, as in serving. A masked event keeps the time that the model would read for a request: with
+    `request_time: target` its own time, otherwise the time of the newest unmasked event before it. In the latter case
+    a row's first event is masked only if it is the only one. Ratings and actions of masked events are set to
+    unknown. A model with target actions reads each masked event's own action as its target action.
 
     Args:
-        rate: probability that an event is hidden; the paper's best was 0.2 on MovieLens and 0.6 on Amazon Beauty.
-        newest: share of the rows in which only the newest event is hidden; the authors' code makes one such row for
-            every ten others.
+        rate: masking probability; the best in the paper is 0.2 on MovieLens and 0.6 on Amazon Beauty.
+        newest: share of the rows with only the newest event masked; the authors' code makes one such row for every ten
+            others.
     """
 
     causal = False
@@ -75,27 +75,27 @@ class Cloze(Objective):
             raise ValueError(f"rate is {rate} and newest {newest}; expected shares between 0 and 1, rate above 0")
         self.rate, self.newest = rate, newest
 
-    def forward(self, window: History) -> Question:
+    def forward(self, window: History) -> TrainingBatch:
         items, lengths, times, request = window[:4]
-        told = request is not None and not torch.equal(request, times)  # request_time: target
-        place, last = torch.arange(items.size(1), device=items.device), (lengths - 1)[:, None]
-        hidden = (torch.rand(items.shape, device=items.device) < self.rate) & (place <= last)
-        hidden[:, 0] &= told  # else it has no event before it
-        only_newest = (torch.rand(len(items), 1, device=items.device) < self.newest) | ~hidden.any(1, keepdim=True)
-        hidden = torch.where(only_newest, place == last, hidden)
-        if not told:
-            times = times.gather(1, torch.where(hidden, 0, place).cummax(dim=1).values)
+        with_target_time = request is not None and not torch.equal(request, times)  # request_time: target
+        position, last = torch.arange(items.size(1), device=items.device), (lengths - 1)[:, None]
+        masked = (torch.rand(items.shape, device=items.device) < self.rate) & (position <= last)
+        masked[:, 0] &= with_target_time  # else the first event has no earlier event to take the time of
+        only_newest = (torch.rand(len(items), 1, device=items.device) < self.newest) | ~masked.any(1, keepdim=True)
+        masked = torch.where(only_newest, position == last, masked)
+        if not with_target_time:
+            times = times.gather(1, torch.where(masked, 0, position).cummax(dim=1).values)
         history = window._replace(
-            items=items.masked_fill(hidden, MASK),
+            items=items.masked_fill(masked, MASK),
             times=times,
             request=None if request is None else times,
-            ratings=None if window.ratings is None else window.ratings.masked_fill(hidden, 0),
-            actions=None if window.actions is None else window.actions.masked_fill(hidden, UNKNOWN),
+            ratings=None if window.ratings is None else window.ratings.masked_fill(masked, 0),
+            actions=None if window.actions is None else window.actions.masked_fill(masked, UNKNOWN),
             target_action=None if window.target_action is None or window.actions is None else window.actions,
         )
-        return Question(history, hidden, items[hidden], None if window.ratings is None else window.ratings[hidden])
+        return TrainingBatch(history, masked, items[masked], None if window.ratings is None else window.ratings[masked])
 
 
-def visible(items: Items, lengths: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:
-    """Which places are real."""
+def real_positions(items: Items, lengths: Int[Tensor, " B"]) -> Bool[Tensor, "B L"]:
+    """Mask of the positions that are not padding."""
     return torch.arange(items.size(1), device=items.device) < lengths[:, None]

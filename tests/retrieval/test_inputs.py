@@ -181,8 +181,8 @@ def test_what_cloze_hides_is_hidden_with_its_kind_and_rating_but_not_from_who_as
         forks_world(tmp_path, "target_action", users=40), max_length=8, batch_size=64, next_action="target"
     )
     window = data.read_windows(np.arange(40))
-    question = Cloze(0.4)(window)
-    hidden, read = question.places, question.history
+    training_batch = Cloze(0.4)(window)
+    hidden, read = training_batch.target_positions, training_batch.history
     assert hidden.any()
     assert not read.actions[hidden].any()
     assert not read.ratings[hidden].any()
@@ -214,7 +214,7 @@ def test_data_must_have_what_inputs_read(cycle: Path, tmp_path: Path) -> None:
 
 def test_a_next_action_must_be_told_and_read(tmp_path: Path) -> None:
     dataset = Dataset(forks_world(tmp_path, "target_action", users=20))
-    with pytest.raises(ValueError, match=r"NextAction reads what kind .* and next_action is 'none'; set"):
+    with pytest.raises(ValueError, match=r"NextAction reads the target action, and next_action is 'none'; set"):
         check_inputs([NextAction(D, KINDS)], dataset, "none")
     with pytest.raises(ValueError, match="next_action is 'buy', and no input of the model reads it; add NextAction"):
         check_inputs([ActionEmbedding(D, KINDS)], dataset, "buy")
@@ -225,7 +225,7 @@ def test_a_scale_must_hold_the_ratings(tmp_path: Path) -> None:
     check_inputs([RatingEmbedding(D)], dataset, "none")
     dataset.ratings = dataset.ratings * 10
     with pytest.raises(
-        ValueError, match=r"from 0.5 to 5 apart, but those of .* go from 40 to 40; set its low and high"
+        ValueError, match=r"from 0.5 to 5, but the ratings of .* go from 40 to 40; set its low and high"
     ):
         check_inputs([RatingEmbedding(D)], dataset, "none")
     check_inputs([RatingEmbedding(D, low=10, high=50, levels=5)], dataset, "none")
@@ -233,5 +233,5 @@ def test_a_scale_must_hold_the_ratings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"levels": 1}, {"low": 5}, {"low": 9.0, "high": 1.0}])
 def test_levels_must_make_a_scale(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected two or more, low below high"):
+    with pytest.raises(ValueError, match="expected 2 or more levels, low below high"):
         RatingEmbedding(D, **wrong)

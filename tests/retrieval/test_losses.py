@@ -27,7 +27,7 @@ from recsys2stage.retrieval.losses import (
     Uniform,
     blocks,
 )
-from recsys2stage.retrieval.losses.negatives import Drawn, log_share
+from recsys2stage.retrieval.losses.negatives import SampledNegatives, log_share
 from recsys2stage.retrieval.objectives import NextItem
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import History
@@ -126,7 +126,7 @@ class Recorded(Negatives):
         super().__init__()
         self.inner, self.drawn = inner, None
 
-    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+    def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
         self.drawn = self.inner(targets, catalogue)
         return self.drawn
 
@@ -167,22 +167,22 @@ def batch() -> tuple[Tensor, Tensor, Targets, Tensor]:
     return queries, table, targets, torch.randint(0, 90, (V + 1,))
 
 
-def candidates(drawn: Drawn, place: int) -> list[tuple[int, float, float]]:
+def candidates(drawn: SampledNegatives, place: int) -> list[tuple[int, float, float]]:
     """Item, draws and log of the expected draws of a place's candidates."""
     number = place if drawn.starts is None else max(s for s, first in enumerate(drawn.starts[:-1]) if first <= place)
     if drawn.starts is not None:  # of two sets that start here, all but the last are empty
         assert drawn.starts[number] <= place < drawn.starts[number + 1]
-    fields = (drawn.items[number], drawn.draws[number], drawn.log_expected[number])
-    return [(int(item), float(draws), float(log)) for item, draws, log in zip(*fields, strict=True)]
+    fields = (drawn.items[number], drawn.sample_counts[number], drawn.log_expected[number])
+    return [(int(item), float(times), float(log)) for item, times, log in zip(*fields, strict=True)]
 
 
-def reference(loss: Sampled, drawn: Drawn, queries: Tensor, table: Tensor, targets: Targets) -> Tensor:
+def reference(loss: Sampled, drawn: SampledNegatives, queries: Tensor, table: Tensor, targets: Targets) -> Tensor:
     """The loss by rows and candidates."""
     total = torch.zeros((), dtype=torch.float64)
     for i, right in enumerate(targets.items.tolist()):
         score_of = queries[i] @ table.T / loss.temperature
         own = score_of[right]
-        left = [(item, draws, log) for item, draws, log in candidates(drawn, i) if item != right]
+        left = [(item, times, log) for item, times, log in candidates(drawn, i) if item != right]
         if getattr(loss, "same_sequence", False):
             left = [entry for entry in left if entry[0] not in targets.window_items[targets.rows[i]].tolist()]
         if getattr(loss, "near", None) is not None:
@@ -194,15 +194,15 @@ def reference(loss: Sampled, drawn: Drawn, queries: Tensor, table: Tensor, targe
             order = sorted(range(len(left)), key=lambda j: -values[j])[: loss.hard.at(targets.progress)]
             terms = []
             for j in order:
-                _, draws, log_expected = left[j]
-                terms.append(scores[j] + (math.log(draws) - (0 if loss.correct == "none" else log_expected)))
+                _, times, log_expected = left[j]
+                terms.append(scores[j] + (math.log(times) - (0 if loss.correct == "none" else log_expected)))
             a = own - (drawn.target_log_q[i] if loss.correct == "both" else 0)
             if isinstance(loss, DCL):
                 total = total + (torch.stack(terms).logsumexp(0) - a if terms else 0)
             else:
                 total = total + torch.stack([a, *terms]).logsumexp(0) - a
             continue
-        every = [score for score, (_, draws, _) in zip(scores, left, strict=True) for _ in range(round(draws))]
+        every = [score for score, (_, times, _) in zip(scores, left, strict=True) for _ in range(round(times))]
         count, sigmoid = len(every), torch.sigmoid
         rating = targets.ratings[i].double()
         if isinstance(loss, losses.BCE):
@@ -299,7 +299,7 @@ def test_calibration_ends_at_bce_and_at_the_share_of_negatives() -> None:
     def cost(t: float) -> tuple[float, float, int]:
         loss = GBCE(calibration=t, negatives=Recorded(Uniform(4)))
         value = loss(queries, target, catalogue(table)._replace(similarity="dot")).item()
-        drawn = [item for item, draws, _ in candidates(loss.negatives.drawn, 0) for _ in range(int(draws)) if item != 3]
+        drawn = [item for item, times, _ in candidates(loss.negatives.drawn, 0) for _ in range(int(times)) if item != 3]
         return value, sum(math.log1p(math.exp(item)) for item in drawn), len(drawn)
 
     positive = math.log1p(math.exp(-3))
@@ -410,7 +410,7 @@ def test_other_draws_give_another_loss() -> None:
 
 def test_without_ratings_they_say_so() -> None:
     for loss in (MSE(), losses.BCE(max_rating=5.0)):
-        with pytest.raises(ValueError, match="wants ratings and the log has none"):
+        with pytest.raises(ValueError, match="needs ratings and the log has none"):
             loss(unit(1, D), asked(torch.tensor([1])), catalogue(unit(V + 1, D)))
 
 
@@ -508,7 +508,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_without_rows_it_says_so() -> None:
     for loss in (InfoNCE(), FullSoftmax(), GBCE()):
-        with pytest.raises(ValueError, match=r"at least one answered place"):
+        with pytest.raises(ValueError, match=r"at least one target position"):
             loss(unit(1, D)[:0], asked(torch.tensor([1])[:0]), catalogue(unit(V + 1, D)))
 
 
@@ -585,11 +585,11 @@ def window(length: int, padding: int) -> History:
 
 
 def test_next_item_asks_every_event_but_the_first() -> None:
-    question = NextItem()(window(7, padding=0))
-    assert question.targets.tolist() == [2, 3, 4, 5, 7, 2, 9]
-    assert question.places.sum(1).tolist() == [4, 2, 1] == question.history.lengths.tolist()
-    assert question.history.items.shape == (3, 6)
-    asked_from = question.history.items[question.places]
+    training_batch = NextItem()(window(7, padding=0))
+    assert training_batch.targets.tolist() == [2, 3, 4, 5, 7, 2, 9]
+    assert training_batch.target_positions.sum(1).tolist() == [4, 2, 1] == training_batch.history.lengths.tolist()
+    assert training_batch.history.items.shape == (3, 6)
+    asked_from = training_batch.history.items[training_batch.target_positions]
     assert asked_from.tolist() == [1, 2, 3, 4, 6, 7, 3]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from recsys2stage.retrieval.losses import Catalogue, InBatch, InfoNCE, Mixed, Negatives, Targets
-from recsys2stage.retrieval.losses.negatives import Drawn
+from recsys2stage.retrieval.losses.negatives import SampledNegatives
 
 V, ANSWER, BATCHES = 30, 20, 2000
 COUNTS = torch.cat([torch.zeros(1), 4 + torch.arange(V)]).long()
@@ -19,9 +19,9 @@ class Side(Negatives):
         super().__init__()
         self.inner, self.others = inner, others
 
-    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+    def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
         rows = len(targets.items)
-        draws, log_expected = torch.zeros(2, rows, V, dtype=torch.float64)
+        times, log_expected = torch.zeros(2, rows, V, dtype=torch.float64)
         own = torch.zeros(rows, dtype=torch.float64)
         items = 1 + torch.multinomial(P, rows * self.others, replacement=True).view(rows, self.others)
         for row in range(rows):
@@ -29,10 +29,10 @@ class Side(Negatives):
             places = torch.arange(len(batch))
             drawn = self.inner(Targets(batch, places, batch[:, None]), catalogue)
             column = drawn.items[0] - 1
-            draws[row, column], log_expected[row, column] = drawn.draws[0], drawn.log_expected[0]
+            times[row, column], log_expected[row, column] = drawn.sample_counts[0], drawn.log_expected[0]
             own[row] = drawn.target_log_q[0]
-        self.draws = draws
-        return Drawn(torch.arange(1, V + 1).expand(rows, V), draws, log_expected, own, None)
+        self.sample_counts = times
+        return SampledNegatives(torch.arange(1, V + 1).expand(rows, V), times, log_expected, own, None)
 
 
 def bias(inner: Negatives, share: float, others: int, correct: str, scores: Tensor) -> float:
@@ -48,7 +48,7 @@ def bias(inner: Negatives, share: float, others: int, correct: str, scores: Tens
     InfoNCE(1.0, side, correct)(queries, targets, Catalogue(lambda items: table[items], COUNTS, 0 * COUNTS)).backward()
     assert queries.grad is not None
     full = scores.softmax(0) - torch.eye(V)[ANSWER - 1]
-    surplus = side.draws / (others * (P + share / (1 - share) / V)) - 1
+    surplus = side.sample_counts / (others * (P + share / (1 - share) / V)) - 1
     surplus[:, ANSWER - 1] = 0
     part = scores.softmax(0) * surplus
     linear = part - scores.softmax(0) * part.sum(1, keepdim=True)

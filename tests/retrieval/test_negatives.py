@@ -20,7 +20,7 @@ from recsys2stage.retrieval.losses import (
     Targets,
     Uniform,
 )
-from recsys2stage.retrieval.losses.negatives import Drawn, log_share
+from recsys2stage.retrieval.losses.negatives import SampledNegatives, log_share
 from recsys2stage.retrieval.losses.schedule import Schedule
 
 V = 6
@@ -39,7 +39,7 @@ def catalogue(last_times: Tensor | None = None) -> Catalogue:
     return Catalogue(lambda items: torch.zeros(len(items), 2), COUNTS, last_times)
 
 
-def drawn(negatives: Negatives, places: Targets, last_times: Tensor | None = None) -> Drawn:
+def drawn(negatives: Negatives, places: Targets, last_times: Tensor | None = None) -> SampledNegatives:
     return negatives(places, catalogue(last_times))
 
 
@@ -57,7 +57,7 @@ def test_popularity_is_a_power_of_one_more_than_the_count(alpha: float) -> None:
 def test_other_answers_are_merged_with_their_numbers() -> None:
     places = targets([5, 2, 5, 3, 5])
     got = drawn(InBatch(), places)
-    assert (got.items.tolist(), got.draws.tolist()) == ([[2, 3, 5]], [[1, 1, 3]])
+    assert (got.items.tolist(), got.sample_counts.tolist()) == ([[2, 3, 5]], [[1, 1, 3]])
     share = [(int(count) + 1) / sum(int(count) + 1 for count in COUNTS[1:]) for count in COUNTS]
     assert got.log_expected[0].exp().tolist() == pytest.approx([4 * share[item] for item in (2, 3, 5)])
     assert got.target_log_q.exp().tolist() == pytest.approx([4 * share[item] for item in (5, 2, 5, 3, 5)])
@@ -71,7 +71,7 @@ def test_other_answers_are_merged_with_their_numbers() -> None:
 def test_each_place_has_the_set_it_is_promised(per: Any, sets: int) -> None:
     got = drawn(Uniform(3, per), targets([5, 2, 5, 3, 5], rows=[0, 0, 1, 1, 2]))
     assert len(got.items) == sets
-    assert got.draws.sum(1).tolist() == [3] * sets
+    assert got.sample_counts.sum(1).tolist() == [3] * sets
     assert torch.allclose(got.log_expected, torch.tensor(3 / V).double().log())
     assert torch.allclose(got.target_log_q, torch.tensor(3 / V).double().log())
     starts = None if got.starts is None else got.starts.tolist()
@@ -81,7 +81,7 @@ def test_each_place_has_the_set_it_is_promised(per: Any, sets: int) -> None:
 @pytest.mark.parametrize("per", ["event", "sequence", "batch"])
 def test_every_item_is_drawn_alike_and_padding_never(per: Any) -> None:
     got = drawn(Uniform(3000, per), targets([1] * 4))
-    often = torch.zeros(V + 1, dtype=torch.float64).index_add_(0, got.items.flatten(), got.draws.flatten())
+    often = torch.zeros(V + 1, dtype=torch.float64).index_add_(0, got.items.flatten(), got.sample_counts.flatten())
     often /= often.sum()
     assert often[0] == 0
     assert (often[1:] - 1 / V).abs().max() < 5 * math.sqrt(1 / V / 3000)
@@ -97,11 +97,11 @@ def test_one_set_for_all_places_holds_each_item_once_and_in_order() -> None:
     ):
         got = drawn(negatives, places)
         assert got.items.tolist() == [list(range(1, V + 1))]
-        assert got.draws.sum() > V
+        assert got.sample_counts.sum() > V
 
 
 def test_without_a_count_there_are_as_many_as_places() -> None:
-    assert drawn(Uniform(None, "batch"), targets([1] * 17)).draws.sum() == 17
+    assert drawn(Uniform(None, "batch"), targets([1] * 17)).sample_counts.sum() == 17
 
 
 def test_only_active_items_are_drawn() -> None:
@@ -117,7 +117,7 @@ def test_only_active_items_are_drawn() -> None:
 
 def test_a_date_after_all_data_or_no_date_is_refused() -> None:
     newest = torch.tensor([0, 1, 9, 10, 11, 12, 0]) * DAY
-    with pytest.raises(ValueError, match=r"active_after is 1970-01-14, .* newest is of 1970-01-13 00:00:00 UTC"):
+    with pytest.raises(ValueError, match=r"active_after is 1970-01-14, .* newest event is at 1970-01-13 00:00:00 UTC"):
         drawn(Uniform(active_after="1970-01-14"), targets([1]), newest)
     with pytest.raises(ValueError, match="active_after is 'May', expected an ISO date"):
         Uniform(active_after="May")
@@ -128,8 +128,8 @@ def test_a_date_after_all_data_or_no_date_is_refused() -> None:
     [
         (lambda: Uniform(0), "count is 0"),
         (lambda: Uniform(None), "count is null and per is event"),
-        (lambda: Mixed(Uniform(5, "batch")), "pool draws 5 per batch"),
-        (lambda: Mixed(Uniform(5)), "pool draws 5 per event"),
+        (lambda: Mixed(Uniform(5, "batch")), "pool samples 5 per batch"),
+        (lambda: Mixed(Uniform(5)), "pool samples 5 per event"),
         (lambda: Mixed(share=1.0), "share is 1.0, expected at least 0 and below 1"),
         (lambda: Mixed(share=[(0.0, 0.5), (0.5, -0.1)]), "share is"),
     ],
@@ -152,8 +152,8 @@ def test_a_mixture_expects_what_both_sources_give() -> None:
     assert got.items.tolist() == [[1, 2, 4, 5, 6]]
     assert got.log_expected[0].exp().tolist() == pytest.approx([expected[item] for item in (1, 2, 4, 5, 6)])
     assert got.target_log_q[3].exp().item() == pytest.approx(expected[6])
-    assert got.draws.sum() == 9 + 24
-    assert (got.draws[0, 0], got.draws[0, 1], got.draws[0, 4]) == (2, 1, 5)
+    assert got.sample_counts.sum() == 9 + 24
+    assert (got.sample_counts[0, 0], got.sample_counts[0, 1], got.sample_counts[0, 4]) == (2, 1, 5)
 
 
 def test_a_share_of_nothing_is_in_batch() -> None:
@@ -171,7 +171,7 @@ def test_expected_draws_are_what_draws_come_to_on_average() -> None:
         for _ in range(400):
             items = torch.multinomial(share, 50, replacement=True).tolist()
             got = drawn(negatives, targets(items))
-            total.index_add_(0, got.items[0], got.draws[0])
+            total.index_add_(0, got.items[0], got.sample_counts[0])
             expected[got.items[0]] = got.log_expected[0].exp()
             if not isinstance(negatives, Uniform):
                 total[items[0]] -= 1  # a place's own answer is no draw
@@ -184,10 +184,10 @@ def test_expected_draws_are_what_draws_come_to_on_average() -> None:
 def test_a_schedule_keeps_the_last_value_it_has_reached() -> None:
     steps = Schedule("hard", [(0.0, None), (0.25, 9), (1.0, 3)])
     assert [steps.at(progress) for progress in (0.0, 0.2, 0.25, 0.9, 1.0)] == [None, None, 9, 9, 3]
-    assert steps.moves
+    assert steps.varies
     assert [Schedule("hard", 7).at(progress) for progress in (0.0, 1.0)] == [7, 7]
-    assert not Schedule("hard", 7).moves
-    assert not Schedule("hard", [(0.0, 7)]).moves
+    assert not Schedule("hard", 7).varies
+    assert not Schedule("hard", [(0.0, 7)]).varies
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_points_that_are_no_steps_are_refused(points: list[tuple[float, int | No
 
 def test_the_share_follows_the_run() -> None:
     negatives = Mixed(share=[(0.0, 0.5), (0.6, 0.2)])
-    numbers = [int(drawn(negatives, targets([1] * 21, progress=p)).draws.sum()) for p in (0.0, 0.59, 0.6, 1.0)]
+    numbers = [int(drawn(negatives, targets([1] * 21, progress=p)).sample_counts.sum()) for p in (0.0, 0.59, 0.6, 1.0)]
     assert numbers == [41, 41, 26, 26]
 
 

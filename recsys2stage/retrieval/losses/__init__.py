@@ -1,4 +1,4 @@
-"""Losses of the retriever, one family a file; those of the ranker are in `losses.lists`."""
+"""Losses and negative samplers of the retriever, one family per file. Those of the ranker: `ranking.losses`."""
 
 from recsys2stage.retrieval.losses.base import Catalogue as Catalogue
 from recsys2stage.retrieval.losses.base import Loss as Loss

@@ -1,4 +1,4 @@
-"""Softmax losses of the retriever: an answer against many others at once."""
+"""Softmax losses of the retriever: InfoNCE, DCL and full softmax."""
 
 from typing import Literal
 
@@ -7,40 +7,42 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys2stage.retrieval.losses.base import Catalogue, Targets
-from recsys2stage.retrieval.losses.negatives import Drawn, InBatch, Negatives
-from recsys2stage.retrieval.losses.sampled import Block, Hide, LossTerms, Sampled, alike
+from recsys2stage.retrieval.losses.negatives import InBatch, Negatives, SampledNegatives
+from recsys2stage.retrieval.losses.sampled import Block, LossTerms, MaskCandidates, Sampled, mask_similar
 from recsys2stage.retrieval.losses.schedule import Schedule
 
 
 class InfoNCE(Sampled):
     """InfoNCE (van den Oord et al. 2018) with the logQ correction (Bengio & Senécal 2008, Yi et al. 2019).
 
-    With scores s_ij = q_i·v_j / τ of the row's negatives j, each drawn c_j times of an expected n·q_j,
+    With scores s_ij = q_i·v_j / τ and a negative j sampled c_j times, n·q_j times in expectation,
 
         loss = mean_i ( log( exp a_i + Σ_j exp b_ij ) − a_i )       b_ij = s_ij + log c_j − [log(n·q_j)]
                                                                     a_i  = s_ii           − [log(n·q_i)]
 
-    and `correct` says which brackets are there. With Uniform negatives it is the sampled softmax.
+    `correct` selects the logQ terms in brackets. With Uniform negatives this is the sampled softmax. The
+    limits of s below hold up to a constant per user u.
 
-    - `negatives`, b only: the expected sum is that of all items but the answer, so that the gradient estimates the full
-      softmax's, with a bias that falls as 1/n, and s becomes log p(i | u) + a constant of u.
-    - `both`: a choice among an answer and n draws of noise q (ranking NCE, Ma & Collins 2018). Would repeated draws of
-      the answer stay, its minimum were at s = log p(i | u) + a constant of u for every n, though the gradient on the
-      way is not the full softmax's. They are hidden, so the more an answer is drawn, n·q_i, the less it counts in its
-      own denominator: as in DCL it is still pulled where it is already likely. That matters where p(i | u) is
-      large. Neither of the two discounts popular items when serving: only the sampling is corrected. An alpha below 1
-      corrects for less than was drawn, and s becomes log p(i | u) − (1 − alpha)·log p(i) + a constant of u.
-    - `none`: popular items are negatives more often and s becomes log p(i | u) − log p(i), what is likelier for u than
-      for all: popular items are discounted. With Uniform negatives alone it is the same loss as `both`.
+    - `negatives` (only b corrected): s tends to log p(i | u). In expectation the sum is over all items but the target,
+      so the gradient estimates that of the full softmax, with a bias that falls as 1/n.
+    - `both`: classification of the target against n noise samples (ranking NCE, Ma & Collins 2018). If samples equal
+      to the target stayed in the sum, the minimum would be at s = log p(i | u) for every n, with other gradients than
+      the full softmax's. They are masked, so a target with a large n·q_i has a small weight in its own denominator: as
+      in DCL, its gradient does not fade once it is likely. This matters for large p(i | u).
+    - `none`: s tends to log p(i | u) − log p(i), because popular items are negatives more often. This discounts popular
+      items. With Uniform negatives alone it equals `both`.
+
+    `negatives` and `both` correct only the sampling; they do not discount popular items when serving. With alpha below
+    1 the correction is partial, and s tends to log p(i | u) − (1 − alpha)·log p(i).
 
     Args:
         temperature: τ; None: 0.05 for cosines, 1 for dot products.
-        negatives: the candidates; None: InBatch(), with which n falls out of `both`.
-        correct: what is corrected for how likely it was drawn: none, the negatives, or the answer, too.
-        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
-        near: candidates whose cosine to the answer is above this are no negatives; None: all are.
-        hard: only so many candidates remain, those of the highest score before the correction (after it, rare items
-            would be picked); or points [[share of the run, number or null], ...]; None: all remain.
+        negatives: negative sampler; None: InBatch(), with which n cancels in `both`.
+        correct: scores with the logQ correction: none, those of the negatives, or both the negatives' and the target's.
+        same_sequence: exclude items of the row's own window from its negatives; no effect with `repeats: keep`.
+        near: exclude candidates with a cosine to the target above this; None: no limit.
+        hard: keep the k candidates with the highest scores before the correction (after it, these would be rare items);
+            or points [[share of the run, k or null], ...]; None: all.
     """
 
     def __init__(
@@ -62,55 +64,59 @@ class InfoNCE(Sampled):
 
     @property
     def scheduled(self) -> bool:
-        return self.hard.moves or super().scheduled
+        return self.hard.varies or super().scheduled
 
     def facts(self, progress: float) -> dict[str, float]:
         k = self.hard.at(progress)
-        return super().facts(progress) | ({"hard_k": float(k)} if self.hard.moves and k is not None else {})
+        return super().facts(progress) | ({"hard_k": float(k)} if self.hard.varies and k is not None else {})
 
-    def filters(
+    def masks(
         self,
         targets: Targets,
-        sampled: Drawn,
+        sampled: SampledNegatives,
         target: Int[Tensor, " M"],
         sets: Int[Tensor, "S N"],
         vectors: Float[Tensor, "U D"],
         num_items: int,
-    ) -> list[Hide]:
-        filters = super().filters(targets, sampled, target, sets, vectors, num_items)
+    ) -> list[MaskCandidates]:
+        masks = super().masks(targets, sampled, target, sets, vectors, num_items)
         if self.near is not None:
-            filters.append(alike(self.near, target, sets, vectors))
-        return filters
+            masks.append(mask_similar(self.near, target, sets, vectors))
+        return masks
 
     def loss_terms(self, block: Block) -> LossTerms:
-        own, others = block.own, block.others
+        positive, negative = block.positive, block.negative
         k = self.hard.at(block.progress)
-        if k is not None and k < others.size(1):
-            scores, place = others.topk(k, dim=1)
-            others = others.fill_(-torch.inf).scatter_(1, place, scores)
-        weight = block.draws.log()
-        others += weight if self.correct == "none" else weight - block.log_expected
-        return self.softmax(own - block.target_log_q if self.correct == "both" else own, others)
+        if k is not None and k < negative.size(1):
+            scores, columns = negative.topk(k, dim=1)
+            negative = negative.fill_(-torch.inf).scatter_(1, columns, scores)
+        weight = block.sample_counts.log()
+        negative += weight if self.correct == "none" else weight - block.log_expected
+        return self.softmax(positive - block.target_log_q if self.correct == "both" else positive, negative)
 
-    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> LossTerms:
-        """−log of the answer's part."""
-        return softmax(own, others)
+    def softmax(self, positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"]) -> LossTerms:
+        """Softmax cross entropy of the target, given the corrected scores."""
+        return softmax(positive, negative)
 
 
 class DCL(InfoNCE):
-    """InfoNCE with the answer left out of its own denominator (decoupled, Yeh et al. 2022, equation 4).
+    """Decoupled InfoNCE: the target is not in its own denominator (Yeh et al. 2022, equation 4).
 
         loss = mean_i ( log Σ_j exp b_ij − a_i )
 
-    A row without negatives costs 0. Its options and what a and b are: see InfoNCE.
+    The loss of a row without negatives is 0. Options, a and b: see InfoNCE.
     """
 
-    def softmax(self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> LossTerms:
-        top = others.amax(1)
-        some = top > -torch.inf
-        others.sub_(top.where(some, 0)[:, None]).exp_()
-        mass = others.sum(1).clamp_(min=1)  # the largest alone is 1
-        return (mass.log() + top - own).where(some, 0), -some.to(own.dtype), others.div_(mass[:, None])
+    def softmax(self, positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"]) -> LossTerms:
+        top = negative.amax(1)
+        has_negatives = top > -torch.inf
+        negative.sub_(top.where(has_negatives, 0)[:, None]).exp_()
+        mass = negative.sum(1).clamp_(min=1)  # the largest term is 1
+        return (
+            (mass.log() + top - positive).where(has_negatives, 0),
+            -has_negatives.to(positive.dtype),
+            negative.div_(mass[:, None]),
+        )
 
 
 class FullSoftmax(Sampled):
@@ -121,27 +127,27 @@ class FullSoftmax(Sampled):
     """
 
     def __init__(self, temperature: float | None = None) -> None:
-        super().__init__(temperature, _Everything())
+        super().__init__(temperature, _AllItems())
 
     def loss_terms(self, block: Block) -> LossTerms:
-        return softmax(block.own, block.others)
+        return softmax(block.positive, block.negative)
 
 
-class _Everything(Negatives):
-    """Every item once."""
+class _AllItems(Negatives):
+    """All items of the catalogue, once each."""
 
-    def forward(self, targets: Targets, catalogue: Catalogue) -> Drawn:
+    def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
         items = torch.arange(1, len(catalogue.counts), device=targets.items.device)[None]
-        draws = torch.ones_like(items, dtype=torch.float64)
-        places = len(targets.items)
-        starts = torch.tensor([0, places], device="cpu")  # as `merged` has it
-        return Drawn(items, draws, draws.log(), draws.new_zeros(places), starts)
+        sample_counts = torch.ones_like(items, dtype=torch.float64)
+        num_targets = len(targets.items)
+        starts = torch.tensor([0, num_targets], device="cpu")  # on the CPU, as in `merge_duplicates`
+        return SampledNegatives(items, sample_counts, sample_counts.log(), sample_counts.new_zeros(num_targets), starts)
 
 
-def softmax(own: Float[Tensor, " M"], others: Float[Tensor, "M N"]) -> LossTerms:
-    """−log( exp own / (exp own + Σ exp others) ) of each row."""
-    top = torch.maximum(own, others.amax(1))
-    others.sub_(top[:, None]).exp_()
-    rest = others.sum(1)
-    mass = (own - top).exp() + rest
-    return mass.log() + top - own, -rest / mass, others.div_(mass[:, None])
+def softmax(positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"]) -> LossTerms:
+    """−log( exp positive / (exp positive + Σ exp negative) ) of each row."""
+    top = torch.maximum(positive, negative.amax(1))
+    negative.sub_(top[:, None]).exp_()
+    negative_mass = negative.sum(1)
+    mass = (positive - top).exp() + negative_mass
+    return mass.log() + top - positive, -negative_mass / mass, negative.div_(mass[:, None])

@@ -1,4 +1,4 @@
-"""Losses of the retriever that take each score, or each pair of scores, by itself."""
+"""Pointwise and pairwise retriever losses: BCE, gBCE, BPR and MSE."""
 
 from abc import abstractmethod
 
@@ -13,12 +13,12 @@ from recsys2stage.retrieval.losses.sampled import Block, LossTerms, Sampled
 
 
 class Pointwise(Sampled):
-    """A sum over scores of the answer and of each negative; autograd takes the gradient, block by block.
+    """Loss from elementwise functions of the scores; autograd computes the gradient block by block.
 
     Args:
         temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
-        negatives: the candidates; None: Uniform(1).
-        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
+        negatives: negative sampler; None: Uniform(1).
+        same_sequence: exclude items of the row's own window from its negatives; no effect with `repeats: keep`.
     """
 
     def __init__(
@@ -27,40 +27,43 @@ class Pointwise(Sampled):
         super().__init__(temperature, negatives or Uniform(1), same_sequence)
 
     def loss_terms(self, block: Block) -> LossTerms:
-        hidden = block.others == -torch.inf
-        times = block.draws.masked_fill(hidden, 0)
+        masked = block.negative == -torch.inf
+        counts = block.sample_counts.masked_fill(masked, 0)
         with torch.enable_grad():
-            own, others = block.own.requires_grad_(), block.others.masked_fill_(hidden, 0).requires_grad_()
-            cost = self.cost(own, others, times, block)
-            d_own, d_others = torch.autograd.grad(cost.sum(), (own, others), materialize_grads=True)
-        return cost.detach(), d_own, d_others
+            positive, negative = (
+                block.positive.requires_grad_(),
+                block.negative.masked_fill_(masked, 0).requires_grad_(),
+            )
+            row_losses = self.row_losses(positive, negative, counts, block)
+            d_positive, d_negative = torch.autograd.grad(row_losses.sum(), (positive, negative), materialize_grads=True)
+        return row_losses.detach(), d_positive, d_negative
 
     @abstractmethod
-    def cost(
-        self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
+    def row_losses(
+        self, positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"], counts: Float[Tensor, "M N"], block: Block
     ) -> Float[Tensor, " M"]:
         """
         Args:
-            own: scores of the answers.
-            others: scores of the candidates.
-            times: how often each candidate was drawn, 0 for what is no negative.
-            block: what else is known.
+            positive: scores of the targets.
+            negative: scores of the candidates.
+            counts: how often each candidate was sampled, 0 if masked.
+            block: ratings, catalogue size and logQ terms of the rows.
         """
 
 
 class BCE(Pointwise):
-    """Binary cross entropy of an answer and the mean over its N negatives (Kang & McAuley 2018, SASRec).
+    """Binary cross entropy of the target plus the mean over its N negatives (Kang & McAuley 2018, SASRec).
 
         loss = mean_i ( softplus(−s_ii) + 1/N Σ_j softplus(s_ij) )
 
-    With max_rating, scikit-rec's soft labels: y = rating / max_rating, and an answer costs
+    max_rating gives the soft labels of scikit-rec, y = rating / max_rating. The loss of the target is then
     y·softplus(−s_ii) + (1 − y)·softplus(s_ii).
 
     Args:
         temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
-        negatives: the candidates; None: Uniform(1).
-        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
-        max_rating: the rating that makes a label of 1; None: every answer's label is 1.
+        negatives: negative sampler; None: Uniform(1).
+        same_sequence: exclude items of the row's own window from its negatives; no effect with `repeats: keep`.
+        max_rating: rating with label 1; None: the label of every target is 1.
     """
 
     def __init__(
@@ -77,52 +80,52 @@ class BCE(Pointwise):
 
     def forward(self, queries: Float[Tensor, "M D"], targets: Targets, catalogue: Catalogue) -> Float[Tensor, ""]:
         if self.max_rating is not None:
-            ratings = rated(targets, "max_rating: null")
-            wrong = ratings[(ratings < 0) | (ratings > self.max_rating)]
-            if len(wrong):
+            ratings = require_ratings(targets, "max_rating: null")
+            invalid = ratings[(ratings < 0) | (ratings > self.max_rating)]
+            if len(invalid):
                 raise ValueError(
-                    f"an answer is rated {wrong[0].item():g}, expected 0 to max_rating {self.max_rating:g}; give the "
+                    f"a target is rated {invalid[0].item():g}, expected 0 to max_rating {self.max_rating:g}; give the "
                     "highest rating of the log"
                 )
         return super().forward(queries, targets, catalogue)
 
-    def cost(
-        self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
+    def row_losses(
+        self, positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"], counts: Float[Tensor, "M N"], block: Block
     ) -> Float[Tensor, " M"]:
-        cost = F.softplus(-own) + mean(F.softplus(others), times)
+        row_losses = F.softplus(-positive) + mean(F.softplus(negative), counts)
         if self.max_rating is not None and block.ratings is not None:
-            cost = cost + (1 - block.ratings / self.max_rating) * own  # softplus(s) = softplus(−s) + s
-        return cost
+            row_losses = row_losses + (1 - block.ratings / self.max_rating) * positive  # softplus(s) = softplus(−s) + s
+        return row_losses
 
 
 class MSE(Pointwise):
-    """scikit-rec's regression: (s_ii − rating)² + 1/N Σ_j s_ij² over the N negatives."""
+    """Regression loss of scikit-rec: (s_ii − rating)² + 1/N Σ_j s_ij² over the N negatives."""
 
     def forward(self, queries: Float[Tensor, "M D"], targets: Targets, catalogue: Catalogue) -> Float[Tensor, ""]:
-        rated(targets, "another loss, such as BCE")
+        require_ratings(targets, "another loss, such as BCE")
         return super().forward(queries, targets, catalogue)
 
-    def cost(
-        self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
+    def row_losses(
+        self, positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"], counts: Float[Tensor, "M N"], block: Block
     ) -> Float[Tensor, " M"]:
         assert block.ratings is not None
-        return (own - block.ratings) ** 2 + mean(others**2, times)
+        return (positive - block.ratings) ** 2 + mean(negative**2, counts)
 
 
 class GBCE(Pointwise):
-    """Generalised binary cross entropy (Petrov & Macdonald 2023, gSASRec), which undoes the overconfidence of sampling.
+    """Generalised binary cross entropy (gSASRec, Petrov & Macdonald 2023); corrects overconfidence of sampling.
 
         loss = mean_i 1/(N + 1) · ( −log σ(s_ii)^β + Σ_j softplus(s_ij) )
         β = a·(t·(1 − 1/a) + 1/a) = 1 − t·(1 − a),     a = N / (V − 1)
 
-    over the row's N negatives, a at most 1. t = 0 is binary cross entropy; at t = 1, β = a and σ(s) is calibrated as if
-    all items had been negatives. −log σ(s)^β is computed as β·softplus(−s), whose gradient, −β·σ(−s), neither
+    over the row's N negatives, with a at most 1. t = 0 is binary cross entropy. At t = 1, β = a and σ(s) is calibrated
+    as if all items were negatives. −log σ(s)^β is computed as β·softplus(−s), whose gradient, −β·σ(−s), neither
     overflows nor vanishes early; no probability is raised to a power.
 
     Args:
         temperature: τ of s = q·v / τ; None: 0.05 for cosines, 1 for dot products.
-        negatives: the candidates; None: Uniform(256).
-        same_sequence: whether items of the row's own window of events are no negatives; with `repeats: keep` they are.
+        negatives: negative sampler; None: Uniform(256).
+        same_sequence: exclude items of the row's own window from its negatives; no effect with `repeats: keep`.
         calibration: t, from 0 to 1.
     """
 
@@ -138,29 +141,29 @@ class GBCE(Pointwise):
             raise ValueError(f"calibration is {calibration}, expected 0 (binary cross entropy) to 1 (calibrated)")
         self.calibration = calibration
 
-    def cost(
-        self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
+    def row_losses(
+        self, positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"], counts: Float[Tensor, "M N"], block: Block
     ) -> Float[Tensor, " M"]:
-        count = times.sum(1)
+        count = counts.sum(1)
         beta = 1 - self.calibration * (1 - (count / max(block.num_items - 1, 1)).clamp(max=1))
-        return (beta * F.softplus(-own) + (F.softplus(others) * times).sum(1)) / (count + 1)
+        return (beta * F.softplus(-positive) + (F.softplus(negative) * counts).sum(1)) / (count + 1)
 
 
 class BPR(Pointwise):
-    """−log σ(s_ii − s_ij), the mean over a row's negatives j (Rendle et al. 2009)."""
+    """−log σ(s_ii − s_ij), averaged over the row's negatives j (Rendle et al. 2009)."""
 
-    def cost(
-        self, own: Float[Tensor, " M"], others: Float[Tensor, "M N"], times: Float[Tensor, "M N"], block: Block
+    def row_losses(
+        self, positive: Float[Tensor, " M"], negative: Float[Tensor, "M N"], counts: Float[Tensor, "M N"], block: Block
     ) -> Float[Tensor, " M"]:
-        return mean(F.softplus(others - own[:, None]), times)
+        return mean(F.softplus(negative - positive[:, None]), counts)
 
 
-def mean(costs: Float[Tensor, "M N"], times: Float[Tensor, "M N"]) -> Float[Tensor, " M"]:
-    """Over the negatives of each row, 0 where there is none."""
-    return (costs * times).sum(1) / times.sum(1).clamp(min=1)
+def mean(losses: Float[Tensor, "M N"], counts: Float[Tensor, "M N"]) -> Float[Tensor, " M"]:
+    """Mean over the negatives of each row, 0 if it has none."""
+    return (losses * counts).sum(1) / counts.sum(1).clamp(min=1)
 
 
-def rated(targets: Targets, instead: str) -> Float[Tensor, " M"]:
+def require_ratings(targets: Targets, instead: str) -> Float[Tensor, " M"]:
     if targets.ratings is None:
-        raise ValueError(f"the loss wants ratings and the log has none; name the column of ratings, or use {instead}")
+        raise ValueError(f"the loss needs ratings and the log has none; name the rating column, or use {instead}")
     return targets.ratings

@@ -1,4 +1,4 @@
-"""A price on long states."""
+"""Penalty on the norm of user states."""
 
 import torch
 from jaxtyping import Float
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 class NormPenalty(nn.Module):
-    """An L2 penalty on user states before they are normalised, so that numbers stay in range.
+    """L2 penalty on user states before normalisation, which keeps them in numeric range.
 
-        weight · n, or with a cap weight · max(n − cap, 0)²         n = the mean over the batch of ‖state‖₂
+        weight · n, or with a cap weight · max(n − cap, 0)²         n = batch mean of ‖state‖₂
 
     Args:
         weight: λ.
-        cap: below which the mean norm costs nothing; None: every length costs.
+        cap: mean norm up to which the penalty is 0; None: no cap.
     """
 
     def __init__(self, weight: float = 1e-4, cap: float | None = None) -> None:
@@ -24,6 +24,6 @@ class NormPenalty(nn.Module):
     def forward(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """
         Args:
-            norm: the mean norm of the states in a batch.
+            norm: mean norm of the states in a batch.
         """
         return self.weight * (norm if self.cap is None else torch.clamp(norm - self.cap, min=0) ** 2)

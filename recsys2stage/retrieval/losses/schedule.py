@@ -1,4 +1,4 @@
-"""Numbers that change with the share of the run that is done."""
+"""Option values that change with training progress."""
 
 from collections.abc import Sequence
 from typing import Generic, TypeVar
@@ -7,11 +7,12 @@ T = TypeVar("T")
 
 
 class Schedule(Generic[T]):
-    """One value for the whole run, or steps: the value of the last point that the run has reached.
+    """A constant value, or a step function of training progress.
 
     Args:
-        name: of the option, for errors.
-        values: a value, or points (share of the run, value): the first at 0, ascending, none after 1.
+        name: option name, for error messages.
+        values: a value, or points (share of the run, value), ascending from share 0 to at most 1; each value
+            holds until the next point.
     """
 
     def __init__(self, name: str, values: T | Sequence[tuple[float, T]]) -> None:
@@ -22,10 +23,10 @@ class Schedule(Generic[T]):
                 f"{name} has points at {shares} of the run, expected ascending shares from 0 to at most 1, "
                 "such as [[0, A], [0.5, B]]"
             )
-        self.points: list[tuple[float, T]] = points  # type: ignore[assignment]  # a list is never a value
+        self.points: list[tuple[float, T]] = points  # type: ignore[assignment]  # a value is never a list
 
     @property
-    def moves(self) -> bool:
+    def varies(self) -> bool:
         return len(self.points) > 1
 
     @property
@@ -33,5 +34,5 @@ class Schedule(Generic[T]):
         return [value for _, value in self.points]
 
     def at(self, progress: float) -> T:
-        """The value at this share of the run."""
+        """The value at this progress, from 0 to 1."""
         return next(value for share, value in reversed(self.points) if share <= progress)
