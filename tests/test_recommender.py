@@ -582,7 +582,10 @@ def test_what_a_file_does_not_say_of_events_is_unknown(tmp_path: Path, caplog: p
     padded, _ = FileRequests(tmp_path / "some.csv", served).read(slice(0, 2))
     assert padded.ratings.tolist() == [[4.5, 0.0], [3.0, 0.0]]
     assert padded.actions.tolist() == [[2, 0], [0, 0]]
-    assert "1 of 4 events have action types that the model does not know, for example 'sell'; it knows buy, look" in caplog.text
+    assert (
+        "1 of 4 events have action types that the model does not know, for example 'sell'; it knows buy, look"
+        in caplog.text
+    )
     caplog.clear()
     (tmp_path / "bare.csv").write_text("user_id,item_id\n1,5\n1,6\n2,7\n")
     people = FileRequests(tmp_path / "bare.csv", served)

@@ -1,1 +1,1 @@
-"""A bundle to a report."""
+"""Evaluation: from a bundle to a report."""

@@ -1,4 +1,4 @@
-"""What any recommender must beat: popularity, and what usually follows the last item; counted in training events."""
+"""Baselines: most popular items and a first-order Markov chain, both counted on training events."""
 
 import numpy as np
 
@@ -7,18 +7,18 @@ from recsys2stage.data.dataset import Dataset
 
 
 class Popularity:
-    """Scores items by their training events."""
+    """Scores items by their number of training events."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.counts = dataset.train_counts.astype(np.float32)
 
     def scores(self, last: np.ndarray) -> np.ndarray:
-        """(B, V + 1) scores, the same for everybody; `last` is each user's newest item, (B,)."""
+        """(B, V + 1) scores, the same for all users; `last` is each user's newest item, (B,)."""
         return np.broadcast_to(self.counts, (len(last), len(self.counts))).copy()
 
 
 class Markov:
-    """Scores items by how often they came right after the user's newest item; popularity breaks ties (first order)."""
+    """Scores items by their number of transitions from the user's newest item; popularity breaks ties."""
 
     def __init__(self, dataset: Dataset) -> None:
         starts, ends = np.asarray(dataset.offsets[:-1]), np.asarray(dataset.train_ends)
@@ -32,7 +32,7 @@ class Markov:
         self.tie_break = popularity / (popularity.sum() + 1)  # below 1, so it never outweighs a transition
 
     def scores(self, last: np.ndarray) -> np.ndarray:
-        """(B, V + 1) scores; `last` is each user's newest item, (B,), 0 where there is none."""
+        """(B, V + 1) scores; `last` is each user's newest item, (B,), 0 without a history."""
         scores = np.broadcast_to(self.tie_break, (len(last), self.size)).copy()
         followers = spans(self.offsets[last], self.offsets[last + 1])
         np.add.at(scores, (followers.rows, self.next[followers.values]), self.counts[followers.values])

@@ -1,4 +1,4 @@
-"""Groups of users whose numbers stand apart in a report; each kind of cohort puts every user into one group."""
+"""Cohorts: user groups with separate metrics in a report; each cohort type puts every user into one group."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from recsys2stage.retrieval.encoders.times import DAY, YEAR
 MONTH = 30 * DAY
 NEVER = np.iinfo(np.int64).max
 
-Groups = Iterator[tuple[str, np.ndarray]]  # label, and who is in it, (n,) bool
+Groups = Iterator[tuple[str, np.ndarray]]  # label and members, (n,) bool
 
 
 def cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> dict[str, Groups]:
-    """All kinds of cohorts by name; those of time only where the data have times.
+    """All cohort types by name; those that use times only if the data have them.
 
     Args:
         users: (n,) users with a target in `split`.
@@ -34,7 +34,7 @@ def cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> dict[str, Group
 
 def history_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Groups:
     """Users by quarter of the number of events before the target."""
-    length = dataset.target_places(split)[users] - dataset.offsets[users]
+    length = dataset.target_indices(split)[users] - dataset.offsets[users]
     cuts = np.unique(np.quantile(length, [0, 0.25, 0.5, 0.75, 1]).astype(int))
     for low, high in itertools.pairwise(cuts):
         last = high == cuts[-1]
@@ -47,7 +47,7 @@ def history_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Groups:
 
 
 def popularity_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Groups:
-    """Users by the training events of their target."""
+    """Users by the number of training events of their target."""
     count = dataset.train_counts[dataset.targets(users, split)]
     for low, high in ((0, 1), (1, 10), (10, 100), (100, 1000), (1000, 1 << 62)):
         label = "never trained" if low == 0 else f"{low}-{high - 1} events" if high < 1 << 62 else f"{low}+ events"
@@ -55,8 +55,8 @@ def popularity_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Grou
 
 
 def gap_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Groups:
-    """Users by the time from their newest event to the request, which is made when the target happens."""
-    ends = dataset.target_places(split)[users]
+    """Users by the time from their newest event to the request (the time of the target)."""
+    ends = dataset.target_indices(split)[users]
     empty = ends == dataset.offsets[users]
     gap = dataset.request_times(users, split) - dataset.times[np.maximum(ends - 1, 0)]
     yield "no event before", empty
@@ -72,7 +72,7 @@ def gap_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Groups:
 
 
 def age_cohorts(dataset: Dataset, users: np.ndarray, split: Part) -> Groups:
-    """Users by how long before the request anybody's first training event of their target was."""
+    """Users by the age of their target: the time from its first training event, of any user, to the request."""
     train = spans(dataset.offsets[:-1], dataset.train_ends).values
     first = np.full(dataset.num_items + 1, NEVER)
     np.minimum.at(first, dataset.items[train], dataset.times[train])

@@ -1,4 +1,4 @@
-"""Two models on the same users: how far one is above the other, and whether that can be chance."""
+"""Comparison of two models or runs on the same users: paired differences, intervals and p-values."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,34 +10,34 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_json, take
 from recsys2stage.metrics import bootstrap, compute_metrics, interval, randomisation_test
 
-TARGET = "target"  # column of ranks.parquet: the item that each user took
-STAGES = ("retriever", "ranker")  # what is compared between two runs
+TARGET = "target"  # column of ranks.parquet: each user's target item
+STAGES = ("retriever", "ranker")  # the models compared between two runs
 
-# what decides which items a target is ranked among, and how; with any other value ranks are of another task
-DECISIVE = (
+# protocol entries that must be equal for ranks to be comparable: which items are ranked, and how
+PROTOCOL_KEYS = (
     *("evaluated", "ranking", "negatives_seed", "seen_filter", "score_ties", "candidates", "min_rating", "core"),
     *("repeats", "cold_items"),
 )
 
 
-class Opponent(NamedTuple):
-    """Another run, as its report and its ranks say."""
+class BaselineRun(NamedTuple):
+    """The run to compare with, from its report and ranks."""
 
     folder: Path
     protocol: dict[str, Any]
     items: int  # V of its catalogue
-    ranks: dict[str, np.ndarray]  # user, target and each model's rank, (n,) each, by user
+    ranks: dict[str, np.ndarray]  # user, target and rank by each model, (n,) each, sorted by user
 
 
-def paired(
+def paired_differences(
     one: dict[str, np.ndarray], other: dict[str, np.ndarray], resamples: int, seed: int
 ) -> dict[str, dict[str, float | None]]:
-    """How far one model is above another in each metric; exactly 0 where they are equal.
+    """Differences of two models in each metric, with intervals and p-values; exactly 0 if the models are equal.
 
     Args:
-        one: metric -> (n,) values of n users, as `metrics_of` gives them.
-        other: the other model's on the same users.
-        resamples: of the bootstrap interval and of the randomisation test.
+        one: metric -> (n,) values of n users, from `compute_metrics`.
+        other: the same for the other model, on the same users.
+        resamples: of the bootstrap and of the randomisation test.
         seed: of both.
     """
     differences = np.stack([one[metric] - other[metric] for metric in one], axis=1)
@@ -57,18 +57,18 @@ def paired(
     }
 
 
-def read_baseline_run(folder: Path, mark: str) -> Opponent:
-    """The run to compare with.
+def read_baseline_run(folder: Path, mark: str) -> BaselineRun:
+    """Reads the report and ranks of the baseline run.
 
     Args:
-        folder: of its report.
-        mark: what its files have after their names, such as -sampled-100; nothing in full ranking.
+        folder: folder of its report.
+        mark: suffix of its file names, such as -sampled-100; empty for full ranking.
     """
     report_file, ranks_file = folder / f"report{mark}.json", folder / f"ranks{mark}.parquet"
     how = f"recsys evaluate --bundle BUNDLE --output {folder}" + (f" --protocol {mark[1:]}" if mark else "")
     for file in (report_file, ranks_file):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist, so there is nothing to compare with; run: {how}")
+            raise FileNotFoundError(f"{file} does not exist; to create the baseline run: {how}")
     report = read_json(report_file, dict, how)
     try:
         ranks = pl.read_parquet(ranks_file)
@@ -77,37 +77,36 @@ def read_baseline_run(folder: Path, mark: str) -> Opponent:
             f"{ranks_file} cannot be read as Parquet ({str(error).splitlines()[0]}); run: {how}"
         ) from error
     if TARGET not in ranks.columns or "items" not in report:
-        raise ValueError(
-            f"{folder} does not say what its targets and its catalogue are; an older version wrote it: {how}"
-        )
+        raise ValueError(f"{folder} was written by an older version and lacks targets or catalogue size; run: {how}")
     columns = {column.name: column.to_numpy() for column in ranks.sort(c.USER)}
-    return Opponent(
+    return BaselineRun(
         folder, take(report, "protocol", dict, report_file), take(report, "items", int, report_file), columns
     )
 
 
 def check_baseline_run(
-    other: Opponent, protocol: dict[str, Any], items: int, users: np.ndarray, targets: np.ndarray
+    other: BaselineRun, protocol: dict[str, Any], items: int, users: np.ndarray, targets: np.ndarray
 ) -> list[str]:
-    """What is different in the other run and yet leaves its ranks comparable, one short text each.
+    """Checks that two runs are comparable and returns their allowed differences, one short text each.
 
-    The same task is the same targets of the same users, ranked in the same way among as many items. What was trained on
-    may differ, and so may what a model is told of a request.
+    Runs are comparable if they rank the same targets of the same users in the same way among as many items. Training
+    data and model inputs may differ.
 
     Args:
-        protocol: of this run, as `describe` gives it.
+        other: the baseline run.
+        protocol: of this run, from `describe`.
         items: V of its catalogue.
         users: (n,) ascending.
         targets: (n,) items.
 
     Raises:
-        ValueError: where the two runs did not do the same task.
+        ValueError: if the runs are not comparable.
     """
     both = {name: (protocol.get(name), other.protocol.get(name)) for name in [*protocol, *other.protocol]}
-    unlike = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
-    if wrong := [name for name in DECISIVE if name in unlike]:
-        said = "; ".join(f"{name} is {unlike[name][0]!r} here and {unlike[name][1]!r} there" for name in wrong)
-        raise ValueError(f"{other.folder} was measured in another protocol: {said}; evaluate both in the same one")
+    changed = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+    if wrong := [name for name in PROTOCOL_KEYS if name in changed]:
+        pairs = "; ".join(f"{name} is {changed[name][0]!r} here and {changed[name][1]!r} there" for name in wrong)
+        raise ValueError(f"{other.folder} has another evaluation protocol: {pairs}; evaluate both with the same one")
     if other.items != items:
         raise ValueError(
             f"{other.folder} ranks among {other.items:,} items, this run among {items:,}; prepare both from the same "
@@ -117,7 +116,7 @@ def check_baseline_run(
     if not np.array_equal(theirs, users):
         common = len(np.intersect1d(theirs, users))
         raise ValueError(
-            f"{other.folder} was measured on {len(theirs):,} users, this run on {len(users):,}, and {common:,} are in "
+            f"{other.folder} was evaluated on {len(theirs):,} users, this run on {len(users):,}, and {common:,} are in "
             "both; evaluate both on the same users"
         )
     if moved := int((other.ranks[TARGET] != targets).sum()):
@@ -125,24 +124,25 @@ def check_baseline_run(
             f"{moved:,} of {len(users):,} users have another target in {other.folder}; prepare both with the same "
             "split and tie_break"
         )
-    texts = [f"{name} {pair[0]} here, {pair[1]} there" for name, pair in unlike.items() if name != "split_hash"]
-    return texts + (["the events before the targets or the training events differ"] if "split_hash" in unlike else [])
+    texts = [f"{name} {pair[0]} here, {pair[1]} there" for name, pair in changed.items() if name != "split_hash"]
+    return texts + (["the events before the targets or the training events differ"] if "split_hash" in changed else [])
 
 
 def compare(
-    ranks: dict[str, np.ndarray], other: Opponent, differs: list[str], resamples: int, seed: int
+    ranks: dict[str, np.ndarray], other: BaselineRun, differs: list[str], resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Both stages against those of the other run, as far as both have them, for the report.
+    """Compares the stages that both runs have; an entry of the report.
 
     Args:
         ranks: model -> (n,) ranks of this run.
-        differs: what `check_opponent` found.
+        other: the baseline run.
+        differs: differences from `check_baseline_run`.
     """
     return {
         "folder": str(other.folder),
         "differs": differs,
         "models": {
-            name: paired(compute_metrics(ranks[name]), compute_metrics(other.ranks[name]), resamples, seed)
+            name: paired_differences(compute_metrics(ranks[name]), compute_metrics(other.ranks[name]), resamples, seed)
             for name in STAGES
             if name in ranks and name in other.ranks
         },

@@ -53,7 +53,7 @@ class RankingResult(NamedTuple):
 
     ranks: dict[str, np.ndarray]  # model -> (n,) int64, rank of the target, from 1
     candidate_rank: np.ndarray  # (n,) int64, rank of the target among the K candidates, from 1; K + 1 if not among them
-    top_counts: dict[str, np.ndarray]  # model -> (V + 1,) int64, number of users with the item in their top 10
+    top_counts: dict[str, np.ndarray]  # model -> (V + 1,) int64, users with the item in their top 10; {} if sampled
     confidence: np.ndarray  # (n,) float32, the ranker's largest probability; NaN without a ranker or a history
     hit: np.ndarray  # (n,) bool, whether the item with that probability is the target
 

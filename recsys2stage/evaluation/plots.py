@@ -1,4 +1,4 @@
-"""Figures of a report, as PNG; and the learning curves that Lightning's CSV logs hold. Needs no display."""
+"""Figures of a report as PNG files, and learning curves from Lightning's CSV logs. Needs no display."""
 
 import csv
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import numpy as np
 
 from recsys2stage.artifacts import atomic_write, fingerprint, read_manifest
 from recsys2stage.evaluation.compare import STAGES
-from recsys2stage.evaluation.report import TITLES, title_of
+from recsys2stage.evaluation.report import TITLES, metric_title
 from recsys2stage.ranking.bundle import bundle_manifest
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}
 MONITORED, LOSS = "val/ndcg@10", "train/loss"  # columns of a log
-FIRST_STAGE = "val/retriever_ndcg@10"  # of the ranker's log: the retriever on the same lists
-FIGURES = {  # the file of each figure and its title
+FIRST_STAGE = "val/retriever_ndcg@10"  # in the ranker's log: the retriever on the same lists
+FIGURES = {  # file name -> title
     "cohorts.png": "NDCG@10 by cohort",
     "ceiling.png": "Share of users whose target is among the first K candidates",
     "learning.png": "Learning curves",
@@ -23,19 +23,19 @@ FIGURES = {  # the file of each figure and its title
 }
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values
-Figure = Any  # matplotlib's, which only `empty` imports: it is long to import, and most verbs draw nothing
+Figure = Any  # matplotlib's; only `new_figure` imports it, as the import is slow and most verbs plot nothing
 Axes = Any
 
 
 class Curves(NamedTuple):
-    """The learning curves of one fit, by column of its log; what the log does not have is missing."""
+    """The learning curves of one fit, by log column; columns that the log lacks are missing."""
 
     stage: str
     columns: dict[str, Curve]
 
 
-def empty(width: float | int, height: float | int, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure in inches, and its axes in reading order."""
+def new_figure(width: float | int, height: float | int, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure, its size in inches, and its axes in row order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
 
@@ -45,36 +45,36 @@ def empty(width: float | int, height: float | int, rows: int = 1, columns: int =
 
 
 def cohorts_figure(report: dict[str, Any]) -> Figure:
-    """NDCG@10 of both stages, a panel for each kind of cohort."""
+    """NDCG@10 of both stages, a panel for each cohort type."""
     cohorts = report["cohorts"]
     stages = [name for name in STAGES if name in report["models"]]
-    figure, axes = empty(10, 3.2 * ((len(cohorts) + 1) // 2), (len(cohorts) + 1) // 2, 2)
+    figure, axes = new_figure(10, 3.2 * ((len(cohorts) + 1) // 2), (len(cohorts) + 1) // 2, 2)
     for ax, (cohort, groups) in zip(axes, cohorts.items(), strict=False):
         at = np.arange(len(groups))
-        for place, name in enumerate(stages):
+        for row, name in enumerate(stages):
             values = [group[name]["ndcg@10"] for group in groups.values()]
             high = 0.8 / len(stages)
-            ax.barh(at + place * high, values, high, align="edge", color=COLOURS[name], label=TITLES[name])
+            ax.barh(at + row * high, values, high, align="edge", color=COLOURS[name], label=TITLES[name])
         labels = [f"{label} ({group['users']:,} users)" for label, group in groups.items()]
         ax.set_yticks(at + 0.4, labels)
         ax.invert_yaxis()
         ax.set_title(cohort.replace("_", " "))
-        ax.set_xlabel(title_of("ndcg@10"))
+        ax.set_xlabel(metric_title("ndcg@10"))
     for ax in axes[len(cohorts) :]:
         ax.remove()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(stages))
     return figure
 
 
-def ceiling_figure(place: np.ndarray, k: int) -> Figure:
-    """Recall of the first candidates against their number: what no second stage can exceed.
+def ceiling_figure(candidate_rank: np.ndarray, k: int) -> Figure:
+    """Recall of the first candidates against their number: the upper bound of the ranker's hit rate.
 
     Args:
-        place: (n,) place of each target among the candidates, from 1; above k where it is not there.
+        candidate_rank: (n,) rank of each target among the candidates, from 1; above k if not among them.
         k: candidates of each user.
     """
-    figure, (ax,) = empty(6, 4)
-    ax.plot(np.arange(1, k + 1), ceiling(place, k), color="C0")
+    figure, (ax,) = new_figure(6, 4)
+    ax.plot(np.arange(1, k + 1), ceiling(candidate_rank, k), color="C0")
     ax.set_xlim(1, max(k, 2))
     ax.set_ylim(0, 1)
     ax.set_xlabel("K, first candidates")
@@ -83,17 +83,17 @@ def ceiling_figure(place: np.ndarray, k: int) -> Figure:
     return figure
 
 
-def ceiling(place: np.ndarray, k: int) -> np.ndarray:
+def ceiling(candidate_rank: np.ndarray, k: int) -> np.ndarray:
     """Share of targets among the first 1, 2, ..., k candidates, (k,)."""
-    return np.bincount(np.minimum(place, k + 1), minlength=k + 2)[1 : k + 1].cumsum() / len(place)
+    return np.bincount(np.minimum(candidate_rank, k + 1), minlength=k + 2)[1 : k + 1].cumsum() / len(candidate_rank)
 
 
 def calibration_figure(calibration: dict[str, Any]) -> Figure:
-    """Reliability: in each bin of users the mean probability of the first item, and how often it is the target."""
+    """Reliability diagram: mean probability of the top item against its hit rate, by bin of users."""
     bins = calibration["bins"]
     confidence, hits = ([row[key] for row in bins] for key in ("confidence", "hits"))
     end = max(*confidence, *hits, 0.01) * 1.05
-    figure, (ax,) = empty(5, 4.5)
+    figure, (ax,) = new_figure(5, 4.5)
     ax.plot([0, end], [0, end], color="0.6", linestyle="--", label="calibrated")
     ax.plot(confidence, hits, "o-", color=COLOURS["ranker"], label=f"ranker, ECE {calibration['ece']:.4f}")
     ax.set_xlim(0, end)
@@ -106,7 +106,7 @@ def calibration_figure(calibration: dict[str, Any]) -> Figure:
 
 def learning_figure(fits: Sequence[Curves]) -> Figure:
     """Training loss and validation NDCG@10 by step, a panel for each stage."""
-    figure, axes = empty(5 * len(fits), 3.6, 1, len(fits))
+    figure, axes = new_figure(5 * len(fits), 3.6, 1, len(fits))
     for ax, (stage, columns) in zip(axes, fits, strict=True):
         if LOSS in columns:
             other = ax.twinx()
@@ -123,25 +123,25 @@ def learning_figure(fits: Sequence[Curves]) -> Figure:
     return figure
 
 
-def fits_behind(bundle: Path) -> tuple[list[Curves], list[str]]:
-    """The learning curves of the fits that a bundle or an index was made from, and why some are missing.
+def learning_curves(bundle: Path) -> tuple[list[Curves], list[str]]:
+    """Learning curves of the fits behind a bundle or an index, and the reasons for missing ones.
 
-    They are found through the parents that the manifests name. A parent that is gone, or has another content than the
-    one recorded, has no curve: its log may be of another fit.
+    The fits are the parents recorded in the manifests. A parent that is gone or has changed since has no curve: its
+    log may belong to another fit.
 
     Args:
         bundle: a bundle, or an index for the first stage alone.
     """
     manifest = bundle_manifest(bundle)
     parents = dict(manifest["parents"])
-    if "index" in parents and as_recorded(parents["index"]):
+    if "index" in parents and is_unchanged(parents["index"]):
         parents = read_manifest(parents["index"]["path"], "index", "recsys export-index")["parents"] | parents
     fits, missing = [], []
     for stage in STAGES if "ranker" in parents else STAGES[:1]:
         parent = parents.get(stage)
-        if parent is None or not as_recorded(parent):
+        if parent is None or not is_unchanged(parent):
             where = parents["index" if parent is None else stage]["path"]
-            missing.append(f"No learning curve of the {stage}: {where} is gone or was made anew.")
+            missing.append(f"No learning curve of the {stage}: {where} is gone or has changed.")
             continue
         log = Path(parent["path"]).parent / "log"
         if columns := read_log(log):
@@ -151,16 +151,15 @@ def fits_behind(bundle: Path) -> tuple[list[Curves], list[str]]:
     return fits, missing
 
 
-def as_recorded(parent: dict[str, Any]) -> bool:
-    """Whether a parent that a manifest names is still there and still the same."""
+def is_unchanged(parent: dict[str, Any]) -> bool:
+    """Whether a parent recorded in a manifest still exists with the same content."""
     return parent["hash"] is not None and fingerprint(parent["path"]) == parent["hash"]
 
 
 def read_log(log: Path) -> dict[str, Curve]:
-    """The curves in log/version_*/metrics.csv, which CSVLogger writes, one version for each start of a fit.
+    """Reads the curves in log/version_*/metrics.csv, written by CSVLogger, one version per start of a fit.
 
-    A fit that was resumed goes on in a new version, from the step where it took up, so a version replaces what older
-    ones say of its steps.
+    A resumed fit writes a new version from its first step on, so later versions replace those steps of earlier ones.
     """
     points: dict[str, dict[int, float]] = {}
     versions = {file: file.parent.name.removeprefix("version_") for file in log.glob("version_*/metrics.csv")}
@@ -175,20 +174,25 @@ def read_log(log: Path) -> dict[str, Curve]:
     return {column: (np.array(list(curve)), np.array(list(curve.values()))) for column, curve in points.items()}
 
 
-def draw(report: dict[str, Any], place: np.ndarray, bundle: Path, output: Path) -> tuple[dict[str, str], list[str]]:
+def write_figures(
+    report: dict[str, Any], candidate_rank: np.ndarray, bundle: Path, output: Path
+) -> tuple[dict[str, str], list[str]]:
     """Writes the figures of a report into a folder.
 
     Args:
-        report: as it stands in report.json.
-        place: (n,) place of each target among the candidates, from 1.
-        bundle: what was measured.
+        report: the content of report.json.
+        candidate_rank: (n,) rank of each target among the candidates, from 1.
+        bundle: the evaluated bundle.
         output: the folder.
 
     Returns:
-        File name -> title of the figures that are there now, and why others are missing.
+        File name -> title of the written figures, and the reasons for missing ones.
     """
-    fits, missing = fits_behind(bundle)
-    figures = {"cohorts.png": cohorts_figure(report), "ceiling.png": ceiling_figure(place, report["candidates"]["k"])}
+    fits, missing = learning_curves(bundle)
+    figures = {
+        "cohorts.png": cohorts_figure(report),
+        "ceiling.png": ceiling_figure(candidate_rank, report["candidates"]["k"]),
+    }
     if fits:
         figures["learning.png"] = learning_figure(fits)
     if "calibration" in report:

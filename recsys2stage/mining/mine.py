@@ -128,7 +128,7 @@ def mine_negatives(
     print(
         f"{output}: {counts['rows']:,} rows in {counts['lists']:,} lists of {counts['users']:,} users "
         f"({counts['train_lists']:,} training and {counts['select_lists']:,} validation lists); "
-        f"{counts['target_outside_candidates']:,} lists do not contain the target among their {k} candidates"
+        f"in {counts['target_outside_candidates']:,} lists the target is not among the {k} candidates"
     )
 
 

@@ -1,1 +1,1 @@
-"""Requests for recommendations."""
+"""Serving: requests from a dataset or a file."""

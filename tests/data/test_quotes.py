@@ -159,7 +159,7 @@ def test_histories_are_looked_through_too(tmp_path: Path) -> None:
     path.write_text('user_id,item_id,note\n007,10,12" vinyl\n')
     assert read_log(path).rows() == [("007", "10", '12" vinyl')]
     path.write_text("user_id,item_id,user_id\n1,10,2\n")
-    with pytest.raises(ValueError, match=r"h\.csv has more than one column 'user_id'; one must go"):
+    with pytest.raises(ValueError, match=r"h\.csv has more than one column 'user_id'; remove all but one"):
         read_log(path)
 
 

@@ -39,7 +39,7 @@ def test_cohorts_partition_the_users(dataset: Dataset, rng: np.random.Generator)
 
 def test_cohorts_are_named_after_what_is_in_them(dataset: Dataset) -> None:
     users = dataset.users("test")
-    lengths = dataset.target_places("test")[users] - dataset.offsets[users]
+    lengths = dataset.target_indices("test")[users] - dataset.offsets[users]
     for label, member in history_cohorts(dataset, users, "test"):
         low, high = map(int, label.removesuffix(" events").split("-"))
         assert member.any()

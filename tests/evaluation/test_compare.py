@@ -11,7 +11,7 @@ import pytest
 from pipeline_fixtures import Run, recsys
 
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.evaluation.compare import paired
+from recsys2stage.evaluation.compare import paired_differences
 from recsys2stage.metrics import KS, compute_metrics
 
 QUICK = ("--plots", "false", "--resamples", 100)
@@ -68,7 +68,7 @@ def test_a_run_is_equal_to_itself(
         assert f"Against {report}, on the same 150 users and targets." in shown
         assert "| ranker − theirs" in shown
         assert "| retriever − theirs" in shown
-        assert "Not alike" not in shown
+        assert "Other differences" not in shown
 
 
 def test_a_comparison_is_of_the_users_differences(trained: Run, other: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_was_trained_on_and_the_request_time_may_differ_and_are_named(
     edit_protocol(other, request_time="target", split_hash="of another training side")
     differs = ["request_time none here, target there", "the events before the targets or the training events differ"]
     assert against(trained, other, tmp_path / "out")["differs"] == differs
-    assert f"Not alike in the two runs: {'; '.join(differs)}." in capsys.readouterr().out
+    assert f"Other differences between the runs: {'; '.join(differs)}." in capsys.readouterr().out
     assert differs[0] in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -107,16 +107,14 @@ def test_what_was_trained_on_and_the_request_time_may_differ_and_are_named(
 )
 def test_another_protocol_is_refused(trained: Run, other: Path, tmp_path: Path, name: str, value: Any) -> None:
     edit_protocol(other, **{name: value})
-    refused(
-        f"was measured in another protocol: {name} is .* here and {value!r} there", trained, other, tmp_path / "out"
-    )
+    refused(f"has another evaluation protocol: {name} is .* here and {value!r} there", trained, other, tmp_path / "out")
 
 
 def test_other_users_are_refused_with_their_counts(trained: Run, other: Path, tmp_path: Path) -> None:
     edit_ranks(other, pl.read_parquet(other / "ranks.parquet").head(140))
-    message = "was measured on 140 users, this run on 150, and 140 are in both"
+    message = "was evaluated on 140 users, this run on 150, and 140 are in both"
     refused(message, trained, other, tmp_path / "out")
-    refused("measured on 140 users, this run on 20, and", trained, other, tmp_path / "out", "--users", 20)
+    refused("evaluated on 140 users, this run on 20, and", trained, other, tmp_path / "out", "--users", 20)
 
 
 def test_other_targets_and_another_catalogue_are_refused(trained: Run, other: Path, tmp_path: Path) -> None:
@@ -130,11 +128,18 @@ def test_other_targets_and_another_catalogue_are_refused(trained: Run, other: Pa
 
 
 def test_a_folder_without_a_report_or_of_an_older_version_is_refused(trained: Run, other: Path, tmp_path: Path) -> None:
-    refused("report.json does not exist, so there is nothing to compare with", trained, tmp_path, tmp_path / "out")
+    refused(
+        "report.json does not exist; to create the baseline run: recsys evaluate", trained, tmp_path, tmp_path / "out"
+    )
     words = ("--protocol", "sampled-30")
     refused(r"report-sampled-30.json does not exist.*--protocol sampled-30", trained, other, tmp_path / "out", *words)
     edit_ranks(other, pl.read_parquet(other / "ranks.parquet").drop("target"))
-    refused("an older version wrote it: recsys evaluate", trained, other, tmp_path / "out")
+    refused(
+        "by an older version and lacks targets or catalogue size; run: recsys evaluate",
+        trained,
+        other,
+        tmp_path / "out",
+    )
 
 
 def test_samples_are_compared_where_their_draws_are_the_same(trained: Run, tmp_path: Path) -> None:
@@ -169,11 +174,11 @@ def test_a_run_with_other_training_events_but_the_same_targets_is_comparable(tra
 
 def test_a_gain_of_every_user_is_certain_and_none_is_not(rng: np.random.Generator) -> None:
     ranks = rng.choice([2, 40, 160], 300)
-    gain = paired(compute_metrics(ranks - 1), compute_metrics(ranks), resamples=200, seed=0)["mrr"]
+    gain = paired_differences(compute_metrics(ranks - 1), compute_metrics(ranks), resamples=200, seed=0)["mrr"]
     assert gain["p"] == 1 / 201
     assert gain["share_of_resamples_above_zero"] == 1
     shuffled = compute_metrics(rng.permutation(ranks))
-    luck = paired(shuffled, compute_metrics(ranks), resamples=200, seed=0)["mrr"]
+    luck = paired_differences(shuffled, compute_metrics(ranks), resamples=200, seed=0)["mrr"]
     assert luck["difference"] == pytest.approx(0, abs=1e-12)  # the same ranks, of other users
     assert luck["p"] > 0.9
     assert luck["low"] is not None

@@ -23,13 +23,13 @@ from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.evaluate import (
     TOP,
     describe,
-    top_probability,
     excluded_from_ranking,
     protocol_line,
     rank_users,
     second_stage_rank,
     summarise,
     top_items,
+    top_probability,
 )
 from recsys2stage.evaluation.report import as_markdown, as_table
 from recsys2stage.metrics import KS, compute_rank
@@ -150,7 +150,9 @@ def test_ranks_do_not_depend_on_who_else_is_ranked(dataset: Dataset, recommender
     for name in MODELS:
         same_ranks(whole.ranks[name], parts.ranks[name])
         same_ranks(whole.ranks[name][5::10], some.ranks[name])
-        assert np.abs(whole.top_counts[name] - parts.top_counts[name]).sum() <= 0.01 * whole.top_counts[name].sum()  # near ties
+        assert (
+            np.abs(whole.top_counts[name] - parts.top_counts[name]).sum() <= 0.01 * whole.top_counts[name].sum()
+        )  # near ties
     same_ranks(whole.candidate_rank, parts.candidate_rank)
     close(whole.confidence, parts.confidence)
     assert (whole.hit != parts.hit).mean() <= 0.02
@@ -184,7 +186,9 @@ def test_the_second_ranks_of_all_items_are_a_permutation(rng: np.random.Generato
     ranks = []
     for place, item in enumerate(retrieved):
         before = sum(candidate in retrieved[:place] for candidate in listed)
-        rank = second_stage_rank(listed[None], logits[None], np.array([item]), np.array([place + 1]), np.array([before]))
+        rank = second_stage_rank(
+            listed[None], logits[None], np.array([item]), np.array([place + 1]), np.array([before])
+        )
         ranks.append(int(rank[0]))
     assert sorted(ranks) == list(range(1, count + 1))
     assert sorted(ranks[list(retrieved).index(item)] for item in listed) == list(range(1, k + 1))
@@ -242,7 +246,7 @@ def test_every_sampled_rank_is_that_of_a_naive_evaluation(
         expected = sampled_ranks_by_hand(dataset, recommender, user, negatives, seed=5)
         assert all(int(ranks[name][row]) in expected[name] for name in MODELS), user
     full = rank_users(dataset, recommender, users, "test")
-    same_ranks(outcome.candidate_rank, full.place)  # the candidates are those of the whole catalogue
+    same_ranks(outcome.candidate_rank, full.candidate_rank)  # the candidates are those of the whole catalogue
     assert 0 < (outcome.candidate_rank <= K).mean() < 1
     assert outcome.top_counts == {}  # nobody is shown a sample
     for name in MODELS:

@@ -17,7 +17,7 @@ from recsys2stage.evaluation.plots import (
     ceiling,
     ceiling_figure,
     cohorts_figure,
-    fits_behind,
+    learning_curves,
     learning_figure,
     read_log,
 )
@@ -48,7 +48,7 @@ def test_a_report_has_its_figures(report: Path, trained: Run, capsys: pytest.Cap
 def test_an_index_has_no_figures_of_a_ranker(trained: Run, tmp_path: Path) -> None:
     recsys("evaluate", "--bundle", trained.index, "--output", tmp_path, "--resamples", 10)
     assert {file.name for file in tmp_path.glob("*.png")} == {"cohorts.png", "ceiling.png", "learning.png"}
-    fits, missing = fits_behind(trained.index)
+    fits, missing = learning_curves(trained.index)
     assert [fit.stage for fit in fits] == ["retriever"]
     assert missing == []
 
@@ -91,7 +91,7 @@ def test_reliability_is_the_bins_beside_the_diagonal(report: Path) -> None:
 
 
 def test_curves_are_those_of_both_fits(trained: Run) -> None:
-    fits, missing = fits_behind(trained.bundle)
+    fits, missing = learning_curves(trained.bundle)
     assert missing == []
     assert [fit.stage for fit in fits] == ["retriever", "ranker"]
     assert [len(fit.columns["val/ndcg@10"][0]) for fit in fits] == [
@@ -141,13 +141,13 @@ def moved(trained: Run, tmp_path: Path) -> Run:
     bundle = json.loads(manifests[1].read_text())
     bundle["parents"]["index"]["hash"] = fingerprint(run.index)
     manifests[1].write_text(json.dumps(bundle))
-    assert fits_behind(run.bundle)[1] == []
+    assert learning_curves(run.bundle)[1] == []
     return run
 
 
 def test_a_log_that_is_gone_is_missed_in_words(moved: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(moved.folder / "retriever" / "log")
-    fits, missing = fits_behind(moved.bundle)
+    fits, missing = learning_curves(moved.bundle)
     assert [fit.stage for fit in fits] == ["ranker"]
     assert missing == [
         f"No learning curve of the retriever: {moved.folder / 'retriever' / 'log'} has no metrics.csv with val/ndcg@10 "
@@ -156,7 +156,7 @@ def test_a_log_that_is_gone_is_missed_in_words(moved: Run, tmp_path: Path, capsy
     shutil.rmtree(moved.ranker.parent)
     recsys("evaluate", "--bundle", moved.bundle, "--output", tmp_path / "out", "--resamples", 10)
     assert not (tmp_path / "out" / "learning.png").exists()
-    gone = f"No learning curve of the ranker: {moved.ranker} is gone or was made anew."
+    gone = f"No learning curve of the ranker: {moved.ranker} is gone or has changed."
     assert gone in capsys.readouterr().out
     assert gone in (tmp_path / "out" / "report.md").read_text()
 
@@ -164,10 +164,10 @@ def test_a_log_that_is_gone_is_missed_in_words(moved: Run, tmp_path: Path, capsy
 def test_the_log_of_another_fit_is_not_taken_for_this_ones(moved: Run) -> None:
     with moved.retriever.open("ab") as file:
         file.write(b"trained again")
-    fits, missing = fits_behind(moved.bundle)
+    fits, missing = learning_curves(moved.bundle)
     assert [fit.stage for fit in fits] == ["ranker"]
-    assert missing == [f"No learning curve of the retriever: {moved.retriever} is gone or was made anew."]
+    assert missing == [f"No learning curve of the retriever: {moved.retriever} is gone or has changed."]
     (moved.index / "manifest.json").write_text("{}")
-    fits, missing = fits_behind(moved.bundle)
+    fits, missing = learning_curves(moved.bundle)
     assert [fit.stage for fit in fits] == ["ranker"]
-    assert missing == [f"No learning curve of the retriever: {moved.index} is gone or was made anew."]
+    assert missing == [f"No learning curve of the retriever: {moved.index} is gone or has changed."]
