@@ -26,7 +26,7 @@ class Catalogue(NamedTuple):
     vectors: Callable[[Tensor], Tensor]  # item numbers (U,) -> vectors (U, D); a score is q·v
     counts: Int[Tensor, " W"]  # (V + 1,) how often each item is a training target
     last_times: Int[Tensor, " W"]  # (V + 1,) time of the newest training event in seconds; 0 if none
-    similarity: Similarity = "cosine"  # what q·v is
+    similarity: Similarity = "cosine"  # q·v is a cosine or a dot product
     dim: int | None = None  # D without the bias, if vectors end with one
 
 

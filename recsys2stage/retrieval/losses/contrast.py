@@ -20,15 +20,15 @@ class InfoNCE(Sampled):
         loss = mean_i ( log( exp a_i + Σ_j exp b_ij ) − a_i )       b_ij = s_ij + log c_j − [log(n·q_j)]
                                                                     a_i  = s_ii           − [log(n·q_i)]
 
-    `correct` selects the logQ terms in brackets. With Uniform negatives this is the sampled softmax. The
-    limits of s below hold up to a constant per user u.
+    `correct` selects the logQ terms in brackets. With Uniform negatives this is the sampled softmax. The limits
+    of s below hold up to a constant per user u.
 
     - `negatives` (only b corrected): s tends to log p(i | u). In expectation the sum is over all items but the target,
       so the gradient estimates that of the full softmax, with a bias that falls as 1/n.
     - `both`: classification of the target against n noise samples (ranking NCE, Ma & Collins 2018). If samples equal
       to the target stayed in the sum, the minimum would be at s = log p(i | u) for every n, with other gradients than
       the full softmax's. They are masked, so a target with a large n·q_i has a small weight in its own denominator: as
-      in DCL, its gradient does not fade once it is likely. This matters for large p(i | u).
+      in DCL, its gradient fades less once it is likely. This matters for large p(i | u).
     - `none`: s tends to log p(i | u) − log p(i), because popular items are negatives more often. This discounts popular
       items. With Uniform negatives alone it equals `both`.
 

@@ -18,12 +18,15 @@ MaskCandidates = Callable[[Tensor, slice, slice], Tensor]
 
 
 class Block(NamedTuple):
-    """Scores of a block of M rows and N candidates; S is 1 if the rows share one candidate set, else M."""
+    """Scores of a block of M rows and N candidates; S is 1 if the rows share one candidate set, else M.
+
+    `sample_counts`, `log_expected` and `target_log_q` are as in SampledNegatives.
+    """
 
     positive: Float[Tensor, " M"]  # scores q·v / τ of the targets
     negative: Float[Tensor, "M N"]  # of the candidates, −inf if masked; may be overwritten
     sample_counts: Float[Tensor, "S N"]
-    log_expected: Float[Tensor, "S N"]  # this, the line above and below: as in SampledNegatives
+    log_expected: Float[Tensor, "S N"]
     target_log_q: Float[Tensor, " M"]
     ratings: Float[Tensor, " M"] | None
     num_items: int
@@ -110,9 +113,8 @@ def mask_target(target: Int[Tensor, " M"], sets: Int[Tensor, "S N"], dtype: torc
     """Masks the target itself among its candidates."""
     if len(sets) > 1:
         return lambda negative, rows, part: negative.masked_fill_(sets[part] == target[rows, None], -torch.inf)
-    position = torch.searchsorted(sets[0], target).clamp_(max=sets.size(1) - 1)[
-        :, None
-    ]  # a shared set is sorted and unique
+    # a shared set is sorted and unique
+    position = torch.searchsorted(sets[0], target).clamp_(max=sets.size(1) - 1)[:, None]
     penalty = torch.zeros_like(position, dtype=dtype).masked_fill_(sets[0][position] == target[:, None], -torch.inf)
     return lambda negative, rows, part: negative.scatter_add_(1, position[rows], penalty[rows])
 
