@@ -1,4 +1,4 @@
-"""From a raw log of events to ranked, measured recommendations, in two stages."""
+"""Two-stage recommender: retrieval and ranking, from a raw event log to evaluated recommendations."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Artifacts are folders that appear whole or not at all, each with a manifest.json of what made it."""
+"""Artifacts: folders written atomically, each with a manifest.json that records how it was made."""
 
 import hashlib
 import json
@@ -17,39 +17,39 @@ import numpy as np
 from recsys2stage import __version__
 from recsys2stage.columns import MANIFEST
 
-FORMAT = 1  # of every artifact and checkpoint; another number when what older code wrote cannot be read any more
+FORMAT = 1  # of artifacts and checkpoints; increase it when older files can no longer be read
 SEALED = ("index", "bundle", "candidates")  # artifacts whose manifests list the checksum of every file
-MOST_JSON = 1 << 26  # bytes of a JSON file
-RUN = Path("runs/ml-20m")  # the default run, as `make pipeline` leaves it
+MAX_JSON_BYTES = 1 << 26
+RUN = Path("runs/ml-20m")  # default run, as `make pipeline` writes it
 DATA = Path("data/ml-20m")
 
 
 @contextmanager
 def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
-    """Gives a free name beside `path`, for a folder or a file; on success what was made there takes the name `path`.
+    """Yields a temporary path next to `path`, for a folder or a file; on success it is renamed to `path`.
 
-    On failure it is removed. What stood at `path` before stays untouched until the new artifact is complete.
+    On failure it is removed. An existing `path` stays untouched until the new artifact is complete.
 
     Args:
-        path: where the artifact shall be.
-        kind: of a folder: what it will hold. A folder that holds anything else is not replaced.
+        path: final path.
+        kind: for a folder: the kind of artifact. A folder that holds anything else is not replaced.
     """
     path = Path(path)
     if kind is not None:
-        _refuse_to_replace_another(path, kind)
+        _check_replaceable(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    for left in path.parent.glob(f".{path.name}.*.*"):  # what a killed run left behind
+    for left in path.parent.glob(f".{path.name}.*.*"):  # left by a killed run
         owner, pid, state = left.name.rsplit(".", 2)
         if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not _alive(int(pid)):
-            if state == "old" and not path.exists():  # it was killed between the two renames below
+            if state == "old" and not path.exists():  # killed between the two renames below
                 left.rename(path)
             else:
                 _remove(left)
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir():  # a folder cannot be replaced in one step, so the old one steps aside first
+        if path.is_dir():  # a folder cannot be replaced in one step, so the old one is renamed first
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(aside)
             temporary.rename(path)
@@ -60,7 +60,7 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         _remove(temporary)
 
 
-def _refuse_to_replace_another(path: Path, kind: str) -> None:
+def _check_replaceable(path: Path, kind: str) -> None:
     if path.is_file():
         raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}")
     if not path.is_dir() or not any(path.iterdir()):
@@ -99,9 +99,9 @@ def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: di
 
     Args:
         kind: what the artifact is: dataset, retriever, index, candidates, ranker, bundle, ...
-        options: the arguments that made it.
-        parents: name -> folder of each artifact it was made from; their fingerprints are recorded.
-        facts: counts, hashes and measurements worth keeping.
+        options: arguments that it was made with.
+        parents: name -> folder of each input artifact; their fingerprints are recorded.
+        facts: counts, hashes and measurements.
     """
     manifest = {
         "kind": kind,
@@ -118,11 +118,11 @@ def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: di
 
 
 def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
-    """The manifest of an artifact, or an error that says how to make it.
+    """Reads and checks the manifest of an artifact.
 
     Args:
-        kind: what the artifact must be.
-        make: the command that makes one, for the error.
+        kind: expected kind of artifact.
+        make: command that makes one, for the error.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -135,7 +135,7 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
     if not (isinstance(parents, dict) and all(isinstance(p, dict) and _is_parent(p) for p in parents.values())):
         raise ValueError(f"{path} has the parents {parents!r}, expected a path and a hash of each; run: {make}")
     if kind in SEALED and "data" not in parents:
-        raise ValueError(f"{path} does not say from which data it was made; run: {make}")
+        raise ValueError(f"{path} has no parent 'data', expected the dataset it was made from; run: {make}")
     return manifest
 
 
@@ -144,13 +144,13 @@ def _is_parent(parent: dict[str, Any]) -> bool:
 
 
 def check_format(path: Path, number: Any, versions: Any, make: str) -> None:
-    """Refuses an artifact that other code wrote in a way this code does not read.
+    """Raises a ValueError unless an artifact has the format that this version reads.
 
     Args:
-        path: of the artifact, or of its manifest.
-        number: its format; None: it says none.
-        versions: of the packages that wrote it, by name, where it says so.
-        make: the command that makes it again.
+        path: the artifact, or its manifest.
+        number: its format number; None if it has none.
+        versions: versions of the packages that wrote it, by name, if recorded.
+        make: command that makes it again.
     """
     if type(number) is int and number == FORMAT:
         return
@@ -161,34 +161,34 @@ def check_format(path: Path, number: Any, versions: Any, make: str) -> None:
 
 
 def take(content: dict[str, Any], name: str, kind: Any, where: str | Path) -> Any:
-    """A value that must be there and of a type.
+    """Returns a required value of a JSON object and checks its type.
 
     Args:
-        content: what a JSON file holds.
-        name: of the value.
-        kind: type or types, as `isinstance` takes them; a bool is no number.
+        content: the JSON object.
+        name: key of the value.
+        kind: type or types, as for `isinstance`; a bool is not accepted as a number.
         where: the file, for the error.
     """
     value = content.get(name)
     if name not in content or not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-        found = f"the {name} {value!r}" if name in content else f"no {name}"
-        raise ValueError(f"{where} has {found[:80]}, expected {getattr(kind, '__name__', kind)}; make it again")
+        actual = f"the {name} {value!r}" if name in content else f"no {name}"
+        raise ValueError(f"{where} has {actual[:80]}, expected {getattr(kind, '__name__', kind)}; make it again")
     return value
 
 
 def read_json(path: Path, kind: type, make: str) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Args:
         path: the file.
-        kind: dict or list, which it must hold.
-        make: the command that makes the file again, for the error.
+        kind: expected type: dict or list.
+        make: command that makes the file again, for the error.
     """
-    if (size := path.stat().st_size) > MOST_JSON:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {MOST_JSON:,}; make it again: {make}")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}; make it again: {make}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{path} is not JSON ({error}); make it again: {make}") from error
     if not isinstance(content, kind):
         expected = "object" if kind is dict else kind.__name__
@@ -197,18 +197,18 @@ def read_json(path: Path, kind: type, make: str) -> Any:
 
 
 def read_array(path: Path, dtype: Any = None, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
-    """An array of a .npy file, mapped and not read; never a pickle, and never larger than its file.
+    """Memory-maps a .npy file. Refuses pickled objects, and arrays larger than their file.
 
     Args:
         path: the file.
-        dtype: what its numbers must be; None: anything but objects.
-        shape: what its shape must be, None for any size; None: any shape.
+        dtype: expected type; None: any but objects.
+        shape: expected shape, with None for any size; None: any shape.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make its folder again")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OverflowError, TypeError) as error:  # not an array, cut short, or of Python objects
+    except (ValueError, EOFError, OverflowError, TypeError) as error:  # not an array, truncated, or of Python objects
         raise ValueError(f"{path} cannot be read as an array ({error}); make it again") from error
     fits = shape is None or (
         array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
@@ -216,43 +216,43 @@ def read_array(path: Path, dtype: Any = None, shape: tuple[int | None, ...] | No
     if not fits or (dtype is not None and array.dtype != dtype):
         raise ValueError(
             f"{path} has shape {array.shape} and type {array.dtype}, expected "
-            f"{'any shape' if shape is None else shape} and {'any type' if dtype is None else np.dtype(dtype)}; is it "
-            "of another run? Make it again"
+            f"{'any shape' if shape is None else shape} and {'any type' if dtype is None else np.dtype(dtype)}; it "
+            "may be of another run, make it again"
         )
     return array
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder but its manifest, by its path from there."""
-    found = {}
+    """SHA-256 of each file in a folder except its manifest, by relative path."""
+    digests = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            raise ValueError(f"{path} is a link, expected a file of the folder's own; put a copy there")
+            raise ValueError(f"{path} is a symbolic link, expected a regular file; put a copy there")
         if path.is_file() and name != MANIFEST and not path.name.startswith("."):
-            found[name] = str(fingerprint(path))
-    return found
+            digests[name] = str(fingerprint(path))
+    return digests
 
 
 def verify(folder: str | Path, manifest: dict[str, Any], make: str) -> None:
-    """Refuses a folder whose files are not those that its manifest lists, by name and checksum.
+    """Raises an error unless the files of a folder match the names and checksums in its manifest.
 
     Args:
-        folder: of a SEALED artifact.
+        folder: a SEALED artifact.
         manifest: its manifest.
-        make: the command that makes it again, for the error.
+        make: command that makes it again, for the error.
     """
     folder = Path(folder)
-    listed = take(manifest, "files", dict, folder / MANIFEST)
-    for name in listed:
+    expected = take(manifest, "files", dict, folder / MANIFEST)
+    for name in expected:
         if name != PurePosixPath(name).as_posix() or PurePosixPath(name).is_absolute() or ".." in name.split("/"):
-            raise ValueError(f"{folder / MANIFEST} lists {name!r}, expected names of its own files; run: {make}")
+            raise ValueError(f"{folder / MANIFEST} lists {name!r}, expected relative paths of its files; run: {make}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; make {folder} again: {make}")
-    for name, found in checksums(folder).items():
-        if name not in listed:
+    for name, digest in checksums(folder).items():
+        if name not in expected:
             raise ValueError(f"{folder / name} is not listed in {folder / MANIFEST}; remove it, or make {folder} again")
-        if found != listed[name]:
+        if digest != expected[name]:
             raise ValueError(
                 f"{folder / name} is not the file that was written with {folder / MANIFEST} (its checksum differs): it "
                 f"is damaged or of another run; make {folder} again: {make}"
@@ -260,7 +260,7 @@ def verify(folder: str | Path, manifest: dict[str, Any], make: str) -> None:
 
 
 def fingerprint(path: str | Path) -> str | None:
-    """SHA-256 of a file, or of a folder's manifest; None where there is neither."""
+    """SHA-256 of a file, or of a folder's manifest; None if there is neither."""
     path = Path(path)
     path = path / MANIFEST if path.is_dir() else path
     if not path.is_file():
@@ -282,7 +282,7 @@ def hash_arrays(*arrays: np.ndarray) -> str:
 
 
 class ParquetStream:
-    """Writes tables of like columns one after the other into one Parquet file."""
+    """Writes tables with the same columns one after another to one Parquet file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -292,7 +292,7 @@ class ParquetStream:
         return self
 
     def write(self, table: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa  # here, because training writes manifests and needs no Parquet
+        import pyarrow as pa  # imported here: training writes manifests but needs no Parquet
         import pyarrow.parquet as pq
 
         arrow = pa.table(table)

@@ -1,4 +1,4 @@
-"""Plain options and weights, as checkpoints and served folders hold them, made modules again; needs no Lightning."""
+"""Checkpoints: options and weights, loaded without pickled code and rebuilt into modules without Lightning."""
 
 import io
 import pickle
@@ -9,32 +9,32 @@ from typing import Any
 import torch
 
 from recsys2stage.artifacts import FORMAT, check_format, take
-from recsys2stage.trust import arguments, plainly
+from recsys2stage.trust import arguments, shorten_class_paths
 
-OPTIONS, SPLIT, VERSIONS = "hyper_parameters", "split_hash", "versions"  # of a checkpoint
-MOST_UNSAVED = 1 << 30  # bytes of a table that a module makes itself
+OPTIONS, SPLIT, VERSIONS = "hyper_parameters", "split_hash", "versions"  # keys of a checkpoint
+MAX_BUFFER_BYTES = 1 << 30  # largest buffer that is not in the state_dict
 
 
-def sign(checkpoint: dict[str, Any], split_hash: str | None, version: str) -> None:
-    """Adds to a checkpoint what those who load it look at, and names classes as files do.
+def add_metadata(checkpoint: dict[str, Any], split_hash: str | None, version: str) -> None:
+    """Adds format, versions and split hash to a checkpoint, and shortens the class paths in its options.
 
     Args:
-        checkpoint: as Lightning dumps it; changed.
-        split_hash: of the dataset it was trained on, where known.
+        checkpoint: as Lightning makes it; changed in place.
+        split_hash: of the training dataset, if known.
         version: of this package.
     """
     checkpoint |= {"format": FORMAT, VERSIONS: {"recsys2stage": version}, SPLIT: split_hash}
-    options = plainly(checkpoint.get(OPTIONS, {}))
-    options.pop("_class_path", None)  # who loads it says of which class it is
+    options = shorten_class_paths(checkpoint.get(OPTIONS, {}))
+    options.pop("_class_path", None)  # the caller that loads it gives the class
     checkpoint[OPTIONS] = options
 
 
 def load_checkpoint(path: str | Path, make: str) -> dict[str, Any]:
-    """A checkpoint of a fit: plain values and tensors, never code.
+    """Loads a checkpoint of a fit: plain values and tensors, no pickled code.
 
     Args:
         path: checkpoint.
-        make: the command that makes such a checkpoint, for the error.
+        make: command that makes such a checkpoint, for the error.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,12 +48,12 @@ def load_checkpoint(path: str | Path, make: str) -> dict[str, Any]:
 
 
 def load_tensors(file: Path | io.BytesIO, where: str | Path, make: str) -> dict[str, Any]:
-    """A dictionary that torch.save wrote, whose tensors take no more memory than their file has bytes.
+    """Loads a dictionary written by torch.save. Refuses compression, so memory use is limited by the file size.
 
     Args:
         file: a path, or the bytes of a file.
-        where: what it is, for the error.
-        make: the command that makes it again, for the error.
+        where: name of the file, for the error.
+        make: command that makes it again, for the error.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -65,22 +65,22 @@ def load_tensors(file: Path | io.BytesIO, where: str | Path, make: str) -> dict[
             file.seek(0)
         content = torch.load(file, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{where} is not a checkpoint, or not a whole one; make it again: {make}") from error
+        raise ValueError(f"{where} is not a checkpoint, or is incomplete; make it again: {make}") from error
     if not (isinstance(content, dict) and all(isinstance(name, str) for name in content)):
         raise ValueError(f"{where} holds a {type(content).__name__}, expected values by name; make it again: {make}")
     return content
 
 
 def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The options a checkpoint was trained with, and the weights of one part of it.
+    """Reads the options of a checkpoint and the weights of one submodule.
 
     Args:
         path: checkpoint.
-        part: attribute of the trained module, such as "towers".
-        make: the command that makes such a checkpoint, for the error.
+        part: submodule of the trained module, such as "towers".
+        make: command that makes such a checkpoint, for the error.
 
     Returns:
-        The options, among them `split_hash` of the data it was trained on (None where unknown), and the weights.
+        The options, with the `split_hash` of the training data (None if unknown), and the weights.
     """
     checkpoint = load_checkpoint(path, make)
     weights = {
@@ -94,26 +94,26 @@ def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], d
 
 
 def build(kind: type, options: Any, weights: dict[str, torch.Tensor], where: str | Path) -> Any:
-    """A module from plain options, in which {"class_path", "init_args"} stands for a factory, and its weights.
+    """Builds a module in eval mode from plain options, where {"class_path", "init_args"} is a factory, and weights.
 
     Args:
         kind: class of the module.
         options: its arguments, by name.
-        weights: of all its parameters and buffers.
+        weights: its state_dict.
         where: the file they come from, for the error.
 
     Raises:
-        ValueError: where options or weights do not make such a module; no memory is taken for others.
+        ValueError: if options or weights do not fit the class; shapes are checked before memory is allocated.
     """
     made = arguments(kind, options, where)
     try:
         for name, value in weights.items():
             if not isinstance(value, torch.Tensor) or value.nbytes > value.untyped_storage().nbytes():
-                raise ValueError(f"the weights {name} are no whole tensor")
+                raise ValueError(f"the weights {name} are not a tensor, or are larger than their storage")
         _check_shapes(kind, made, weights)
         module = kind(**made)
         module.load_state_dict(weights)
-    except Exception as error:  # whatever a constructor says of untrusted options
+    except Exception as error:  # untrusted options can make a constructor raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{where} does not hold options and weights of one {kind.__name__} ({reason[0]}); make it again"
@@ -122,12 +122,12 @@ def build(kind: type, options: Any, weights: dict[str, torch.Tensor], where: str
 
 
 def _check_shapes(kind: type, options: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
-    """Refuses weights that the module has not, or in other shapes, before memory is taken for it."""
+    """Raises a ValueError for missing, unexpected or misshapen weights, before memory is allocated for the module."""
     given = {name: tuple(value.shape) for name, value in weights.items()}
     try:
         with torch.device("meta"):
             module = kind(**options)
-    except (RuntimeError, TypeError):  # a class that looks at its own numbers when it is made, which have none here
+    except (RuntimeError, TypeError):  # the constructor reads values, which meta tensors lack
         largest = max((size for shape in given.values() for size in shape), default=0)
         for name in ("num_items", "dim"):
             if isinstance(options.get(name), int) and options[name] > largest:
@@ -140,5 +140,5 @@ def _check_shapes(kind: type, options: dict[str, Any], weights: dict[str, torch.
         if wanted.get(name) != given.get(name):
             raise ValueError(f"{name} has shape {given.get(name)}, expected {wanted.get(name)}")
     for name, table in module.named_buffers():
-        if name not in wanted and table.nbytes > MOST_UNSAVED:  # such as angles, a row for each place
-            raise ValueError(f"{name} would take {table.nbytes:,} bytes, expected at most {MOST_UNSAVED:,}")
+        if name not in wanted and table.nbytes > MAX_BUFFER_BYTES:  # such as rotary angles, a row per position
+            raise ValueError(f"{name} would take {table.nbytes:,} bytes, expected at most {MAX_BUFFER_BYTES:,}")

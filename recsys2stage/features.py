@@ -1,11 +1,11 @@
-"""Declared features of items and users as numbers that a network can read.
+"""Encoders of declared item and user features: embeddings, standardised numbers, projected vectors.
 
-N rows (items or users), P values of a feature in a row, G numbers made of all the features of a row.
+N rows (items or users), P values of a feature in a row, G width of all encoded features of a row.
 
 A declared feature is {"name", "kind", "size", "values"}: `size` counts the classes of a categorical or multi-valued
-feature, "unknown" included, and `values` is P; where data are looked up, `values` is the array itself. What is not
-known has a learned vector of its own. It starts at zero, the mean of the known ones, so that it means something even
-where the data hold nothing unknown.
+feature, "unknown" included, and `values` is P; where data are loaded, `values` is the array itself. A missing value
+has its own learned vector. It starts at zero, the mean of the others, so that it is meaningful even if no value is
+missing in the training data.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ from recsys2stage.columns import UNKNOWN
 
 
 class FeatureTable(nn.Module):
-    """What is known of each item, made numbers. All values lie in buffers, so that its weights stand alone.
+    """Encoded features of each item. All values are buffers, so its state_dict is complete.
 
     Args:
-        num_items: V; row 0 of the buffers is padding, of which nothing is known.
+        num_items: V; row 0 of the buffers is padding, with all values missing.
         features: declared item features.
-        dim: width of the vector that a feature becomes, but for numeric ones, which become two numbers.
+        dim: width of each encoded feature; 2 for numeric features.
     """
 
     def __init__(self, num_items: int, features: Sequence[dict[str, Any]], dim: int) -> None:
         super().__init__()
         self.encoder = FeatureEncoder(features, dim)
         self.width = self.encoder.width
-        for number, values in enumerate(self.encoder.nothing(num_items + 1)):
+        for number, values in enumerate(self.encoder.missing_values(num_items + 1)):
             self.register_buffer(f"values{number}", values)
 
     def forward(self, items: Int[Tensor, " N"]) -> Float[Tensor, "N G"]:
         return self.encoder([self.get_buffer(f"values{n}")[items] for n in range(len(self.encoder.parts))])
 
     def load_item_tables(self, features: Sequence[dict[str, Any]]) -> None:
-        """Takes all items' values and their scales from the data.
+        """Loads the values of all items, and the scales of numeric features.
 
         Args:
             features: declared features with their arrays, as `Dataset.item_features` gives them.
@@ -50,20 +50,20 @@ class FeatureTable(nn.Module):
 
 
 class FeatureEncoder(nn.Module):
-    """Values of declared features to numbers of about unit variance, side by side.
+    """Encodes values of declared features to about unit variance and concatenates them.
 
     Args:
         features: declared features.
-        dim: width of the vector that a feature becomes, but for numeric ones, which become two numbers.
+        dim: width of each encoded feature; 2 for numeric features.
     """
 
     width: int  # G
 
     def __init__(self, features: Sequence[dict[str, Any]], dim: int) -> None:
         super().__init__()
-        # by number: a module cannot hold parts named type or a.b
-        self.parts: Sequence[Part] = nn.ModuleList(  # type: ignore[assignment]  # torch: of modules
-            KINDS[feature["kind"]](feature, dim) for feature in features
+        # by number: submodules cannot be named type or a.b
+        self.parts: Sequence[ColumnEncoder] = nn.ModuleList(  # type: ignore[assignment]  # torch: of modules
+            ENCODERS[feature["kind"]](feature, dim) for feature in features
         )
         self.width = sum(part.width for part in self.parts)
 
@@ -72,53 +72,53 @@ class FeatureEncoder(nn.Module):
         Args:
             values: (N, P) of each feature, in the order they were declared.
         """
-        return torch.cat([part(of_one) for part, of_one in zip(self.parts, values, strict=True)], dim=-1)
+        return torch.cat([part(column) for part, column in zip(self.parts, values, strict=True)], dim=-1)
 
-    def nothing(self, rows: int, device: torch.device | None = None) -> list[Tensor]:
-        """Values, as `forward` takes them, of rows of which nothing is known."""
-        return [part.nothing(rows, device) for part in self.parts]
+    def missing_values(self, rows: int, device: torch.device | None = None) -> list[Tensor]:
+        """Inputs of `forward` for rows with all values missing."""
+        return [part.missing_values(rows, device) for part in self.parts]
 
     def load_item_tables(self, features: Sequence[dict[str, Any]]) -> None:
-        """Takes the scales of numeric features from all rows' values.
+        """Computes the scales of numeric features from all rows.
 
         Args:
             features: declared features with their arrays.
         """
         for part, feature in zip(self.parts, features, strict=True):
-            if isinstance(part, Numeric):
+            if isinstance(part, NumericEncoder):
                 part.load_item_tables(feature_table(feature))
 
 
 def feature_table(feature: dict[str, Any]) -> Tensor:
-    """All rows' values of a feature, (rows, P)."""
+    """Values of a feature in all rows, (rows, P)."""
     values = torch.from_numpy(np.asarray(feature["values"]))
     return values.view(len(values), -1)
 
 
-class Part(nn.Module):
-    """One feature's values to numbers.
+class ColumnEncoder(nn.Module):
+    """Encodes the values of one feature.
 
     Args:
         feature: the declared feature.
-        dim: width of the vector that it becomes, unless it is numeric.
+        dim: width of its encoding, unless it is numeric.
     """
 
-    missing: float  # the value that says "not known"
+    missing: float  # stands for a missing value
     dtype: torch.dtype  # of values
 
     def __init__(self, feature: dict[str, Any], dim: int) -> None:
         super().__init__()
         self.values, self.width = int(feature["values"]), dim
 
-    def nothing(self, rows: int, device: torch.device | None) -> Tensor:
-        """Values of rows of which nothing is known, (rows, P)."""
+    def missing_values(self, rows: int, device: torch.device | None) -> Tensor:
+        """Inputs for rows with a missing value, (rows, P)."""
         return torch.full((rows, self.values), self.missing, dtype=self.dtype, device=device)
 
 
-class Classes(Part):
-    """A learned vector for each class of a categorical feature; the mean of those that a multi-valued one has.
+class CategoricalEncoder(ColumnEncoder):
+    """Class embeddings of a categorical feature; their mean for a multi-valued one.
 
-    Row 0 of the table is "unknown": it stands where a row has no class at all, and is no part of a mean.
+    Row 0 of the table is "unknown": the vector of a row without any class, never part of a mean.
     """
 
     missing, dtype = UNKNOWN, torch.int32
@@ -132,8 +132,8 @@ class Classes(Part):
         return torch.where(known, self.table(values), self.table.weight[UNKNOWN])
 
 
-class Numeric(Part):
-    """A number, standardised by the known ones, and whether it is known; where it is not, 0 and 0."""
+class NumericEncoder(ColumnEncoder):
+    """A standardised number and an indicator that it is known; both 0 if it is missing."""
 
     missing, dtype = torch.nan, torch.float32
 
@@ -157,8 +157,8 @@ class Numeric(Part):
             self.get_buffer("std").copy_(torch.where(spread > 0, spread, 1))
 
 
-class Pretrained(Part):
-    """A vector from elsewhere, through Linear → LayerNorm; a learned "unknown" where any number of it is missing."""
+class VectorEncoder(ColumnEncoder):
+    """A given vector through Linear → LayerNorm; a learned "unknown" vector if any of its numbers is missing."""
 
     missing, dtype = torch.nan, torch.float32
 
@@ -173,9 +173,9 @@ class Pretrained(Part):
         return torch.where(known, self.norm(self.linear(values)), self.unknown)
 
 
-KINDS: dict[str, type[Part]] = {
-    "categorical": Classes,
-    "multi": Classes,
-    "numeric": Numeric,
-    "vector": Pretrained,
+ENCODERS: dict[str, type[ColumnEncoder]] = {
+    "categorical": CategoricalEncoder,
+    "multi": CategoricalEncoder,
+    "numeric": NumericEncoder,
+    "vector": VectorEncoder,
 }

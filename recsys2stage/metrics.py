@@ -1,7 +1,7 @@
-"""Ranking metrics of one relevant item a user, all computed from its rank; ties count against us.
+"""Ranking metrics with one relevant item per user, bootstrap intervals, significance tests, exposure and calibration.
 
-With one relevant item HR@k and Recall@k are the same number; both names are kept, since both are asked for. Beside
-them: how sure one may be of a mean or a difference, what the shown items are like, and how true probabilities are.
+Ranking metrics are computed from the rank of the relevant item; ties count against the model. With one relevant item
+HR@k and Recall@k are equal; both names are reported.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class RankMetrics(Metric):
         self.users = self.users + len(ranks)
 
     def take(self, prefix: str) -> dict[str, Tensor]:
-        """The means under prefixed names; starts anew."""
+        """Returns the means under prefixed names and resets the metric."""
         values = self.compute()
         self.reset()
         return {f"{prefix}{name}": value for name, value in values.items()}
@@ -81,9 +81,9 @@ class RankMetrics(Metric):
 
 
 def bootstrap(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Means of `resamples` samples of users drawn with replacement (Efron 1979), (R, K).
+    """Means of `resamples` samples of users with replacement (Efron 1979), (R, K).
 
-    All K columns of one resample see the same users, so the difference of two columns is a paired bootstrap.
+    All K columns of one resample use the same users, so the difference of two columns is a paired bootstrap.
 
     Args:
         values: (B, K) per-user values.
@@ -97,70 +97,70 @@ def bootstrap(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.nd
 
 
 def interval(means: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The central `level` of bootstrap means, (K,) low and (K,) high."""
+    """The central interval of bootstrap means at a confidence level, (K,) low and (K,) high."""
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return low, high
 
 
 def randomisation_test(differences: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """How often chance alone makes a mean difference at least as large as the one seen, two-sided p, (K,).
+    """Two-sided p-values of mean differences by a paired randomisation test, (K,).
 
-    Were both models alike, each user's difference could as well have the other sign. So all signs are drawn anew
-    `resamples` times (Fisher 1935; for retrieval: Smucker, Allan & Carterette 2007). What was seen counts as one draw
-    more, so that p is never 0 (Phipson & Smyth 2010).
+    If both models are equal, the sign of each user's difference is random. So all signs are sampled `resamples` times
+    (Fisher 1935; for retrieval: Smucker, Allan & Carterette 2007). The observed difference counts as one more sample,
+    so that p is never 0 (Phipson & Smyth 2010).
 
     Args:
-        differences: (B, K) per-user differences. All K columns of one draw see the same signs.
-        resamples: draws R; the smallest p is 1 / (R + 1).
-        seed: of the draws.
+        differences: (B, K) per-user differences. All K columns of one sample use the same signs.
+        resamples: samples R; the smallest p is 1 / (R + 1).
+        seed: of the samples.
     """
     rng = np.random.default_rng(seed)
-    seen = differences.sum(0)
-    moved = differences[differences.any(1)]  # the sign of nothing is nothing
-    slack = 1e-12 * np.abs(moved).sum(0)  # sums of the same numbers in other orders count as equal
+    observed = differences.sum(0)
+    nonzero = differences[differences.any(1)]  # flipping the sign of 0 changes nothing
+    tolerance = 1e-12 * np.abs(nonzero).sum(0)  # sums of the same numbers in other orders count as equal
     as_large = np.ones(differences.shape[1])
     for _ in range(resamples):
-        bits = np.unpackbits(np.frombuffer(rng.bytes(len(moved) // 8 + 1), np.uint8), count=len(moved))
-        as_large += np.abs(2 * (bits.astype(np.float64) @ moved) - seen) >= np.abs(seen) - slack
+        bits = np.unpackbits(np.frombuffer(rng.bytes(len(nonzero) // 8 + 1), np.uint8), count=len(nonzero))
+        as_large += np.abs(2 * (bits.astype(np.float64) @ nonzero) - observed) >= np.abs(observed) - tolerance
     return as_large / (1 + resamples)
 
 
-def compute_exposure(shown: np.ndarray, train_counts: np.ndarray) -> dict[str, float]:
-    """What the items that a model shows are like.
+def compute_exposure(recommended: np.ndarray, train_counts: np.ndarray) -> dict[str, float]:
+    """Coverage, novelty, popularity and concentration of the recommended items.
 
-    coverage: share of the catalogue that anybody is shown. novelty: mean −log2 of a shown item's share of the training
-    events, one event added to each item (Zhou et al. 2010; Vargas & Castells 2011). popularity: mean training events of
-    a shown item, ARP (Yin et al. 2012). gini: of how often each item of the catalogue is shown, 0 where all alike,
-    towards 1 where few have it all (Fleder & Hosanagar 2009).
+    coverage: share of the catalogue that is recommended to at least one user. novelty: mean −log2 of a recommended
+    item's share of the training events, with add-one smoothing (Zhou et al. 2010; Vargas & Castells 2011). popularity:
+    mean training events of a recommended item, ARP (Yin et al. 2012). gini: Gini coefficient of the recommendations per
+    item of the catalogue, 0 if equal, towards 1 if few items have them all (Fleder & Hosanagar 2009).
 
     Args:
-        shown: (V + 1,) to how many users each item is shown; that of item 0, padding, is not looked at.
+        recommended: (V + 1,) number of users each item is recommended to; item 0, padding, is ignored.
         train_counts: (V + 1,) training events of each item.
     """
-    shown, counts = shown[1:], train_counts[1:]
-    total = max(int(shown.sum()), 1)
+    recommended, counts = recommended[1:], train_counts[1:]
+    total = max(int(recommended.sum()), 1)
     share = (counts + 1) / (counts.sum() + len(counts))
-    place = np.arange(1, len(shown) + 1)
+    order = np.arange(1, len(recommended) + 1)
     return {
-        "coverage": float((shown > 0).mean()),
-        "novelty": float(shown @ -np.log2(share) / total),
-        "popularity": float(shown @ counts / total),
-        "gini": float((2 * place - len(shown) - 1) @ np.sort(shown) / (len(shown) * total)),
+        "coverage": float((recommended > 0).mean()),
+        "novelty": float(recommended @ -np.log2(share) / total),
+        "popularity": float(recommended @ counts / total),
+        "gini": float((2 * order - len(recommended) - 1) @ np.sort(recommended) / (len(recommended) * total)),
     }
 
 
 def compute_calibration(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> dict[str, Any]:
-    """How far the probability of what a model puts first is from how often it is right.
+    """Calibration of the probability of the top item: expected calibration error and reliability table.
 
-    The expected calibration error, Σ |B_m| / n · |share of hits in B_m − mean confidence in B_m| (Guo et al. 2017),
-    over bins of as many users each (Nixon et al. 2019): in bins of equal width nearly all users of a recommender would
-    share the lowest ones.
+    The expected calibration error is Σ |B_m| / n · |share of hits in B_m − mean confidence in B_m| (Guo et al. 2017),
+    over bins with equal numbers of users (Nixon et al. 2019): with bins of equal width, nearly all users of a
+    recommender would fall into the lowest.
 
     Args:
-        confidence: (n,) probability of the first item, n at least 1.
+        confidence: (n,) probability of the top item, n at least 1.
         hit: (n,) bool, whether it is the target.
-        bins: how many; fewer where there are fewer users.
+        bins: number of bins; fewer if there are fewer users.
     """
     order = np.argsort(confidence, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]

@@ -1,4 +1,4 @@
-"""The optimiser both stages start from, and how its learning rate goes."""
+"""Optimiser, learning-rate schedule and base LightningModule of both stages."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,17 +14,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from recsys2stage import __version__
 from recsys2stage.artifacts import check_format
-from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, load_checkpoint, sign
+from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, add_metadata, load_checkpoint
 from recsys2stage.trust import arguments, trusting
 
 
 class RecsysAdamW(torch.optim.AdamW):
-    """AdamW as in nanoRecSys: a quick second moment and no weight decay.
+    """AdamW as in nanoRecSys: β₂ = 0.98 and no weight decay.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate after warm-up.
-        betas: decay of the first and second moment.
+        betas: decay rates of the first and second moment.
         weight_decay: decoupled weight decay.
     """
 
@@ -36,40 +36,40 @@ class RecsysAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        # a fused step can unscale float16 gradients itself, and Lightning then refuses to clip them; without this mark
-        # they are unscaled before the step, as for any other optimiser, and bf16 has no scale at all
+        # a fused step can unscale float16 gradients itself, and Lightning then refuses to clip them; with this flag off
+        # they are unscaled before the step, as for any other optimiser; bf16 needs no scaling
         self._step_supports_amp_scaling = False
 
 
-class Planned(LightningModule):
-    """A module that knows how much of its run is done, for what changes on the way."""
+class RecsysModule(LightningModule):
+    """Base module of both stages: training progress, checkpoint metadata, loading without untrusted code."""
 
-    planned_steps = float("inf")  # of the whole run
+    planned_steps = float("inf")  # optimiser steps of the whole run
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        sign(checkpoint, self._split_hash, __version__)
+        add_metadata(checkpoint, self._split_hash, __version__)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another format, and one that was trained on other events than these data train on."""
+        """Refuses a checkpoint of another format, or one trained on another split."""
         make = f"recsys fit, with the model {type(self).__name__}"
         check_format(Path("the checkpoint"), checkpoint.get("format"), checkpoint.get(VERSIONS), make)
         own, other = self._split_hash, checkpoint.get(SPLIT)
         if own is not None and own != other:
             raise ValueError(
-                f"the checkpoint was trained on data with split hash {str(other)[:12]}…, but these have {own[:12]}…: "
-                f"their test events may have been trained on; fit again: {make}"
+                f"the checkpoint was trained on data with split hash {str(other)[:12]}…, but this data has "
+                f"{own[:12]}…: its test events may have been trained on; fit again: {make}"
             )
 
     @property
     def _split_hash(self) -> str | None:
-        """Of the data this module is trained or measured on; None where its data module has none."""
+        """Split hash of the data module; None if it has none."""
         return getattr(getattr(self._trainer, "datamodule", None), "split_hash", None)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, *args: Any, trust: Sequence[str] = (), **options: Any
     ) -> Any:
-        """As Lightning's, but never a class that the file names and this package or a module in `trust` has not."""
+        """As in Lightning, but only with classes of this package and of modules in `trust`."""
         make, taken = f"recsys fit, with the model {cls.__name__}", signature(cls).parameters
         stored = load_checkpoint(checkpoint_path, make)[OPTIONS]
         with trusting(trust):
@@ -81,33 +81,33 @@ class Planned(LightningModule):
 
     @property
     def progress(self) -> float:
-        """The share of the planned steps that is done."""
+        """Share of the planned steps done, from 0 to 1."""
         return min(1.0, self.global_step / self.planned_steps) if self._trainer else 0.0
 
-    def needs_an_end(self, what: str) -> None:
-        """Refuses a run without an end, by the share of which something changes."""
+    def require_planned_steps(self, what: str) -> None:
+        """Raises a ValueError for a run of unknown length: `what` is a schedule over the progress of the run."""
         if self.planned_steps == float("inf"):
             raise ValueError(
-                f"{what} changes with the share of the run that is done, and this run has no end; "
-                "set trainer.max_epochs or trainer.max_steps"
+                f"{what} is scheduled over the whole run, but this run has no planned end; set trainer.max_epochs or "
+                "trainer.max_steps"
             )
 
 
 def with_schedule(
     optimizer: Optimizer, warmup: int, final: float = 1.0, progress: Callable[[], float] = lambda: 0.0
 ) -> OptimizerLRSchedulerConfig:
-    """What Lightning's configure_optimizers returns: the learning rate rises linearly, then falls along a half cosine.
+    """Return value of Lightning's configure_optimizers, with linear warm-up and cosine decay.
 
     Args:
-        optimizer: with the learning rate at its highest.
-        warmup: steps of the rise.
-        final: share of the learning rate that is left at the end (Loshchilov & Hutter 2017, without restarts); 1: all.
-        progress: how much of the run is done, from 0 to 1.
+        optimizer: with the peak learning rate.
+        warmup: warm-up steps.
+        final: final share of the learning rate (Loshchilov & Hutter 2017, without restarts); 1: no decay.
+        progress: returns the share of the run that is done, from 0 to 1.
     """
     if not 0 <= final <= 1:
         raise ValueError(f"final_lr is {final}, expected a share of the learning rate, from 0 to 1")
 
-    def share(step: int) -> float:
+    def factor(step: int) -> float:
         return min(1.0, (step + 1) / max(warmup, 1)) * (final + (1 - final) * (1 + math.cos(math.pi * progress())) / 2)
 
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"}}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

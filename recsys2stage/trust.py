@@ -1,7 +1,7 @@
-"""Which classes a file may name: this package's by their short names, others only from modules that the caller allows.
+"""Class lookup for files: this package's classes by short name, other classes only from trusted modules.
 
-A class is looked up by the type that the place in the file expects (an encoder where an Encoder belongs), so that no
-other callable can be reached. Short names come from the subclasses of that type, wherever in the package they stand.
+Only subclasses of the expected base class can be named (an Encoder where an encoder belongs), so that no other
+callable can be reached. A short name is found among these subclasses, in any module of the package.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 PACKAGE = __name__.partition(".")[0]
 CLASS, OPTIONS = "class_path", "init_args"
 
-Trust = list[str] | str | None  # modules, or one
+Trust = list[str] | str | None  # names of modules, or one name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,7 +26,7 @@ _allowed: ContextVar[tuple[str, ...]] = ContextVar("allowed", default=())
 
 @contextmanager
 def trusting(modules: Iterable[str] | None) -> Iterator[None]:
-    """Within it, files may also name classes of these modules and of what lies below them, which are then imported."""
+    """Context in which files may also name classes of these modules and their submodules, which are then imported."""
     modules = [modules] if isinstance(modules, str) else list(modules or ())
     token = _allowed.set((*_allowed.get(), *modules))
     try:
@@ -36,7 +36,7 @@ def trusting(modules: Iterable[str] | None) -> Iterator[None]:
 
 
 def trusts(verb: Callable[P, R]) -> Callable[P, R]:
-    """Runs a function `trusting` the modules of its argument `trust`."""
+    """Decorator: runs a function in the context `trusting(trust)`, with its own argument `trust`."""
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -46,37 +46,37 @@ def trusts(verb: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def name_of(kind: type) -> str:
-    """What a file calls a class: the short name of one of this package, the dotted path of any other."""
+def class_name(kind: type) -> str:
+    """Name of a class in files: the short name for classes of this package, the dotted path for others."""
     return kind.__qualname__ if _root(kind.__module__) == PACKAGE else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def find_class(name: Any, base: type, where: str | Path) -> type:
-    """The class that a file names.
+    """Finds the class that a file names.
 
     Args:
         name: short name of a class of this package, or dotted path.
-        base: what it must be a subclass of.
+        base: required base class.
         where: the file, for the error.
 
     Raises:
-        ValueError: for other classes, and for modules that are not allowed, before they are imported.
+        ValueError: for other classes, and for modules that are not trusted, before they are imported.
     """
     if not isinstance(name, str):
         raise ValueError(f"{where} names the class {name!r}, expected text")
     module, _, short = name.rpartition(".")
-    if _root(module) in ("", PACKAGE):  # wherever in the package it stood when the file was written
+    if _root(module) in ("", PACKAGE):  # in any module: it may have moved since the file was written
         members = dict(_members(base))
         if short not in members:
             raise ValueError(
-                f"{where} names the {base.__name__} {name!r}, which this version has not; expected one of "
+                f"{where} names the {base.__name__} {name!r}, which this version does not have; expected one of "
                 f"{', '.join(sorted(members))}"
             )
         return members[short]
-    own = _root(module) == _root(base.__module__)  # an optimiser may be any of torch's
+    own = _root(module) == _root(base.__module__)  # such as torch's optimisers
     if not own and not any(module == allowed or module.startswith(f"{allowed}.") for allowed in _allowed.get()):
         raise ValueError(
-            f"{where} names {name}, which is not of {PACKAGE}, and loading it would run the code of {module}; if you "
+            f"{where} names {name}, which is not part of {PACKAGE}; loading it would run the code of {module}. If you "
             f"trust that code, allow it: --trust {module}, in Python trust=[{module!r}], with make TRUST={module}"
         )
     try:
@@ -89,35 +89,35 @@ def find_class(name: Any, base: type, where: str | Path) -> type:
 
 
 def arguments(kind: type, options: Any, where: str | Path) -> dict[str, Any]:
-    """Plain options of a class, in which each description of a class becomes that class with its options bound.
+    """Resolves plain options of a class: each {"class_path", "init_args"} becomes that class with its options bound.
 
     Args:
-        kind: the class, whose annotations say where which classes are expected.
+        kind: the class; its annotations give the base class that each option expects.
         options: by name.
         where: the file they come from, for the error.
     """
     if not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
-        raise ValueError(f"{where} gives {kind.__name__} the options {_short(options)}, expected them by name")
+        raise ValueError(f"{where} gives {kind.__name__} the options {_short(options)}, expected a dictionary by name")
     return {name: _resolved(value, kind, name, where) for name, value in options.items()}
 
 
 def factory(described: Any, base: type, where: str | Path) -> Callable[..., Any]:
-    """A description, {"class_path", "init_args"}, as that class, which is below `base`, with its options bound."""
+    """Resolves {"class_path", "init_args"} to that subclass of `base`, with its options bound."""
     if not (isinstance(described, dict) and CLASS in described and described.keys() <= {CLASS, OPTIONS}):
         raise ValueError(
-            f"{where} describes a {base.__name__} by {_short(described)}, expected {CLASS} and perhaps {OPTIONS}"
+            f"{where} describes a {base.__name__} by {_short(described)}, expected {CLASS} and optionally {OPTIONS}"
         )
     kind = find_class(described[CLASS], base, where)
     return functools.partial(kind, **arguments(kind, described.get(OPTIONS) or {}, where))
 
 
-def plainly(value: Any) -> Any:
-    """Options in which each class is called as `name_of` does; it must have been imported."""
+def shorten_class_paths(value: Any) -> Any:
+    """Replaces the path of each class of this package in plain options by its short name, as `class_name` gives it."""
     if isinstance(value, list | tuple):
-        return type(value)(plainly(part) for part in value)
+        return type(value)(shorten_class_paths(part) for part in value)
     if not isinstance(value, dict):
         return value
-    plain = {name: plainly(part) for name, part in value.items()}
+    plain = {name: shorten_class_paths(part) for name, part in value.items()}
     if isinstance(path := plain.get(CLASS), str) and _root(path) == PACKAGE:
         plain[CLASS] = path.rpartition(".")[2]
     return plain
@@ -138,13 +138,13 @@ def _resolved(value: Any, kind: type, option: str, where: str | Path) -> Any:
             f"{where} names a class for {option} of {kind.__name__}, where none is expected; if it is your class, "
             "annotate the argument, for example as TimeFactory"
         )
-    (base, called), *_ = bases
+    (base, is_factory), *_ = bases
     made = factory(value, base, where)
-    return made if called else made()
+    return made if is_factory else made()
 
 
 def _annotation(kind: type, option: str) -> Any:
-    for owner in kind.__mro__:  # an option may be one of a base, handed on by **kwargs
+    for owner in kind.__mro__:  # an option may belong to a base class, passed on by **kwargs
         if "__init__" in vars(owner):
             hints = get_type_hints(vars(owner)["__init__"])
             if option in hints:
@@ -153,7 +153,7 @@ def _annotation(kind: type, option: str) -> Any:
 
 
 def _bases(annotation: Any) -> Iterator[tuple[type, bool]]:
-    """The classes that may be named for an annotation, each with whether they are called later (a factory)."""
+    """The base classes that an annotation allows, each with whether it is annotated as a factory."""
     if inspect.isclass(annotation) and get_origin(annotation) is None:
         if annotation.__module__ not in ("builtins", "typing") and annotation is not type(None):
             yield annotation, False
@@ -165,11 +165,11 @@ def _bases(annotation: Any) -> Iterator[tuple[type, bool]]:
 
 
 def _members(base: type) -> Iterator[tuple[str, type]]:
-    """The public classes of this package that are `base` or below it and can be made, by short name."""
+    """The public, concrete classes of this package among `base` and its subclasses, by short name."""
     if _root(base.__module__) == PACKAGE and not base.__name__.startswith("_") and not inspect.isabstract(base):
         yield base.__qualname__, base
-    below: list[type] = base.__subclasses__()
-    for kind in below:
+    subclasses: list[type] = base.__subclasses__()
+    for kind in subclasses:
         yield from _members(kind)
 
 

@@ -135,7 +135,7 @@ def test_a_number_that_is_never_known_or_always_the_same_says_nothing(values: li
 def test_before_a_look_up_nothing_is_known() -> None:
     built = FeatureTable(V, FEATURES, DIM)
     encoder = built.encoder
-    assert torch.equal(built(torch.tensor([1, 2])), encoder(encoder.nothing(2)))
+    assert torch.equal(built(torch.tensor([1, 2])), encoder(encoder.missing_values(2)))
     assert built.get_buffer("values3").isnan().all()
 
 

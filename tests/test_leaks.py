@@ -165,7 +165,7 @@ def same_targets(one: Run, other: Run, split: Part) -> np.ndarray:
 def before(run: Run, split: Part) -> list[bytes]:
     """Every event before the targets of a split: items, times, ratings and kinds."""
     dataset = Dataset(run.data)
-    ends = dataset.target_places(split)
+    ends = dataset.target_indices(split)
     kept = np.concatenate([np.arange(start, end) for start, end in zip(dataset.offsets[:-1], ends, strict=True)])
     arrays = [np.load(run.data / f"events.{name}.npy") for name in ("item", "time", "rating", "action")]
     return [array[kept].tobytes() for array in arrays]

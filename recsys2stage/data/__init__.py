@@ -1,1 +1,1 @@
-"""Raw events to a prepared dataset."""
+"""Data: sources of events, preparation of a dataset, splits, and histories as models read them."""

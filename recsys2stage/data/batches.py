@@ -1,4 +1,4 @@
-"""Many rows of events as one array: ragged, or left-aligned with lengths; histories and windows as models read them."""
+"""Batches of event rows as arrays: ragged, or left-aligned with lengths; model histories and training windows."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -30,15 +30,15 @@ def spans(starts: np.ndarray, ends: np.ndarray) -> Ragged:
     return Ragged(np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths), offsets)
 
 
-def places(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The indices starts[b] .. ends[b] - 1 as a left-aligned (B, L) matrix (0 in the rest), and which are real."""
+def padded_indices(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The indices starts[b] .. ends[b] - 1 left-aligned, padded with 0, and the mask of real ones, (B, L) each."""
     column = np.arange(max(int((ends - starts).max(initial=0)), 1))
     real = column < (ends - starts)[:, None]
     return np.where(real, starts[:, None] + column, 0), real
 
 
 class Padded(NamedTuple):
-    """Left-aligned events, cut to the longest row, and what is known of the users."""
+    """Left-aligned events, as long as the longest row, and the users' features."""
 
     items: np.ndarray  # (B, L) int64
     times: np.ndarray  # (B, L) int64
@@ -60,7 +60,7 @@ def left_aligned(
     if not len(items):  # nothing to gather from
         empty = np.zeros((len(starts), 1), dtype=np.int64)
         return Padded(empty, empty, np.zeros(len(starts), dtype=np.int64))
-    index, real = places(starts, ends)
+    index, real = padded_indices(starts, ends)
     return Padded(
         items=np.where(real, items[index], c.PAD).astype(np.int64),
         times=np.where(real, times[index], 0),
@@ -76,13 +76,13 @@ def as_history(
     target_time: np.ndarray | None = None,
     target_action: np.ndarray | None = None,
 ) -> History:
-    """A batch as a model reads it.
+    """Converts a batch to the tensors that a model reads.
 
     Args:
         padded: histories.
-        request_time: whose time a place's request has: its target's, its own (`last_event`), or none.
-        target_time: (B,) seconds of the request after the last place; None: the last event's own.
-        asked: (B,) the kind of action asked for after the last place; None: models are not told of kinds.
+        request_time: request time of each position: that of its target, of its own event (`last_event`), or none.
+        target_time: (B,) seconds of the last position's target; None: those of the last event.
+        target_action: (B,) action type of the last position's target; None: no target actions.
     """
     check_option("request_time", request_time, RequestTime)
     request = None
@@ -91,11 +91,11 @@ def as_history(
     elif request_time == "target":
         last = np.maximum(padded.lengths - 1, 0)
         own = padded.times[np.arange(len(last)), last]
-        request = followed_by(padded.times, padded.lengths, own if target_time is None else target_time)
-    kinds = None
+        request = shift_left(padded.times, padded.lengths, own if target_time is None else target_time)
+    target_actions = None
     if target_action is not None:
         actions = np.zeros_like(padded.items) if padded.actions is None else padded.actions
-        kinds = followed_by(actions, padded.lengths, target_action)
+        target_actions = shift_left(actions, padded.lengths, target_action)
     return History(
         items=torch.from_numpy(padded.items),
         lengths=torch.from_numpy(np.asarray(padded.lengths)),
@@ -103,30 +103,32 @@ def as_history(
         request=tensor(request),
         ratings=tensor(padded.ratings),
         actions=tensor(padded.actions),
-        target_action=tensor(kinds),
+        target_action=tensor(target_actions),
         user=None if padded.user is None else tuple(torch.from_numpy(values) for values in padded.user),
     )
 
 
 def newest_first(values: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
-    """The newest `count` of left-aligned (B, L) values, newest first, (B, count); 0 where there are no more."""
-    place = np.asarray(lengths)[:, None] - 1 - np.arange(count)
-    return np.where(place >= 0, np.take_along_axis(values, place.clip(min=0), axis=1), 0)
+    """The newest `count` of left-aligned (B, L) values, newest first, (B, count), padded with 0."""
+    position = np.asarray(lengths)[:, None] - 1 - np.arange(count)
+    return np.where(position >= 0, np.take_along_axis(values, position.clip(min=0), axis=1), 0)
 
 
-def recent_events(padded: Padded, now: np.ndarray, count: int, has_time: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Items of the newest `count` events and their ages at requests, newest first.
+def recent_events(
+    padded: Padded, request_time: np.ndarray, count: int, has_time: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Items of the newest `count` events and their ages at request time, newest first.
 
     Args:
         padded: histories.
-        now: (B,) seconds of the requests.
-        has_time: whether times are seconds; else all ages are 0.
+        request_time: (B,) seconds.
+        has_time: whether times are seconds; if not, all ages are 0.
 
     Returns:
-        (B, count) int64 items and (B, count) float32 log(1 + seconds); both 0 where there are no more events.
+        (B, count) int64 items and (B, count) float32 log(1 + seconds), both padded with 0.
     """
     items, times = (newest_first(values, padded.lengths, count) for values in (padded.items, padded.times))
-    ages = np.where((items > 0) & has_time, np.log1p((now[:, None] - times).clip(min=0)), 0).astype(np.float32)
+    ages = np.where((items > 0) & has_time, np.log1p((request_time[:, None] - times).clip(min=0)), 0).astype(np.float32)
     return torch.from_numpy(items), torch.from_numpy(ages)
 
 
@@ -134,23 +136,23 @@ def tensor(values: np.ndarray | None) -> torch.Tensor | None:
     return None if values is None else torch.from_numpy(values)
 
 
-def followed_by(values: np.ndarray, lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """What stands at the next place, and `last` after the newest, (B, L)."""
+def shift_left(values: np.ndarray, lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The value of the next position, and `last` at each row's last position, (B, L)."""
     shifted = np.concatenate([values[:, 1:], np.zeros_like(values[:, :1])], axis=1)
     shifted[np.arange(len(lengths)), np.maximum(lengths - 1, 0)] = last
     return shifted
 
 
 def windows(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts each row of events into windows so that every event but a row's first is a target exactly once.
+    """Cuts each row of events into windows, so that each event except a row's first is a target exactly once.
 
-    A window of n + 1 events asks n targets. Windows are full from the newest event back; only the oldest may be short,
-    and neighbours share one event: the last target of the older is the first input of the newer.
+    A window of n + 1 events has n targets. Windows are filled from the newest event back; only the oldest may be short.
+    Adjacent windows share one event: the last target of the older is the first input of the newer.
 
     Args:
         starts: (B,) first event of each row.
         ends: (B,) one past the last event of each row.
-        length: most targets in a window.
+        length: maximum number of targets in a window.
 
     Returns:
         starts and ends (one past the last event) of the windows, each (W,) int64.

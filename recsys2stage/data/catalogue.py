@@ -1,4 +1,4 @@
-"""The items of a trained model by number, id and title, and the names of its actions."""
+"""Items of a trained model by number, id and title, and the names of its action types."""
 
 import functools
 import logging
@@ -16,31 +16,31 @@ logger = logging.getLogger("recsys2stage")
 
 
 class Catalogue:
-    """Raw ids to numbers, and numbers to rows with ids and titles.
+    """Maps raw ids to item numbers, and item numbers to ids and titles.
 
     Args:
-        items: columns item (1..V), item_id and, where known, title.
-        actions: action types, from 1.
+        items: columns item (1..V), item_id and optionally title.
+        actions: names of the action types, numbered from 1.
     """
 
     def __init__(self, items: pl.DataFrame, actions: Sequence[str] = ()) -> None:
         self.items, self.actions = items.sort(c.ITEM), list(actions)
 
     def numbers(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Item numbers of raw item ids, 0 for those the model does not know, (n,) int64; `ids` has the rule."""
+        """Item numbers of raw item ids, 0 for unknown items, (n,) int64; ids are compared as text (`ids.as_text`)."""
         return np.array([self._number.get(as_text(item) or "", 0) for item in item_ids], dtype=np.int64)
 
     def action_numbers(self, names: Sequence[str | None], where: str | Path) -> np.ndarray:
-        """Numbers of kinds of events by name, 0 for None and, with a warning, for unknown names, (n,) int64.
+        """Numbers of action types by name, 0 for None and, with a warning, for unknown names, (n,) int64.
 
         Args:
-            where: they stand, for the warning.
+            where: source of the names, for the warning.
         """
-        number = {None: c.UNKNOWN} | {name: kind for kind, name in enumerate(self.actions, start=1)}
-        if strange := [name for name in names if name not in number]:
+        number = {None: c.UNKNOWN} | {name: action for action, name in enumerate(self.actions, start=1)}
+        if unknown := [name for name in names if name not in number]:
             logger.warning(
-                "%s: %s of %s events are of kinds the model does not know, for example %r; it knows %s",
-                *(where, f"{len(strange):,}", f"{len(names):,}", strange[0], ", ".join(self.actions)),
+                "%s: %s of %s events have action types that the model does not know, for example %r; it knows %s",
+                *(where, f"{len(unknown):,}", f"{len(names):,}", unknown[0], ", ".join(self.actions)),
             )
         return np.array([number.get(name, c.UNKNOWN) for name in names], dtype=np.int64)
 
@@ -49,15 +49,15 @@ class Catalogue:
         return dict(zip(self.items[c.ITEM_ID].cast(pl.String), self.items[c.ITEM], strict=True))
 
     def rows(self, ranking: Iterable[np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Rankings as plain rows, one list a request."""
+        """Recommendations as dictionaries, one list per request."""
         ids = self.items[c.ITEM_ID].to_list()
         titles = self.items[c.TITLE].to_list() if c.TITLE in self.items.columns else None
         return [
             [
                 {"item_id": ids[item - 1]}
                 | ({"title": titles[item - 1]} if titles else {})
-                | {"score": float(score), "rank": place + 1, "retriever_score": float(first)}
-                for place, (item, score, first) in enumerate(zip(*row, strict=True))
+                | {"score": float(score), "rank": rank, "retriever_score": float(retriever_score)}
+                for rank, (item, score, retriever_score) in enumerate(zip(*row, strict=True), start=1)
                 if item > 0
             ]
             for row in zip(*ranking, strict=True)
@@ -65,11 +65,11 @@ class Catalogue:
 
 
 def read_catalogue(path: Path, count: int) -> pl.DataFrame:
-    """The items of a served folder: item, item_id and, where known, title.
+    """Reads the items of an index or bundle: item, item_id and optionally title.
 
     Args:
         path: Parquet file.
-        count: V; another number of rows is refused before they are read.
+        count: V; the number of rows is checked before they are read.
     """
     try:
         table = pl.scan_parquet(path)

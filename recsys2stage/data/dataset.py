@@ -1,4 +1,4 @@
-"""A prepared dataset as memory-mapped arrays; every look at it is one vectorised gather over many users."""
+"""A prepared dataset as memory-mapped arrays; each read is one vectorised gather over many users."""
 
 from functools import cached_property
 from pathlib import Path
@@ -8,20 +8,20 @@ import numpy as np
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest, take
-from recsys2stage.data.batches import Padded, Ragged, left_aligned, places, spans
+from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indices, spans
 from recsys2stage.data.options import Part, RequestTime, Seen, check_least, check_option
 
-NEEDS = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
-At = Part | Literal["all"] | np.ndarray  # a user's target in a split, none (after all events), or (B,) target places
+REQUIRED = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
+At = Part | Literal["all"] | np.ndarray  # a split's targets, none (after all events), or (B,) target indices
 
 
 def no_items(rows: int) -> Ragged:
-    """Nothing in each row."""
+    """Rows without items."""
     return Ragged(np.zeros(0, dtype=np.int64), np.zeros(rows + 1, dtype=np.int64))
 
 
 class Dataset:
-    """What `recsys prepare-data` wrote. U users are 0..U-1, V items are 1..V.
+    """A dataset written by `recsys prepare-data`. U users are 0..U-1, V items are 1..V.
 
     Args:
         path: folder of the prepared dataset.
@@ -30,7 +30,7 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
-        for name, kind in NEEDS.items():
+        for name, kind in REQUIRED.items():
             take(self.manifest, name, kind, self.path / c.MANIFEST)
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
@@ -53,12 +53,12 @@ class Dataset:
 
     @property
     def has_time(self) -> bool:
-        """Whether times are seconds, not just an order."""
+        """Whether times are seconds; if not, they only give an order."""
         return bool(self.manifest["has"]["time"])
 
     @property
     def action_names(self) -> list[str]:
-        """Kinds of events; kind n is action_names[n - 1], and 0 is unknown."""
+        """Action types: number n is action_names[n - 1], 0 is unknown."""
         return self.manifest["actions"]
 
     @property
@@ -67,23 +67,23 @@ class Dataset:
 
     @property
     def seen_rule(self) -> Seen:
-        """Whether seen items stay in a user's ranking: they do where repeated events are kept, and can be targets."""
+        """keep where the dataset keeps repeated events, since a seen item can then be the target; else filter."""
         return "keep" if self.protocol["repeats"] == "keep" else "filter"
 
     @cached_property
     def cold(self) -> np.ndarray:
-        """Items withheld from all training, (V + 1,) bool."""
+        """Cold items, withheld from all training, (V + 1,) bool."""
         return np.array(read_array(self.path / c.ITEM_COLD))
 
     @cached_property
     def train_counts(self) -> np.ndarray:
-        """How many training events each item has, (V + 1,) int64."""
+        """Training events of each item, (V + 1,) int64."""
         train = spans(self.offsets[:-1], self.train_ends)
         return np.bincount(self.items[train.values], minlength=self.num_items + 1)
 
     @cached_property
     def target_counts(self) -> np.ndarray:
-        """How often each item is a training target, (V + 1,) int64: in every training event but a user's first."""
+        """How often each item is a training target, (V + 1,) int64: in each training event except a user's first."""
         first = np.asarray(self.offsets[:-1])
         first = np.asarray(self.items[first[np.asarray(self.train_ends) > first]])
         return self.train_counts - np.bincount(first, minlength=self.num_items + 1)
@@ -98,10 +98,10 @@ class Dataset:
 
     def users(self, split: Part) -> np.ndarray:
         """Users that have a target in this split, ascending, (B,) int64."""
-        places = self.target_places(split)
-        return np.flatnonzero(places < (self.val_ends if split == "val" else self.offsets[1:]))
+        indices = self.target_indices(split)
+        return np.flatnonzero(indices < (self.val_ends if split == "val" else self.offsets[1:]))
 
-    def target_places(self, split: Part) -> np.ndarray:
+    def target_indices(self, split: Part) -> np.ndarray:
         """Index of each user's target among all events; valid for `users(split)` only, (U,) int64."""
         check_option("split", split, Part)
         return np.asarray(self.train_ends if split == "val" else self.val_ends)
@@ -111,33 +111,33 @@ class Dataset:
         return left_aligned(self.items, self.times, starts, ends, self.ratings, self.actions)
 
     def ends(self, users: np.ndarray, at: At) -> np.ndarray:
-        """One past the last event before each user's target, which is the target's own place, (B,) int64."""
+        """End of each user's events before the target, which is the index of the target, (B,) int64."""
         if isinstance(at, str) and at == "all":
             return np.asarray(self.offsets[users + 1])
-        return self._targets(users, at)
+        return self._target_indices(users, at)
 
-    def _targets(self, users: np.ndarray, at: At) -> np.ndarray:
-        """The place of each user's target among all events, (B,) int64; after all events there is none."""
-        return at if isinstance(at, np.ndarray) else self.target_places(at)[users]  # type: ignore[arg-type]  # checked there
+    def _target_indices(self, users: np.ndarray, at: At) -> np.ndarray:
+        """Index of each user's target among all events, (B,) int64; `all` has no targets."""
+        return at if isinstance(at, np.ndarray) else self.target_indices(at)[users]  # type: ignore[arg-type]  # checked there
 
     def val_targets(self, newest: int | None = None, gap: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """All validation events that have one before them, by user and time: users and places, (n,) int64 each.
+        """All validation events with an earlier event, by user and time: users and event indices, (n,) int64 each.
 
         Args:
-            newest: so many of each user at most; None: all.
-            gap: seconds since the event before, at least.
+            newest: at most this many newest ones per user; None: all.
+            gap: minimum seconds since the previous event.
         """
         starts = np.maximum(np.asarray(self.train_ends), self.offsets[:-1] + 1)
-        found = spans(starts, np.asarray(self.val_ends))
-        users, places = found.rows, found.values
+        targets = spans(starts, np.asarray(self.val_ends))
+        users, indices = targets.rows, targets.values
         if gap:
-            late = self.times[places] - self.times[places - 1] >= gap
-            users, places = users[late], places[late]
+            late = self.times[indices] - self.times[indices - 1] >= gap
+            users, indices = users[late], indices[late]
         if newest is not None:
             ends = np.cumsum(np.bincount(users, minlength=self.num_users))
             kept = np.arange(len(users)) >= ends[users] - newest
-            users, places = users[kept], places[kept]
-        return users, places
+            users, indices = users[kept], indices[kept]
+        return users, indices
 
     def histories(self, users: np.ndarray, at: At, max_length: int) -> Padded:
         """The newest events before each user's target, at most `max_length`."""
@@ -151,37 +151,37 @@ class Dataset:
         return tuple(feature["values"][users].reshape(len(users), -1) for feature in self.user_features)
 
     def seen(self, users: np.ndarray, at: At) -> Ragged:
-        """Every item of a user's events before the target, as old as they may be; repeated where events repeat."""
+        """Items of all of a user's events before the target, with repeats."""
         index = spans(np.asarray(self.offsets[users]), self.ends(users, at))
         return Ragged(self.items[index.values].astype(np.int64), index.offsets)
 
     def known(self, users: np.ndarray, at: At) -> Ragged:
         """The seen items that are filtered from each user's ranking: all of them, or none with `repeats: keep`.
 
-        A repeat can be the target there. Filtering all seen items but the target would tell which one it is.
+        There a seen item can be the target, and filtering all seen items except the target would reveal it.
         """
         return self.seen(users, at) if self.seen_rule == "filter" else no_items(len(users))
 
     def targets(self, users: np.ndarray, at: At) -> np.ndarray:
-        """The item each user takes next, (B,) int64."""
-        return self.items[self._targets(users, at)].astype(np.int64)
+        """Target item of each user, (B,) int64."""
+        return self.items[self._target_indices(users, at)].astype(np.int64)
 
     def target_action(self, users: np.ndarray, at: At, next_action: str) -> np.ndarray | None:
-        """The kind of action that each user is asked for, (B,) int64; None where the model is not told.
+        """Action type that each request is conditioned on, (B,) int64; None for `next_action: none`.
 
         Args:
-            next_action: none, target (the target's own kind), or the name of the kind that everybody is asked for.
+            next_action: none, target (the action type of the target), or the name of one action type for all requests.
         """
         self.check_next_action(next_action)
         if next_action == "none":
             return None
         if next_action == "target" and self.actions is not None:
-            return self.actions[self._targets(users, at)].astype(np.int64)
+            return self.actions[self._target_indices(users, at)].astype(np.int64)
         return np.full(len(users), 1 + self.action_names.index(next_action))
 
     def request_times(self, users: np.ndarray, at: At) -> np.ndarray:
-        """When each user's target happened, (B,) int64 seconds."""
-        return np.asarray(self.times[self._targets(users, at)])
+        """Time of each user's target, (B,) int64 seconds."""
+        return np.asarray(self.times[self._target_indices(users, at)])
 
     @cached_property
     def item_features(self) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ class Dataset:
 
     @cached_property
     def user_features(self) -> list[dict[str, Any]]:
-        """The declared user features with their arrays, as those of items but with a row for each user, from 0."""
+        """The declared user features with their arrays: as `item_features`, with one row per user, from 0."""
         return self._features("users")
 
     def _features(self, owner: Literal["items", "users"]) -> list[dict[str, Any]]:
@@ -209,19 +209,19 @@ class Dataset:
         if kind == "categorical":
             return codes
         offsets = np.array(read_array(self.path / f"{name}.offsets.npy"))
-        index, real = places(offsets[:-1], offsets[1:])
+        index, real = padded_indices(offsets[:-1], offsets[1:])
         return np.where(real, np.append(codes, c.UNKNOWN)[index], c.UNKNOWN).astype(np.int32)
 
     def check_split(self, folder: Path, split_hash: str | None) -> None:
-        """Refuses what was made from other training events.
+        """Raises a ValueError for an artifact trained on another split.
 
         Args:
-            folder: what was made.
-            split_hash: of the dataset it was made from; None: it does not say.
+            folder: the artifact.
+            split_hash: of the dataset it was made from; None: not recorded.
         """
         if split_hash is None:
             raise ValueError(
-                f"{folder} does not say on which split it was trained, expected that of {self.path}; fit it again by "
+                f"{folder} has no split hash, expected that of {self.path}; fit it again by "
                 "recsys fit, on a data module with a dataset"
             )
         if split_hash != self.manifest["split_hash"]:
@@ -242,8 +242,8 @@ class Dataset:
             return
         if self.actions is None:
             raise ValueError(
-                f"next_action is {next_action!r} but the events of {self.path} have no kinds; use next_action: none, "
-                "or prepare the data with a column of actions"
+                f"next_action is {next_action!r} but the events of {self.path} have no action types; use "
+                "next_action: none, or prepare the data with a column of actions"
             )
         if next_action not in ("target", *self.action_names):
             raise ValueError(
@@ -252,7 +252,7 @@ class Dataset:
 
 
 def sample_users(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """All users, or `count` of them drawn at random, ascending."""
+    """A random sample of `count` users, or all users, ascending."""
     if count is not None:
         check_least("users", count, other="null for all")
     if count is None or count >= len(users):
@@ -261,7 +261,7 @@ def sample_users(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
 
 
 def feature_specs(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What models are built from: each feature without its array, but with how many values a row has."""
+    """Feature declarations that models are built from: `values` is the number of values per row, not the array."""
     return [
         {"name": f["name"], "kind": f["kind"], "size": f["size"], "values": f["values"][0].size or 1} for f in features
     ]

@@ -1,4 +1,4 @@
-"""Pseudo-random numbers that depend on a key and a seed alone, not on what else is in the data."""
+"""Pseudo-random numbers that depend only on a key and a seed, not on other data."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def splitmix64(keys: np.ndarray, seed: int) -> np.ndarray:
-    """A uniform uint64 for each whole-number key (Steele, Lea & Flood 2014)."""
+    """A uniform uint64 for each integer key (Steele, Lea & Flood 2014)."""
     with np.errstate(over="ignore"):
         x = keys.astype(np.uint64) + np.uint64(GOLDEN * (seed + 1) % 2**64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

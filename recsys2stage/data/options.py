@@ -1,4 +1,4 @@
-"""Checks of options that a type alone does not make: one of a few words (from Python, too), a number that counts."""
+"""Checks of option values: members of a Literal, lower bounds of numbers."""
 
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ def check_option(name: str, value: object, expected: Any) -> None:
 
     Args:
         name: of the option, for the error.
-        value: what was given.
+        value: value given.
         expected: the Literal type.
     """
     allowed = get_args(expected)
@@ -21,13 +21,13 @@ def check_option(name: str, value: object, expected: Any) -> None:
 
 
 def check_least(name: str, value: float | int, least: int = 1, other: str = "") -> None:
-    """Raises a ValueError where a number is below the least that means something.
+    """Raises a ValueError if a number is below its lower bound.
 
     Args:
         name: of the option, for the error.
-        value: what was given.
-        least: allowed.
-        other: what else may be given, for the error.
+        value: value given.
+        least: lower bound.
+        other: alternative value, for the error.
     """
     if value < least:
         raise ValueError(f"{name} is {value}, expected at least {least}{f', or {other}' if other else ''}")

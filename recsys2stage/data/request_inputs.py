@@ -1,4 +1,4 @@
-"""What a caller says of a request, checked and encoded as in training: times, and features of the user."""
+"""Inputs of a request, checked and encoded as in training: times and user features."""
 
 import logging
 import math
@@ -16,10 +16,10 @@ from recsys2stage.data.checks import YEAR_2100
 
 logger = logging.getLogger("recsys2stage")
 
-FAR = 50  # so many times the newest training event's seconds are no time of the same unit
+MAX_TIME_RATIO = 50  # to the newest training event; larger times must be in another unit
 UNITS = {"milliseconds": 1_000, "microseconds": 1_000_000, "nanoseconds": 1_000_000_000}
 
-Values = tuple[np.ndarray, ...]  # (B, P) of each declared user feature, as `Dataset.people` gives them
+Values = tuple[np.ndarray, ...]  # (B, P) of each declared user feature, as `Dataset.user_values` gives them
 
 
 def as_seconds(values: Any, name: str, newest: int | None) -> np.ndarray:
@@ -28,10 +28,10 @@ def as_seconds(values: Any, name: str, newest: int | None) -> np.ndarray:
     Args:
         values: (n,) numbers; floats must be whole.
         name: what they are, for errors.
-        newest: seconds of the newest training event; None: not known.
+        newest: seconds of the newest training event; None: unknown.
 
     Raises:
-        ValueError: for what is no whole number, negative, or so large that it must be of another unit.
+        ValueError: for values that are not whole, negative, or so large that they must be in another unit.
     """
     array = np.asarray(values)
     if not array.size:
@@ -41,15 +41,15 @@ def as_seconds(values: Any, name: str, newest: int | None) -> np.ndarray:
     elif array.dtype.kind not in "iu":
         bad = next((value for value in values if not _is_whole(value)), values[0])
         raise ValueError(
-            f"{name} holds {bad!r}, expected whole seconds since 1970; of a datetime with a time zone that is "
-            "int(moment.timestamp())"
+            f"{name} holds {bad!r}, expected whole seconds since 1970; convert a datetime with a time zone by "
+            "int(value.timestamp())"
         )
     if (low := array.min()) < 0:
         raise ValueError(f"{name} holds {int(low)}, expected seconds since 1970: 0 or more")
-    limit, high = min(YEAR_2100, FAR * newest if newest else YEAR_2100), int(array.max())
+    limit, high = min(YEAR_2100, MAX_TIME_RATIO * newest if newest else YEAR_2100), int(array.max())
     if high > limit:
         unit = next((unit for unit, size in UNITS.items() if high // size <= limit), None)
-        than = "the year 2100" if limit == YEAR_2100 else f"{FAR} times the newest training event, {newest}"
+        than = "the year 2100" if limit == YEAR_2100 else f"{MAX_TIME_RATIO} times the newest training event, {newest}"
         hint = f"; it looks like {unit}: divide by {UNITS[unit]}" if unit else ""
         raise ValueError(f"{name} holds {high}, expected seconds since 1970, and that is beyond {than}{hint}")
     return array.astype(np.int64)
@@ -62,26 +62,26 @@ def _is_whole(value: Any) -> bool:
 
 
 def check_ascending(times: np.ndarray) -> None:
-    """Refuses the times of a history whose events are not oldest first."""
+    """Raises a ValueError unless the times of a history ascend."""
     back = np.flatnonzero(np.diff(times) < 0)
     if len(back):
-        place = int(back[0])
+        event = int(back[0])
         raise ValueError(
-            f"times go back from {times[place]} (event {place + 1} of {len(times)}) to {times[place + 1]} (the next); "
+            f"times go back from {times[event]} (event {event + 1} of {len(times)}) to {times[event + 1]} (the next); "
             "give history and times oldest first"
         )
 
 
-def date_of(seconds: int) -> str:
-    """For a reader: 2003-02-28 17:49:50 UTC (1046454590)."""
+def format_time(seconds: int) -> str:
+    """Formats seconds for messages: 2003-02-28 17:49:50 UTC (1046454590)."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC ({seconds})"
 
 
 def check_user_specs(specs: Sequence[Any], where: str | Path) -> None:
-    """Refuses declared user features that are not as `side_tables.user_specs` gives them.
+    """Raises a ValueError for user features that are not in the format of `side_tables.user_specs`.
 
     Args:
-        specs: as a manifest holds them.
+        specs: declared features from a manifest.
         where: the manifest, for the error.
     """
     for spec in specs:
@@ -101,21 +101,21 @@ def check_user_specs(specs: Sequence[Any], where: str | Path) -> None:
 
 
 def encode_users(specs: Sequence[Mapping[str, Any]], users: Sequence[Mapping[str, Any]], where: str) -> Values:
-    """Features of users as the model reads them, (B, P) of each.
+    """Encodes user features as the model reads them, (B, P) each.
 
     Args:
         specs: the declared features, as `side_tables.user_specs` gives them.
-        users: name -> value for each user: a class, a list of classes, or a number; what is missing, None or NaN is
-            unknown. A class that no user of the training data had is unknown, too, with a warning.
-        where: they stand, for messages.
+        users: name -> value for each user: a class, a list of classes, or a number. A missing name, None and NaN are
+            unknown. A class that is not in the training data is also unknown, with a warning.
+        where: source of the users, for messages.
 
     Raises:
-        ValueError: for names that are not declared, and values of another kind.
+        ValueError: for names that are not declared, and values of the wrong type.
     """
     names = [spec["name"] for spec in specs]
-    if strange := sorted({name for user in users for name in user} - set(names)):
+    if undeclared := sorted({name for user in users for name in user} - set(names)):
         expected = f"expected some of {', '.join(names)}" if names else "but the training data declare none"
-        raise ValueError(f"{where} has the user features {', '.join(map(repr, strange))}, {expected}")
+        raise ValueError(f"{where} has the user features {', '.join(map(repr, undeclared))}, {expected}")
     encoded: list[np.ndarray] = []
     for spec in specs:
         name, values = spec["name"], [user.get(spec["name"]) for user in users]
@@ -133,8 +133,8 @@ def encode_users(specs: Sequence[Mapping[str, Any]], users: Sequence[Mapping[str
             )
         coded = [list(dict.fromkeys(code for value in row if (code := _code(value, codes)))) for row in rows]
         table = np.zeros((len(users), max([1, *map(len, coded)])), dtype=np.int32)
-        for row, own in zip(table, coded, strict=True):
-            row[: len(own)] = own
+        for row, row_codes in zip(table, coded, strict=True):
+            row[: len(row_codes)] = row_codes
         encoded.append(table)
     return tuple(encoded)
 
@@ -161,7 +161,7 @@ def _class_list(value: Any, kind: str, name: str, where: str) -> list[Any]:
 
 
 def _code(value: Any, codes: Mapping[str, int]) -> int:
-    """The number of a class; 0 where it is not known. 1, 1.0 and "1" are one class, as the table had one of them."""
+    """The number of a class; 0 if it is unknown. 1, 1.0 and "1" are the same class: a table holds only one of them."""
     if isinstance(value, (bool, np.bool_)):
         texts = [str(bool(value)).lower()]
     elif _is_whole(value):
@@ -174,11 +174,11 @@ def _code(value: Any, codes: Mapping[str, int]) -> int:
 def request_seconds(
     request_time: int | None, newest: int, newest_time: int | None, has_time: bool, reads_time: bool
 ) -> int:
-    """Seconds of a request.
+    """Request time in seconds.
 
     Args:
-        request_time: as it was given; None: now.
-        newest: seconds of the newest event of the history, 0 where there is none.
+        request_time: as given; None: the current time.
+        newest: seconds of the newest event of the history; 0 if it is empty.
         newest_time: seconds of the newest training event, as in `as_seconds`.
         has_time: whether the model was trained on times.
         reads_time: whether the model reads the request time.
@@ -187,20 +187,20 @@ def request_seconds(
         clock = int(time.time())
         if newest > clock and reads_time:
             logger.warning(
-                "the newest event of the history, %s, lies in the future of this machine's clock, %s; its time is "
-                "taken as the request's: pass request_time",
-                *(date_of(newest), date_of(clock)),
+                "the newest event of the history, %s, lies in the future of this machine's clock, %s; it is "
+                "used as the request time: pass request_time",
+                *(format_time(newest), format_time(clock)),
             )
         return max(clock, newest)
-    now = int(as_seconds([request_time], "request_time", newest_time)[0])
-    if has_time and now < newest:
+    seconds = int(as_seconds([request_time], "request_time", newest_time)[0])
+    if has_time and seconds < newest:
         raise ValueError(
-            f"request_time is {now}, before the newest event of the history, {newest}; give a later time, or only "
+            f"request_time is {seconds}, before the newest event of the history, {newest}; give a later time, or only "
             "the events before the request"
         )
-    return now
+    return seconds
 
 
-def known_ratings(ratings: Sequence[float | int | None]) -> np.ndarray:
-    """Ratings as histories have them, (n,) float32: 0 where there is none."""
+def fill_ratings(ratings: Sequence[float | int | None]) -> np.ndarray:
+    """Ratings with 0 for missing ones, (n,) float32."""
     return np.nan_to_num(np.array(ratings, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""Which of a user's events train, which validate and which test."""
+"""Splits of each user's events into training, validation and test."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -10,16 +10,16 @@ PARTS = ("train", "val", "test")
 
 
 class Split(ABC):
-    """Cuts each user's events, in their order, into three runs: train, validation, test."""
+    """Splits each user's events, in time order, into training, validation and test events."""
 
-    min_events: ClassVar[int]  # users with fewer are too short to evaluate
+    min_events: ClassVar[int]  # users with fewer events are not evaluated
     needs_time: ClassVar[bool] = False
 
     @abstractmethod
     def ends(
         self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
     ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
-        """Where train and validation end.
+        """Ends of the training and validation events.
 
         Args:
             times: seconds since 1970, ascending within a user.
@@ -35,18 +35,18 @@ class Split(ABC):
 
 
 class LeaveOneOut(Split):
-    """Each user's last event tests, the one before it validates; users of fewer than three events only train.
+    """Each user's last event is for test, the one before for validation; users with fewer than three only for training.
 
     Args:
-        val: how many events before the last validate. More than one give the ranker more lists of targets on which the
-            retriever was not trained; the test does not change. At least one event of each user trains.
+        val: validation events per user. More than one give the ranker more lists of targets on which the retriever was
+            not trained; the test does not change. At least one event of each user is for training.
     """
 
     min_events: ClassVar[int] = 3
 
     def __init__(self, val: int = 1) -> None:
         if val < 1:
-            raise ValueError(f"LeaveOneOut(val={val}): expected at least 1 event of each user to validate")
+            raise ValueError(f"LeaveOneOut(val={val}): expected at least 1 validation event per user")
         self.val = val
 
     def ends(
@@ -59,7 +59,7 @@ class LeaveOneOut(Split):
 
 
 class Marked(Split):
-    """Each event says itself what it is for; a user's events must be marked in the order of time."""
+    """The source marks each event as train, val or test; a user's later events must not have earlier marks."""
 
     min_events: ClassVar[int] = 2
 
@@ -69,10 +69,10 @@ class Marked(Split):
         offsets: Int64[np.ndarray, " _"],
         parts: Int8[np.ndarray, " E"] | None = None,
     ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
-        """Where train and validation end.
+        """Ends of the training and validation events.
 
         Args:
-            parts: place of each event's mark in PARTS; None: the events are not marked, which is an error.
+            parts: index of each event's mark in PARTS; None: the events are not marked, which is an error.
         """
         if parts is None:
             raise ValueError("the events are not marked; name the column of marks (part of a Table), or another split")
@@ -89,12 +89,12 @@ class Marked(Split):
 
 
 class GlobalTime(Split):
-    """One moment for all users: what comes after it tests, what comes in a stretch before it validates.
+    """The same two cut times for all users: events from the second on are for test, those between for validation.
 
     Args:
-        val: where validation begins: a share of all events (0.1: the tenth before the test events), or from 1 on a time
-            in seconds since 1970.
-        test: where the test begins: a share of all events (0.1: the latest tenth), or from 1 on a time in seconds.
+        val: start of validation: a share of all events (0.1: the tenth before the test events) or, from 1 on, a time in
+            seconds since 1970.
+        test: start of the test: a share of all events (0.1: the latest tenth) or, from 1 on, a time in seconds.
     """
 
     min_events: ClassVar[int] = 2
@@ -113,9 +113,9 @@ class GlobalTime(Split):
     def ends(
         self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
     ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
-        if self.test < 1:  # events at the very moment of the cut fall behind it, so simultaneous events stay together
+        if self.test < 1:  # events at the cut time come after the cut, so simultaneous events stay together
             first = [len(times) - round(share * len(times)) for share in (self.val + self.test, self.test)]
-            first = [min(place, len(times) - 1) for place in first]
+            first = [min(index, len(times) - 1) for index in first]
             val_start, test_start = np.partition(times, first)[first]
         else:
             val_start, test_start = self.val, self.test

@@ -12,7 +12,7 @@ from recsys2stage.data.batches import (
     as_history,
     left_aligned,
     newest_first,
-    places,
+    padded_indices,
     recent_events,
     spans,
     windows,
@@ -161,7 +161,7 @@ def test_each_of_several_targets_has_the_history_before_it(dataset: Dataset) -> 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_place_says_the_same_as_the_name_of_its_part(dataset: Dataset, split: Any) -> None:
     users = dataset.users(split)
-    ends = dataset.target_places(split)[users]
+    ends = dataset.target_indices(split)[users]
     for one, other in zip(dataset.histories(users, split, 4)[:3], dataset.histories(users, ends, 4)[:3], strict=True):
         assert np.array_equal(one, other)
     for one, other in zip(dataset.known(users, split), dataset.known(users, ends), strict=True):
@@ -354,7 +354,7 @@ def test_spans_and_places_equal_a_loop(rng: np.random.Generator) -> None:
         want = [list(range(a, b)) for a, b in zip(starts, ends, strict=True)]
         assert flat.values.tolist() == [index for row in want for index in row]
         assert flat.rows.tolist() == [row for row, own in enumerate(want) for _ in own]
-        index, real = places(starts, ends)
+        index, real = padded_indices(starts, ends)
         assert [index[row][real[row]].tolist() for row in range(len(want))] == want
         assert not index[~real].any()
         assert index.shape[1] == max(1, *map(len, want))
