@@ -1,1 +1,1 @@
-"""An index and a dataset to candidate lists."""
+"""Mining: candidate lists for training the ranker, from an index and a dataset."""

@@ -1,4 +1,4 @@
-"""Negatives for the ranker, chosen among what the retriever ranks high and sampled from the catalogue. Bare arrays."""
+"""Miners of ranker negatives: hard negatives (RankBand), sampled ones (Uniform, Popular), and their Mixture."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -6,46 +6,46 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys2stage.ranking.lists import NONE, without_repeats
-from recsys2stage.trust import name_of
+from recsys2stage.trust import class_name
 
 
 class Request(NamedTuple):
-    """What is known of B requests when their negatives are chosen."""
+    """Inputs of a miner for B requests."""
 
-    candidates: np.ndarray  # (B, K) int64, as they are served, best first, −1 where there is no more
+    candidates: np.ndarray  # (B, K) int64, in the order of serving, best first, padded with −1
     target: np.ndarray  # (B,) int64
-    known: np.ndarray  # sorted keys row · (V + 1) + item of what is no negative: excluded items, and the target
+    excluded: np.ndarray  # sorted keys row · (V + 1) + item of the excluded items and the target
     counts: np.ndarray  # (V + 1,) training events of each item
 
     @classmethod
-    def of(
+    def from_exclusions(
         cls, candidates: np.ndarray, target: np.ndarray, rows: np.ndarray, items: np.ndarray, counts: np.ndarray
     ) -> "Request":
-        """From the (rows, items) that are excluded from the lists."""
+        """From the row and item of each excluded pair."""
         keys = np.concatenate([rows, np.arange(len(target))]) * len(counts) + np.concatenate([items, target])
         return cls(candidates, target, np.unique(keys), counts)
 
     def is_excluded(self, items: np.ndarray) -> np.ndarray:
-        """Which of (B, N) items are no negatives in their row: excluded, or the target; also true of −1."""
+        """Which of (B, N) items cannot be negatives of their row: excluded items, the target and padding (−1)."""
         keys = np.arange(len(items))[:, None] * len(self.counts) + items
-        place = np.searchsorted(self.known, keys).clip(max=max(len(self.known) - 1, 0))
-        return (items == NONE) | (self.known[place] == keys if len(self.known) else False)
+        index = np.searchsorted(self.excluded, keys).clip(max=max(len(self.excluded) - 1, 0))
+        return (items == NONE) | (self.excluded[index] == keys if len(self.excluded) else False)
 
 
 class Miner(ABC):
-    """Chooses negatives: (B, N) item numbers, −1 where there are fewer."""
+    """Chooses negatives: (B, N) item numbers, padded with −1."""
 
     @abstractmethod
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray: ...
 
 
 class RankBand(Miner):
-    """Candidates between two ranks, all of them or some at random.
+    """Hard negatives: all candidates between two ranks, or a random sample of them.
 
     Args:
-        count: how many; None: the whole band.
-        skip_top: leave out this many of the best, which are the likeliest to be unknown positives. Keep it 0 where the
-            ranker sees the retriever's rank, or it learns the gap instead.
+        count: number of negatives per list; None: the whole band.
+        skip_top: number of top candidates to leave out, the most likely false negatives. Keep it 0 if the ranker uses
+            the retriever's rank, or it learns the gap in the ranks instead.
         last: lowest rank of the band; None: all candidates.
     """
 
@@ -58,56 +58,56 @@ class RankBand(Miner):
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
         band = request.candidates[:, self.skip_top : self.last]
-        fit = ~request.is_excluded(band)
+        eligible = ~request.is_excluded(band)
         if self.count is None or self.count >= band.shape[1]:
-            return np.where(fit, band, NONE)
-        lottery = np.where(fit, rng.random(band.shape), 2.0)
-        sampled = np.sort(np.argpartition(lottery, self.count - 1, axis=1)[:, : self.count], axis=1)  # keep rank order
-        return np.take_along_axis(np.where(fit, band, NONE), sampled, axis=1)
+            return np.where(eligible, band, NONE)
+        keys = np.where(eligible, rng.random(band.shape), 2.0)
+        sampled = np.sort(np.argpartition(keys, self.count - 1, axis=1)[:, : self.count], axis=1)  # keep rank order
+        return np.take_along_axis(np.where(eligible, band, NONE), sampled, axis=1)
 
 
-class _Drawn(Miner):
-    """Draws from the catalogue, with a few spare draws in place of positives."""
+class _Sampled(Miner):
+    """Samples from the catalogue, with spare samples that replace excluded items."""
 
     def __init__(self, count: int) -> None:
         if count < 1:
-            raise ValueError(f"count is {count}, expected at least 1; leave the miner out to draw nothing")
+            raise ValueError(f"count is {count}, expected at least 1; leave the miner out to sample nothing")
         self.count = count
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
-        sampled = self.draw((len(request.target), 2 * self.count + 8), request.counts, rng)
+        sampled = self.sample((len(request.target), 2 * self.count + 8), request.counts, rng)
         sampled = np.where(request.is_excluded(sampled), NONE, sampled)
         first = np.argsort(sampled == NONE, axis=1, kind="stable")[:, : self.count]
         return np.take_along_axis(sampled, first, axis=1)
 
     @abstractmethod
-    def draw(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
+    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
 
 
-class Uniform(_Drawn):
-    """Any item of the catalogue, each alike.
+class Uniform(_Sampled):
+    """Items sampled uniformly from the catalogue.
 
     Args:
-        count: how many a user.
+        count: number of negatives per list.
     """
 
-    def draw(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return rng.integers(1, len(counts), size=shape)
 
 
-class Popular(_Drawn):
-    """Items in proportion to a power of their training counts.
+class Popular(_Sampled):
+    """Items sampled in proportion to a power of their training counts.
 
     Args:
-        count: how many a user.
-        exponent: 1: as they occur; 0: uniform.
+        count: number of negatives per list.
+        exponent: power of the counts; 1: proportional to them, 0: uniform.
     """
 
     def __init__(self, count: int, exponent: float = 0.75) -> None:
         super().__init__(count)
         self.exponent = exponent
 
-    def draw(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         weights = np.where(np.arange(len(counts)) > 0, counts, 0) ** self.exponent
         return np.searchsorted(np.cumsum(weights / weights.sum()), rng.random(shape), side="right").clip(
             1, len(counts) - 1
@@ -115,15 +115,15 @@ class Popular(_Drawn):
 
 
 class Mixture(Miner):
-    """Several miners one after the other; what an earlier one chose is not repeated.
+    """The negatives of several miners, without duplicates.
 
     Args:
-        miners: the parts, in order.
+        miners: miners to combine, in order.
     """
 
     def __init__(self, miners: list[Miner]) -> None:
         if not miners:
-            raise ValueError("Mixture got no miners; name at least one")
+            raise ValueError("Mixture got no miners, expected at least one")
         self.miners = miners
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
@@ -131,6 +131,6 @@ class Mixture(Miner):
 
 
 def specify_miner(miner: Miner) -> dict[str, Any]:
-    """A miner's class and options, for the manifest."""
+    """Class path and options of a miner, for the manifest."""
     options = {k: [specify_miner(m) for m in v] if isinstance(v, list) else v for k, v in vars(miner).items()}
-    return {"class_path": name_of(type(miner)), "init_args": options}
+    return {"class_path": class_name(type(miner)), "init_args": options}

@@ -132,7 +132,7 @@ def test_without_anyone_to_select_on_training_says_so(trained: Run, tmp_path: Pa
     of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "candidates")
     recsys("mine-negatives", *of, "--select", 0.0, "--k", K)
     run = Run(tmp_path)
-    with pytest.raises(SystemExit, match="keeps no users to select the ranker on; mine with select above 0"):
+    with pytest.raises(SystemExit, match="has no validation users for the ranker; mine with select above 0"):
         run.fit_ranker()
 
 
@@ -193,7 +193,7 @@ def test_a_signal_is_named_once(trained: Run, tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("signals: [Transitions, Neighbours, Transitions]")
     of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "candidates")
     refused(
-        r"two signals give the number Transitions\.after_1", "mine-negatives", *of, "--config", tmp_path / "twice.yaml"
+        r"two signals give the value Transitions\.after_1", "mine-negatives", *of, "--config", tmp_path / "twice.yaml"
     )
     assert not (tmp_path / "candidates").exists()
 

@@ -37,11 +37,11 @@ def test_the_score_is_that_of_the_other_retriever(ragged: Path, tmp_path: Path) 
     assert requests.history.lengths.max() > towers.max_length
     with torch.inference_mode():
         short = dataset.histories(users, "test", towers.max_length)
-        queries = towers.queries(as_history(short, "target", requests.now)).numpy()
+        queries = towers.queries(as_history(short, "target", requests.request_time)).numpy()
         vectors = np.concatenate([np.zeros((1, 8), np.float32), towers.all_item_vectors().numpy()])
     want = np.where(requests.items > 0, np.einsum("bd,bcd->bc", queries, vectors[requests.items]), 0)
     np.testing.assert_allclose(signal(requests)[..., 0], want, rtol=1e-4, atol=1e-5)
-    later = requests._replace(now=requests.now + 10**6)
+    later = requests._replace(request_time=requests.request_time + 10**6)
     assert not np.allclose(signal(later)[..., 0], want, atol=1e-3), "it knows when it is asked"
     assert signal.reads_times
     assert not signal.reads_ratings
@@ -55,7 +55,7 @@ def test_proposals_are_its_nearest_items(ragged: Path, tmp_path: Path) -> None:
     known = dataset.known(users, "test")
     with torch.inference_mode():
         short = dataset.histories(users, "test", towers.max_length)
-        queries = towers.queries(as_history(short, "target", requests.now)).numpy()
+        queries = towers.queries(as_history(short, "target", requests.request_time)).numpy()
     _, items = Index.load(folder).search(queries, 6, exclude=(known.values, known.offsets))
     assert np.array_equal(signal.propose(requests, known), items)
 

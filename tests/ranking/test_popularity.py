@@ -178,7 +178,7 @@ def test_both_ways_to_count_a_window_agree(dataset: Dataset, monkeypatch: pytest
     begins, ends = np.sort(np.random.default_rng(0).integers(0, len(signal.tables["times"]), (2, 50)), axis=0)
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         counts = np.bincount(signal.tables["items"][begin:end], minlength=ITEMS + 1)
-        assert signal._most(begin, end).tolist() == sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
+        assert signal._by_count(begin, end).tolist() == sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
     one = signal.propose(asked_at(now), nobody(len(now)))
     monkeypatch.setattr("recsys2stage.ranking.signals.popularity.LOOKS", 0)  # always by looks at items
     assert np.array_equal(signal.propose(asked_at(now), nobody(len(now))), one)

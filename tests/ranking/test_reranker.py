@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys2stage.ranking import scorers
 from recsys2stage.ranking.reranker import PARTS, Reranker
-from recsys2stage.ranking.scorers import DIN, MLP, Scorer, Shown
+from recsys2stage.ranking.scorers import DIN, MLP, RankerInputs, Scorer
 from recsys2stage.shapes import CandidateBatch
 
 V, D, B, C, R = 30, 8, 5, 12, 4
@@ -106,7 +106,7 @@ def test_a_scorer_from_outside_starts_from_the_retriever_too(rng: np.random.Gene
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(num_features))
 
-        def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
+        def forward(self, shown: RankerInputs) -> Float[Tensor, "B C"]:
             return shown.features @ self.weight
 
     listed = lists(rng)
@@ -132,13 +132,13 @@ def test_at_step_0_cold_items_stand_where_an_item_tower_put_them(rng: np.random.
 class Seen(Scorer):
     """Keeps what it was shown."""
 
-    shown: Shown
+    shown: RankerInputs
 
     def __init__(self, dim: int, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
-    def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
+    def forward(self, shown: RankerInputs) -> Float[Tensor, "B C"]:
         self.shown = shown
         return shown.features.sum(-1) * 0
 
@@ -336,7 +336,7 @@ def test_several_things_are_left_out_at_once(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("name", ["Clok", "Clock.minute", "hour", "logits", "is_unknown"])
 def test_a_part_that_is_not_there_cannot_be_left_out(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"without names {name}, expected some of Clock, Clock.day, .*, vectors"):
+    with pytest.raises(ValueError, match=rf"without has {name}, expected some of Clock, Clock.day, .*, vectors"):
         Reranker(V, D, FEATURES, MLP, signals=SIGNALS, without=["Clock", name])
 
 

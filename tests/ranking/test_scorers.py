@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recsys2stage.ranking import scorers
-from recsys2stage.ranking.scorers import DCN, DIN, MLP, MoL, Scorer, Shown
+from recsys2stage.ranking.scorers import DCN, DIN, MLP, MoL, RankerInputs, Scorer
 
 B, C, R, D, F = 4, 6, 5, 8, 3
 HIDDEN = (12, 7)
@@ -32,14 +32,14 @@ def unit(*shape: int) -> Tensor:
     return nn.functional.normalize(torch.randn(*shape), dim=-1)
 
 
-def shown(requests: int = B, candidates: int = C, newest: int = R, dim: int = D, features: int = F) -> Shown:
+def shown(requests: int = B, candidates: int = C, newest: int = R, dim: int = D, features: int = F) -> RankerInputs:
     """Requests whose histories have 0, 1, 2 … events, a masked candidate in each list, junk where nothing is there."""
     vectors = unit(requests, candidates, dim)
     vectors[:, 1:2] = 0
     real = torch.arange(newest) < torch.arange(requests)[:, None]
     ages = (20 * torch.rand(requests, newest)).sort(dim=1).values
     values = torch.randn(requests, candidates, features)
-    return Shown(unit(requests, dim), vectors, values, unit(requests, newest, dim), ages, real)
+    return RankerInputs(unit(requests, dim), vectors, values, unit(requests, newest, dim), ages, real)
 
 
 def test_every_scorer_is_tested() -> None:
@@ -96,7 +96,7 @@ def test_a_candidate_is_judged_alone_wherever_it_stands(kind: Kind) -> None:
         for place in range(C):
             alone = seen._replace(vectors=seen.vectors[:, [place]], features=seen.features[:, [place]])
             torch.testing.assert_close(scorer(alone), said[:, [place]], rtol=1e-9, atol=1e-9)
-        one = Shown(*(part[2:3] for part in seen))
+        one = RankerInputs(*(part[2:3] for part in seen))
         torch.testing.assert_close(scorer(one), said[2:3], rtol=1e-9, atol=1e-9)
     assert (said.std(dim=1) > 1e-3).all()
 
@@ -243,14 +243,14 @@ def test_attention_needs_no_vector_for_each_pair_of_candidate_and_event() -> Non
 
 # --- worlds with a known answer
 
-World = Callable[[int], tuple[Shown, Tensor]]  # so many requests, and the place of each one's target
+World = Callable[[int], tuple[RankerInputs, Tensor]]  # so many requests, and the place of each one's target
 
 
-def with_targets(seen: Shown, worth: Tensor) -> tuple[Shown, Tensor]:
+def with_targets(seen: RankerInputs, worth: Tensor) -> tuple[RankerInputs, Tensor]:
     return seen, worth.argmax(dim=1)
 
 
-def oldest_again(requests: int) -> tuple[Shown, Tensor]:
+def oldest_again(requests: int) -> tuple[RankerInputs, Tensor]:
     """Of the newest items, in any order and among strangers, the user takes the one that is longest ago."""
     seen = shown(requests, candidates=8)
     place = torch.stack([torch.randperm(8)[:R] for _ in range(requests)])
@@ -260,13 +260,13 @@ def oldest_again(requests: int) -> tuple[Shown, Tensor]:
     return seen._replace(vectors=vectors, ages=ages, real=torch.ones(requests, R, dtype=torch.bool)), target
 
 
-def product_of_two_features(requests: int) -> tuple[Shown, Tensor]:
+def product_of_two_features(requests: int) -> tuple[RankerInputs, Tensor]:
     """Each of the two alone says nothing."""
     seen = shown(requests)
     return with_targets(seen, seen.features[..., 0] * seen.features[..., 1])
 
 
-def two_tastes(requests: int) -> tuple[Shown, Tensor]:
+def two_tastes(requests: int) -> tuple[RankerInputs, Tensor]:
     """One feature says which half of the vector, each in an order of its own, is like which half of the state."""
     seen = shown(requests, candidates=8, features=1)
     state, vectors = seen.state.flip(-1)[:, None], unit(requests, 8, D)

@@ -36,7 +36,7 @@ from recsys2stage.ranking.signals import (
     Transitions,
 )
 from recsys2stage.ranking.signals.base import is_excluded, load_signals, save_signals, specify
-from recsys2stage.ranking.signals.merge import merge, nearness
+from recsys2stage.ranking.signals.merge import merge, reciprocal_ranks
 from recsys2stage.trust import trusting
 
 USERS, ITEMS, D = 40, 30, 6
@@ -188,7 +188,7 @@ def test_a_candidate_is_measured_alone(
     numbers = signal(requests)
     for row in range(0, len(requests.items), 3):
         history = some(requests.history, slice(row, row + 1))
-        now, query = requests.now[row : row + 1], requests.queries[row : row + 1]
+        now, query = requests.request_time[row : row + 1], requests.queries[row : row + 1]
         alone = Requests(requests.items[row : row + 1, 3:5], history, now, vectors, query)
         np.testing.assert_allclose(signal(alone)[0], numbers[row, 3:5], rtol=1e-5, atol=1e-5)
 
@@ -197,7 +197,7 @@ def test_a_candidate_is_measured_alone(
 def test_nobody_may_ask(kind: type[Signal], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray) -> None:
     signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
     history, queries = some(requests.history, slice(0)), requests.queries[:0]
-    nobody = Requests(requests.items[:0], history, requests.now[:0], vectors, queries)
+    nobody = Requests(requests.items[:0], history, requests.request_time[:0], vectors, queries)
     assert signal(nobody).shape == (0, 12, len(signal.names))
     nothing = requests._replace(items=requests.items[:, :0])
     assert signal(nothing).shape == (len(requests.items), 0, len(signal.names))
@@ -296,7 +296,7 @@ def test_the_page_s_own_signal_counts_hours(
     numbers = signal(requests)
     assert numbers.shape == (*requests.items.shape, 1)
     assert numbers.dtype == np.float32
-    for row, now in enumerate(requests.now.tolist()):
+    for row, now in enumerate(requests.request_time.tolist()):
         hour = now // 3600 % 24
         usual = (1 + sum(other == hour for _, other in train)) / (len(train) + 24)
         for place, item in enumerate(requests.items[row].tolist()):
@@ -374,7 +374,7 @@ def test_a_merge_small_enough_to_see() -> None:
 def test_nearness_equals_a_loop(rng: np.random.Generator) -> None:
     named = sources(rng)
     items = rng.integers(-1, 16, size=(40, 10))
-    got = nearness(items, named, 16)
+    got = reciprocal_ranks(items, named, 16)
     assert got.shape == (40, 10, 3)
     assert got.dtype == np.float32
     for row in range(40):
@@ -385,4 +385,4 @@ def test_nearness_equals_a_loop(rng: np.random.Generator) -> None:
                 assert got[row, place, source] == pytest.approx(want)
     assert (got > 0).any()
     empty = [np.full((40, 3), NONE), np.zeros((40, 0), dtype=np.int64)]
-    assert not nearness(items, empty, 16).any()
+    assert not reciprocal_ranks(items, empty, 16).any()

@@ -73,7 +73,7 @@ def test_the_numbers_equal_least_squares(dataset: Dataset, options: dict[str, An
 def test_proposals_have_the_largest_sums_and_are_not_known(dataset: Dataset, options: dict[str, Any]) -> None:
     signal, (requests, known) = fitted(dataset, candidates=6, **options), asked(dataset)
     proposed = signal.propose(requests, known)
-    assert proposed.shape == (len(requests.now), 6)
+    assert proposed.shape == (len(requests.request_time), 6)
     models = [(decay, *model(dataset, signal, decay)) for decay in signal.decays]
     frequent = models[0][1]
     for row, events in enumerate(histories(requests)):

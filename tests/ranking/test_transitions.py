@@ -15,7 +15,7 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
 from recsys2stage.ranking.signals.base import Requests, load_signals, save_signals, specify
-from recsys2stage.ranking.signals.keys import best, cut, find
+from recsys2stage.ranking.signals.keys import batched_searchsorted, slice_rows, top_by_sum
 from recsys2stage.ranking.signals.transitions import Transitions
 
 USERS, ITEMS = 50, 25
@@ -132,7 +132,7 @@ def test_proposals_have_the_largest_sums_and_are_not_known(dataset: Dataset, opt
     signal, (requests, known) = fitted(dataset, candidates=6, **options), asked(dataset)
     by_lag = {lag: Counts(dataset, [lag], signal.top, signal.alpha) for lag in signal.lags}
     proposed = signal.propose(requests, known)
-    assert proposed.shape == (len(requests.now), 6)
+    assert proposed.shape == (len(requests.request_time), 6)
     assert proposed.dtype == np.int64
     some = False
     for row, events in enumerate(histories(requests)):
@@ -154,7 +154,7 @@ def test_proposals_have_the_largest_sums_and_are_not_known(dataset: Dataset, opt
 
 def test_where_none_are_asked_for_none_are_named(dataset: Dataset) -> None:
     requests, known = asked(dataset)
-    assert fitted(dataset).propose(requests, known).shape == (len(requests.now), 0)
+    assert fitted(dataset).propose(requests, known).shape == (len(requests.request_time), 0)
 
 
 def test_a_request_gets_the_same_alone_and_among_others(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +167,8 @@ def test_a_request_gets_the_same_alone_and_among_others(dataset: Dataset, monkey
         history = requests.history._replace(
             items=requests.history.items[one], times=requests.history.times[one], lengths=requests.history.lengths[one]
         )
-        alone = Requests(requests.items[one], history, requests.now[one], NO_VECTORS, NO_VECTORS)
-        assert np.array_equal(signal.propose(alone, cut(known, row, row + 1)), together[one])
+        alone = Requests(requests.items[one], history, requests.request_time[one], NO_VECTORS, NO_VECTORS)
+        assert np.array_equal(signal.propose(alone, slice_rows(known, row, row + 1)), together[one])
         close(signal(alone), numbers[one])
 
 
@@ -248,14 +248,14 @@ def test_the_best_are_by_sum_and_then_by_number() -> None:
     known = Ragged(np.array([4, 2]), np.array([0, 1, 1, 2]))
     rows, items = np.array([0, 0, 0, 0, 0, 2, 2]), np.array([3, 5, 3, 4, 1, 2, 9])
     scores = np.array([0.5, 1.0, 0.75, 9.0, 1.0, 1.0, 0.1])
-    assert best(rows, items, scores, known, 10, 3).tolist() == [[3, 1, 5], [-1, -1, -1], [9, -1, -1]]
-    assert best(rows, items, scores, known, 10, 0).shape == (3, 0)
+    assert top_by_sum(rows, items, scores, known, 10, 3).tolist() == [[3, 1, 5], [-1, -1, -1], [9, -1, -1]]
+    assert top_by_sum(rows, items, scores, known, 10, 0).shape == (3, 0)
 
 
 def test_found_places_are_those_of_searchsorted(rng: np.random.Generator) -> None:
     keys, values = np.sort(rng.integers(0, 50, 40)), rng.integers(-5, 60, (4, 3, 2))
-    assert np.array_equal(find(keys, values), np.searchsorted(keys, values))
-    assert find(keys, values[:0]).shape == (0, 3, 2)
+    assert np.array_equal(batched_searchsorted(keys, values), np.searchsorted(keys, values))
+    assert batched_searchsorted(keys, values[:0]).shape == (0, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_found_places_are_those_of_searchsorted(rng: np.random.Generator) -> Non
     [
         ({"lags": []}, "lags are"),
         ({"lags": [0, 1]}, "lags are"),
-        ({"lags": [2, 2]}, "none twice"),
+        ({"lags": [2, 2]}, "expected distinct positions"),
         ({"top": 0}, "top is 0"),
         ({"history": 0}, "history 0"),
         ({"window": 0}, "window 0"),

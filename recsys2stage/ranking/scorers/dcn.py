@@ -1,4 +1,4 @@
-"""Explicit crosses of all that is seen: the deep & cross network DCN-v2 of Wang et al. 2021 (arXiv 2008.13535)."""
+"""Explicit feature crosses: the deep & cross network DCN-v2 of Wang et al. 2021 (arXiv 2008.13535)."""
 
 from collections.abc import Sequence
 
@@ -6,28 +6,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recsys2stage.ranking.scorers.base import Scorer, Shown
-from recsys2stage.ranking.scorers.deep import Deep, Wide, seen
+from recsys2stage.ranking.scorers.base import RankerInputs, Scorer
+from recsys2stage.ranking.scorers.deep import Deep, Wide, concat_inputs
 from recsys2stage.retrieval.encoders.layers import Dropout
 
 
 class DCN(Scorer):
-    """Cross layers beside the MLP's layers (the paper's parallel structure); both see the same x_0.
+    """Cross layers parallel to the MLP's layers (the paper's parallel structure); both take the same input x_0.
 
-    x_0 is the user's state, the item's vector, their product and the features. A cross layer (eq. 1; eq. 2 with `rank`)
+    x_0 concatenates user state, item vector, their elementwise product and the features. A cross layer (eq. 1; eq. 2
+    with `rank`)
 
         x_{l+1} = x_0 ∘ (W x_l + b) + x_l
 
-    raises the degree of the products by one. Unlike in the paper there is a dropout on what comes out of the last one,
-    as lists of candidates are few; the features also act on the score directly, as in all scorers here.
+    raises the polynomial degree by one. Unlike the paper, there is dropout on the output of the last cross layer, since
+    there are few candidate lists to train on. A linear term of the features is added to the score, as in all scorers.
 
     Args:
         dim: width D of states and item vectors.
         num_features: F.
         hidden: widths of the deep layers.
-        dropout: after each of them, and after the last cross layer.
-        crosses: how many cross layers.
-        rank: of their W, as a product of a narrow and a wide map; None: full.
+        dropout: rate after each deep layer, and after the last cross layer.
+        crosses: number of cross layers.
+        rank: rank of W, factorized as (W, rank) x (rank, W); None: full rank.
     """
 
     def __init__(
@@ -51,18 +52,18 @@ class DCN(Scorer):
         self.deep = Deep(dim, 2 * dim + num_features, hidden, dropout)
         self.wide = Wide(num_features)
 
-    def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
-        user, candidates = seen(shown)
+    def forward(self, inputs: RankerInputs) -> Float[Tensor, "B C"]:
+        user, candidates = concat_inputs(inputs)
         first = torch.cat([user[:, None].expand(-1, candidates.size(1), -1), candidates], dim=-1)
         crossed = first
         for cross in self.crosses:
             crossed = first * cross(crossed) + crossed
         both = self.deep(user, candidates) + self.last(self.drop(crossed))
-        return both.squeeze(-1) + self.wide(shown.features)
+        return both.squeeze(-1) + self.wide(inputs.features)
 
 
 def _linear(width: int, rank: int | None) -> nn.Module:
-    """x → W x + b, keeping the variance, so that products of many numbers begin moderate."""
+    """x → W x + b with variance-preserving initialization, so that the products start at moderate size."""
     parts = [nn.Linear(width, width)] if rank is None else [nn.Linear(width, rank, bias=False), nn.Linear(rank, width)]
     for part in parts:
         nn.init.kaiming_uniform_(part.weight, nonlinearity="linear")

@@ -1,4 +1,4 @@
-"""What scorers are made of: what each of them sees of a candidate, layers over it, and features with a direct say."""
+"""Building blocks of scorers: input concatenation, feed-forward layers and the linear term of the features."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,45 +7,45 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recsys2stage.ranking.scorers.base import Shown
+from recsys2stage.ranking.scorers.base import RankerInputs
 from recsys2stage.retrieval.encoders.layers import Dropout
 
-# AdamW moves all weights alike; a few direct ones can and should learn faster than many layered ones
+# AdamW updates all weights at the same rate; the few weights of linear terms can and should learn faster
 DIRECT_SCALE = 10.0
 
 
 def spread(vectors: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
-    """Unit vectors with numbers of unit variance."""
+    """Rescales unit vectors so that their elements have unit variance."""
     return vectors * vectors.size(-1) ** 0.5
 
 
-def seen(shown: Shown) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B C W"]]:
-    """What every scorer sees of the user, and of each candidate: its vector, the product of both, and the features.
+def concat_inputs(inputs: RankerInputs) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B C W"]]:
+    """User vector, and for each candidate the concatenation of item vector, elementwise product and features.
 
     W = 2D + F.
     """
-    user, vectors = spread(shown.state), spread(shown.vectors)
-    return user, torch.cat([vectors, user[:, None] * vectors, shown.features], dim=-1)
+    user, vectors = spread(inputs.state), spread(inputs.vectors)
+    return user, torch.cat([vectors, user[:, None] * vectors, inputs.features], dim=-1)
 
 
 class Deep(nn.Module):
-    """Linear → LayerNorm → ReLU → Dropout layers over a user's and a candidate's numbers together; 0 at first.
+    """Linear → LayerNorm → ReLU → Dropout layers over user and candidate inputs; outputs 0 at initialization.
 
-    LayerNorm stands where nanoRecSys has BatchNorm: it treats a masked candidate alike whatever else is in the batch.
+    LayerNorm replaces the BatchNorm of nanoRecSys: a masked candidate's output is independent of the batch.
 
     Args:
-        user: how many numbers are known of the user, D.
-        candidate: how many of each candidate, W.
+        user: number of user inputs, D.
+        candidate: number of inputs per candidate, W.
         hidden: widths of the layers.
-        dropout: after each of them.
-        outputs: how many numbers come out, N.
+        dropout: rate after each layer.
+        outputs: number of outputs, N.
     """
 
     def __init__(self, user: int, candidate: int, hidden: Sequence[int], dropout: float, outputs: int = 1) -> None:
         super().__init__()
         if not hidden or min(hidden) < 1:
             raise ValueError(f"hidden is {list(hidden)}, expected the width of at least one layer, such as [256, 128]")
-        # the first layer acts on the user once and on each candidate: the same sum as over their concatenation
+        # equals one layer over the concatenation, but the user part is computed once per request
         self.of_user = nn.Linear(user, hidden[0], bias=False)
         self.of_candidate = nn.Linear(candidate, hidden[0])
         layers: list[nn.Module] = [nn.LayerNorm(hidden[0]), nn.ReLU(), Dropout(dropout)]
@@ -65,9 +65,9 @@ class Deep(nn.Module):
 
 
 class Wide(nn.Linear):
-    """Features acting directly on the score, as in wide & deep learning (Cheng et al. 2016); 0 at first.
+    """Linear term of the features, as in wide & deep learning (Cheng et al. 2016); 0 at initialization.
 
-    Main effects such as popularity are learned before the layers begin to know the lists by heart.
+    It learns main effects such as popularity before the deep layers overfit the training lists.
 
     Args:
         num_features: F.

@@ -5,20 +5,20 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from recsys2stage.ranking.scorers.base import Scorer, Shown
-from recsys2stage.ranking.scorers.deep import Deep, Wide, seen
+from recsys2stage.ranking.scorers.base import RankerInputs, Scorer
+from recsys2stage.ranking.scorers.deep import Deep, Wide, concat_inputs
 
 
 class MLP(Scorer):
-    """User state, item vector, their product and the features, through Linear → LayerNorm → ReLU → Dropout layers.
+    """Linear → LayerNorm → ReLU → Dropout layers over user state, item vector, their product and the features.
 
-    The features also act on the score directly, as in all scorers here.
+    A linear term of the features is added to the score, as in all scorers.
 
     Args:
         dim: width D of states and item vectors.
         num_features: F.
         hidden: widths of the layers.
-        dropout: after each of them.
+        dropout: rate after each layer.
     """
 
     def __init__(self, dim: int, num_features: int, hidden: Sequence[int] = (256, 128), dropout: float = 0.2) -> None:
@@ -26,5 +26,5 @@ class MLP(Scorer):
         self.deep = Deep(dim, 2 * dim + num_features, hidden, dropout)
         self.wide = Wide(num_features)
 
-    def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
-        return self.deep(*seen(shown)).squeeze(-1) + self.wide(shown.features)
+    def forward(self, inputs: RankerInputs) -> Float[Tensor, "B C"]:
+        return self.deep(*concat_inputs(inputs)).squeeze(-1) + self.wide(inputs.features)

@@ -7,29 +7,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys2stage.ranking.scorers.base import Scorer, Shown
-from recsys2stage.ranking.scorers.deep import DIRECT_SCALE, Deep, Wide, seen, spread
+from recsys2stage.ranking.scorers.base import RankerInputs, Scorer
+from recsys2stage.ranking.scorers.deep import DIRECT_SCALE, Deep, Wide, concat_inputs, spread
 
 
 class MoL(Scorer):
-    """Cosines of several embeddings of the user with several of the item, of which gates choose the ones that count.
+    """Gated sum of the cosines between several user embeddings and several item embeddings.
 
-        scale · Σ_p Σ_q π_pq cos(f_p, g_q) / temperature,  π = softmax of the gates' layers
+        scale · Σ_p Σ_q π_pq cos(f_p, g_q) / temperature,  π = softmax of the gating network
 
-    The f_p are linear maps of the user's state, the g_q of the item's vector and the features. The papers make the
-    gates from three small networks, of user, item and the cosines; here one, the MLP's layers, sees all three. `scale`
-    is learned and begins at 0, so that the retriever's order stands at first; it alone learns in the first step, all
-    else from the second on. The features also act on the score directly, as in all scorers here.
+    The f_p are linear maps of the user state, the g_q of the item vector and the features. The papers compute the gates
+    with three small networks, of user, item and cosines; here one network, with the layers of the MLP, takes all three.
+    `scale` is learned and initialized to 0, so that training starts from the retriever's order; the other weights of
+    the mixture get gradients from the second step on. A linear term of the features is added, as in all scorers.
 
     Args:
         dim: width D of states and item vectors.
         num_features: F.
-        hidden: widths of the gates' layers.
-        dropout: after each of them.
+        hidden: widths of the gating network's layers.
+        dropout: rate after each layer.
         user_parts: number P of embeddings of the user.
         item_parts: number Q of embeddings of the item.
-        part_dim: width K of each.
-        temperature: what cosines are divided by.
+        part_dim: width K of each embedding.
+        temperature: divisor of the cosines.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class MoL(Scorer):
         self.scale = nn.Parameter(torch.zeros(()))
         self.wide = Wide(num_features)
 
-    def forward(self, shown: Shown) -> Float[Tensor, "B C"]:
-        user, candidates = seen(shown)
-        cosines = self.cosines(shown)
+    def forward(self, inputs: RankerInputs) -> Float[Tensor, "B C"]:
+        user, candidates = concat_inputs(inputs)
+        cosines = self.cosines(inputs)
         gates = self.gates(user, torch.cat([candidates, cosines], dim=-1)).softmax(dim=-1)
         mixture = (gates * cosines).sum(-1) / self.temperature
-        return DIRECT_SCALE * self.scale * mixture + self.wide(shown.features)
+        return DIRECT_SCALE * self.scale * mixture + self.wide(inputs.features)
 
-    def cosines(self, shown: Shown) -> Float[Tensor, "B C N"]:
-        """Of each embedding of the item with each of the user, N = P · Q."""
-        requests, candidates, _ = shown.vectors.shape
-        users = self.of_user(spread(shown.state)).view(requests, self.user_parts, self.part_dim)
-        items = self.of_item(torch.cat([spread(shown.vectors), shown.features], dim=-1))
+    def cosines(self, inputs: RankerInputs) -> Float[Tensor, "B C N"]:
+        """Cosine of each user embedding with each item embedding, N = P · Q."""
+        requests, candidates, _ = inputs.vectors.shape
+        users = self.of_user(spread(inputs.state)).view(requests, self.user_parts, self.part_dim)
+        items = self.of_item(torch.cat([spread(inputs.vectors), inputs.features], dim=-1))
         items = items.view(requests, candidates * self.item_parts, self.part_dim)
         products = torch.bmm(F.normalize(items, dim=-1), F.normalize(users, dim=-1).transpose(1, 2))
         return products.view(requests, candidates, self.item_parts * self.user_parts)

@@ -1,4 +1,4 @@
-"""What the second stage is told beside the retriever's opinion, one family of signals a file."""
+"""Signals: features and candidate generators of the ranker, counted from training events; one family per file."""
 
 from recsys2stage.ranking.signals.affinity import Affinity as Affinity
 from recsys2stage.ranking.signals.base import Proposer as Proposer

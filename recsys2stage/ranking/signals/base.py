@@ -1,7 +1,7 @@
-"""What a signal is: numbers of a candidate at a request that the retriever does not say.
+"""The signal interface: ranker features of a candidate at a request, beyond the retriever's score.
 
-Signals learn nothing by gradient. They count training events once, into tables, and look those up: the same code when
-lists are mined, when they are measured and when they are served. S numbers of a signal.
+Signals are not trained by gradient descent. `fit` counts training events into tables; `__call__` looks them up. The
+same code runs in mining, evaluation and serving. S: number of values (features) of a signal.
 """
 
 import inspect
@@ -16,84 +16,84 @@ import numpy as np
 from recsys2stage.artifacts import read_array, read_json
 from recsys2stage.data.batches import Padded, Ragged, newest_first
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.trust import factory, name_of
+from recsys2stage.trust import class_name, factory
 
-FOLDER, DESCRIPTION = "signals", "signals.json"  # of a mined or served folder
+FOLDER, DESCRIPTION = "signals", "signals.json"  # in a folder of mined lists or a bundle
 
 
 class Requests(NamedTuple):
     """B requests with C candidates each."""
 
-    items: np.ndarray  # (B, C) int64, 0 where there is no candidate
+    items: np.ndarray  # (B, C) int64, 0 is padding
     history: Padded  # the newest events before each request
-    now: np.ndarray  # (B,) int64 seconds of each request; of the newest event where the model is not told
+    request_time: np.ndarray  # (B,) int64 seconds; the time of the newest event where no request time is given
     vectors: np.ndarray  # (V + 1, D) float32, the retriever's item vectors, row 0 zero
-    queries: np.ndarray  # (B, D) float32, its query vectors
+    queries: np.ndarray  # (B, D) float32, the retriever's query vectors
 
     def newest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Items and times of the newest `count` events, newest first, (B, count) int64 each; 0 where there are none."""
+        """Items and times of the newest `count` events, newest first, (B, count) int64 each; padded with 0."""
         return newest_first(self.history.items, self.history.lengths, count), newest_first(
             self.history.times, self.history.lengths, count
         )
 
 
 class Signal(ABC):
-    """Numbers of each candidate of a request, from tables of training events. Options are kept under their names."""
+    """Features of each candidate of a request. A subclass stores each option as an attribute of the same name."""
 
-    by_id: ClassVar[bool] = False  # whether they come from the item's id, and are hidden where ids are masked
-    tables: dict[str, np.ndarray]  # all it has counted
+    by_id: ClassVar[bool] = False  # True if derived from the item ID; zeroed where the ID is masked
+    tables: dict[str, np.ndarray]  # everything that `fit` computed
 
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """Of the S numbers; a plain attribute of the class where they never change."""
+        """Names of the S values; a class attribute where they are fixed."""
 
     @property
     def counted(self) -> Collection[str]:
-        """Those of the names that count the item's own events, and are hidden where it has none."""
+        """Names of the values that count the item's own events; they are zeroed for cold items."""
         return ()
 
     @property
     def reads_times(self) -> bool:
-        """Whether a request must say when it and its events happened."""
+        """Whether requests need a request time and event times."""
         return False
 
     @property
     def reads_ratings(self) -> bool:
-        """Whether it looks at how a history's events were rated."""
+        """Whether the ratings of the history are used."""
         return False
 
     @property
     def reads_user(self) -> bool:
-        """Whether it looks at features of the user."""
+        """Whether user features are used."""
         return False
 
     @abstractmethod
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
-        """Counts training events, and nothing else, into `tables`.
+        """Computes `tables` from training events only.
 
         Args:
             dataset: prepared dataset.
             vectors: (V + 1, D) the retriever's item vectors, row 0 zero.
 
         Raises:
-            ValueError: where the data lack what the signal needs.
+            ValueError: if the dataset lacks what the signal needs.
         """
 
     def restore(self, tables: dict[str, np.ndarray]) -> None:
-        """Takes the tables that `fit` made, read again."""
+        """Loads the tables of an earlier `fit`."""
         self.tables = tables
 
     @abstractmethod
     def __call__(self, requests: Requests) -> np.ndarray:
-        """(B, C, S) float32, finite, of moderate size (logarithms of counts and seconds); 0 where no candidate is."""
+        """(B, C, S) float32, finite, of moderate size (logarithms of counts and seconds); 0 at padding."""
 
 
 class Proposer(Signal):
-    """A signal that also names candidates of its own.
+    """A signal that is also a candidate generator.
 
     Args:
-        candidates: how many it names at each request; 0: none.
+        candidates: number of items proposed for each request; 0: none.
     """
 
     def __init__(self, candidates: int = 0) -> None:
@@ -102,35 +102,35 @@ class Proposer(Signal):
         self.candidates = candidates
 
     @abstractmethod
-    def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
-        """Its best `candidates` items that are not known, best first, (B, candidates) int64; −1 where there are fewer.
+    def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
+        """Top `candidates` items that are not excluded, best first, (B, candidates) int64; padded with −1.
 
-        `requests.items` is not looked at.
+        `requests.items` is ignored.
         """
 
 
-def is_excluded(items: np.ndarray, known: Ragged, size: int) -> np.ndarray:
-    """Which of (B, N) items their row's user has met; also true of 0 and below.
+def is_excluded(items: np.ndarray, excluded: Ragged, size: int) -> np.ndarray:
+    """Which of (B, N) items are excluded in their row; also True for padding (0 and below).
 
     Args:
-        size: above every item number.
+        size: V + 1.
     """
-    keys = np.sort(known.rows * size + known.values)
-    target_action = np.arange(len(items))[:, None] * size + items
-    place = np.searchsorted(keys, target_action).clip(max=max(len(keys) - 1, 0))
-    return (items <= 0) | (keys[place] == target_action if len(keys) else False)
+    keys = np.sort(excluded.rows * size + excluded.values)
+    queries = np.arange(len(items))[:, None] * size + items
+    index = np.searchsorted(keys, queries).clip(max=max(len(keys) - 1, 0))
+    return (items <= 0) | (keys[index] == queries if len(keys) else False)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1 along the last axis; zero stays zero."""
+    """L2-normalizes along the last axis; zero vectors stay zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)
 
 
 def specify(signal: Signal) -> dict[str, Any]:
-    """A signal's class and options, plainly."""
+    """Class path and options of a signal, for JSON."""
     options = {name: getattr(signal, name) for name in inspect.signature(type(signal)).parameters}
-    return {"class_path": name_of(type(signal)), "init_args": options}
+    return {"class_path": class_name(type(signal)), "init_args": options}
 
 
 def save_signals(signals: Sequence[Signal], folder: Path) -> None:
@@ -143,14 +143,14 @@ def save_signals(signals: Sequence[Signal], folder: Path) -> None:
 
 
 def load_signals(folder: Path) -> list[Signal]:
-    """Signals as they were saved; tables stay on disk until they are looked at."""
+    """Loads saved signals; tables are memory-mapped."""
     signals, path = [], folder / DESCRIPTION
-    for number, described in enumerate(read_json(path, list, "recsys mine-negatives, and export-bundle")):
-        made = factory(described, Signal, path)
+    for number, spec in enumerate(read_json(path, list, "recsys mine-negatives, and export-bundle")):
+        make = factory(spec, Signal, path)
         try:
-            signal = made()
-        except Exception as error:  # whatever a constructor says of untrusted options
-            raise ValueError(f"{path} has a {described['class_path']} with other options ({error})") from error
+            signal = make()
+        except Exception as error:  # options are untrusted; a constructor may raise anything
+            raise ValueError(f"{path} has a {spec['class_path']} with other options ({error})") from error
         files = sorted(folder.glob(f"{number}.*.npy"))
         signal.restore({file.name.split(".")[1]: read_array(file) for file in files})
         signals.append(signal)

@@ -1,4 +1,4 @@
-"""What people like this one take: popularity within the classes of the users' own features."""
+"""Demographics: popularity of a candidate among users with the same categorical features."""
 
 import numpy as np
 
@@ -6,22 +6,22 @@ from recsys2stage.columns import UNKNOWN
 from recsys2stage.data.batches import spans
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Requests, Signal
-from recsys2stage.ranking.signals.keys import END, find
+from recsys2stage.ranking.signals.keys import END, batched_searchsorted
 
 
 class Demographics(Signal):
-    """How much oftener users of this one's class take a candidate than its popularity explains.
+    """Lift of a candidate among users of the same class over its overall popularity.
 
     For each categorical user feature, with g the user's class and b the candidate,
 
         log((n(b, g) + alpha) / (n(b) · p(g) + alpha))
 
     where n(b, g) counts the training events of b by users of class g, n(b) those of b, and p(g) is the share of all
-    training events that are by users of class g: observed over expected counts, as in Transitions. It is 0 where the
-    user's class is unknown, and where b has no events.
+    training events by users of class g: observed over expected counts, as in Transitions. It is 0 if the user's class
+    is unknown or b has no events.
 
     Args:
-        alpha: events that are added to both counts.
+        alpha: pseudo-events added to both counts.
     """
 
     reads_user = True
@@ -32,7 +32,7 @@ class Demographics(Signal):
         self.alpha = alpha
 
     @property
-    def names(self) -> tuple[str, ...]:  # they depend on the data, and come with the tables
+    def names(self) -> tuple[str, ...]:  # depend on the dataset, stored in the tables
         return tuple(self.tables["names"].tolist())
 
     @property
@@ -40,8 +40,8 @@ class Demographics(Signal):
         return self.names
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
-        told = [(place, f) for place, f in enumerate(dataset.user_features) if f["kind"] == "categorical"]
-        if not told:
+        features = [(index, f) for index, f in enumerate(dataset.user_features) if f["kind"] == "categorical"]
+        if not features:
             raise ValueError(
                 f"the users of {dataset.path} have no categorical features; declare some when the data are prepared, "
                 "or leave Demographics out"
@@ -49,11 +49,11 @@ class Demographics(Signal):
         train, size = spans(np.asarray(dataset.offsets[:-1]), np.asarray(dataset.train_ends)), dataset.num_items + 1
         items = np.asarray(dataset.items)[train.values].astype(np.int64)
         self.tables = {
-            "names": np.array([f"{feature['name']}_lift" for _, feature in told]),
-            "features": np.array([place for place, _ in told]),  # their places among all user features
+            "names": np.array([f"{feature['name']}_lift" for _, feature in features]),
+            "features": np.array([index for index, _ in features]),  # among all user features
             "counts": dataset.train_counts,
         }
-        for number, (_, feature) in enumerate(told):
+        for number, (_, feature) in enumerate(features):
             classes = np.asarray(feature["values"])[train.rows].astype(np.int64)
             keys, counts = np.unique(classes * size + items, return_counts=True)
             self.tables |= {
@@ -67,11 +67,11 @@ class Demographics(Signal):
         if requests.history.user is None:
             return out
         counts = np.asarray(self.tables["counts"])
-        for number, place in enumerate(self.tables["features"].tolist()):
-            own = requests.history.user[place].reshape(-1, 1).astype(np.int64)
-            keys, target_action = self.tables[f"keys{number}"], own * len(counts) + requests.items
-            found = find(keys, target_action)
-            events = np.where(keys[found] == target_action, self.tables[f"events{number}"][found], 0)
+        for number, feature in enumerate(self.tables["features"].tolist()):
+            own = requests.history.user[feature].reshape(-1, 1).astype(np.int64)
+            keys, queries = self.tables[f"keys{number}"], own * len(counts) + requests.items
+            index = batched_searchsorted(keys, queries)
+            events = np.where(keys[index] == queries, self.tables[f"events{number}"][index], 0)
             expected = counts[requests.items] * np.asarray(self.tables[f"share{number}"])[own]
             lift = np.log((events + self.alpha) / (expected + self.alpha))
             out[..., number] = np.where((own != UNKNOWN) & (counts[requests.items] > 0), lift, 0)

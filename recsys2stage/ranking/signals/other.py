@@ -1,4 +1,4 @@
-"""What a second retriever says of the first one's candidates."""
+"""OtherRetriever: scores and candidates of a second retriever."""
 
 import io
 import json
@@ -12,26 +12,26 @@ from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.data.batches import Padded, Ragged, as_history
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Proposer, Requests
-from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, cut, highest
+from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.inputs import fields_read
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 
-KEPT = {"towers": dict, "request_time": str}  # of the manifest of its index
-ROWS_AT_ONCE = 64  # histories that are encoded together
+KEPT = {"towers": dict, "request_time": str}  # fields of its index's manifest
+ROWS_AT_ONCE = 64  # histories per encoder batch
 
 
 class OtherRetriever(Proposer):
-    """The score of a second retriever, of another encoder, loss or only another seed, trained on the same split.
+    """The score of a second retriever (another encoder, loss or seed) trained on the same split.
 
-    Two retrievers err differently, so that a ranker of both knows more than either. It is kept whole among the tables,
-    and encodes each history once more wherever lists are measured; it is told as much of the time as the first one is.
+    The errors of two retrievers differ, so their ensemble ranks better. The second retriever is stored in the tables.
+    It encodes every history again in mining, evaluation and serving. It gets the same request time as the first one.
 
-    Proposals are its nearest items, by exact search.
+    Proposals are the nearest items in its vector space, by exact search.
 
     Args:
         index: folder written by export-index for the second retriever.
-        candidates: how many it names at each request; 0: none.
+        candidates: number of items proposed for each request; 0: none.
     """
 
     by_id = True
@@ -40,7 +40,7 @@ class OtherRetriever(Proposer):
     def __init__(self, index: str, candidates: int = 0) -> None:
         super().__init__(candidates)
         self.index = str(index)
-        self._encoded: tuple[Padded, np.ndarray, np.ndarray] | None = None  # the last histories, when, and as queries
+        self._cache: tuple[Padded, np.ndarray, np.ndarray] | None = None  # last histories, request times and queries
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         folder = Path(self.index)
@@ -58,27 +58,27 @@ class OtherRetriever(Proposer):
         self.restore(tables)
         if read := fields_read(self._towers.inputs) - {"ratings"}:
             raise ValueError(
-                f"the retriever of {folder} reads {', '.join(sorted(read))} of events, which signals are not told; "
-                "name one without such inputs"
+                f"the retriever of {folder} reads {', '.join(sorted(read))} of events, which signals do not receive; "
+                "choose one without such inputs"
             )
 
     def restore(self, tables: dict[str, np.ndarray]) -> None:
         super().restore(tables)
-        self._encoded = None
+        self._cache = None
         try:
-            self._described = json.loads(np.asarray(tables["described"]).tobytes())
+            self._options = json.loads(np.asarray(tables["described"]).tobytes())
             weights = np.asarray(tables["weights"]).tobytes()
         except (KeyError, ValueError, RecursionError) as error:
-            raise ValueError(f"the tables of an {type(self).__name__} are not whole ({error!r}); mine again") from error
-        where, make = f"the second retriever of an {type(self).__name__}", "recsys mine-negatives"
-        towers, _ = (take(self._described, name, kind, where) for name, kind in KEPT.items())
+            raise ValueError(f"the tables of {type(self).__name__} are incomplete ({error!r}); mine again") from error
+        where, make = f"the second retriever of {type(self).__name__}", "recsys mine-negatives"
+        towers, _ = (take(self._options, name, kind, where) for name, kind in KEPT.items())
         self._towers: TwoTower = build(TwoTower, towers, load_tensors(io.BytesIO(weights), where, make), where)
         if "vectors" not in tables or len(tables["vectors"]) != self._towers.items.num_items + 1:
             raise ValueError(f"{where} has not as many item vectors as items; mine again: {make}")
 
     @property
     def reads_times(self) -> bool:
-        return self._described["request_time"] != "none" or bool(self._towers.encoder.reads_times)
+        return self._options["request_time"] != "none" or bool(self._towers.encoder.reads_times)
 
     @property
     def reads_ratings(self) -> bool:
@@ -96,40 +96,40 @@ class OtherRetriever(Proposer):
     @torch.inference_mode()
     def _queries(self, requests: Requests) -> np.ndarray:
         """(B, D) float32; zero where there is no history."""
-        if self._encoded and self._encoded[0] is requests.history and np.array_equal(self._encoded[1], requests.now):
-            return self._encoded[2]  # proposed a moment ago
-        queries = np.zeros((len(requests.now), self.tables["vectors"].shape[1]), dtype=np.float32)
-        someone = np.flatnonzero(requests.history.lengths)
-        for begin in range(0, len(someone), ROWS_AT_ONCE):
-            rows = someone[begin : begin + ROWS_AT_ONCE]
+        if self._cache and self._cache[0] is requests.history and np.array_equal(self._cache[1], requests.request_time):
+            return self._cache[2]  # `propose` and `__call__` take the same requests
+        queries = np.zeros((len(requests.request_time), self.tables["vectors"].shape[1]), dtype=np.float32)
+        nonempty = np.flatnonzero(requests.history.lengths)
+        for begin in range(0, len(nonempty), ROWS_AT_ONCE):
+            rows = nonempty[begin : begin + ROWS_AT_ONCE]
             padded = _newest(requests.history, rows, self._towers.max_length)
-            history = as_history(padded, self._described["request_time"], requests.now[rows])
+            history = as_history(padded, self._options["request_time"], requests.request_time[rows])
             queries[rows] = self._towers.queries(history).float().numpy()
-        self._encoded = requests.history, requests.now, queries
+        self._cache = requests.history, requests.request_time, queries
         return queries
 
-    def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
+    def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
         vectors, queries = np.asarray(self.tables["vectors"]), self._queries(requests)
         proposals = np.zeros((len(queries), self.candidates), dtype=np.int64)
         for begin in range(0, len(queries), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)
             scores = queries[rows] @ vectors.T
             scores[np.asarray(requests.history.lengths)[rows] == 0] = -np.inf
-            few = cut(known, begin, begin + len(scores))
-            proposals[rows] = highest(scores, np.arange(len(vectors)), few, len(vectors), self.candidates)
+            own = slice_rows(excluded, begin, begin + len(scores))
+            proposals[rows] = top_by_score(scores, np.arange(len(vectors)), own, len(vectors), self.candidates)
         return proposals
 
 
 def _newest(padded: Padded, rows: np.ndarray, length: int) -> Padded:
-    """Some rows, cut to their newest events."""
+    """Selected rows, truncated to their newest `length` events."""
     lengths = np.asarray(padded.lengths)[rows]
     kept = np.minimum(lengths, length)
-    place = (lengths - kept)[:, None] + np.arange(max(int(kept.max(initial=0)), 1))
-    real = np.arange(place.shape[1]) < kept[:, None]
-    place = np.where(real, place, 0)
+    position = (lengths - kept)[:, None] + np.arange(max(int(kept.max(initial=0)), 1))
+    real = np.arange(position.shape[1]) < kept[:, None]
+    position = np.where(real, position, 0)
 
     def part(values: np.ndarray) -> np.ndarray:
-        return np.where(real, np.take_along_axis(values[rows], place, axis=1), values.dtype.type(0))
+        return np.where(real, np.take_along_axis(values[rows], position, axis=1), values.dtype.type(0))
 
     return Padded(
         items=part(padded.items),

@@ -1,4 +1,4 @@
-"""How an item was rated before the request, and how its user rates. E rated training events."""
+"""Ratings: rating statistics of the candidate before the request, and of the user. E rated training events."""
 
 import numpy as np
 
@@ -6,22 +6,22 @@ from recsys2stage.data.batches import spans
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Requests, Signal
 
-NONE = 0  # an event that nobody rated
+NONE = 0  # an event without a rating
 
 
 class Ratings(Signal):
-    """Ratings of the candidate by others before the request, and of the user in the history. A rating of 0 is none.
+    """Ratings of the candidate in earlier training events, and of the user in the history. A rating of 0 is missing.
 
     - item_mean: mean of the candidate's ratings strictly before the request (of all training events where the data
       have no times), (sum + prior · m) / (count + prior) with m the mean of all training events;
-    - item_count: log(1 + how many those are);
-    - user_mean: mean of the user's ratings, m where there are none;
-    - newest_over_mean: the newest of them less user_mean, 0 where there are none;
-    - user_spread: their standard deviation, 0 where there are none;
-    - item_over_user: item_mean less user_mean.
+    - item_count: log(1 + number of those ratings);
+    - user_mean: mean of the user's ratings, m without ratings;
+    - newest_over_mean: the user's newest rating − user_mean, 0 without ratings;
+    - user_spread: standard deviation of the user's ratings, 0 without ratings;
+    - item_over_user: item_mean − user_mean.
 
     Args:
-        prior: average ratings that are added to those of each item.
+        prior: number of average ratings added to those of each item.
     """
 
     names = ("item_mean", "item_count", "user_mean", "newest_over_mean", "user_spread", "item_over_user")
@@ -33,7 +33,7 @@ class Ratings(Signal):
         self.prior = prior
 
     @property
-    def reads_times(self) -> bool:  # not of data that have none
+    def reads_times(self) -> bool:  # only if the dataset has times
         return "clock" in self.tables
 
     @property
@@ -51,13 +51,13 @@ class Ratings(Signal):
         keys = items.astype(np.int64)
         if dataset.has_time:
             times = np.asarray(dataset.times)[train]
-            clock = np.array([times.min(), times.max() - times.min() + 2])  # first second, and past all seconds
+            clock = np.array([times.min(), times.max() - times.min() + 2])  # first second, and number of seconds + 1
             keys = keys * clock[1] + (times - clock[0])
         order = np.argsort(keys, kind="stable")
         sums = np.cumsum(np.asarray(dataset.ratings)[train[order]], dtype=np.float64)
         self.tables = {
-            "sums": np.append(0.0, sums),  # (E + 1,) ratings before each place, where events lie by item and time
-            "starts": np.searchsorted(items[order], np.arange(dataset.num_items + 2)),  # (V + 2,) of each item
+            "sums": np.append(0.0, sums),  # (E + 1,) cumulative ratings, sorted by item and time
+            "starts": np.searchsorted(items[order], np.arange(dataset.num_items + 2)),  # (V + 2,) of each item's events
             "mean": sums[-1:] / len(train),
         }
         if dataset.has_time:
@@ -68,33 +68,33 @@ class Ratings(Signal):
         begin, end = starts[requests.items], self._ends(requests)
         mean, count = float(self.tables["mean"][0]), end - begin
         item_mean = (sums[end] - sums[begin] + self.prior * mean) / (count + self.prior)
-        user_mean, newest, spread = (number[:, None] for number in self._of_users(requests, mean))
-        numbers = [item_mean, np.log1p(count), user_mean, newest, spread, item_mean - user_mean]
-        out = np.empty((*requests.items.shape, len(numbers)), dtype=np.float32)
-        for place, number in enumerate(numbers):
-            out[..., place] = np.where(requests.items > 0, number, 0)
+        user_mean, newest, spread = (value[:, None] for value in self._user_values(requests, mean))
+        values = [item_mean, np.log1p(count), user_mean, newest, spread, item_mean - user_mean]
+        out = np.empty((*requests.items.shape, len(values)), dtype=np.float32)
+        for column, value in enumerate(values):
+            out[..., column] = np.where(requests.items > 0, value, 0)
         return out
 
     def _ends(self, requests: Requests) -> np.ndarray:
-        """Past each candidate's newest event before the request, in the order of `sums`, (B, C)."""
+        """Index after each candidate's newest event before the request, in the order of `sums`, (B, C)."""
         if "clock" not in self.tables:
             return np.asarray(self.tables["starts"])[requests.items + 1]
         first, span = self.tables["clock"].tolist()
-        target_action = requests.items * span + (requests.now - first).clip(0, span - 1)[:, None]
-        order = np.argsort(target_action, axis=None)  # neighbours in memory are looked for one after the other
-        ends = np.empty(target_action.size, dtype=np.int64)
-        ends[order] = np.searchsorted(np.asarray(self.tables["keys"]), target_action.ravel()[order])
-        return ends.reshape(target_action.shape)
+        queries = requests.items * span + (requests.request_time - first).clip(0, span - 1)[:, None]
+        order = np.argsort(queries, axis=None)  # sorted queries hit the cache
+        ends = np.empty(queries.size, dtype=np.int64)
+        ends[order] = np.searchsorted(np.asarray(self.tables["keys"]), queries.ravel()[order])
+        return ends.reshape(queries.shape)
 
-    def _of_users(self, requests: Requests, mean: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean, newest less mean, and spread of each user's ratings, (B,) each."""
-        ratings, count = requests.history.ratings, len(requests.now)
+    def _user_values(self, requests: Requests, mean: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean, newest − mean, and standard deviation of each user's ratings, (B,) each."""
+        ratings, count = requests.history.ratings, len(requests.request_time)
         if ratings is None:
             return np.full(count, mean), np.zeros(count), np.zeros(count)
         column = np.arange(ratings.shape[1])
         rated = (column < np.asarray(requests.history.lengths)[:, None]) & (ratings != NONE)
         number, ratings = rated.sum(1), ratings.astype(np.float64)
         own = np.where(number > 0, np.where(rated, ratings, 0).sum(1) / number.clip(min=1), mean)
-        away = np.where(rated, ratings - own[:, None], 0)
-        newest = np.take_along_axis(away, np.where(rated, column, 0).max(1)[:, None], axis=1)[:, 0]
-        return own, newest, np.sqrt((away**2).sum(1) / number.clip(min=1))
+        deviation = np.where(rated, ratings - own[:, None], 0)
+        newest = np.take_along_axis(deviation, np.where(rated, column, 0).max(1)[:, None], axis=1)[:, 0]
+        return own, newest, np.sqrt((deviation**2).sum(1) / number.clip(min=1))

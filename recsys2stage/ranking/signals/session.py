@@ -1,4 +1,4 @@
-"""When the request comes: how long after the newest event, how far into a sitting, at what hour of what day."""
+"""Session: time since the newest event, state of the current session, and calendar time of the request."""
 
 import numpy as np
 
@@ -6,23 +6,23 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Requests, Signal
 
 DAY = 86_400
-RECENT = 10  # newest events whose gaps say how busy the user is now
+RECENT = 10  # number of newest events averaged in `mean_gap`
 
 
 class Session(Signal):
-    """The user's clock, the same for all candidates of a request; a scorer crosses it with what it knows of them.
+    """Session context, equal for all candidates of a request; the scorer crosses it with features of the candidates.
 
-    A session is a run of events with no gap longer than `session` between them; if the gap from the newest event to
-    the request is longer, or there is no event, the request opens a new one. The numbers:
+    A session is a run of events without a gap longer than `session` seconds. If the gap from the newest event to the
+    request is longer, or there are no events, the request starts a new session. The values:
 
-    - gap: log(1 + seconds since the newest event), 0 without one;
-    - events: log(1 + events in the history, as far as it is shown);
-    - session_events, session_seconds: log(1 + events of the open session), log(1 + seconds since its first one); 0 in
-      a new one;
-    - new_session: 1 where the request opens one, else 0;
-    - hour_sin, hour_cos, weekday_sin, weekday_cos: the request's hour of the day and day of the week (UTC, from Sunday)
-      as points on circles;
-    - mean_gap: mean of log(1 + seconds) of the gaps between the newest 10 events, 0 where there are fewer than two.
+    - gap: log(1 + seconds since the newest event), 0 without events;
+    - events: log(1 + events in the history, after truncation);
+    - session_events, session_seconds: log(1 + events of the current session), log(1 + seconds since its first event);
+      0 in a new session;
+    - new_session: 1 if the request starts a session, else 0;
+    - hour_sin, hour_cos, weekday_sin, weekday_cos: cyclic encoding of the request's hour of the day and day of the week
+      (UTC, from Sunday);
+    - mean_gap: mean of log(1 + seconds) of the gaps between the newest 10 events, 0 with fewer than two events.
 
     Args:
         session: the longest gap within a session, in seconds.
@@ -42,23 +42,23 @@ class Session(Signal):
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         if not dataset.has_time:
             raise ValueError(f"{dataset.path} has an order and no times; leave Session out")
-        self.tables = {}  # all it looks at is in the request
+        self.tables = {}  # uses the request only
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        numbers = self.of_requests(requests).astype(np.float32)
-        return np.where(requests.items[:, :, None] > 0, numbers[:, None], np.float32(0))
+        values = self.request_values(requests).astype(np.float32)
+        return np.where(requests.items[:, :, None] > 0, values[:, None], np.float32(0))
 
-    def of_requests(self, requests: Requests) -> np.ndarray:
-        """(B, 10) float64, the numbers of each request."""
-        times, lengths, now = requests.history.times, np.asarray(requests.history.lengths), requests.now
-        column, some = np.arange(times.shape[1]), lengths > 0
+    def request_values(self, requests: Requests) -> np.ndarray:
+        """(B, 10) float64, the values of each request."""
+        times, lengths, now = requests.history.times, np.asarray(requests.history.lengths), requests.request_time
+        column, nonempty = np.arange(times.shape[1]), lengths > 0
         newest = np.take_along_axis(times, (lengths - 1).clip(min=0)[:, None], axis=1)[:, 0]
-        gap = np.where(some, (now - newest).clip(min=0), 0)
+        gap = np.where(nonempty, (now - newest).clip(min=0), 0)
 
         gaps = np.diff(times, axis=1, prepend=0).clip(min=0)  # before each event
         inner = (column > 0) & (column < lengths[:, None])
-        start = np.where(inner & (gaps > self.session), column, 0).max(axis=1)  # of the newest session
-        fresh = ~some | (gap > self.session)
+        start = np.where(inner & (gaps > self.session), column, 0).max(axis=1)  # first event of the newest session
+        fresh = ~nonempty | (gap > self.session)
         first = np.take_along_axis(times, start[:, None], axis=1)[:, 0]
         events = np.where(fresh, 0, lengths - start)
         seconds = np.where(fresh, 0, (now - first).clip(min=0))

@@ -1,4 +1,4 @@
-"""What usually follows all of the newest items taken together: linear next-item models in closed form."""
+"""SLIT: linear item-transition models over the whole recent history, fitted in closed form."""
 
 import math
 from collections.abc import Sequence
@@ -9,34 +9,34 @@ import torch
 from recsys2stage.data.batches import Ragged, spans
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.ranking.signals.base import Proposer, Requests
-from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, cut, highest
+from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
 
-NEGLIGIBLE = 0.01  # weight below which an event of the history is left out
-NUMBERS_IN_FLIGHT = 1 << 22  # weights that are looked up together
+NEGLIGIBLE = 0.01  # events with a smaller weight are left out of the history
+NUMBERS_IN_FLIGHT = 1 << 22  # model weights per block
 
 
 class SLIT(Proposer):
-    """Session-aware Linear Item Transition models (Choi et al., WWW 2021, eq. 9) with the next item as the answer.
+    """Session-aware Linear Item Transition models (Choi et al., WWW 2021, eq. 9) with the next item as target.
 
-    At each training event t, x_t is the history before it with an event k places back weighted decay^k, k = 0 the
-    newest, and y_t marks the item of t. The weights
+    For each training event t, x_t is the history before it, with weight decay^k for the event k positions before the
+    newest, and y_t is the one-hot item of t. The weights
 
         W = argmin  Σ_t |y_t − Wᵀ x_t|² + Σ_ab ridge · m · W_ab²  =  (Σ x_t x_tᵀ + ridge · m · I)⁻¹ Σ x_t y_tᵀ
 
-    with m the mean of the diagonal of Σ x_t x_tᵀ, are one model for each decay. Where `Transitions` counts what follows
-    each event alone, these know that two events of the history say the same.
+    with m the mean of the diagonal of Σ x_t x_tᵀ, are one model for each decay. `Transitions` counts followers of each
+    event separately; these models also account for the correlation between the events of a history.
 
-    The numbers are sign(s) · log(1 + 100 |s|) of s = Wᵀx at the candidate: near the share of times that it came
-    next. They are 0, which says nothing, without a history and for items outside `items`.
+    The values are sign(s) · log(1 + 100 |s|) of s = Wᵀx at the candidate, which approximates the probability that it
+    comes next. They are 0 without a history and for items that are not among the `items` most frequent ones.
 
     Proposals have the largest sum of s over the decays.
 
     Args:
-        candidates: how many it names at each request; 0: none.
-        decays: weight of an event in comparison to the one after it, one for each model.
-        ridge: penalty of the weights.
-        history: newest events that are looked at, those with a weight of at least .01 of the newest's.
-        items: the most frequent items, which have weights; memory is its square, time of `fit` its cube.
+        candidates: number of items proposed for each request; 0: none.
+        decays: weight of an event relative to the next newer one, one for each model.
+        ridge: L2 penalty of the weights.
+        history: number of newest events to use, of which those with a weight below 0.01 are left out.
+        items: number of most frequent items that have weights; memory is quadratic in it, time of `fit` cubic.
     """
 
     by_id = True
@@ -65,29 +65,29 @@ class SLIT(Proposer):
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         train = spans(dataset.offsets[:-1], dataset.train_ends)
         items = np.asarray(dataset.items[train.values])
-        after = np.repeat(train.offsets[1:], np.diff(train.offsets)) - np.arange(len(items)) - 1  # events of its user
+        after = np.repeat(train.offsets[1:], np.diff(train.offsets)) - np.arange(len(items)) - 1  # later of its user
         counts = np.asarray(dataset.train_counts)
         frequent = np.argsort(-counts, kind="stable")[: self.items]
         frequent = np.sort(frequent[counts[frequent] > 0])
-        row = np.zeros(len(counts), dtype=np.int32)  # of each item in the weights; 0: none
+        row = np.zeros(len(counts), dtype=np.int32)  # row of each item in the weights; 0: none
         row[frequent] = np.arange(1, len(frequent) + 1)
         self.tables = {"row": row}
         for number, decay in enumerate(self.decays):
             gram, targets = _moments(row[items].astype(np.int64), after, decay, self._reach(decay), len(frequent) + 1)
-            weights = np.zeros(gram.shape, dtype=np.float16)  # three digits are more than noise leaves
+            weights = np.zeros(gram.shape, dtype=np.float16)  # three digits are more precise than the estimates
             if gram[1:, 1:].any():
                 weights[1:, 1:] = _ridge(gram[1:, 1:], targets[1:, 1:], self.ridge)
             self.tables[f"weights_{number}"] = weights
 
     def _reach(self, decay: float) -> int:
-        """How many of the newest events a model looks at."""
+        """Number of newest events that a model uses."""
         return self.history if decay == 1 else min(self.history, 1 + int(math.log(NEGLIGIBLE) / math.log(decay)))
 
     def __call__(self, requests: Requests) -> np.ndarray:
         row = np.asarray(self.tables["row"])
         items = row[requests.items.clip(min=0)]
         newest = row[requests.newest(max(map(self._reach, self.decays)))[0]]
-        numbers = np.zeros((*items.shape, len(self.decays)), dtype=np.float32)
+        values = np.zeros((*items.shape, len(self.decays)), dtype=np.float32)
         for number, decay in enumerate(self.decays):
             weights, reach = self.tables[f"weights_{number}"], self._reach(decay)
             fade = (decay ** np.arange(reach)).astype(np.float32)
@@ -95,48 +95,48 @@ class SLIT(Proposer):
             for begin in range(0, len(items), block):
                 rows = slice(begin, begin + block)
                 pairs = weights[newest[rows, :reach, None], items[rows, None]]  # (B, history, C)
-                numbers[rows, :, number] = fade @ pairs.astype(np.float32)
-        return np.sign(numbers) * np.log1p(100 * np.abs(numbers))
+                values[rows, :, number] = fade @ pairs.astype(np.float32)
+        return np.sign(values) * np.log1p(100 * np.abs(values))
 
-    def propose(self, requests: Requests, known: Ragged) -> np.ndarray:
+    def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
         row = np.asarray(self.tables["row"])
-        item = np.flatnonzero(row)  # of each row of the weights but the first
+        item = np.flatnonzero(row)  # item of each row of the weights from row 1
         newest = row[requests.newest(max(map(self._reach, self.decays)))[0]]
         proposals = np.zeros((len(newest), self.candidates), dtype=np.int64)
         for begin in range(0, len(newest), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)
-            met, place = np.unique(newest[rows], return_inverse=True)
-            place = place.reshape(-1, newest.shape[1])
-            scores = np.zeros((len(place), len(item)), dtype=np.float32)
+            distinct, inverse = np.unique(newest[rows], return_inverse=True)
+            inverse = inverse.reshape(-1, newest.shape[1])
+            scores = np.zeros((len(inverse), len(item)), dtype=np.float32)
             for number, decay in enumerate(self.decays):
-                history, reach = np.zeros((len(place), len(met)), dtype=np.float32), self._reach(decay)
-                at = np.broadcast_to(np.arange(len(place))[:, None], (len(place), reach))
-                np.add.at(history, (at, place[:, :reach]), (decay ** np.arange(reach)).astype(np.float32))
-                scores += history @ self.tables[f"weights_{number}"][met][:, 1:].astype(np.float32)
-            few = cut(known, begin, begin + len(place))
+                history, reach = np.zeros((len(inverse), len(distinct)), dtype=np.float32), self._reach(decay)
+                at = np.broadcast_to(np.arange(len(inverse))[:, None], (len(inverse), reach))
+                np.add.at(history, (at, inverse[:, :reach]), (decay ** np.arange(reach)).astype(np.float32))
+                scores += history @ self.tables[f"weights_{number}"][distinct][:, 1:].astype(np.float32)
+            own = slice_rows(excluded, begin, begin + len(inverse))
             scores[scores <= 0] = -np.inf
-            proposals[rows] = highest(scores, item, few, len(row), self.candidates)
+            proposals[rows] = top_by_score(scores, item, own, len(row), self.candidates)
         return proposals
 
 
 def _moments(
     items: np.ndarray, after: np.ndarray, decay: float, history: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Σ x xᵀ and Σ x yᵀ over all training events that have a history, (size, size) float64 each.
+    """Σ x xᵀ and Σ x yᵀ over all training events with a history, (size, size) float64 each.
 
     Args:
-        items: (E,) of the training events, user by user.
-        after: (E,) how many of its user's come after each.
-        decay: weight of an event in comparison to the one after it.
-        history: newest events in x.
-        size: above every item number.
+        items: (E,) rows of the training events' items, grouped by user.
+        after: (E,) number of later events of the same user.
+        decay: weight of an event relative to the next newer one.
+        history: number of newest events in x.
+        size: number of rows, including row 0.
     """
     gram, targets = np.zeros(size * size), np.zeros(size * size)
     for lag in range(history):
-        first = np.flatnonzero(after >= lag + 1)  # with an event `lag` places on and one to predict after that
+        first = np.flatnonzero(after >= lag + 1)  # events with one `lag` positions later and a target after that
         last = first + lag
         np.add.at(targets, items[first] * size + items[last + 1], decay**lag)
-        # both stand in x at each answer from last + 1 on, until the first has left: Σ_s decay^(lag + 2s)
+        # both are in x for each target from last + 1 until `first` leaves the window: Σ_s decay^(lag + 2s)
         times = np.minimum(after[last], history - lag)
         weight = times if decay == 1 else (1 - decay ** (2 * times)) / (1 - decay**2)
         np.add.at(gram, items[first] * size + items[last], weight * decay**lag * (1 if lag else 0.5))
@@ -145,6 +145,6 @@ def _moments(
 
 
 def _ridge(gram: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:
-    """(gram + ridge · its mean diagonal · I)⁻¹ answers; gram is changed."""
+    """(gram + ridge · its mean diagonal · I)⁻¹ targets; gram is changed in place."""
     gram[np.diag_indices_from(gram)] += ridge * np.diag(gram).mean()
     return torch.cholesky_solve(torch.from_numpy(targets), torch.linalg.cholesky(torch.from_numpy(gram))).numpy()
