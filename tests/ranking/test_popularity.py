@@ -180,7 +180,7 @@ def test_both_ways_to_count_a_window_agree(dataset: Dataset, monkeypatch: pytest
         counts = np.bincount(signal.tables["items"][begin:end], minlength=ITEMS + 1)
         assert signal._by_count(begin, end).tolist() == sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
     one = signal.propose(asked_at(now), nobody(len(now)))
-    monkeypatch.setattr("recsys2stage.ranking.signals.popularity.LOOKS", 0)  # always by looks at items
+    monkeypatch.setattr("recsys2stage.ranking.signals.popularity.LOOKS", 0)  # always count by item
     assert np.array_equal(signal.propose(asked_at(now), nobody(len(now))), one)
 
 

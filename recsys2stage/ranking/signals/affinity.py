@@ -8,7 +8,7 @@ from recsys2stage.ranking.signals.base import Requests, Signal
 
 YEAR = 365.2425 * 86_400  # seconds
 CELLS = 1 << 20  # largest dense table of requests by classes; above it only the pairs that occur are stored
-FURTHEST = 10.0  # standard deviations; larger values are outliers or data errors
+FURTHEST = 10.0  # standard deviations; larger values, outliers or data errors, are clipped
 LATEST = 9_999.0  # a year; greater values are seconds, days or the like
 
 
@@ -21,9 +21,9 @@ class Affinity(Signal):
 
         lift = log((Σ n(g) + smoothing · Σ s(g)) / ((W + smoothing) · Σ s(g))), over the classes g of the candidate,
 
-    the share of the candidate's classes in the history relative to the log, with `smoothing` average events added to
-    each history: with w = 1 (`share`) and with w = decay^k for the event k positions before the newest (`recent`). The
-    third value (`newest`) is the Jaccard similarity to the classes of the newest event.
+    compares the share of the candidate's classes in the history with that in the training events, with `smoothing`
+    average events added to each history. w = 1 gives `share`, and w = decay^k for the event k positions before the
+    newest gives `recent`. The third value, `newest`, is the Jaccard similarity to the classes of the newest event.
 
     A numeric feature gives two values: the absolute distance of the candidate from the mean of the history
     (`from_mean`) and from the newest event (`from_newest`), in standard deviations over training events, at most 10.

@@ -118,8 +118,8 @@ def _leave_one_out(parts: Sequence[np.ndarray], weights: np.ndarray, vectors: np
 
     Args:
         parts: feature columns, as `columns` returns them.
-        weights: (V + 1,) of the items.
-        vectors: (V + 1, D) of the items.
+        weights: (V + 1,) item weights.
+        vectors: (V + 1, D) retriever item vectors.
         ridge: L2 penalty, in items of mean weight.
     """
     penalty = ridge * (weights[weights > 0].mean() if weights.any() else 1)
