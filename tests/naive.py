@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     x: Places
     times: list[int]
-    asked: list[int]
+    request: list[int]
 
 
 Encode = Callable[[Row, Weights], Places]

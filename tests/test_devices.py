@@ -100,7 +100,7 @@ class LargestSizes(TorchFunctionMode):
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Any]]:
     """Moves modules and batches to where the test runs."""
     for module in (layers, attention, mamba4rec, times):
-        monkeypatch.setattr(module, "in_cache", lambda x: False)
+        monkeypatch.setattr(module, "use_cpu_blocks", lambda x: False)
     device, mode = torch.device(request.param), ExitStack()
 
     def move(*these: Any) -> Any:

@@ -202,7 +202,7 @@ def test_an_empty_history_is_finite(position: int, table: int) -> None:
 
 def test_attention_to_both_sides_asks_for_lengths() -> None:
     given = inputs()
-    with pytest.raises(AssertionError, match="needs to know what is padding"):
+    with pytest.raises(AssertionError, match="needs lengths to mask the padding"):
         softmax_attention(given.q, given.k, given.v, Bias(), causal=False)
 
 

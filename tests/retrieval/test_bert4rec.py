@@ -149,7 +149,7 @@ def test_it_has_a_place_for_the_question() -> None:
 
 
 def test_a_gap_until_the_next_event_is_refused() -> None:
-    with pytest.raises(ValueError, match="sees both sides is asked in each place at its own time; choose LogBuckets"):
+    with pytest.raises(ValueError, match="request time of a position is the time of its event; choose LogBuckets"):
         BERT4Rec(D, L, time=times.RequestGap)
 
 

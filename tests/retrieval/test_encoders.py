@@ -91,7 +91,7 @@ class Case(NamedTuple):
                     return rf"{type(part).__name__} acts inside attention, and {self.encoder} has none; choose "
         for name in ("RequestGap", "HybridTimestamp"):
             if not self.causal and name in self.time:
-                return rf"{name} looks at the gap .* sees both sides is asked in each place at its own time; choose Log"
+                return rf"{name} encodes the gap .* bidirectional encoder .* the time of its event; choose Log"
         return None
 
 
@@ -257,7 +257,7 @@ def test_a_clock_that_has_to_be_told_says_so(case: Case) -> None:
     built = build(case)
     x, lengths, happened, _ = inputs(case)
     if case.asks:
-        with pytest.raises(ValueError, match="needs to know when a recommendation is asked for, but request_time is"):
+        with pytest.raises(ValueError, match="needs request times, but request_time is"):
             built(x, lengths, happened, None)
     else:
         with torch.no_grad():

@@ -18,7 +18,7 @@ from recsys2stage.retrieval.encoders.layers import (
     ReLU,
     RMSNorm,
     SwiGLU,
-    kept,
+    dropout_mask,
 )
 
 DIM = 12
@@ -42,7 +42,7 @@ def test_dropout_zeroes_its_share_and_raises_the_rest(p: float, dtype: torch.dty
 
 @pytest.mark.parametrize("p", [1e-4, 0.999])
 def test_rare_shares_keep_the_expectation(p: float) -> None:
-    keep, scale = kept(torch.Size([2_000_000]), p)
+    keep, scale = dropout_mask(torch.Size([2_000_000]), p)
     assert (~keep).double().mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / keep.numel()) + 2**-17)
     # the share is a multiple of 2^-16, and the scale that of the very share
     steps = round(p * 2**16)
@@ -51,14 +51,14 @@ def test_rare_shares_keep_the_expectation(p: float) -> None:
 
 
 def test_a_share_too_small_to_be_drawn_drops_nothing() -> None:
-    keep, scale = kept(torch.Size([2_000_000]), 1e-6)
+    keep, scale = dropout_mask(torch.Size([2_000_000]), 1e-6)
     assert keep.all()
     assert scale == 1
 
 
 def test_neighbours_are_dropped_independently() -> None:
     """Four elements share one draw of the generator."""
-    keep = kept(torch.Size([400_000]), 0.5)[0].double() * 2 - 1
+    keep = dropout_mask(torch.Size([400_000]), 0.5)[0].double() * 2 - 1
     for apart in (1, 2, 3, 4, 5, 8):
         together = (keep[apart:] * keep[:-apart]).mean().item()
         assert together == pytest.approx(0, abs=5 / math.sqrt(400_000)), apart
@@ -68,7 +68,7 @@ def test_neighbours_are_dropped_independently() -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3,), (5, 7), (2, 3, 0), (2, 3, 5)])
 def test_any_shape_is_dropped(shape: tuple[int, ...]) -> None:
-    keep, scale = kept(torch.Size(shape), 0.5)
+    keep, scale = dropout_mask(torch.Size(shape), 0.5)
     assert (keep.shape, keep.dtype, scale) == (shape, torch.bool, 2.0)
     x = torch.randn(shape)
     out = Dropout(0.5)(x)
@@ -107,7 +107,7 @@ def test_masks_follow_the_seed() -> None:
     torch.manual_seed(7)
     assert torch.equal(dropout(x), first)
     assert not torch.equal(first, second)
-    draws = [kept(torch.Size([900]), 0.5, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
+    draws = [dropout_mask(torch.Size([900]), 0.5, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -150,7 +150,7 @@ def assert_same(out: Tensor, expected: Tensor, learned: list[Tensor]) -> None:
 def test_norms_are_their_formulas(
     norm: type[Norm], affine: bool, eps: float, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "IN_CACHE", in_cache)
+    monkeypatch.setattr(layers, "CACHE_BLOCK", in_cache)
     built = norm(DIM, eps, affine).double()
     assert len(list(built.parameters())) == (0 if not affine else 2 if norm is LayerNorm else 1)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_dropout_falls_on_the_hidden_layer_only(member: type[FeedForward]) -> No
     torch.manual_seed(3)
     out = layer(x)
     torch.manual_seed(3)
-    keep, scale = kept(torch.Size([4, layer.width]), 0.5)
+    keep, scale = dropout_mask(torch.Size([4, layer.width]), 0.5)
     hidden = hidden_by_hand(layer, x) * keep * scale
     torch.testing.assert_close(out, linear(layer.w2.weight, layer.w2.bias, hidden), rtol=0, atol=1e-9)
     assert torch.equal(layer.eval()(x), layer(x))

@@ -67,7 +67,7 @@ def test_it_is_its_equations(kind: str, heads: int) -> None:
 def test_a_clock_joins_the_logits() -> None:
     def expected(row: Row, weights: Weights) -> Places:
         def bias(layer: int, head: int, i: int, j: int) -> Tensor:
-            return weights["time.tables"][layer, 0, log_bucket(row.target_action[i] - row.times[j])]
+            return weights["time.tables"][layer, 0, log_bucket(row.request[i] - row.times[j])]
 
         return ligr(row, weights, heads=2, bias=bias)
 

@@ -58,7 +58,7 @@ def mamba4rec(row: Row, weights: Weights) -> Places:
     if "position.table" in weights:
         xs = [x + weights["position.table"][place] for place, x in enumerate(xs)]
     if "time.vectors.weight" in weights:
-        gaps = [asked - happened for asked, happened in zip(row.target_action, row.times, strict=True)]
+        gaps = [request - happened for request, happened in zip(row.request, row.times, strict=True)]
         xs = [x + weights["time.vectors.weight"][int(math.log2(1 + gap))] for x, gap in zip(xs, gaps, strict=True)]
     xs = [norm(x, weights, "norm", eps=1e-12) for x in xs]
     layer = 0
@@ -166,12 +166,12 @@ def test_what_cannot_be_stepped_is_refused() -> None:
     state = built.start(1)
     for _ in range(LENGTH):
         _, state = built.step(x, state)
-    with pytest.raises(ValueError, match=r"Learned knows 8 places and this is event 9 .* raise max_length"):
+    with pytest.raises(ValueError, match=r"Learned has 8 positions and this is event 9 .* raise max_length"):
         built.step(x, state)
     clocked = build(time=times.RequestGap)
     with pytest.raises(ValueError, match=r"RequestGap needs the time of the event; give step a time"):
         clocked.step(x, clocked.start(1))
-    with pytest.raises(ValueError, match=r"RequestGap needs to know when a recommendation is asked for"):
+    with pytest.raises(ValueError, match=r"RequestGap needs request times, but request_time is"):
         clocked.step(x, clocked.start(1), torch.tensor([DAY]))
 
 

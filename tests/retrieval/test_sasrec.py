@@ -68,7 +68,7 @@ def test_the_form_of_the_paper(heads: int) -> None:
 def test_a_clock_joins_the_logits() -> None:
     def expected(row: Row, weights: Weights) -> Places:
         def bias(layer: int, head: int, i: int, j: int) -> Tensor:
-            return weights["time.tables"][layer, 0, log_bucket(row.target_action[i] - row.times[j])]
+            return weights["time.tables"][layer, 0, log_bucket(row.request[i] - row.times[j])]
 
         return sasrec(row, weights, heads=2, bias=bias)
 

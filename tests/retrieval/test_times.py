@@ -67,7 +67,7 @@ def test_request_gap_is_added_to_the_input() -> None:
 
 
 def test_request_gap_refuses_an_encoder_that_sees_both_sides() -> None:
-    with pytest.raises(ValueError, match=r"sees both sides.*choose LogBuckets, LogSpaced or Calendar"):
+    with pytest.raises(ValueError, match=r"bidirectional.*choose LogBuckets, LogSpaced or Calendar"):
         RequestGap(TWO_SIDED)
 
 

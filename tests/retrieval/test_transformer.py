@@ -108,7 +108,7 @@ def test_biases_of_distance_and_time_by_their_equations(per_head: bool, shared: 
     def expected(row: Row, weights: Weights) -> Places:
         def bias(layer: int, head: int, i: int, j: int) -> Tensor:
             n, h = 0 if shared else layer, head if per_head else 0
-            elapsed = weights["time.tables"][n, h, log_bucket(row.target_action[i] - row.times[j])]
+            elapsed = weights["time.tables"][n, h, log_bucket(row.request[i] - row.times[j])]
             return weights["position.tables"][n, h, i - j] + elapsed
 
         return transformer(row, weights, bias=bias)
@@ -123,7 +123,7 @@ def test_t5_and_time_by_their_equations() -> None:
     def expected(row: Row, weights: Weights) -> Places:
         def bias(layer: int, head: int, i: int, j: int) -> Tensor:
             distance = weights["position.table"][head, t5_bucket(i - j, True, 4, 5)]
-            return distance + weights["time.tables"][layer, 0, log_bucket(row.target_action[i] - row.times[j])]
+            return distance + weights["time.tables"][layer, 0, log_bucket(row.request[i] - row.times[j])]
 
         return transformer(row, weights, bias=bias)
 
@@ -154,7 +154,7 @@ def test_a_history_of_several_blocks_by_its_equations() -> None:
 
     def expected(row: Row, weights: Weights) -> Places:
         def bias(layer: int, head: int, i: int, j: int) -> Tensor:
-            return weights["time.tables"][0, 0, log_bucket(row.target_action[i] - row.times[j])]
+            return weights["time.tables"][0, 0, log_bucket(row.request[i] - row.times[j])]
 
         return transformer(row, weights, rotate=rotary(), bias=bias, layers=1)
 

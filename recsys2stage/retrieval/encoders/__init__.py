@@ -1,4 +1,4 @@
-"""Sequence encoders, one architecture a file."""
+"""Sequence encoders, one architecture per file."""
 
 from recsys2stage.retrieval.encoders.base import Encoder as Encoder
 from recsys2stage.retrieval.encoders.base import EncoderFactory as EncoderFactory

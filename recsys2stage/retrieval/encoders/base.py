@@ -1,4 +1,4 @@
-"""What an encoder is: a map over histories of vectors that never sees item numbers."""
+"""Base class of sequence encoders: vectors in, vectors out; an encoder never reads item IDs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from recsys2stage.shapes import Embedded, Lengths, Times
 
 
 class Encoder(nn.Module, ABC):
-    """Turns embedded events into states, (B, L, D) -> (B, L, D), ready to be compared with item vectors.
+    """Maps embedded events to states, (B, L, D) -> (B, L, D), which are scored against item vectors.
 
-    Histories are left-aligned, so a causal encoder is exact at every real place without knowing the lengths; what
-    stands at padded places is undefined and never read.
+    Histories are left-aligned, so a causal encoder is exact at every real position without the lengths. Outputs at
+    padding are undefined and never read.
     """
 
-    causal: ClassVar[bool] = True  # whether a place sees only itself and what came before: the tests hold it to that.
-    # An encoder that sees both sides is asked in a place of its own: it must take max_length + 1 places.
+    causal: ClassVar[bool] = True  # whether a position sees only itself and earlier positions (tested).
+    # For a bidirectional encoder a mask position is appended to the history: it must take max_length + 1 positions.
 
     @property
     def reads_times(self) -> bool:
-        """Whether it looks at the times of events, and so cannot do without them."""
+        """Whether the encoder needs the times of events."""
         return False
 
     @abstractmethod
@@ -29,10 +29,10 @@ class Encoder(nn.Module, ABC):
         """
         Args:
             x: embedded items, zero at padding.
-            lengths: number of real places in each row.
+            lengths: history length of each row.
             times: seconds of each event.
-            request: seconds at which each place is asked: by a causal encoder for the event after it, by one that sees
-                both sides for its own; None when the model is not told.
+            request: request time of each position, in seconds: for a causal encoder the time of the next event's
+                request, for a bidirectional one that of the position's own event; None without request times.
         """
 
 

@@ -4,11 +4,11 @@
     x = LayerNorm(x + dropout(Attention(x)));  x = LayerNorm(x + dropout(W2 GELU(W1 x + b1) + b2))
     out = LayerNorm(GELU(Wp x + bp))
 
-Every place sees all real places. It learns by filling in what was hidden (`objectives.Cloze`) and recommends what it
-would fill in after the newest event. With learned positions, some of the histories it learns from must be as long as
-those it is asked about: a place that no window reached keeps its first, random vector. The last line is BERT's masked
-head; what follows, the product with the item table and a bias for each item, is the towers' part (`item_bias: true`).
-Weights are N(0, 0.02²) cut at two deviations, biases zero.
+Every position attends to all non-padding positions. Training predicts masked items (`objectives.Cloze`);
+to recommend, it predicts a mask appended after the newest event. With learned positions, some training histories must
+be as long as the longest at serving: a position that no training window reaches keeps its random initial vector. The
+last line is BERT's masked-LM head; the product with the item table and the bias per item are part of the towers
+(`item_bias: true`). Initial weights are N(0, 0.02²), truncated at two standard deviations, and biases zero.
 """
 
 from functools import partial
@@ -27,19 +27,19 @@ EPS = 1e-12
 
 
 class BERT4Rec(AttentiveEncoder):
-    """A bidirectional transformer over histories with hidden events.
+    """A bidirectional transformer over histories with masked events.
 
     Args:
         dim: width D, a multiple of `heads`.
-        max_length: longest history L; the question after it takes one place more.
+        max_length: longest history L; the appended mask takes one more position.
         layers: number of blocks.
         heads: attention heads.
-        dropout: on the input and on both branches, but not inside the feed-forward.
-        attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
-        type_embedding: whether BERT's segment vector is added, one for all places since a history is one segment.
-        feed_forward: GELU or another; None: GELU.
-        position: where an event stands; None: Learned.
-        time: when it happened; None: the model has no clock.
+        dropout: on the input and both branches, but not inside the feed-forward.
+        attention_dropout: on attention weights; None: same as `dropout`. On a CPU, 0 is twice as fast.
+        type_embedding: whether to add BERT's segment embedding: one vector, as a history is one segment.
+        feed_forward: feed-forward layer; None: GELU.
+        position: position encoding; None: Learned.
+        time: time encoding; None: none.
     """
 
     causal = False
@@ -74,5 +74,5 @@ class BERT4Rec(AttentiveEncoder):
         x = self.embed(x, times, request)
         if self.segment is not None:
             x = x + self.segment
-        x = self.through(self.blocks, self.dropout(self.input_norm(x)), lengths, times, request)
+        x = self.apply_blocks(self.blocks, self.dropout(self.input_norm(x)), lengths, times, request)
         return self.norm(F.gelu(self.dense(x)))

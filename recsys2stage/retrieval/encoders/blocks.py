@@ -1,4 +1,4 @@
-"""What the softmax transformers are built of: an encoder that attends, and blocks in their published arrangements."""
+"""Transformer building blocks: attention encoder, attention layer; pre-norm, post-norm, parallel and gated blocks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 
 
 class AttentiveEncoder(Encoder):
-    """An encoder with attention, and with it a place for every hook of positions and times.
+    """Base class of encoders with attention; calls all hooks of the position and time encodings.
 
     Args:
         shape: sizes; the width must be a multiple of the heads.
-        position: where an event stands.
-        time: when it happened; None: the model has no clock.
+        position: position encoding.
+        time: time encoding; None: none.
     """
 
     def __init__(self, shape: Shape, position: PositionFactory, time: TimeFactory | None) -> None:
@@ -34,19 +34,19 @@ class AttentiveEncoder(Encoder):
         return type(self.time) is not Time
 
     def embed(self, x: Embedded, times: Times, request: Times | None) -> Embedded:
-        """The input with what positions and times add to it."""
+        """Adds the position and time embeddings to the input."""
         return self.time.embed(self.position.embed(x), times, request)
 
     def biases(self, times: Times, request: Times | None) -> Iterator[Bias]:
-        """What joins the attention logits of each layer; the buckets of time are looked up once."""
+        """The attention bias of each layer; time buckets are computed once for all layers."""
         buckets = self.time.buckets(times, request)
         for layer in range(self.layers):
             yield Bias(self.position.bias(layer, times.size(1)), buckets, self.time.table(layer))
 
-    def through(
+    def apply_blocks(
         self, blocks: nn.ModuleList, x: Embedded, lengths: Lengths, times: Times, request: Times | None
     ) -> Embedded:
-        """The input after all blocks, each with the biases of its layer."""
+        """Applies all blocks, each with the bias of its layer."""
         for block, bias in zip(blocks, self.biases(times, request), strict=True):
             x = block(x, lengths, self.position, bias)
         return x
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         dim: D, a multiple of `heads`.
         heads: H.
         dropout: of attention weights.
-        causal: whether a place sees only itself and what came before.
+        causal: whether a position attends only to itself and earlier positions.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, causal: bool = True) -> None:
@@ -77,12 +77,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module, ABC):
-    """Attention and a feed-forward, each a branch beside the residual stream. Subclasses say how they are arranged.
+    """Attention and feed-forward as residual branches. Subclasses define the order of norm, branch and addition.
 
     Args:
         attention: the first branch.
-        feed_forward: the second.
-        norms: one for each branch.
+        feed_forward: the second branch.
+        norms: one per branch.
         dropout: on each branch.
     """
 
@@ -95,7 +95,7 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Embedded, lengths: Lengths, position: Position, bias: Bias) -> Embedded:
-        """The residual stream after the block."""
+        """Returns the residual stream after the block."""
 
 
 class PreNorm(Block):
@@ -150,7 +150,7 @@ def blocks(
     attention_dropout: float | None,
     hidden_dropout: float | None = None,
 ) -> nn.ModuleList:
-    """The blocks of an encoder; dropout of attention weights and inside the feed-forward None: as `dropout`."""
+    """Builds the blocks of an encoder. `attention_dropout` and `hidden_dropout` (feed-forward) default to `dropout`."""
     attention_dropout = dropout if attention_dropout is None else attention_dropout
     hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
     return nn.ModuleList(
@@ -165,7 +165,7 @@ def blocks(
 
 
 def initialise(fill: Callable[[Tensor], object], *modules: nn.Module) -> None:
-    """Fills the weights of all linear maps in some modules; their biases become zero."""
+    """Initialises all linear layers in the modules: weights with `fill`, biases with zero."""
     for module in modules:
         for part in module.modules():
             if isinstance(part, nn.Linear):

@@ -1,12 +1,12 @@
-"""FuXi-α: what things mean, where they stand and when they happened mix values in channels of their own.
+"""FuXi-α (Ye et al. 2025, arXiv 2502.03036): attention with separate semantic, positional and temporal channels.
 
     U, V, Q, K = SiLU(Linear(RMSNorm(x)))
     x = x + Linear(dropout(RMSNorm([P v, T v, SiLU(q_i·k_j) / N · v_j]) * U))      causal; N is the longest history
     x = x + W2(SiLU(W1 h) * W3 h),  h = dropout(RMSNorm(x))                        norms without weights
 
-P and T, the biases of the position and of the time encoding, are weights as they are; an encoding without a bias has no
-channel. Ye et al. 2025 (arXiv 2502.03036). Of the linear maps only that back to D has a bias. Weights start as in the
-authors' code, U, V, Q, K from N(0, 0.02) and the others Xavier-uniform, but that bias at zero.
+P and T, the biases of the position and the time encoding, are used as attention weights without activation; an encoding
+without a bias has no channel. Only the output projection to D has a bias. Initial weights are as in the authors' code,
+U, V, Q, K from N(0, 0.02) and the others Xavier-uniform, but that bias is zero.
 """
 
 import torch
@@ -23,18 +23,18 @@ from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 
 
 class FuXi(AttentiveEncoder):
-    """A causal stack of blocks with separate semantic, positional and temporal channels.
+    """A causal stack of FuXi-α blocks.
 
     Args:
         dim: width D, a multiple of `heads`.
-        max_length: longest history L, the N by which semantic weights are divided, however long a batch is.
+        max_length: longest history L; also N, the divisor of the semantic weights, whatever the length of a batch.
         layers: number of blocks.
         heads: attention heads.
-        expansion: hidden width of the feed-forward as a multiple of `dim`; published: 1 on ML-1M, 4 on ML-20M.
-        dropout: on the input, before each map back to D and before each feed-forward.
-        scale_input: whether items are multiplied by √D before positions are added; None: yes.
-        position: where an event stands; None: Learned and PerDistance.
-        time: when it happened; published with times.LogBuckets. None: the model has no clock.
+        expansion: hidden width of the feed-forward as a multiple of `dim`; in the paper 1 on ML-1M, 4 on ML-20M.
+        dropout: on the input, before each output projection and before each feed-forward.
+        scale_input: whether to multiply item vectors by √D before adding positions; None: yes.
+        position: position encoding; None: Learned and PerDistance.
+        time: time encoding, in the paper times.LogBuckets; None: none.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Block(nn.Module):
         B, L, D = x.shape
         u, *vqk = torch.split(F.silu(self.uvqk(self.norm(x))), [self.out.in_features, D, D, D], dim=-1)
         v, q, k = (part.view(B, L, self.heads, -1).transpose(1, 2) for part in vqk)  # each (B, H, L, K)
-        channels = [bias_attention(v, own) for own in (Bias(bias.position), bias._replace(position=None)) if own]
+        channels = [bias_attention(v, part) for part in (Bias(bias.position), bias._replace(position=None)) if part]
         channels.append(pointwise_attention(position.rotate(q), position.rotate(k), v, Bias(), divisor=self.divisor))
         mixed = torch.cat(channels, dim=-1)  # (B, H, L, channels · K)
         x = x + self.out(self.dropout(self.mixed_norm(mixed.transpose(1, 2).flatten(2)) * u))

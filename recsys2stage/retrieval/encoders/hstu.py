@@ -1,17 +1,17 @@
-"""HSTU, whose attention weighs by SiLU instead of a softmax and whose gate stands in the place of a feed-forward.
+"""HSTU (Zhai et al. 2024, arXiv 2402.17152, eq. 1-3): SiLU instead of softmax, a gate instead of a feed-forward.
 
     U, V, Q, K = SiLU(Linear(LayerNorm(x)))
     x = x + Linear(dropout(LayerNorm(SiLU(q_i·k_j + b_ij) / N · v_j) * U))      causal; N is the longest history
 
-Zhai et al. 2024 (arXiv 2402.17152, eq. 1-3): weights that do not sum to 1 tell how much of a taste is in a history. The
-defaults are the authors' public code; other published forms are a matter of options:
+The attention weights do not sum to 1, so the output keeps the intensity of a preference. The defaults follow the
+authors' public code; options give the other published variants:
 
                                     scaling  input_norm  affine  bias  scale_input  final_norm  position  time
     generative-recommenders (Meta)  length   True        False   out   True         False       both      LogBuckets
     RecML (configs/with/hstu-recml) length   True        True    none  False        True        Learned   none
     TAAC finalist (with/hstu-taac)  width    False       True    all   False        False       Learned   LogSpaced
 
-Weights start as in the authors' code, U, V, Q, K from N(0, 0.02) and outputs Xavier-uniform, but biases at zero.
+Initial weights are as in the authors' code, U, V, Q, K from N(0, 0.02) and outputs Xavier-uniform, but biases are zero.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ BIASES = ("none", "out", "all")
 
 
 def learned_and_per_distance(shape: Shape) -> Position:
-    """The published positions of HSTU and FuXi-α: vectors of the size of items times √D, a bias for each distance."""
+    """Positions of HSTU and FuXi-α: learned vectors at the scale of √D times item vectors, and a bias per distance."""
     return Combined(shape, [partial(Learned, std=shape.dim**-0.5), PerDistance])
 
 
@@ -42,19 +42,19 @@ class HSTU(AttentiveEncoder):
 
     Args:
         dim: width D, a multiple of `heads`.
-        max_length: longest history L, the N by which weights are divided, however long a batch is.
+        max_length: longest history L; also N, the divisor of the weights, whatever the length of a batch.
         layers: number of blocks.
         heads: attention heads.
-        width: of a head, K, of queries, keys and values; None: dim / heads.
-        dropout: on the input and before each output map.
-        scaling: weights are divided by N ("length"), or products by √K ("width"), or both.
-        input_norm: whether each block begins with a LayerNorm.
+        width: head width K of queries, keys and values; None: dim / heads.
+        dropout: on the input and before each output projection.
+        scaling: divide the weights by N ("length"), the dot products by √K ("width"), or "both".
+        input_norm: whether each block starts with a LayerNorm.
         affine: whether LayerNorms have weights and biases.
-        bias: which linear maps have biases: "none", "out" (that back to D alone) or "all".
-        scale_input: whether items are multiplied by √D before positions are added; None: yes.
-        final_norm: whether a LayerNorm ends the stack.
-        position: where an event stands; None: Learned and PerDistance.
-        time: when it happened; published with times.LogBuckets. None: the model has no clock.
+        bias: which linear layers have biases: "none", "out" (the output projections) or "all".
+        scale_input: whether to multiply item vectors by √D before adding positions; None: yes.
+        final_norm: whether the stack ends with a LayerNorm.
+        position: position encoding; None: Learned and PerDistance.
+        time: time encoding, in the paper times.LogBuckets; None: none.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class HSTU(AttentiveEncoder):
         head = torch.empty(1, heads, 1, dim // heads)
         if width != dim // heads and self.position.rotate(head) is not head:
             raise ValueError(
-                f"the position turns heads of dim / heads = {dim // heads} dimensions but width is {width}; leave out "
-                "width or choose a position that turns nothing"
+                f"the position encoding rotates heads of dim / heads = {dim // heads} dimensions but width is "
+                f"{width}; leave out width or choose a position encoding without rotation"
             )
-        for name, value, known in (("scaling", scaling, SCALINGS), ("bias", bias, BIASES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        for name, value, choices in (("scaling", scaling, SCALINGS), ("bias", bias, BIASES)):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
         self.scale = 1.0 if scale_input is False else dim**0.5
         self.dropout = Dropout(dropout)
         scale = 1.0 if scaling == "length" else width**-0.5

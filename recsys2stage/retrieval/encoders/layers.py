@@ -1,4 +1,4 @@
-"""Layers that several encoders are made of: norms, feed-forwards, and a dropout that is quick on a CPU."""
+"""Shared layers: dropout and norms that are fast on a CPU, and feed-forward layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -11,36 +11,36 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IN_CACHE = 1 << 16  # numbers at a time, 256 KB
+CACHE_BLOCK = 1 << 16  # numbers per block, 256 KB
 
 
-def in_cache(x: Tensor) -> bool:
-    """Whether to work through a tensor in parts that stay in cache, as memory bandwidth is what binds a CPU.
+def use_cpu_blocks(x: Tensor) -> bool:
+    """Whether to process a tensor in blocks that stay in cache: on a CPU, memory bandwidth is the bottleneck.
 
-    Elsewhere, and under torch.compile, whole expressions are better, for the compiler to fuse.
+    On other devices, and under torch.compile, full tensors are faster: the compiler fuses their operations.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Operations on the tensor's device in the precision of their inputs; a device without autocast needs nothing."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    """Context that disables autocast on the tensor's device; does nothing on a device without autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (..., D) together, as blocks of rows (r, D) that stay in cache."""
-    size = max(1, IN_CACHE // max(x.size(-1) for x in tensors))
+    """Splits tensors (..., D) alike into blocks of rows (r, D) that stay in cache."""
+    size = max(1, CACHE_BLOCK // max(x.size(-1) for x in tensors))
     return zip(*(torch.split(x.reshape(-1, x.size(-1)), size) for x in tensors), strict=True)
 
 
 class Dropout(nn.Module):
-    """nn.Dropout at a fraction of its time on a CPU, where drawing one random number for each element dominates.
+    """nn.Dropout, faster on a CPU, where the time goes into one random number per element.
 
-    One 64-bit draw decides four elements, so that the probability is a multiple of 2^-16.
+    One random 64-bit integer decides four elements, so the probability is rounded to a multiple of 2^-16.
 
     Args:
-        p: share of elements that are set to zero in training; the others are multiplied by 1 / (1 − p).
+        p: probability that an element is zeroed in training; the others are multiplied by 1 / (1 − p).
     """
 
     def __init__(self, p: float) -> None:
@@ -52,7 +52,7 @@ class Dropout(nn.Module):
     def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         if not (self.training and self.p):
             return x
-        if not in_cache(x):
+        if not use_cpu_blocks(x):
             return F.dropout(x, self.p)
         return _Drop.apply(x, self.p)  # type: ignore[no-untyped-call]  # torch: no types
 
@@ -63,10 +63,10 @@ class Dropout(nn.Module):
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        keep, scale = kept(x.shape, p)
+        keep, scale = dropout_mask(x.shape, p)
         ctx.save_for_backward(keep)
         ctx.scale = scale
-        return keep.to(x.dtype).mul_(x).mul_(scale)  # a product with a bool tensor itself takes five times as long
+        return keep.to(x.dtype).mul_(x).mul_(scale)  # multiplying by a bool tensor is five times slower
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,27 +74,27 @@ class _Drop(torch.autograd.Function):
         return keep.to(gradients[0].dtype).mul_(gradients[0]).mul_(ctx.scale), None
 
 
-def kept(shape: torch.Size, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
-    """Which elements dropout keeps, drawn on the CPU, and the factor of those.
+def dropout_mask(shape: torch.Size, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """Samples on the CPU a bool mask of the elements that dropout keeps; returns it with their scale factor.
 
     Args:
-        shape: of the elements.
-        p: share that is dropped.
-        generator: of the draws; None: torch's own.
+        shape: shape of the mask.
+        p: dropout probability.
+        generator: random generator; None: torch's default.
     """
     count, dropped = shape.numel(), min(round(p * 65_536), 65_535)
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    keep = draws.view(torch.int16)[:count].view(shape) >= dropped - 32_768
+    random = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    keep = random.view(torch.int16)[:count].view(shape) >= dropped - 32_768
     return keep, 1 / (1 - dropped / 65_536)
 
 
 class Norm(nn.Module, ABC):
-    """Normalises the last axis, then scales it by learned weights.
+    """Base class: normalises the last axis, then applies a learned scale.
 
     Args:
         dim: D.
         eps: added to the mean square.
-        affine: whether there are weights to learn.
+        affine: whether to learn the scale (and shift).
     """
 
     weight: nn.Parameter | None
@@ -106,7 +106,7 @@ class Norm(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
-        """The same shape, normalised."""
+        """Returns the normalised tensor."""
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"
@@ -116,7 +116,7 @@ class RMSNorm(Norm):
     """x / sqrt(mean(x²) + eps) * weight (Zhang & Sennrich 2019, eq. 4)."""
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
-        if self.weight is None or self.weight.dtype != x.dtype or not in_cache(x):
+        if self.weight is None or self.weight.dtype != x.dtype or not use_cpu_blocks(x):
             weight = None if self.weight is None else self.weight.to(x.dtype)
             return F.rms_norm(x, (self.dim,), weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]  # torch: no types
@@ -165,13 +165,13 @@ NormFactory = Callable[[int], Norm]
 
 
 class FeedForward(nn.Module, ABC):
-    """A map of each place by itself through a wider layer, W2(dropout(hidden(x))).
+    """Base class of position-wise feed-forward layers, W2(dropout(hidden(x))).
 
     Args:
         dim: D.
         dropout: of the hidden layer (set by the encoder).
         expansion: hidden width as a multiple of `dim`.
-        bias: whether the linear maps have biases.
+        bias: whether the linear layers have biases.
     """
 
     def __init__(self, dim: int, dropout: float, expansion: float = 4.0, bias: bool = True) -> None:
@@ -186,7 +186,7 @@ class FeedForward(nn.Module, ABC):
 
     @abstractmethod
     def hidden(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S W"]:
-        """The hidden layer after its activation."""
+        """Returns the hidden layer after its activation."""
 
 
 FeedForwardFactory = Callable[[int, float], FeedForward]
@@ -213,8 +213,9 @@ class _Gated(FeedForward):
         dim: D.
         dropout: of the hidden layer (set by the encoder).
         expansion: hidden width as a multiple of `dim`.
-        bias: whether the linear maps have biases.
-        equal_parameters: shrink the hidden width to 2/3, so that three matrices weigh as much as two of an ungated one.
+        bias: whether the linear layers have biases.
+        equal_parameters: multiply the hidden width by 2/3, so that the three matrices have as many parameters as
+            the two of an ungated layer.
     """
 
     def __init__(

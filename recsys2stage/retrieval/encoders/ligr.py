@@ -1,11 +1,11 @@
-"""eSASRec's encoder (Tikhonovich et al. 2025, arXiv 2508.06450): SASRec with the layers of LiGR (Borisyuk et al. 2025).
+"""LiGR layers (Borisyuk et al. 2025) in SASRec: the encoder of eSASRec (Tikhonovich et al. 2025, arXiv 2508.06450).
 
     x = dropout(E + P)
     x = x + dropout(σ(Wa x + ba) * Attention(LayerNorm(x)))
     x = x + dropout(σ(Wf x + bf) * W2 dropout(SiLU(W1 h) * W3 h)),  h = LayerNorm(x)
 
-with gates from the stream as it is, a feed-forward of four times the width in all three matrices, without biases, and
-no norm at the end. Weights are Xavier-normal at first, biases zero.
+The gates read the unnormalised residual stream. The feed-forward has hidden width 4 D in all three matrices and no
+biases. There is no final norm. Initial weights are Xavier-normal, biases zero.
 """
 
 from torch import nn
@@ -25,11 +25,11 @@ class LiGR(AttentiveEncoder):
         max_length: longest history L.
         layers: number of blocks.
         heads: attention heads.
-        dropout: on the input, on both branches and inside the feed-forward.
-        attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
+        dropout: on the input, both branches and inside the feed-forward.
+        attention_dropout: on attention weights; None: same as `dropout`. On a CPU, 0 is twice as fast.
         feed_forward: SwiGLU, GeGLU, GELU or ReLU; None: SwiGLU.
-        position: where an event stands; None: Learned.
-        time: when it happened; None: the model has no clock.
+        position: position encoding; None: Learned.
+        time: time encoding; None: none.
     """
 
     def __init__(
@@ -52,4 +52,4 @@ class LiGR(AttentiveEncoder):
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.embed(x, times, request))
-        return self.through(self.blocks, x, lengths, times, request)
+        return self.apply_blocks(self.blocks, x, lengths, times, request)

@@ -1,6 +1,6 @@
-"""Where an event stands in its history. Every hook has a neutral default, so encoders call them all, unasked.
+"""Position encodings: learned, sinusoidal, rotary, and relative biases per distance or T5 bucket.
 
-`Position` itself is the encoding that says nothing.
+The base class `Position` is the identity: every hook has a neutral default, so encoders call all hooks.
 """
 
 import math
@@ -15,26 +15,26 @@ from recsys2stage.shapes import Embedded, Heads, Shape
 
 
 class Position(nn.Module):
-    """No position; the base of all encodings. Subclasses override the hooks they need."""
+    """No position encoding; base class of all. Subclasses override the hooks they need."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
 
     def embed(self, x: Embedded) -> Embedded:
-        """Added to the input, once."""
+        """Adds position embeddings to the input; called once."""
         return x
 
     def rotate(self, q: Heads) -> Heads:
-        """Applied to queries and to keys, in each layer."""
+        """Rotates queries and keys; called in each layer."""
         return q
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"] | None:
-        """Joins the attention logit of place i (row) and place j (column), in each layer."""
+        """Bias added to the attention logit of query i (row) and key j (column); called in each layer."""
         return None
 
     @property
     def in_attention(self) -> bool:
-        """Whether it acts inside attention, so that an encoder without attention would not hear it."""
+        """Whether it acts inside attention, so that it has no effect in an encoder without attention."""
         return type(self).rotate is not Position.rotate or type(self).bias is not Position.bias
 
 
@@ -42,11 +42,11 @@ PositionFactory = Callable[[Shape], Position]
 
 
 class Learned(Position):
-    """A learned vector for each place, counted from the oldest event in sight (Kang & McAuley 2018).
+    """A learned vector per position, counted from the oldest event of the window (Kang & McAuley 2018).
 
     Args:
         shape: sizes of the encoder.
-        std: of the initial vectors, by default as short as those of items.
+        std: standard deviation of the initial vectors; the default is that of item vectors.
     """
 
     def __init__(self, shape: Shape, std: float = 0.02) -> None:
@@ -59,12 +59,12 @@ class Learned(Position):
 
 
 class Sinusoidal(Position):
-    """Fixed waves (Vaswani et al. 2017, section 3.5): sin(i / 10000^(2d/D)) in even dimensions, cos in odd ones.
+    """Fixed vectors (Vaswani et al. 2017, section 3.5): sin(i / 10000^(2d/D)) in even dimensions, cos in odd ones.
 
     Args:
         shape: sizes of the encoder.
-        scale: of the waves. Item vectors start at a standard deviation of 0.02, beside which waves of height 1, the
-            paper's, would leave nothing of the items; encoders that multiply their input by √D want 1.
+        scale: amplitude. Item vectors start at a standard deviation of 0.02, so the paper's amplitude of 1 would
+            drown them; use 1 with encoders that multiply their input by √D.
     """
 
     waves: Tensor
@@ -81,11 +81,11 @@ class Sinusoidal(Position):
 
 
 class Rotary(Position):
-    """Rotary position (Su et al. 2021, eq. 34), in the rotate-half layout: dimension k turns with dimension k + K/2.
+    """Rotary position (Su et al. 2021, eq. 34), in the rotate-half layout: dimension k pairs with dimension k + K/2.
 
     Args:
         shape: sizes of the encoder.
-        base: waves have periods from 2π to nearly 2π·base places; histories are short, hence not 10,000.
+        base: periods range from 2π to nearly 2π·base positions; histories are short, so not 10,000.
     """
 
     cos: Tensor
@@ -96,8 +96,8 @@ class Rotary(Position):
         width = shape.dim // shape.heads
         if width % 2:
             raise ValueError(
-                f"Rotary turns pairs of dimensions but a head is {width} wide (dim {shape.dim} / heads {shape.heads}); "
-                "choose an even head width"
+                f"Rotary rotates pairs of dimensions but a head is {width} wide (dim {shape.dim} / heads {shape.heads})"
+                "; choose an even head width"
             )
         frequency = base ** -(torch.arange(0, width, 2) / width)
         angle = torch.outer(torch.arange(shape.max_length), frequency).repeat(1, 2)  # (L, K)
@@ -106,52 +106,52 @@ class Rotary(Position):
 
     def rotate(self, q: Heads) -> Heads:
         length = q.size(2)
-        one, two = q.chunk(2, dim=-1)
-        turned = torch.cat([-two, one], dim=-1)
-        return (q * self.cos[:length] + turned * self.sin[:length]).to(q.dtype)
+        first, second = q.chunk(2, dim=-1)
+        rotated = torch.cat([-second, first], dim=-1)
+        return (q * self.cos[:length] + rotated * self.sin[:length]).to(q.dtype)
 
 
 class PerDistance(Position):
-    """A learned number for each distance i − j, joined to the attention logit (HSTU, Zhai et al. 2024).
+    """A learned attention bias per distance i − j (HSTU, Zhai et al. 2024).
 
     Args:
         shape: sizes of the encoder.
-        shared: one table for all layers, instead of one each.
-        per_head: one number for each head, instead of one for all.
+        shared: one table for all layers instead of one per layer.
+        per_head: one bias per head instead of one for all heads.
     """
 
     def __init__(self, shape: Shape, shared: bool = False, per_head: bool = False) -> None:
         super().__init__(shape)
-        self.shared, self.ahead = shared, 0 if shape.causal else shape.max_length - 1  # distances below 0
+        self.shared, self.negative = shared, 0 if shape.causal else shape.max_length - 1  # number of distances below 0
         layers, heads = 1 if shared else shape.layers, shape.heads if per_head else 1
-        self.tables = nn.Parameter(torch.empty(layers, heads, self.ahead + shape.max_length))
+        self.tables = nn.Parameter(torch.empty(layers, heads, self.negative + shape.max_length))
         nn.init.normal_(self.tables, std=0.02)
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"]:
         table = self.tables[0 if self.shared else layer]
-        if self.ahead:
-            diagonals = table[:, self.ahead - length + 1 : self.ahead + length]
+        if self.negative:
+            diagonals = table[:, self.negative - length + 1 : self.negative + length]
         else:
-            diagonals = F.pad(table[:, :length], (length - 1, 0))  # nobody looks ahead
+            diagonals = F.pad(table[:, :length], (length - 1, 0))  # future keys are masked
         return by_distance(diagonals)
 
 
 def by_distance(diagonals: Float[Tensor, "#H P"]) -> Float[Tensor, "#H L L"]:
-    """A matrix whose (i, j) is the value of the distance i − j, from the values of distances −L + 1 to L − 1."""
+    """The matrix with value[i − j] at (i, j), from the values of distances −L + 1 to L − 1."""
     length = (diagonals.size(-1) + 1) // 2
     return diagonals.unfold(-1, length, 1).flip(-1)  # row i: distances i, i − 1, ..., i − L + 1
 
 
 class T5Buckets(Position):
-    """T5's relative bias (Raffel et al. 2020, section 2.1): a number for each bucket of distance and each head.
+    """T5's relative bias (Raffel et al. 2020, section 2.1): one learned bias per distance bucket and head.
 
-    Half of the buckets hold one distance each, the rest grow logarithmically, and the last takes `max_distance` and
-    whatever lies beyond. All layers share it. An encoder that sees both sides has half of all buckets for each side.
+    Half of the buckets hold one distance each, the others grow logarithmically, and the last holds `max_distance` and
+    beyond. All layers share the biases. A bidirectional encoder uses half of all buckets for each direction.
 
     Args:
         shape: sizes of the encoder.
         buckets: number of buckets N.
-        max_distance: distance from which on none is told from another.
+        max_distance: all distances from here on share the last bucket.
     """
 
     bucket: Tensor
@@ -166,14 +166,14 @@ class T5Buckets(Position):
             )
         self.table = nn.Parameter(torch.empty(shape.heads, buckets))
         nn.init.normal_(self.table, std=0.02)
-        back = torch.arange(1 - shape.max_length, shape.max_length)  # distance i − j
-        own = buckets // sides
-        exact, distance = own // 2, back.abs() if sides == 2 else back.clamp(min=0)
+        offset = torch.arange(1 - shape.max_length, shape.max_length)  # distance i − j
+        per_side = buckets // sides
+        exact, distance = per_side // 2, offset.abs() if sides == 2 else offset.clamp(min=0)
         growth = (distance.double() / exact).log() / math.log(max_distance / exact)
-        far = (exact + growth * (own - exact)).clamp(max=own - 1)
+        far = (exact + growth * (per_side - exact)).clamp(max=per_side - 1)
         bucket = torch.where(distance < exact, distance, far.long().clamp(min=0))
         if sides == 2:
-            bucket = bucket + own * (back < 0)
+            bucket = bucket + per_side * (offset < 0)
         self.register_buffer("bucket", bucket, persistent=False)  # (2 max_length − 1)
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"]:
@@ -182,7 +182,7 @@ class T5Buckets(Position):
 
 
 class Combined(Position):
-    """Several encodings at once, such as rotary and learned: each hook is applied in turn, biases add up.
+    """Several encodings at once, such as rotary and learned: hooks are applied in turn, biases are summed.
 
     Args:
         shape: sizes of the encoder.
@@ -191,7 +191,7 @@ class Combined(Position):
 
     def __init__(self, shape: Shape, parts: list[PositionFactory]) -> None:
         super().__init__(shape)
-        # a ModuleList is a sequence, but torch only says of modules
+        # torch types the elements of a ModuleList as Module
         self.parts: Sequence[Position] = nn.ModuleList(part(shape) for part in parts)  # type: ignore[assignment]
 
     def embed(self, x: Embedded) -> Embedded:
@@ -206,8 +206,8 @@ class Combined(Position):
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"] | None:
         biases = [part.bias(layer, length) for part in self.parts]
-        found = [bias for bias in biases if bias is not None]
-        return sum(found[1:], start=found[0]) if found else None
+        present = [bias for bias in biases if bias is not None]
+        return sum(present[1:], start=present[0]) if present else None
 
     @property
     def in_attention(self) -> bool:

@@ -4,10 +4,10 @@
     x = x + dropout(Attention(LayerNorm(x)));  x = x + dropout(W2 dropout(GELU(W1 LayerNorm(x) + b1)) + b2)
     out = LayerNorm(x)
 
-in the form of Google's RecML (pre-norm, GELU of four times the width; there without dropout inside the feed-forward).
-The paper's own has a ReLU of the same width and no norm at the input: `feed_forward` ReLU with expansion 1,
-`input_norm` false; its authors' code also multiplies items by √D (`scale_input` true), and takes the residual from the
-normalised query, which neither the paper nor this does. Weights are Xavier-uniform at first, biases zero.
+The defaults follow Google's RecML: pre-norm, GELU of hidden width 4 D (RecML has no dropout inside the feed-forward).
+The paper has a ReLU of width D and no input norm: `feed_forward` ReLU with expansion 1, `input_norm` false. The
+authors' code also multiplies item vectors by √D (`scale_input` true). It takes the residual from the normalised query,
+unlike the paper and this module. Initial weights are Xavier-uniform, biases zero.
 """
 
 from torch import nn
@@ -27,13 +27,13 @@ class SASRec(AttentiveEncoder):
         max_length: longest history L.
         layers: number of blocks.
         heads: attention heads.
-        dropout: on the input, on both branches and inside the feed-forward.
-        attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
-        scale_input: whether items are multiplied by √D before positions are added; None: no.
-        input_norm: whether there is a LayerNorm on the input.
+        dropout: on the input, both branches and inside the feed-forward.
+        attention_dropout: on attention weights; None: same as `dropout`. On a CPU, 0 is twice as fast.
+        scale_input: whether to multiply item vectors by √D before adding positions; None: no.
+        input_norm: whether the input has a LayerNorm.
         feed_forward: GELU or ReLU; None: GELU.
-        position: where an event stands; None: Learned.
-        time: when it happened; None: the model has no clock.
+        position: position encoding; None: Learned.
+        time: time encoding; None: none.
     """
 
     def __init__(
@@ -61,4 +61,4 @@ class SASRec(AttentiveEncoder):
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.input_norm(self.embed(self.scale * x, times, request)))
-        return self.norm(self.through(self.blocks, x, lengths, times, request))
+        return self.norm(self.apply_blocks(self.blocks, x, lengths, times, request))

@@ -1,12 +1,12 @@
-"""The modern transformer: RoPE, SwiGLU, RMSNorm before each branch, a final norm and projection.
+"""Transformer with RoPE, SwiGLU and pre-RMSNorm, a final norm and a final projection.
 
     x = x + dropout(Attention(RMSNorm(x)))      fused biased q, k, v; rotary on q and k; causal; output projection
     x = x + dropout(W2(dropout(SiLU(W1 h) * W3 h))),  h = RMSNorm(x)      no biases
     out = Linear(RMSNorm(x))
 
-This is the architecture of nanoRecSys (github.com/zheliu17/nanoRecSys). Weights are Xavier-uniform at first and biases
-zero; what writes into the residual stream (attention output, W2) is scaled by 1/sqrt(2 · layers), as in GPT-2. Every
-part can be another: the norm, the feed-forward, the arrangement of a block, positions and times.
+This is the architecture of nanoRecSys (github.com/zheliu17/nanoRecSys). Initial weights are Xavier-uniform and biases
+zero; the outputs of both branches (attention output, W2) are scaled by 1/sqrt(2 · layers), as in GPT-2. Norm,
+feed-forward, block, position and time encoding are options.
 """
 
 import torch
@@ -27,13 +27,13 @@ class Transformer(AttentiveEncoder):
         max_length: longest history L.
         layers: number of blocks.
         heads: attention heads.
-        dropout: on the input, on both branches and inside the feed-forward.
-        attention_dropout: on attention weights; None: as `dropout`. On a CPU, 0 is twice as fast.
-        block: how attention and feed-forward are arranged: PreNorm, PostNorm, Parallel or Gated.
+        dropout: on the input, both branches and inside the feed-forward.
+        attention_dropout: on attention weights; None: same as `dropout`. On a CPU, 0 is twice as fast.
+        block: PreNorm, PostNorm, Parallel or Gated.
         norm: RMSNorm or LayerNorm.
         feed_forward: SwiGLU, GeGLU, GELU or ReLU; None: SwiGLU.
-        position: where an event stands; None: Rotary.
-        time: when it happened; None: the model has no clock.
+        position: position encoding; None: Rotary.
+        time: time encoding; None: none.
     """
 
     def __init__(
@@ -64,4 +64,4 @@ class Transformer(AttentiveEncoder):
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
         x = self.dropout(self.embed(x, times, request))
-        return self.projection(self.norm(self.through(self.blocks, x, lengths, times, request)))
+        return self.projection(self.norm(self.apply_blocks(self.blocks, x, lengths, times, request)))
