@@ -1,10 +1,10 @@
-"""Every stage at the size of MovieLens-20M on the simulated world: time and peak memory of each.
+"""Time and peak memory of every stage on simulated data of the size of MovieLens-20M.
 
     .venv/bin/python benchmarks/full_size.py --folder runs/full-size
 
-Each stage is its own process. Training is cut to 200 steps a stage (the retriever's in batches of 32, not 128), mining
-and recommending to 5,000 users, evaluation to 10,000: this shows that each stage fits the machine, not how well the
-models do. A stage whose result is there is not repeated; rows are kept in FOLDER/rows.json and printed as a table.
+Each stage runs in its own process. Training is limited to 200 steps per stage (retriever batches of 32, not 128),
+mining and recommending to 5,000 users, evaluation to 10,000: this tests that each stage fits the machine, not model
+quality. Stages with an existing result are skipped; rows are kept in FOLDER/rows.json and printed as a table.
 """
 
 import argparse
@@ -19,7 +19,7 @@ STEPS, MINED, EVALUATED = 200, 5_000, 10_000
 
 
 def stages(folder: Path) -> list[tuple[str, Path, str]]:
-    """Name, result and options of each stage."""
+    """Name, result file and command of each stage."""
     raw, data, run = folder / "raw", folder / "data", folder / "run"
     fit = f"--trainer.max_steps {STEPS} --trainer.limit_val_batches 8 --trainer.enable_progress_bar false"
     return [
@@ -33,7 +33,7 @@ def stages(folder: Path) -> list[tuple[str, Path, str]]:
             f"fit retriever, {STEPS} steps",
             run / "retriever/manifest.json",
             f"fit --config configs/ml-20m/retriever.yaml --data.init_args.path {data} --output {run}/retriever {fit} "
-            "--data.init_args.batch_size 32",  # the shipped batch of 128 would take four times as long
+            "--data.init_args.batch_size 32",  # the configured 128 would take four times as long
         ),
         (
             "export-index",
@@ -71,7 +71,7 @@ def stages(folder: Path) -> list[tuple[str, Path, str]]:
 
 
 def measure(options: str) -> dict[str, float]:
-    """Runs a verb in a process of its own: seconds and peak resident MB."""
+    """Runs a `recsys` command in its own process; returns seconds and peak resident MB."""
     start = time.monotonic()
     recsys = Path(sys.executable).with_name("recsys")
     process = subprocess.Popen([recsys, *options.split()], stdout=subprocess.DEVNULL, stderr=sys.stderr)
@@ -83,8 +83,8 @@ def measure(options: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/full-size"), help="where everything is written")
-    parser.add_argument("--until", type=int, default=None, help="only this many of the stages")
+    parser.add_argument("--folder", type=Path, default=Path("runs/full-size"), help="output folder")
+    parser.add_argument("--until", type=int, default=None, help="only the first stages, this many")
     folder, until = vars(parser.parse_args()).values()
     folder.mkdir(parents=True, exist_ok=True)
     rows_file = folder / "rows.json"

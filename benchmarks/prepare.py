@@ -3,8 +3,8 @@
     recsys simulate --size ml-20m --output data/raw/ml-20m-simulated
     python benchmarks/prepare.py --raw data/raw/ml-20m-simulated
 
-Each contestant runs in a process of its own, in turn, so that neither inherits the other's memory; the file is read
-once before, so that both find it in the page cache. The target at 20 million rows: at most twice the time, 3 GiB.
+The two run alternately in separate processes, so that peak memory is separate; the file is read once before, so that
+it is in the page cache. Goal at 20 million rows: at most twice the time, 3 GiB.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import polars as pl
 
 
 def plain(raw: Path, output: Path) -> int:
-    """What a careful person types into a notebook."""
+    """Plain polars, as in a notebook."""
     events = pl.read_csv(raw / "ratings.csv").sort(["userId", "timestamp"], maintain_order=True)
     ids = events["movieId"].unique().sort()
     numbers = pl.DataFrame({"movieId": ids, "item": np.arange(1, len(ids) + 1, dtype=np.int32)})
@@ -43,7 +43,7 @@ def ours(raw: Path, output: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=Path, required=True, help="folder with ratings.csv and movies.csv")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each contestant")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each")
     parser.add_argument("--contestant", choices=("plain", "ours"), help="run one in this process and print JSON")
     arguments = parser.parse_args()
     if arguments.contestant:

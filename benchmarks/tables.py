@@ -1,16 +1,16 @@
-"""Models beside each other, at equal budgets of CPU time; each row is kept when it is done.
+"""Comparison of retrievers at equal CPU time: encoders, transformer parts, losses, user features and tie breaks.
 
     python benchmarks/tables.py encoders        all encoders on ml-1m, request time none, last_event and target
-    python benchmarks/tables.py parts           the parts of a transformer on ml-latest-small, three seeds each
+    python benchmarks/tables.py parts           parts of a transformer on ml-latest-small, three seeds each
     python benchmarks/tables.py losses          all losses, their negatives and corrections on ml-1m
     python benchmarks/tables.py finalist        a TAAC 2025 finalist's parts on ml-latest-small, added one by one
-    python benchmarks/tables.py users           what ml-1m knows of users and events
-    python benchmarks/tables.py ties            tie breaks among events of one second, each fit of four epochs
-    python benchmarks/tables.py losses --show   only print the table
+    python benchmarks/tables.py users           user features and event inputs on ml-1m
+    python benchmarks/tables.py ties            tie breaks for events of the same second, four epochs each
+    python benchmarks/tables.py losses --show   print the table only
 
-Run again, it goes on with the rows that are missing. Every row is a fit by `recsys fit` that ends when its process has
-used its CPU time, or by early stopping, and `recsys test` of its best checkpoint by validation. Schedules go by the
-share of the CPU time. A table without a budget of time (ties) ends each fit at the same number of epochs instead.
+A second run measures only the missing rows. Each row is a `recsys fit` that ends when its process has used its CPU
+time, or by early stopping, and a `recsys test` of its best checkpoint. Schedules follow the share of CPU time used. A
+table without a CPU time (ties) fixes the number of epochs instead.
 """
 
 import argparse
@@ -35,63 +35,64 @@ MODEL = "--model.init_args"
 
 
 class Table(NamedTuple):
-    """Rows of a table: label -> what is added to the dataset's retriever config, beside what all rows add."""
+    """A table: for each row label, options on top of the dataset's retriever config and of `common`."""
 
     dataset: str
-    minutes: float | None  # of CPU time; None: the rows say themselves when they end
+    minutes: float | None  # CPU time; None: the rows set their own end
     seeds: tuple[int, ...]
     rows: dict[str, list[str]]
     common: tuple[str, ...] = ()
-    cohort: str | None = None  # kind of cohorts whose test NDCG@10 is kept with each row
+    cohort: str | None = None  # cohorts of which each row also has the test NDCG@10
 
-    def words(self, label: str) -> str:
-        """What a row measures: a row whose words have changed is measured anew."""
+    def describe(self, label: str) -> str:
+        """Describes what a row measures; if this has changed, the row is measured again."""
         budget = [] if self.minutes is None else [f"{self.minutes} min"]
         return " ".join([self.dataset, *budget, *self.rows[label], *self.common])
 
 
 def overlays(*names: str) -> list[str]:
-    return [word for name in names for word in ("--config", f"configs/with/{name}.yaml")]
+    return [argument for name in names for argument in ("--config", f"configs/with/{name}.yaml")]
 
 
 def option(name: str, value: object) -> str:
-    """A word of the command line; a part without options is its class name."""
+    """A command-line option of the model; a class without arguments is given by its name."""
     return f"{MODEL}.{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def part(**options: object) -> list[str]:
-    """Options of the encoder."""
+    """Command-line options of the encoder."""
     return [option(f"encoder.init_args.{name}", value) for name, value in options.items()]
 
 
-def kind(name: str, **options: object) -> dict[str, object]:
+def spec(name: str, **options: object) -> dict[str, object]:
+    """A class with its arguments, as in YAML."""
     return {"class_path": name, "init_args": options}
 
 
 def loss(name: str, **options: object) -> list[str]:
-    return [option("loss", kind(name, **options))]
+    return [option("loss", spec(name, **options))]
 
 
 def inputs(*names: str) -> list[str]:
     return [option("inputs", list(names))]
 
 
-def added(parts: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Each row with what the rows before it say."""
-    words: list[str] = []
-    return {label: (words := [*words, *more]) for label, more in parts.items()}
+def cumulative(parts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Each row with the options of all rows before it."""
+    options: list[str] = []
+    return {label: (options := [*options, *more]) for label, more in parts.items()}
 
 
-def told(name: object) -> list[str]:
-    """A time encoding that is told the request time."""
+def with_request_time(name: object) -> list[str]:
+    """A time encoding with request time."""
     return [*part(time=name), "--data.init_args.request_time=target"]
 
 
 DOT = [option("similarity", "dot")]
-MIXED = kind("Mixed", share=0.5)
-UNIFORM = {per: kind("Uniform", count=256, per=per) for per in ("event", "sequence", "batch")}
-FINALIST = kind("Mixed", alpha=0.75, share=0.5)
-CURRICULUM = kind("Mixed", alpha=0.75, share=[[0, 0.5], [0.6, 0.25]])
+MIXED = spec("Mixed", share=0.5)
+UNIFORM = {per: spec("Uniform", count=256, per=per) for per in ("event", "sequence", "batch")}
+FINALIST = spec("Mixed", alpha=0.75, share=0.5)
+CURRICULUM = spec("Mixed", alpha=0.75, share=[[0, 0.5], [0.6, 0.25]])
 FILTERS = {"same_sequence": True, "near": 0.99}
 HARDER = [[0, None], [0.15, 2048], [0.3, 1024], [0.45, 512], [0.6, 256], [0.8, 128]]
 
@@ -121,29 +122,29 @@ TABLES = {
         dataset="ml-latest-small",
         minutes=1,
         seeds=(0, 1, 2),
-        common=(option("optimizer.init_args.lr", 2e-3),),  # the config's 1e-3 would not get far in a minute
+        common=(option("optimizer.init_args.lr", 2e-3),),  # the config's 1e-3 is too slow for one minute
         rows={
             "base: rotary, RMSNorm first, SwiGLU 4, serial, no time": [],
             "position: none": part(position="Position"),
             "position: learned": part(position="Learned"),
             "position: sinusoidal": part(position="Sinusoidal"),
-            "position: rotary and learned": part(position=kind("Combined", parts=["Rotary", "Learned"])),
+            "position: rotary and learned": part(position=spec("Combined", parts=["Rotary", "Learned"])),
             "position: a bias for each distance": part(position="PerDistance"),
             "position: T5's buckets": part(position="T5Buckets"),
             "norm: LayerNorm": part(norm="LayerNorm"),
             "norm: after each branch": part(block="PostNorm"),
             "feed-forward: GELU": part(feed_forward="GELU"),
-            "feed-forward: SwiGLU at GELU's parameters": part(feed_forward=kind("SwiGLU", equal_parameters=True)),
+            "feed-forward: SwiGLU at GELU's parameters": part(feed_forward=spec("SwiGLU", equal_parameters=True)),
             "feed-forward: GeGLU": part(feed_forward="GeGLU"),
-            "feed-forward: SwiGLU with biases": part(feed_forward=kind("SwiGLU", bias=True)),
-            "feed-forward: SwiGLU 2": part(feed_forward=kind("SwiGLU", expansion=2.0)),
+            "feed-forward: SwiGLU with biases": part(feed_forward=spec("SwiGLU", bias=True)),
+            "feed-forward: SwiGLU 2": part(feed_forward=spec("SwiGLU", expansion=2.0)),
             "attention and feed-forward: parallel": part(block="Parallel"),
             "attention and feed-forward: gated": part(block="Gated"),
             "time: calendar of the event": [*part(time="Calendar")],
-            "time: gap to the request": told("RequestGap"),
-            "time: log buckets": told("LogBuckets"),
-            "time: log-spaced to 30 days": told("LogSpaced"),
-            "time: hybrid timestamp": told("HybridTimestamp"),
+            "time: gap to the request": with_request_time("RequestGap"),
+            "time: log buckets": with_request_time("LogBuckets"),
+            "time: log-spaced to 30 days": with_request_time("LogSpaced"),
+            "time: hybrid timestamp": with_request_time("HybridTimestamp"),
         },
     ),
     "losses": Table(
@@ -152,7 +153,7 @@ TABLES = {
         seeds=(0,),
         rows={
             "InfoNCE in batch, both corrected": loss("InfoNCE"),
-            "InfoNCE in batch, both, q ~ count^.75": loss("InfoNCE", negatives=kind("InBatch", alpha=0.75)),
+            "InfoNCE in batch, both, q ~ count^.75": loss("InfoNCE", negatives=spec("InBatch", alpha=0.75)),
             "InfoNCE in batch, negatives corrected": loss("InfoNCE", correct="negatives"),
             "InfoNCE in batch, uncorrected": loss("InfoNCE", correct="none"),
             "InfoNCE in batch, uncorrected, dot": loss("InfoNCE", correct="none") + DOT,
@@ -177,14 +178,14 @@ TABLES["finalist"] = Table(
     minutes=1,
     seeds=(0, 1, 2),
     common=(option("optimizer.init_args.lr", 2e-3),),
-    rows=added(
+    rows=cumulative(
         {
             "HSTU as the finalist's, in batch, uncorrected": [
                 *overlays("hstu-taac", "no-time"),
                 *loss("InfoNCE", correct="none"),
             ],
-            "+ log q of answers and negatives, q ~ count^.75": loss(
-                "InfoNCE", correct="both", negatives=kind("InBatch", alpha=0.75)
+            "+ log q of targets and negatives, q ~ count^.75": loss(
+                "InfoNCE", correct="both", negatives=spec("InBatch", alpha=0.75)
             ),
             "+ item tower": [option("items", "ItemTower")],
             "+ as many negatives from the catalogue": loss("InfoNCE", negatives=FINALIST),
@@ -194,8 +195,8 @@ TABLES["finalist"] = Table(
                 "InfoNCE", negatives=CURRICULUM, **FILTERS, hard=HARDER
             ),
             "+ hour and weekday": part(time="Calendar"),
-            "+ bias of log-spaced times, told the request time": told(
-                kind("Combined", parts=["LogSpaced", "Calendar"])
+            "+ bias of log-spaced times, told the request time": with_request_time(
+                spec("Combined", parts=["LogSpaced", "Calendar"])
             ),
             "+ told the kind of the target": [*inputs("NextAction"), "--data.init_args.next_action=target"],
         }
@@ -207,8 +208,8 @@ TABLES["users"] = Table(
     seeds=(0,),
     rows={
         "neither": [],
-        "users: first token": [option("user", kind("UserTower", film=False))],
-        "users: FiLM": [option("user", kind("UserTower", token=False))],
+        "users: first token": [option("user", spec("UserTower", film=False))],
+        "users: FiLM": [option("user", spec("UserTower", token=False))],
         "users: both": overlays("user-tower"),
         "items: tower": overlays("item-tower"),
         "events: ratings": overlays("event-ratings"),
@@ -217,26 +218,28 @@ TABLES["users"] = Table(
     },
 )
 TIE_BREAKS = {name: f"--data.init_args.path=data/ml-1m-{name}" for name in ("plain", "item_id", "hash")}
-TABLES["ties"] = Table(  # data/ml-1m-hash: prepare-data with --tie_break hash --output data/ml-1m-hash, and so item_id
-    dataset="ml-1m-plain",
-    minutes=None,
-    seeds=(0,),
-    common=("--trainer.max_epochs=4",),
-    cohort="gap_to_request",
-    rows={
-        f"{name.replace('plain', 'file_order')}, {told}": [*overlays(*times), data]
-        for name, data in TIE_BREAKS.items()
-        for told, times in {"not told": ["hstu", "no-time"], "told": ["hstu"]}.items()
-    },
+TABLES["ties"] = (
+    Table(  # data/ml-1m-hash: prepare-data with --tie_break hash --output data/ml-1m-hash; same for item_id
+        dataset="ml-1m-plain",
+        minutes=None,
+        seeds=(0,),
+        common=("--trainer.max_epochs=4",),
+        cohort="gap_to_request",
+        rows={
+            f"{name.replace('plain', 'file_order')}, {setting}": [*overlays(*names), data]
+            for name, data in TIE_BREAKS.items()
+            for setting, names in {"not told": ["hstu", "no-time"], "told": ["hstu"]}.items()
+        },
+    )
 )
 
 
 class CpuBudget(Callback):
-    """Ends a fit when its process has used its CPU time, and writes what it has cost; schedules go by its time, too.
+    """Ends a fit when its process has used its CPU time, scales schedules to that time, and writes the cost.
 
     Args:
-        minutes: of CPU time, from the start of the fit; None: the fit ends as its own options say.
-        output: file for what was used.
+        minutes: CPU time from the start of the fit; None: the fit ends by its own options.
+        output: JSON file with parameters, CPU time, epochs and peak memory.
     """
 
     def __init__(self, minutes: float | None, output: str) -> None:
@@ -267,32 +270,24 @@ class CpuBudget(Callback):
 
 
 def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
-    """One fit and its test."""
+    """Fits and tests one row."""
     output = ROOT / "runs/tables" / name / f"{''.join(c if c.isalnum() else '-' for c in label)}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    words = [
-        "--config",
-        f"configs/{table.dataset}/retriever.yaml",
-        *table.rows[label],
-        *table.common,
-        "--output",
-        str(output / "retriever"),
-    ]
-    words += ["--trainer.enable_progress_bar=false"]
+    arguments = ["--config", f"configs/{table.dataset}/retriever.yaml", *table.rows[label], *table.common]
+    arguments += ["--output", str(output / "retriever"), "--trainer.enable_progress_bar=false"]
     budget = ["--trainer.callbacks+=tables.CpuBudget", f"--trainer.callbacks.minutes={json.dumps(table.minutes)}"]
     budget += [f"--trainer.callbacks.output={output / 'used.json'}"]
-    recsys("fit", *words, f"--seed_everything={seed}", *budget, log=output / "fit.log")
-    recsys("test", *words, f"--trainer.logger={json.dumps(csv_logger(output))}", log=output / "test.log")
+    recsys("fit", *arguments, f"--seed_everything={seed}", *budget, log=output / "fit.log")
+    recsys("test", *arguments, f"--trainer.logger={json.dumps(csv_logger(output))}", log=output / "test.log")
     fit = read(output / "retriever/log/version_0/metrics.csv")
-    validated = [(float(row["val/ndcg@10"]), int(row["epoch"])) for row in fit if row.get("val/ndcg@10")]
-    best = max(validated)
+    best = max((float(row["val/ndcg@10"]), int(row["epoch"])) for row in fit if row.get("val/ndcg@10"))
     test = read(output / "test/version_0/metrics.csv")[-1]
     used = json.loads((output / "used.json").read_text())
     return {
         "label": label,
         "seed": seed,
-        "words": table.words(label),
+        "words": table.describe(label),
         "commit": commit(),
         "minutes": table.minutes,
         "best_epoch": best[1] + 1,
@@ -300,19 +295,19 @@ def measure(name: str, label: str, seed: int, table: Table) -> dict[str, Any]:
         "test_hr@10": round(float(test["test/hr@10"]), 4),
         "test_ndcg@10": round(float(test["test/ndcg@10"]), 4),
         **used,
-        **({} if table.cohort is None else {"cohorts": cohorts(output, words, table.cohort)}),
+        **({} if table.cohort is None else {"cohorts": cohorts(output, arguments, table.cohort)}),
     }
 
 
-def cohorts(output: Path, words: list[str], kind: str) -> dict[str, list[float]]:
-    """How many users each cohort of the test has, and the retriever's NDCG@10 on them."""
-    data = next(word.partition("=")[2] for word in words if word.startswith("--data.init_args.path="))
+def cohorts(output: Path, arguments: list[str], cohort: str) -> dict[str, list[float]]:
+    """Number of test users in each cohort, and the retriever's NDCG@10 on them."""
+    data = next(option.partition("=")[2] for option in arguments if option.startswith("--data.init_args.path="))
     index = str(output / "index")
     retriever = str(output / "retriever/best.ckpt")
     exported = ["--retriever", retriever, "--data", data, "--output", index, "--measured=0"]
     recsys("export-index", *exported, log=output / "index.log")
     recsys("evaluate", "--bundle", index, "--data", data, "--output", str(output), log=output / "evaluate.log")
-    groups = json.loads((output / "report.json").read_text(encoding="utf-8"))["cohorts"][kind]
+    groups = json.loads((output / "report.json").read_text(encoding="utf-8"))["cohorts"][cohort]
     return {label: [group["users"], round(group["retriever"]["ndcg@10"], 4)] for label, group in groups.items()}
 
 
@@ -320,13 +315,13 @@ def csv_logger(output: Path) -> dict[str, Any]:
     return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(output), "name": "test"}}
 
 
-def recsys(*words: str, log: Path) -> None:
+def recsys(*arguments: str, log: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     with log.open("w") as file:
-        command = [str(Path(sys.executable).with_name("recsys")), *words]
+        command = [str(Path(sys.executable).with_name("recsys")), *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
-        raise RuntimeError(f"recsys {words[0]} failed; see {log}")
+        raise RuntimeError(f"recsys {arguments[0]} failed; see {log}")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -335,10 +330,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def commit() -> str:
-    """The commit that runs, "-dirty" where files have changed since, other than the rows that are being measured."""
+    """The checked-out commit, with "-dirty" if tracked files outside docs/measured have changed."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!docs/measured")
     return git("describe", "--always") + ("-dirty" if changed else "")
@@ -349,49 +344,49 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
     print("| model | val NDCG@10 | test HR@10 | test NDCG@10 | parameters | epochs (best) | CPU s an epoch | peak MB |")
     print("|---|---|---|---|---|---|---|---|")
     for label in table.rows:
-        mine = sorted((row for row in rows if row["label"] == label), key=lambda row: row["seed"])
-        if not mine:
+        own = sorted((row for row in rows if row["label"] == label), key=lambda row: row["seed"])
+        if not own:
             continue
 
-        def mean(key: str, digits: int = 4, mine: list[dict[str, Any]] = mine) -> str:
-            each = [row[key] for row in mine]
+        def mean(key: str, digits: int = 4, own: list[dict[str, Any]] = own) -> str:
+            each = [row[key] for row in own]
             spread = f" ± {(max(each) - min(each)) / 2:.{digits}f}" if len(each) > 1 else ""
             return f"{sum(each) / len(each):.{digits}f}{spread}"
 
-        epochs = "; ".join(f"{row['epochs']:.1f} ({row['best_epoch']})" for row in mine)
-        pace = sum(row["cpu_seconds"] / row["epochs"] for row in mine) / len(mine)
+        epochs = "; ".join(f"{row['epochs']:.1f} ({row['best_epoch']})" for row in own)
+        pace = sum(row["cpu_seconds"] / row["epochs"] for row in own) / len(own)
         print(
             f"| {label} | {mean('val_ndcg@10')} | {mean('test_hr@10')} | {mean('test_ndcg@10')} "
-            f"| {mine[0]['parameters']:,} | {epochs} | {pace:.1f} | {max(row['peak_mb'] for row in mine):,} |"
+            f"| {own[0]['parameters']:,} | {epochs} | {pace:.1f} | {max(row['peak_mb'] for row in own):,} |"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--workers", type=int, default=2, help="fits at a time, one thread each")
-    parser.add_argument("--only", nargs="*", help="labels of the rows to measure; all by default")
-    parser.add_argument("--show", action="store_true", help="print what has been measured, and measure nothing")
+    parser.add_argument("--workers", type=int, default=2, help="parallel fits, one thread each")
+    parser.add_argument("--only", nargs="*", help="labels of the rows to measure; default: all")
+    parser.add_argument("--show", action="store_true", help="print the measured rows only")
     options = parser.parse_args()
     name, table = options.table, TABLES[options.table]
     file = ROOT / f"docs/measured/{name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = [row for row in rows if row["label"] in table.rows and row["words"] == table.words(row["label"])]
+    rows = [row for row in rows if row["label"] in table.rows and row["words"] == table.describe(row["label"])]
     done = {(row["label"], row["seed"]) for row in rows}
     wanted = [(label, seed) for seed in table.seeds for label in options.only or table.rows]
     missing = [] if options.show else [row for row in wanted if row not in done]
 
     def work(row: tuple[str, int]) -> None:
         try:
-            found = measure(name, *row, table)
+            measured = measure(name, *row, table)
         except RuntimeError as error:
             print(f"{row}: {error}", file=sys.stderr, flush=True)
             return
-        rows.append(found)
+        rows.append(measured)
         with file.open("a") as out:
-            out.write(json.dumps(found) + "\n")
-        print(json.dumps(found), file=sys.stderr, flush=True)
+            out.write(json.dumps(measured) + "\n")
+        print(json.dumps(measured), file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(work, missing))

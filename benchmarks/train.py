@@ -1,21 +1,21 @@
-"""Training speed: against RecTools and RePlay, of the encoders beside each other, by length, and of a validation.
+"""Speed of training and validation: against RecTools and RePlay, by encoder and by history length.
 
-    python benchmarks/train.py --install-peers runs/peers    # RecTools and RePlay, in an environment of their own
+    python benchmarks/train.py --install-peers runs/peers    # RecTools and RePlay, in a separate environment
     python benchmarks/train.py --peers runs/peers --output runs/train.json
 
-peers       Events per second of SASRec at the same width, depth, heads, batch and dropout, that of attention weights
-            included. An event is a real target trained on: padding earns nothing. Each contestant trains with its
-            library's own data loader, training_step and optimiser in a plain loop, alone in a process, in turn,
-            warm-up left out. Ours meets batches of all lengths evenly; the others' are all alike, since they train
-            on a user's newest `length` events only. `ours / it` is the median over rounds.
-encoders    Time of a training step of each encoder, on the same batches in one process, in turn.
-lengths     The same on histories that are all of the full length, with as many events in a batch at each length.
-validation  All of a validation: every user's rank in the whole catalogue.
+peers       Events per second of SASRec at the same width, depth, heads, batch size and dropout (including attention
+            dropout). Events are targets; padding does not count. Each contestant trains in its own process with its
+            library's data loader, training_step and optimizer in a plain loop; contestants alternate and warm-up is
+            excluded. Our batches cover all lengths evenly; the others' all have one length, since they train on a
+            user's newest `length` events only. `ours / it` is the median ratio over rounds.
+encoders    Time of a training step of each encoder; encoders alternate on the same batches in one process.
+lengths     The same on full-length histories, with the same number of events per batch at each length.
+validation  A complete validation: every user's target ranked among all items.
 
-Run it with nothing else on the machine: two threads beside another busy process take several times as long.
-With `--accelerator gpu` everything is in bf16 autocast and our encoders go through torch.compile. `of matrix rate` is
-how much of the rate of one large matrix product, measured in the same process, the model's own arithmetic comes to:
-encoder and logits (Training.work in peers/ours.py), forward and backward, padding left out.
+Run it on an idle machine: two threads next to another busy process take several times as long.
+With `--accelerator gpu` everything runs in bf16 autocast and our encoders use torch.compile. `of matrix rate` is the
+model's rate of floating-point operations relative to that of one large matrix product in the same process: encoder and
+logits (Training.work in peers/ours.py), forward and backward, without padding.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "peers"
 PEERS = ["rectools[torch]==0.19.*", "replay-rec[torch]==0.22.*"]
-ALL_LENGTHS = 8  # batches of ours that are needed to meet all lengths
+ALL_LENGTHS = 8  # number of our batches that cover all lengths
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, full softmax": ("ours.py", {"loss": "FullSoftmax", "steps": ALL_LENGTHS}),
     "ours, 16 histories' activations at a time": (
@@ -52,34 +52,34 @@ SECTIONS = ("peers", "encoders", "lengths", "validation")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install-peers", type=Path, metavar="DIR", help="install RecTools and RePlay there, and end")
+    parser.add_argument("--install-peers", type=Path, metavar="DIR", help="install RecTools and RePlay in DIR and exit")
     parser.add_argument(
-        "--peers", type=Path, default=Path("runs/peers"), metavar="DIR", help="where they are installed"
+        "--peers", type=Path, default=Path("runs/peers"), metavar="DIR", help="environment with the peers"
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
     parser.add_argument("--data", type=Path, default=Path("data/ml-1m-plain"), help="prepared dataset")
-    parser.add_argument("--widths", nargs="+", type=int, default=[64, 256], help="of the peers; the rest has the first")
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=[64, 256], help="of section peers; others use the first"
+    )
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--length", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=128, help="histories in a batch")
+    parser.add_argument("--batch", type=int, default=128, help="histories per batch")
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--loss", default="FullSoftmax", help="of all sections but peers")
-    parser.add_argument("--encoders", nargs="+", default=[], help="of the section encoders; default: all")
-    parser.add_argument(
-        "--scaled", nargs="+", default=["Transformer", "HSTU", "Mamba4Rec"], help="of the section lengths"
-    )
+    parser.add_argument("--loss", default="FullSoftmax", help="of all sections except peers")
+    parser.add_argument("--encoders", nargs="+", default=[], help="of section encoders; default: all")
+    parser.add_argument("--scaled", nargs="+", default=["Transformer", "HSTU", "Mamba4Rec"], help="of section lengths")
     parser.add_argument("--lengths", nargs="+", type=int, default=[50, 100, 200, 500, 1000])
-    parser.add_argument("--events", type=int, default=12_800, help="events in a batch of the section lengths")
-    parser.add_argument("--rounds", type=int, default=3, help="of the section peers")
+    parser.add_argument("--events", type=int, default=12_800, help="events per batch of section lengths")
+    parser.add_argument("--rounds", type=int, default=3, help="of section peers")
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="of measuring each contestant in each round; half for each length"
+        "--seconds", type=float, default=4.0, help="measured time per contestant and round; half of it per length"
     )
-    parser.add_argument("--warmup", type=int, help="steps before that; default: 1 on a CPU, 20 on a GPU")
+    parser.add_argument("--warmup", type=int, help="warm-up steps; default: 1 on a CPU, 20 on a GPU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     parser.add_argument("--output", type=Path, help="JSON with every run")
     options = parser.parse_args()
     if options.install_peers:
@@ -98,26 +98,26 @@ def main() -> None:
 
 
 def install(folder: Path) -> None:
-    """Makes an environment with the peers and with exactly the torch of this one, so that no other is downloaded.
+    """Creates an environment with the peers and the torch version of this one, so that no other is downloaded.
 
-    Nothing else of constraints.txt can hold there: RecTools wants numpy below 2, RePlay polars below 2.
+    Other versions of constraints.txt cannot be kept: RecTools needs numpy below 2, RePlay polars below 2.
     """
     venv.create(folder, with_pip=True)
-    torch = f"torch=={version('torch')}"  # with its local part: 2.13.0+cpu never becomes the one with CUDA
+    torch = f"torch=={version('torch')}"  # with its local version: 2.13.0+cpu stays without CUDA
     subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", torch, *PEERS], check=True)
 
 
 @dataclass
 class Report:
-    """Runs processes, prints tables, keeps everything that was measured."""
+    """Runs contestants in processes, prints tables and collects all results."""
 
     options: argparse.Namespace
     runs: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
 
-    def run(self, script: str, *words: str, **job: Any) -> dict[str, Any]:
-        """A contestant's result; `job` goes before the options."""
+    def run(self, script: str, *arguments: str, **job: Any) -> dict[str, Any]:
+        """Runs a contestant and returns its result; `job` overrides the options."""
         o = self.options
         shared = ("heads", "layers", "length", "batch", "dropout", "seconds", "warmup", "threads", "accelerator")
         job = {name: getattr(o, name) for name in shared} | {"data": str(o.data), "precision": o.precision} | job
@@ -126,18 +126,16 @@ class Report:
         if not python.is_file():
             sys.exit(f"{python} does not exist; first run {sys.argv[0]} --install-peers {o.peers}")
         environment = os.environ | {name: str(o.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        command = [str(python), str(FOLDER / script), json.dumps(job | {"compile": o.compile}), *words]
+        command = [str(python), str(FOLDER / script), json.dumps(job | {"compile": o.compile}), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(
-                f"{done.stderr}\n{' '.join(command)} ended with status {done.returncode}; its last words are above"
-            )
+            sys.exit(f"{done.stderr}\n{' '.join(command)} ended with status {done.returncode}; see its stderr above")
         result = json.loads(done.stdout.splitlines()[-1])
         self.versions |= {
-            name: found for name, found in result["versions"].items() if ours or name not in self.versions
+            name: number for name, number in result["versions"].items() if ours or name not in self.versions
         }
         self.device = result["device"]
-        self.runs.append({"script": script, "words": words, "job": job, **result})
+        self.runs.append({"script": script, "words": arguments, "job": job, **result})
         return result
 
     def table(self, title: str, rows: list[dict[str, str]]) -> None:
@@ -146,11 +144,11 @@ class Report:
         print(f"\n### {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines), flush=True)
 
     def save(self) -> dict[str, str]:
-        """Writes what there is so far; gives where, when and how it was measured."""
+        """Writes the results so far; returns the facts of the measurement: versions, hardware, date and so on."""
         facts = {
             "commit": commit(),
             "command": " ".join([Path(sys.executable).name, *sys.argv]),
-            "versions": ", ".join(f"{name} {found}" for name, found in self.versions.items()),
+            "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
             "hardware": hardware(self.device),
             "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"),
@@ -166,8 +164,8 @@ def peers(report: Report) -> None:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
         for number in range(report.options.rounds):
             for name, (script, job) in CONTESTANTS.items():
-                words = ["peers"] if script == "ours.py" else []
-                runs[name].append(report.run(script, *words, width=width, **job))
+                section = ["peers"] if script == "ours.py" else []
+                runs[name].append(report.run(script, *section, width=width, **job))
                 rate = runs[name][-1]["rate"]
                 print(f"width {width}, round {number + 1}: {name} {rate:,.0f} events/s", file=sys.stderr, flush=True)
         rows = []
@@ -179,7 +177,7 @@ def peers(report: Report) -> None:
                 "events/s": f"{median(rates):,.0f}",
                 "least to most": f"{min(rates):,.0f} to {max(rates):,.0f}",
                 "ours / it": f"{median(ratios):.2f}",
-                "places not padding": f"{100 * median(one['real'] for one in done):.0f} %",
+                "positions not padding": f"{100 * median(one['real'] for one in done):.0f} %",
                 "peak MB above imports": f"{median(one['peak_mb'] for one in done):,.0f}",
             }
             if "gpu_mb" in done[0]:
@@ -229,7 +227,7 @@ def share(one: dict[str, Any], matrix: float) -> str:
 
 
 def commit() -> str:
-    """What is checked out, and whether anything was changed since."""
+    """The checked-out commit, marked if files have changed."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty=, changed"], cwd=FOLDER, capture_output=True, text=True, check=False
     )

@@ -80,7 +80,7 @@ def test_warmup_is_not_counted_and_the_last_step_is_whole(clock: ModuleType, mon
     def step(seconds: float) -> Any:
         nonlocal now
         now += seconds
-        return clock.Work(events=10, places=40, flops=2e12)
+        return clock.Work(events=10, positions=40, flops=2e12)
 
     epoch = [100.0, 50.0, 2.0]  # epochs follow each other: 100 50 | 2 100
     found = clock.timed(lambda: epoch, step, job(clock, seconds=3.0, warmup=2))
@@ -133,17 +133,17 @@ def test_in_batch_negatives_make_a_column_for_each_distinct_answer(ours: ModuleT
     window = window._replace(lengths=torch.tensor([4, 3]))
     work = training.work(window)
     encoder = ours.encoder_flops(training.retriever.towers.encoder, torch.tensor([3, 2]), 16)
-    assert (work.events, work.places) == (5, 6)
+    assert (work.events, work.positions) == (5, 6)
     assert work.flops - encoder == 6 * 5 * 3 * 16  # items 1, 2 and 3
 
 
 def test_every_encoder_of_the_package_trains_on_the_same_events(
     ours: ModuleType, clock: ModuleType, ragged: Path
 ) -> None:
-    assert next(iter(ours.known())) == "Transformer"
-    assert {"SASRec", "BERT4Rec"} <= set(ours.known()) <= set(vars(encoders))
+    assert next(iter(ours.all_encoders())) == "Transformer"
+    assert {"SASRec", "BERT4Rec"} <= set(ours.all_encoders()) <= set(vars(encoders))
     found = ours.compare(job(clock, data=str(ragged)), names=[])["encoders"]
-    assert [one["encoder"] for one in found] == list(ours.known())
+    assert [one["encoder"] for one in found] == list(ours.all_encoders())
     assert len({one["events"] for one in found}) == 1
     assert found[0]["events"] > 0
     assert found[0]["parameters"] == sum(p.numel() for p in Transformer(16, 8, layers=1, heads=2).parameters())

@@ -1,4 +1,4 @@
-"""What every contestant is told and how it is timed: the same for all, and without anything but torch."""
+"""Job and timing of every contestant; depends on torch only, so that it runs in every environment."""
 
 import json
 import resource
@@ -6,33 +6,33 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a contestant trains, and for how long.
+    """The model that a contestant trains, and the length of the measurement.
 
     Args:
         data: prepared dataset.
-        loss: of ours a class of recsys2stage.retrieval.losses, of RecTools `softmax` or a number of sampled negatives.
-        recompute_rows: of ours, how many histories at a time keep their activations; None: all.
-        bucketed: whether the encoder of RePlay takes a batch in buckets of like length.
-        width: of item vectors and states, D.
-        heads: of attention.
-        layers: blocks.
-        length: longest history L.
-        batch: histories in a batch.
-        dropout: everywhere a library has dropout, attention weights included.
-        seconds: of measuring; the step in which they end is finished.
-        steps: that are measured at least.
-        warmup: steps before measuring, at least 1.
-        threads: of a CPU.
+        loss: ours: a class of recsys2stage.retrieval.losses; RecTools: `softmax` or a number of sampled negatives.
+        recompute_rows: ours: number of histories whose activations are kept at a time; None: all.
+        bucketed: RePlay: whether the encoder splits a batch into buckets of similar length.
+        width: size D of item vectors and states.
+        heads: attention heads.
+        layers: number of blocks.
+        length: maximum history length L.
+        batch: histories per batch.
+        dropout: at every dropout of the library, including attention weights.
+        seconds: minimum measured time; the last step is completed.
+        steps: minimum number of measured steps.
+        warmup: steps before the measurement, at least 1.
+        threads: CPU threads.
         accelerator: cpu or gpu.
         precision: fp32, or bf16 for autocast.
-        compile: whether our encoder goes through torch.compile.
+        compile: whether our encoder uses torch.compile.
     """
 
     data: str
@@ -58,20 +58,20 @@ class Job:
         return torch.device("cuda" if self.accelerator == "gpu" else "cpu")
 
     @property
-    def lightning_precision(self) -> str:
-        return {"fp32": "32-true", "bf16": "bf16-mixed"}[self.precision]
+    def lightning_precision(self) -> Literal["32-true", "bf16-mixed"]:
+        return "bf16-mixed" if self.precision == "bf16" else "32-true"
 
 
 class Work(NamedTuple):
-    """What a step did."""
+    """Work done in a training step."""
 
-    events: torch.Tensor | int  # targets trained on
-    places: int  # of the batch, padding included
-    flops: float = 0.0  # a model of this size needs, forward and backward
+    events: torch.Tensor | int  # number of targets
+    positions: int  # positions of the batch, including padding
+    flops: float = 0.0  # of the model, forward and backward
 
 
 def timed(epoch: Callable[[], Iterable[Any]], step: Callable[[Any], Work], job: Job) -> dict[str, float]:
-    """Trains, reading of batches included, and counts after the warm-up; `epoch` gives an epoch's batches anew."""
+    """Trains and measures after the warm-up, including data loading; `epoch` returns the batches of a new epoch."""
     done: list[Work] = []
     start = 0.0
     for number, batch in enumerate(endless(epoch)):
@@ -87,15 +87,15 @@ def timed(epoch: Callable[[], Iterable[Any]], step: Callable[[Any], Work], job: 
 
 
 def total(done: list[Work], seconds: float) -> dict[str, float]:
-    """What was done in so many seconds: targets a second, and which share of the places was no padding."""
-    events, places = sum(int(work.events) for work in done), sum(work.places for work in done)
+    """Totals of the steps: `rate` is targets per second, `real` the share of positions that are not padding."""
+    events, positions = sum(int(work.events) for work in done), sum(work.positions for work in done)
     flops = sum(work.flops for work in done)
     return {
         "steps": len(done),
         "events": events,
         "seconds": seconds,
         "rate": events / seconds,
-        "real": events / places,
+        "real": events / positions,
         "tflops": flops / seconds / 1e12,
     }
 
@@ -106,18 +106,18 @@ def endless(epoch: Callable[[], Iterable[Any]]) -> Iterator[Any]:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Waits until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_mb() -> float:
-    """Highest resident memory of this process so far; Linux counts in KiB."""
+    """Peak resident memory of this process in MiB; Linux counts in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def compete(train: Callable[[Job], dict[str, Any]]) -> None:
-    """Runs a contestant in this process: the job is JSON in the first argument, the result JSON on stdout."""
+    """Runs a contestant in this process: reads the job as JSON from argv[1], prints the result as JSON."""
     imported = peak_mb()
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)

@@ -1,4 +1,4 @@
-"""recsys2stage itself: its own data module, and Retriever.training_step, optimiser and schedule in a plain loop."""
+"""Contestant recsys2stage: its data module, and training_step, optimizer and schedule of Retriever in a plain loop."""
 
 import inspect
 import sys
@@ -25,12 +25,12 @@ from recsys2stage.retrieval.objectives import Cloze
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import History, Lengths
 
-PUBLISHED_WITH_TIME = {"HSTU", "FuXi"}  # biases in log buckets
-GOLDEN = (5**0.5 - 1) / 2
+PUBLISHED_WITH_TIME = {"HSTU", "FuXi"}  # their time bias in log buckets
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def peers(job: Job) -> dict[str, Any]:
-    """The peers' own architecture: learned positions, pre-norm, a GELU of the width itself, no norm at the input."""
+    """SASRec as in the peers: learned positions, pre-norm, GELU with expansion 1, no norm at the input."""
     encoder = partial(
         SASRec,
         layers=job.layers,
@@ -46,23 +46,23 @@ def peers(job: Job) -> dict[str, Any]:
 
 
 def compare(job: Job, names: list[str]) -> dict[str, Any]:
-    """Encoders on the same batches of the dataset, which are read before."""
+    """Times encoders on the same batches of the dataset, without data loading."""
     histories = Histories(Path(job.data), max_length=job.length, batch_size=job.batch, request_time="target")
-    trainings = {name: Training(job, factory(name, job), histories.num_items) for name in names or known()}
+    trainings = {name: Training(job, factory(name, job), histories.num_items) for name in names or all_encoders()}
     for training in trainings.values():
         training.retriever.load_item_tables(histories.dataset)
     return {"encoders": in_turn(trainings, endless(partial(spread, histories)), job)}
 
 
 def scale(job: Job, names: list[str]) -> dict[str, Any]:
-    """Encoders on made-up histories, all of the full length."""
+    """Times encoders on random histories of full length."""
     num_items = Histories(Path(job.data)).num_items
     trainings = {name: Training(job, factory(name, job), num_items) for name in names}
     return {"encoders": in_turn(trainings, iter(lambda: full(job.batch, job.length, num_items), None), job)}
 
 
 def validate(job: Job) -> dict[str, Any]:
-    """All of a validation: every user's rank in the whole catalogue, and the metrics."""
+    """Times a complete validation: ranks among all items, and the metrics."""
     histories = Histories(Path(job.data), max_length=job.length, request_time="target")
     training = Training(job, factory("Transformer", job), histories.num_items)
     retriever, users = training.retriever.eval(), 0
@@ -81,43 +81,53 @@ def validate(job: Job) -> dict[str, Any]:
 
 
 class Training:
-    """A retriever on its device, with all that a step needs."""
+    """A retriever on its device, with optimizer and schedule."""
 
     def __init__(self, job: Job, encoder: EncoderFactory, num_items: int) -> None:
-        warnings.filterwarnings("ignore", ".*self.trainer. reference is not registered.*")  # nobody listens to its logs
+        warnings.filterwarnings("ignore", ".*self.trainer. reference is not registered.*")  # no trainer
         loss = getattr(losses, job.loss)()
-        options = {"dim": job.width, "recompute_rows": job.recompute_rows, "compiled": job.compile}
-        self.job, self.retriever = job, Retriever(num_items, job.length, encoder=encoder, loss=loss, **options)
+        self.job, self.retriever = (
+            job,
+            Retriever(
+                num_items,
+                job.length,
+                dim=job.width,
+                encoder=encoder,
+                loss=loss,
+                recompute_rows=job.recompute_rows,
+                compiled=job.compile,
+            ),
+        )
         self.retriever.to(job.device).train()
-        configured = self.retriever.configure_optimizers()
+        configured: Any = self.retriever.configure_optimizers()
         self.optimizer, self.schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
 
     def step(self, window: History) -> Work:
         self.optimizer.zero_grad()
         with autocast(self.job):
             loss = self.retriever.training_step(moved(window, self.job.device), 0)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.schedule.step()
         return self.work(window)
 
     def work(self, window: History) -> Work:
-        """Targets, places, and the arithmetic of encoder and logits, padding left out."""
+        """Targets, positions, and the floating-point operations of encoder and logits without padding."""
         encoder, objective, dim = self.retriever.towers.encoder, self.retriever.objective, self.job.width
         targets = (window.lengths - 1).clamp(min=0)
-        lengths, asked = (window.lengths, objective.rate) if isinstance(objective, Cloze) else (targets, 1.0)
+        lengths, target_share = (window.lengths, objective.rate) if isinstance(objective, Cloze) else (targets, 1.0)
         columns = self.retriever.towers.items.num_items
-        if isinstance(self.retriever.loss, losses.InfoNCE):  # one for each distinct answer
+        if isinstance(self.retriever.loss, losses.InfoNCE):  # one per distinct target
             columns = int(torch.bincount(window.items[:, 1:].flatten())[1:].count_nonzero())
-        flops = encoder_flops(encoder, lengths, dim) + 6.0 * asked * int(lengths.sum()) * columns * dim
+        flops = encoder_flops(encoder, lengths, dim) + 6.0 * target_share * int(lengths.sum()) * columns * dim
         return Work(int(targets.sum()), len(window.items) * (window.items.size(1) - encoder.causal), flops)
 
 
 def encoder_flops(encoder: Encoder, lengths: Lengths, dim: int) -> float:
-    """Of an encoder's forward and backward: 6 for each weight and place, 12 D for each layer and pair that attends.
+    """FLOPs of an encoder, forward and backward: 6 per weight and position, 12 D per layer and attending pair.
 
-    A multiplication and an addition are 2, backward is twice forward; attention is q·k and the mean of v. What biases,
-    norms and recurrences add is not counted.
+    Multiply-add is 2, backward is twice forward; attention is q·k and the weighted mean of v. Biases, norms and
+    recurrences are not counted.
     """
     weights = sum(
         weight.numel()
@@ -131,7 +141,7 @@ def encoder_flops(encoder: Encoder, lengths: Lengths, dim: int) -> float:
 
 
 def in_turn(trainings: dict[str, Training], windows: Iterable[History], job: Job) -> list[dict[str, Any]]:
-    """Each window is trained on by one after the other, beginning with another each time; reading is not counted."""
+    """Trains all models on each window, in rotating order; data loading is not timed."""
     done: dict[str, list[Work]] = {name: [] for name in trainings}
     seconds = dict.fromkeys(trainings, 0.0)
     names = list(trainings)
@@ -151,53 +161,53 @@ def in_turn(trainings: dict[str, Training], windows: Iterable[History], job: Job
 
 
 def spread(histories: Histories) -> Iterator[History]:
-    """An epoch's batches in an order in which the first few cover all lengths evenly, however few are taken."""
+    """The batches of an epoch, ordered so that any first few cover all lengths evenly (golden-ratio sequence)."""
     loader = histories.train_dataloader()
     spans = histories.window_ends - histories.window_starts
     plan = sorted(loader.plan(), key=lambda batch: spans[batch].max())
-    points = np.arange(1, len(plan) + 1) * GOLDEN % 1
-    for place in np.argsort(np.argsort(points)):
-        yield loader.read(plan[place])
+    points = np.arange(1, len(plan) + 1) * GOLDEN_RATIO % 1
+    for number in np.argsort(np.argsort(points)):
+        yield loader.read(plan[number])
 
 
 def full(rows: int, length: int, num_items: int) -> History:
-    """Windows of length + 1 random items, from a minute to a month apart."""
+    """Windows of length + 1 random items, with gaps from a minute to a month."""
     gaps = torch.exp(torch.empty(rows, length + 1).uniform_(4.0, 15.0)).long()
     times = 10**9 + gaps.cumsum(1)
-    asked = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
+    request_times = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
     items = torch.randint(1, num_items + 1, (rows, length + 1))
-    return History(items, torch.full((rows,), length + 1), times, asked)
+    return History(items, torch.full((rows,), length + 1), times, request_times)
 
 
 def factory(name: str, job: Job) -> EncoderFactory:
-    """An encoder in its published form, but for the sizes and dropout that the job asks for."""
-    if name not in known():
-        sys.exit(f"there is no encoder {name!r}; there are {', '.join(known())}")
-    kind = known()[name]
+    """An encoder in its published form, with the sizes and dropout of the job."""
+    if name not in all_encoders():
+        sys.exit(f"there is no encoder {name!r}; there are {', '.join(all_encoders())}")
+    encoder = all_encoders()[name]
     options: dict[str, Any] = {"layers": job.layers, "dropout": job.dropout}
-    if issubclass(kind, AttentiveEncoder):
+    if issubclass(encoder, AttentiveEncoder):
         options["heads"] = job.heads
     if name in PUBLISHED_WITH_TIME:
         options["time"] = LogBuckets
-    return partial(kind, **options)
+    return partial(encoder, **options)
 
 
-def known() -> dict[str, type[Encoder]]:
+def all_encoders() -> dict[str, type[Encoder]]:
     """Every encoder of the package, the Transformer first."""
-    found = {
-        name: kind
-        for name, kind in vars(encoders).items()
-        if inspect.isclass(kind) and issubclass(kind, Encoder) and not inspect.isabstract(kind)
+    exported = {
+        name: value
+        for name, value in vars(encoders).items()
+        if inspect.isclass(value) and issubclass(value, Encoder) and not inspect.isabstract(value)
     }
-    return {"Transformer": Transformer, **found}
+    return {"Transformer": Transformer, **exported}
 
 
 def matrix_tflops(job: Job) -> float:
-    """How many floating-point operations a second a large product of matrices reaches here, in 10^12."""
-    size, kind = (8192, torch.bfloat16) if job.device.type == "cuda" else (2048, torch.float32)
+    """TFLOP/s of a large matrix product on this device."""
+    size, dtype = (8192, torch.bfloat16) if job.device.type == "cuda" else (2048, torch.float32)
     if job.precision == "fp32":
-        kind = torch.float32
-    left, right = (torch.randn(size, size, device=job.device, dtype=kind) for _ in range(2))
+        dtype = torch.float32
+    left, right = (torch.randn(size, size, device=job.device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(10):
         wait(job.device)
@@ -213,7 +223,7 @@ def autocast(job: Job) -> torch.autocast:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The same named tuple, and the tuples in it, on a device."""
+    """Moves a named tuple, including nested tuples, to a device."""
     if batch is None or isinstance(batch, torch.Tensor):
         return None if batch is None else batch.to(device)
     parts = [moved(part, device) for part in batch]

@@ -1,11 +1,12 @@
-"""RecTools' SASRec, through its own data loader and training step. Runs where RecTools is installed, not here.
+"""Contestant RecTools SASRec, with its own data loader and training step; runs in the environment of the peers.
 
-A user's newest length + 1 events are trained on, padded to `length` on the left; older ones never are.
+It trains on a user's newest length + 1 events, left-padded to `length`.
 """
 
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
 
-def train(job: Job) -> dict[str, float]:
+def train(job: Job) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     model = SASRecModel(
         n_blocks=job.layers,
@@ -53,13 +54,13 @@ def interactions(data: Path) -> pd.DataFrame:
     """All training events."""
     offsets, ends = np.load(data / "users.offsets.npy"), np.load(data / "users.train_end.npy")
     count = ends - offsets[:-1]
-    places = np.arange(count.sum()) + np.repeat(offsets[:-1] - np.cumsum(count) + count, count)
+    positions = np.arange(count.sum()) + np.repeat(offsets[:-1] - np.cumsum(count) + count, count)
     return pd.DataFrame(
         {
             Columns.User: np.repeat(np.arange(len(count)), count),
-            Columns.Item: np.load(data / "events.item.npy")[places],
+            Columns.Item: np.load(data / "events.item.npy")[positions],
             Columns.Weight: 1.0,
-            Columns.Datetime: pd.to_datetime(np.load(data / "events.time.npy")[places], unit="s"),
+            Columns.Datetime: pd.to_datetime(np.load(data / "events.time.npy")[positions], unit="s"),
         }
     )
 

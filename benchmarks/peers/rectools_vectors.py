@@ -1,9 +1,9 @@
-"""RecTools' SASRec and HSTU, trained for so much CPU time; writes the vectors they rank by. Runs where RecTools is.
+"""RecTools' SASRec and HSTU, trained for a given CPU time, to user and item vectors; runs in the peers' environment.
 
-It reads the events to train on, those to validate on and the histories of requests, but never a test target. Data
-loaders, training step, loss and optimiser are the library's own. A validation after each epoch ranks each user's held
-event among all items but those of its input, and the weights with the best NDCG@10 are kept. The library's own
-validation step would compute the training loss at every place of every history, a third of an epoch, for nothing.
+It reads training events, validation events and the histories of test requests, but no test targets. Data loaders,
+training step, loss and optimizer are the library's. Validation after each epoch ranks each user's validation event
+among all items except its input, and the weights with the best NDCG@10 are kept. The library's validation step would
+compute the training loss at every position of every history instead, which takes a third of an epoch.
 """
 
 import json
@@ -28,29 +28,29 @@ from rectools.models.rank import Distance
 from torch import Tensor
 
 MODELS = {"SASRec": SASRecModel, "HSTU": HSTUModel}
-MEASURE = "val_ndcg@10"
+MONITOR = "val_ndcg@10"
 
 
 class Ranking(TransformerLightningModule):
-    """The library's training, and a validation that ranks."""
+    """The library's training step, with a validation by ranking."""
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         states = self.torch_model.encode_sessions(batch, self.item_embs)[:, -1]
         scores = self.torch_model.similarity_module(states, self.item_embs)  # (B, 1 + items), column 0 is padding
-        own = scores.gather(1, batch["y"])
+        target = scores.gather(1, batch["y"])
         scores.scatter_(1, batch["x"], -torch.inf)
         scores[:, 0] = -torch.inf
-        scores.scatter_(1, batch["y"], own)  # a target that was met before stays in
-        rank = (~(scores < own)).sum(1)
+        scores.scatter_(1, batch["y"], target)  # seen targets are not filtered
+        rank = (~(scores < target)).sum(1)
         gain = torch.where(rank <= 10, 1 / torch.log2(1 + rank), 0)
-        self.log(MEASURE, gain.mean(), on_step=False, on_epoch=True, batch_size=len(rank))
+        self.log(MONITOR, gain.mean(), on_step=False, on_epoch=True, batch_size=len(rank))
 
 
 class Budget(Callback):
-    """Ends a fit when its process has used its CPU time, validations included, and keeps the best weights.
+    """Ends a fit when its process has used its CPU time, including validation, and keeps the best weights.
 
     Args:
-        minutes: of CPU time, from the start of the fit.
+        minutes: CPU time from the start of the fit.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -65,9 +65,9 @@ class Budget(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
-        found = float(trainer.callback_metrics[MEASURE])
-        if found > self.best:
-            self.best, self.best_epoch = found, trainer.current_epoch + 1
+        value = float(trainer.callback_metrics[MONITOR])
+        if value > self.best:
+            self.best, self.best_epoch = value, trainer.current_epoch + 1
             self.weights = {name: weight.clone() for name, weight in module.state_dict().items()}
 
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
@@ -75,8 +75,8 @@ class Budget(Callback):
         self.epochs = trainer.global_step / trainer.num_training_batches
 
 
-def trained(job: dict[str, Any], events: dict[str, np.ndarray]) -> tuple[Any, Budget]:
-    """The model with its best weights, and what the fit has cost."""
+def fit(job: dict[str, Any], events: dict[str, np.ndarray]) -> tuple[Any, Budget]:
+    """Fits a model; returns it with its best weights, and the callback with the cost of the fit."""
     held = events["train_held"]
 
     def trainer() -> Trainer:
@@ -101,24 +101,26 @@ def trained(job: dict[str, Any], events: dict[str, np.ndarray]) -> tuple[Any, Bu
         recommend_torch_device="cpu",
     )
     model.fit(Dataset.construct(frame(events, "train")))
-    budget = next(callback for callback in model.fit_trainer.callbacks if isinstance(callback, Budget))  # it is a copy
+    budget = next(callback for callback in model.fit_trainer.callbacks if isinstance(callback, Budget))  # a copy
     model.lightning_model.load_state_dict(budget.weights)
     return model, budget
 
 
 def vectors(model: Any, events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What `recommend` ranks by: the dot product of a user's vector and an item's; ids are those of the events."""
+    """User and item vectors, with the ids of the events; their dot products are the scores of `recommend`."""
     context = frame(events, "request") if model.require_recommend_context else None
     users = events["request_user"]
-    asked = model._custom_transform_dataset_u2i(Dataset.construct(frame(events, "history")), users, "ignore", context)
-    loader = model.data_preparator.get_dataloader_recommend(asked, model.recommend_batch_size)
+    requests = model._custom_transform_dataset_u2i(
+        Dataset.construct(frame(events, "history")), users, "ignore", context
+    )
+    loader = model.data_preparator.get_dataloader_recommend(requests, model.recommend_batch_size)
     states, items = model.lightning_model._get_user_item_embeddings(loader, "cpu")
     similarity = model.torch_model.similarity_module
     if similarity.distance == Distance.COSINE:
         states, items = similarity._get_embeddings_norm(states), similarity._get_embeddings_norm(items)
     padding = model.data_preparator.n_item_extra_tokens
     return {
-        "users": asked.user_id_map.external_ids.astype(np.int64),
+        "users": requests.user_id_map.external_ids.astype(np.int64),
         "user_vectors": states.numpy(),
         "items": model.data_preparator.get_known_item_ids().astype(np.int64),
         "item_vectors": items[padding:].detach().numpy(),
@@ -126,7 +128,7 @@ def vectors(model: Any, events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def frame(events: dict[str, np.ndarray], name: str) -> pd.DataFrame:
-    """Events as RecTools takes them; those of one time keep their order, since it sorts stably."""
+    """Events as a RecTools frame; equal times keep their order, since RecTools sorts stably."""
     columns = {
         Columns.User: events[f"{name}_user"],
         Columns.Weight: 1.0,
@@ -145,11 +147,11 @@ def main() -> None:
     seed_everything(job["seed"])
     with np.load(folder / "events.npz") as file:
         events = dict(file)
-    model, budget = trained(job, events)
-    np.savez(folder / "vectors.npz", **vectors(model, events))
+    model, budget = fit(job, events)
+    np.savez(folder / "vectors.npz", **vectors(model, events))  # type: ignore[arg-type]  # may not be `allow_pickle`
     facts = {
         "best_epoch": budget.best_epoch,
-        MEASURE: round(budget.best, 4),
+        MONITOR: round(budget.best, 4),
         "parameters": sum(weight.numel() for weight in model.torch_model.parameters()),
         "cpu_seconds": round(budget.used, 1),
         "epochs": round(budget.epochs, 2),

@@ -1,8 +1,8 @@
-"""RePlay's SASRec, through its own data module and training step. Runs where RePlay is installed, not here.
+"""Contestant RePlay SASRec, with its own data module and training step; runs in the environment of the peers.
 
-A user's newest length + 1 events are trained on, padded to `length` on the left; older ones never are. Model, loss (the
-full softmax) and batches are those of its own templates. `bucketed` adds two things that RePlay offers beside them:
-batches are cut to their longest history, and the encoder takes a batch in four buckets of like length.
+It trains on a user's newest length + 1 events, left-padded to `length`. Model, loss (full softmax) and batches are
+those of its templates. `bucketed` adds two options of RePlay: batches are cut to their longest history, and the encoder
+splits a batch into four buckets of similar length.
 """
 
 import tempfile
@@ -66,7 +66,7 @@ def train(job: Job) -> dict[str, Any]:
 
         def batches() -> Iterator[dict[str, Any]]:
             for batch in data.train_dataloader():
-                yield transform(fabric.to_device(batch))  # as the module does when a trainer has moved a batch
+                yield transform(fabric.to_device(batch))  # as in the module after a device transfer
 
         def step(batch: dict[str, Any]) -> Work:
             optimizer.zero_grad()
@@ -80,7 +80,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def trimmed(schema: TensorSchema) -> list[torch.nn.Module]:
-    """The default transforms of training, with padding that no row of a batch needs cut off."""
+    """The default training transforms, which also cut a batch to its longest row."""
     return [
         NextTokenTransform(label_name=ITEM, shift=1),
         RenameTransform({f"{ITEM}_mask": "padding_mask", "positive_labels_mask": "target_padding_mask"}),
@@ -92,7 +92,7 @@ def trimmed(schema: TensorSchema) -> list[torch.nn.Module]:
 
 
 def histories(data: Path, items: np.ndarray) -> pa.Table:
-    """The training events of each user, a row each."""
+    """The training events, one row per user."""
     offsets, ends = np.load(data / "users.offsets.npy"), np.load(data / "users.train_end.npy")
     rows = [items[start:end].astype(np.int64) for start, end in zip(offsets, ends, strict=False)]
     return pa.table({ITEM: pa.array(rows, pa.list_(pa.int64()))})
