@@ -447,7 +447,7 @@ def test_a_checkpoint_of_older_code_is_refused(trained: Run, tmp_path: Path) -> 
 LISTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "more rows than there are": (
         lambda f: pl.read_parquet(f / REQUESTS).with_columns(pl.lit(2**30).alias("rows")).write_parquet(f / REQUESTS),
-        "candidates.parquet has [0-9,]+ rows, expected [0-9,]+ as requests.parquet counts them",
+        "candidates.parquet has [0-9,]+ rows, expected [0-9,]+, the total in requests.parquet",
     ),
     "items that are not there": (
         lambda f: pl.read_parquet(f / CANDIDATES).with_columns(pl.col("item") + 120).write_parquet(f / CANDIDATES),

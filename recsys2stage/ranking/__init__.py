@@ -1,1 +1,1 @@
-"""Candidate lists to a ranker."""
+"""Second stage: ranker, scorers, ranking losses and signal features; candidate lists and the exported bundle."""

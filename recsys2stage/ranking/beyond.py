@@ -1,4 +1,4 @@
-"""What both stages found for B requests, and the items beyond the candidates, which follow them in a longer list."""
+"""Outputs of both stages for B requests, and the completion of long lists with items beyond the candidates."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ from recsys2stage.data.batches import Ragged
 
 
 class RetrievedItems(NamedTuple):
-    """The candidates of B requests, by the retriever's score; −1 and −inf past the last."""
+    """The candidates of B requests, sorted by the retriever's score; padded with −1 and −inf."""
 
     items: np.ndarray  # (B, K) int64
-    score: np.ndarray  # (B, K) float32, the retriever's
+    score: np.ndarray  # (B, K) float32, of the retriever
     proposed: list[np.ndarray]  # items of each source, best first, (B, up to K) each: the index, then the signals
 
 
 class Recommendations(NamedTuple):
-    """The best items of B requests, best first; −1 and −inf past the end of a list."""
+    """The recommended items of B requests, best first; padded with −1 and −inf."""
 
     items: np.ndarray  # (B, k) int64
     score: np.ndarray  # (B, k) float32, of the last stage
@@ -27,29 +27,29 @@ class Recommendations(NamedTuple):
 def beyond(
     queries: np.ndarray, vectors: np.ndarray, excluded: Ragged, ranked: Recommendations, count: int, scale: float | None
 ) -> Recommendations:
-    """The best items by the retriever that are neither excluded nor candidates, to follow the candidates.
+    """The retriever's best items that are neither excluded nor candidates, to append after the candidates.
 
-    After a second stage their scores go on from its lowest logit with the retriever's differences on the scale to which
-    it was calibrated; without one they are the retriever's own.
+    With a ranker, their scores continue from its lowest logit with the retriever's score differences, on the ranker's
+    calibrated scale. Without one, they are the retriever's scores.
 
     Args:
-        queries: (B, D) of the retriever.
-        vectors: (V + 1, D) of the items.
-        excluded: items that are not to be recommended.
-        ranked: all candidates.
-        count: how many at most.
-        scale: of the retriever's score in the second stage; None: there is none.
+        queries: (B, D) query vectors.
+        vectors: (V + 1, D) item vectors.
+        excluded: items not to recommend.
+        ranked: all candidates, ranked.
+        count: maximum number of items.
+        scale: the ranker's scale of the retriever's score; None: no ranker.
     """
     own = queries @ vectors.T  # (B, V + 1)
-    rows, places = np.nonzero(ranked.items > 0)
-    own[:, c.PAD] = own[excluded.rows, excluded.values] = own[rows, ranked.items[rows, places]] = -np.inf
+    rows, columns = np.nonzero(ranked.items > 0)
+    own[:, c.PAD] = own[excluded.rows, excluded.values] = own[rows, ranked.items[rows, columns]] = -np.inf
     items = np.argsort(-own, axis=1, kind="stable")[:, :count]
     own = np.take_along_axis(own, items, axis=1)
     real = own > -np.inf
     lowest = np.where(ranked.items > 0, ranked.score, np.inf).min(axis=1, keepdims=True)
-    lowest[np.isinf(lowest)] = 0  # without a candidate there is no other item either
+    lowest[np.isinf(lowest)] = 0  # a row without candidates has no other items either
     if scale is None:
-        score = np.minimum(own, lowest)  # an approximate index may have missed a better one
+        score = np.minimum(own, lowest)  # an approximate index may have missed a better item
     else:
         score = lowest + scale * (own - own[:, :1].clip(min=np.finfo(own.dtype).min))
     return Recommendations(np.where(real, items, -1), np.where(real, score, -np.inf).astype(np.float32), own)

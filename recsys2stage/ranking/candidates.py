@@ -1,4 +1,4 @@
-"""Mined candidate lists for the ranker."""
+"""Data module of the ranker (`Candidates`): batches of mined candidate lists."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,24 +30,24 @@ NEEDS = {  # of the manifest of mined lists
 
 
 class Lists(NamedTuple):
-    """Candidate lists, and where in them the positives stand."""
+    """A batch of candidate lists and the index of the positive in each."""
 
     candidates: CandidateBatch
-    positive: Int[Tensor, " B"]  # −1 where it is not among the candidates
+    positive: Int[Tensor, " B"]  # −1 if it is not among the candidates
 
 
 class Candidates(ArrayModule):
-    """Mined candidate lists: most users train the ranker, the rest select it.
+    """Mined candidate lists: training lists of most users, validation lists of the others.
 
     Args:
         path: folder written by `recsys mine-negatives`.
-        batch_size: lists in a batch.
-        recent: how many of a history's newest events the ranker looks at.
-        folds: further folders whose lists train too (cross-fitting over time): the same events, prepared with earlier
-            targets (LeaveOneOut with a higher `val`), mined beside a retriever that never saw those. The states of
-            another retriever mean nothing to this one's vectors, so the ranker must be without state.
-        refit: folder of a finished fit of a ranker that was selected on these lists: now all of them train, for as many
-            epochs as that one took to its best, and nothing is left to select by.
+        batch_size: lists per batch.
+        recent: number R of newest events of a history given to the ranker.
+        folds: further mined folders with training lists (cross-fitting over time): the same events, prepared with
+            earlier targets (LeaveOneOut with a higher `val`) and mined with a retriever that was not trained on them.
+            States of another retriever do not match this one's vectors, so the ranker must be without state.
+        refit: folder of a finished ranker that was selected on these lists: trains on all lists, including the
+            validation lists, for the number of epochs of that ranker's best checkpoint.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Candidates(ArrayModule):
 
     @property
     def num_candidates(self) -> int:
-        """How many candidates of each user were looked at: what the ranker should order when it serves."""
+        """Number of candidates retrieved per user in mining, and therefore in serving."""
         return int(self.manifest["options"]["k"])
 
     @property
@@ -88,7 +88,7 @@ class Candidates(ArrayModule):
 
     @property
     def epochs(self) -> int | None:
-        """How long to train, where that was selected before; None: as configured."""
+        """Number of training epochs for a refit; None: as configured."""
         if self.refit is None:
             return None
         made = read_manifest(self.refit, "ranker", f"recsys fit --output {self.refit}, without refit")
@@ -102,27 +102,27 @@ class Candidates(ArrayModule):
         self.dataset.check_split(self.refit / "best.ckpt", best[SPLIT])
         if not take(best, "global_step", int, self.refit / "best.ckpt"):
             raise ValueError(
-                f"the best of {self.refit} is its step 0, the retriever's order; there is nothing to refit"
+                f"the best checkpoint of {self.refit} is step 0, the retriever's order; there is nothing to refit"
             )
         return int(take(best, "epoch", int, self.refit / "best.ckpt")) + 1
 
     @property
     def features(self) -> list[dict[str, Any]]:
-        """Item features the ranker may look at: name, kind, size and width of the array of values."""
+        """Item features available to the ranker: name, kind, size and width of the array of values."""
         return feature_specs(self.dataset.item_features)
 
     @property
     def signals(self) -> list[dict[str, Any]]:
-        """{"name", "by_id", "counted"} of each number of the signals that were mined."""
+        """{"name", "by_id", "counted"} of each mined signal feature."""
         return self.manifest["signals"]
 
     @property
     def scores_cold(self) -> bool:
-        """Whether the retriever's score of an item without training events means something."""
+        """Whether the retriever's scores of cold items (no training events) are usable."""
         return bool(self.manifest["scores_cold"])
 
     def item_vectors(self) -> Float[Tensor, "W D"]:
-        """The retriever's vectors, row 0 for padding."""
+        """The retriever's item vectors; row 0 is padding."""
         path = Path(self.manifest["parents"]["index"]["path"]) / VECTORS
         vectors = np.array(read_array(path, np.float32, (self.num_items, self.vector_dim)))
         return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
@@ -131,32 +131,32 @@ class Candidates(ArrayModule):
         names = [signal["name"] for signal in self.signals]
         own = read_candidates(self.path, names, self.dataset)
         self._refuse_test_events(self.path, own)
-        selecting = np.unique(own.user[own.fold == "select"])
+        validation = np.unique(own.user[own.fold == "select"])
         self.states = read_array(self.path / STATES, np.float32, (len(own.user), self.vector_dim))
-        self.lists = concatenate_lists([own, *(self.read_fold(folder, names, selecting) for folder in self.folds)])
+        self.lists = concatenate_lists([own, *(self.read_fold(folder, names, validation) for folder in self.folds)])
 
-    def read_fold(self, folder: Path, names: list[str], selecting: np.ndarray) -> CandidateLists:
-        """Lists of earlier targets of the same events; users who select do not train here either.
+    def read_fold(self, folder: Path, names: list[str], validation: np.ndarray) -> CandidateLists:
+        """Reads lists of earlier targets of the same events; those of validation users are not used for training.
 
         Args:
             folder: written by `recsys mine-negatives`.
             names: columns of the signals.
-            selecting: users whose own lists select.
+            validation: validation users of this module's own lists.
         """
         manifest = read_mined_manifest(folder)
         data, own = Dataset(manifest["parents"]["data"]["path"]), self.manifest
         data.check_split(folder, manifest["split_hash"])
         if manifest["signals"] != self.signals or manifest["options"]["signals"] != own["options"]["signals"]:
             raise ValueError(
-                f"{folder} was mined with other signals, or other options of them, than {self.path}; mine both with "
-                "the same ones"
+                f"{folder} and {self.path} were mined with different signals or signal options; mine both with the "
+                "same ones"
             )
         if manifest["scores_cold"] != own["scores_cold"]:
             raise ValueError(
-                f"of the retrievers of {folder} and {self.path} only one has an item tower, and its scores of items "
-                "without training events mean another thing; train both with one or both without"
+                f"only one of the retrievers of {folder} and {self.path} has an item tower, so their scores of cold "
+                "items are not comparable; train both with an item tower or both without"
             )
-        if manifest["request_time"] != own["request_time"]:  # else "now" is another moment, to signals too
+        if manifest["request_time"] != own["request_time"]:  # otherwise signals would use different request times
             raise ValueError(
                 f"the retriever of {folder} has request_time {manifest['request_time']}, that of {self.path} "
                 f"{own['request_time']}; train both with the same one"
@@ -171,36 +171,36 @@ class Candidates(ArrayModule):
             )
         lists = read_candidates(folder, names, data)
         self._refuse_test_events(folder, lists)
-        selects = np.isin(lists.user, selecting)
-        return lists._replace(fold=np.where(selects | (lists.fold == "select"), "aside", lists.fold))
+        held_out = np.isin(lists.user, validation) | (lists.fold == "select")
+        return lists._replace(fold=np.where(held_out, "unused", lists.fold))
 
     def _refuse_test_events(self, folder: Path, lists: CandidateLists) -> None:
         if (late := int((lists.position >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
             raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
 
     def train_dataloader(self) -> BatchLoader:
-        trains = self.lists.fold == "train" if self.refit is None else np.ones(len(self.lists.fold), dtype=bool)
-        train = np.flatnonzero(trains & (self.lists.positive >= 0))
+        used = self.lists.fold == "train" if self.refit is None else np.ones(len(self.lists.fold), dtype=bool)
+        train = np.flatnonzero(used & (self.lists.positive >= 0))
         if not len(train):
             raise ValueError(
-                f"no list in {self.path} holds its user's target; mine more candidates (k) or train the retriever"
+                f"no candidate list in {self.path} contains its target; mine more candidates (k) or train the retriever"
             )
         return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
 
     def val_dataloader(self) -> BatchLoader:
-        select = np.flatnonzero(self.lists.fold == "select")
-        if not len(select):
-            raise ValueError(f"{self.path} keeps no users to select the ranker on; mine with select above 0")
-        return self._in_order(self.read, select, self.batch_size)
+        validation = np.flatnonzero(self.lists.fold == "select")
+        if not len(validation):
+            raise ValueError(f"{self.path} has no validation users for the ranker; mine with select above 0")
+        return self._in_order(self.read, validation, self.batch_size)
 
     def test_dataloader(self) -> BatchLoader:
-        raise ValueError("a ranker is tested beside its retriever, on the same users: run recsys evaluate")
+        raise ValueError("the ranker and its retriever are tested together, on the same users: run recsys evaluate")
 
     def read(self, batch: np.ndarray) -> Lists:
         starts, ends = self.lists.offsets[batch], self.lists.offsets[batch + 1]
         index, real = padded_indices(starts, ends)
         ends = self.lists.position[batch]
-        length = min(self.recent, self.manifest["max_length"])  # a history that is served is no longer
+        length = min(self.recent, self.manifest["max_length"])  # maximum length in serving
         newest = self.dataset.events(np.maximum(ends - length, self.dataset.offsets[self.lists.user[batch]]), ends)
         recent, ages = recent_events(newest, self.lists.request_time[batch], self.recent, self.dataset.has_time)
         candidates = CandidateBatch(
@@ -215,26 +215,26 @@ class Candidates(ArrayModule):
         return Lists(candidates, torch.from_numpy(self.lists.positive[batch]))
 
     def read_states(self, batch: np.ndarray) -> Float[np.ndarray, "B D"]:
-        """The users' query vectors; zero in lists that another retriever made."""
+        """The users' query vectors; zero in lists of another retriever."""
         own = batch < len(self.states)
         states = np.asarray(self.states[np.where(own, batch, 0)], dtype=np.float32)
         return states * own[:, None]
 
 
 def read_mined_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of mined lists, whose parents must be as they were."""
+    """Reads the manifest of mined lists; raises if the data or index they were mined from has changed."""
     manifest = read_manifest(folder, "candidates", f"recsys mine-negatives --output {folder}")
     for name, kind in NEEDS.items():
         take(manifest, name, kind, folder / c.MANIFEST)
     if not (isinstance(manifest["options"].get("k"), int) and {"data", "index"} <= manifest["parents"].keys()):
         raise ValueError(
-            f"{folder / c.MANIFEST} does not say how many candidates were mined and from which data and index; mine "
+            f"{folder / c.MANIFEST} lacks the number of mined candidates, or the data or index they are from; mine "
             f"again: recsys mine-negatives --output {folder}"
         )
     verify(folder, manifest, f"recsys mine-negatives --output {folder}")
     if "scores_cold" not in manifest:
         raise ValueError(
-            f"{folder} was mined by an older version, which does not say what its numbers count; mine again: "
+            f"{folder} was mined by an older version, whose manifest lacks scores_cold; mine again: "
             f"recsys mine-negatives --output {folder}"
         )
     for name, parent in manifest["parents"].items():

@@ -1,4 +1,4 @@
-"""Candidate lists of the ranker: their rows as they are mined, and the files that hold them."""
+"""Candidate lists: construction in mining, and reading from files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +11,16 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.hashing import splitmix64
 
 CANDIDATES, STATES, REQUESTS = "candidates.parquet", "states.npy", "requests.parquet"  # files of a mined folder
-NONE = -1  # "no item" in a row that is not full
+NONE = -1  # padding in item rows
 
 
 def without_repeats(items: np.ndarray) -> np.ndarray:
     """(B, N) items with every later occurrence in a row replaced by −1."""
     order = np.argsort(items, axis=1, kind="stable")
     ordered = np.take_along_axis(items, order, axis=1)
-    again = np.zeros_like(items, dtype=bool)
-    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-    return np.where(again, NONE, items)
+    repeated = np.zeros_like(items, dtype=bool)
+    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return np.where(repeated, NONE, items)
 
 
 def build_lists(
@@ -28,41 +28,43 @@ def build_lists(
     target: np.ndarray,
     scores: np.ndarray,
     negatives: np.ndarray,
-    every: np.ndarray,
-    selects: np.ndarray,
+    all_scores: np.ndarray,
+    validation: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The rows of B candidate lists, by row of the batch and retriever rank.
+    """The rows of B candidate lists, sorted by batch row and retriever rank.
+
+    A training list holds the target and its negatives, a validation list all candidates, as in serving.
 
     Args:
-        candidates: (B, K) int64 items as they are served, best first, −1 where there is no more.
+        candidates: (B, K) int64 items as served, best first, padded with −1.
         target: (B,) int64 items.
         scores: (B, K) the retriever's scores of the candidates.
-        negatives: (B, N) what the miner chose.
-        every: (B, V + 1) exact scores, −inf for what may not be ranked.
-        selects: (B,) whose lists are left as served: all candidates.
+        negatives: (B, N) items chosen by the miner.
+        all_scores: (B, V + 1) exact scores of all items, −inf for excluded ones.
+        validation: (B,) bool, True for validation lists.
 
     Returns:
-        row, item, label, retriever_score, retriever_rank, origin and fold, one value a row. Score and rank of a
-        candidate are as it is served; of any other item they are exact, the rank below all candidates.
+        Columns row, item, label, retriever_score, retriever_rank, origin and fold, of equal length. Candidates keep
+        their served score and rank. Other items have exact scores and ranks; their ranks are below all candidates.
     """
     row = np.arange(len(target))[:, None]
-    listed = candidates != NONE
-    place = np.full(every.shape, NONE)  # of each item among the candidates
-    place[np.broadcast_to(row, listed.shape)[listed], candidates[listed]] = np.nonzero(listed)[1]
+    retrieved = candidates != NONE
+    positions = np.full(all_scores.shape, NONE)  # of each item among the candidates
+    positions[np.broadcast_to(row, retrieved.shape)[retrieved], candidates[retrieved]] = np.nonzero(retrieved)[1]
 
     target = target[:, None]
-    trains = np.concatenate([np.where(place[row, target] == NONE, NONE, target), negatives], axis=1)
-    items = np.concatenate([without_repeats(trains), candidates], axis=1)
-    items[selects, : trains.shape[1]] = NONE
-    items[~selects, trains.shape[1] :] = NONE
+    training = np.concatenate([np.where(positions[row, target] == NONE, NONE, target), negatives], axis=1)
+    items = np.concatenate([without_repeats(training), candidates], axis=1)
+    items[validation, : training.shape[1]] = NONE
+    items[~validation, training.shape[1] :] = NONE
 
     real = items != NONE
-    where = np.where(real, place[row, items], NONE)
-    score = np.where(where != NONE, np.take_along_axis(scores, where.clip(min=0), axis=1), every[row, items])
-    rank = where + 1
-    for j in np.flatnonzero((real & (where == NONE)).any(0)):  # items that the index did not return
-        above = (every >= score[:, j, None]).sum(1)
-        rank[:, j] = np.where(where[:, j] == NONE, np.maximum(above, listed.sum(1) + 1), rank[:, j])
+    position = np.where(real, positions[row, items], NONE)
+    score = np.where(position != NONE, np.take_along_axis(scores, position.clip(min=0), axis=1), all_scores[row, items])
+    rank = position + 1
+    for j in np.flatnonzero((real & (position == NONE)).any(0)):  # items that the index did not return
+        above = (all_scores >= score[:, j, None]).sum(1)
+        rank[:, j] = np.where(position[:, j] == NONE, np.maximum(above, retrieved.sum(1) + 1), rank[:, j])
 
     rows = np.broadcast_to(row, items.shape)[real]
     order = np.lexsort((rank[real], rows))
@@ -72,25 +74,25 @@ def build_lists(
         c.LABEL: (items == target)[real].astype(np.int8),
         c.RETRIEVER_SCORE: score[real].astype(np.float32),
         c.RETRIEVER_RANK: rank[real].astype(np.int32),
-        c.ORIGIN: np.where(where != NONE, "candidate", "drawn")[real],
-        c.FOLD: np.where(selects[rows], "select", "train"),
+        c.ORIGIN: np.where(position != NONE, "candidate", "drawn")[real],
+        c.FOLD: np.where(validation[rows], "select", "train"),
     }
     return {name: column[order] for name, column in table.items()}
 
 
 def validation_users(users: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which users are kept to select the ranker, by a seeded hash of their number."""
+    """Boolean mask of the ranker's validation users: a share of them, chosen by a seeded hash of the user number."""
     return splitmix64(users, seed) < np.uint64(int(share * (2**64 - 1)))
 
 
 class CandidateLists(NamedTuple):
-    """The mined lists of n requests, as arrays over all rows."""
+    """The mined lists of n requests; rows of all lists are concatenated."""
 
     user: np.ndarray  # (n,)
     position: np.ndarray  # (n,) int64, index of the target in the event log
     request_time: np.ndarray  # (n,) int64, seconds
-    fold: np.ndarray  # (n,) "train" | "select"
-    positive: np.ndarray  # (n,) int64, place of the positive in its list; −1 where it is not there
+    fold: np.ndarray  # (n,) "train" | "select" (validation); "unused" in lists of other folders
+    positive: np.ndarray  # (n,) int64, index of the positive in its list; −1 if it is missing
     offsets: np.ndarray  # (n + 1,) int64
     items: np.ndarray  # (rows,) int32
     score: np.ndarray  # (rows,) float32
@@ -99,49 +101,49 @@ class CandidateLists(NamedTuple):
 
 
 def read_candidates(folder: Path, signals: Sequence[str], dataset: Dataset) -> CandidateLists:
-    """Reads candidates.parquet, in which the rows of a list stand together, and requests.parquet, a row a list.
+    """Reads candidates.parquet, with the rows of each list in sequence, and requests.parquet, with one row per list.
 
     Args:
         folder: written by `recsys mine-negatives`.
-        signals: columns of numbers to read.
-        dataset: whose users, events and items they name.
+        signals: columns of signal features to read.
+        dataset: the dataset they were mined from.
 
     Raises:
-        ValueError: where the tables do not fit each other or the dataset.
+        ValueError: if the tables are inconsistent with each other or with the dataset.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def column(name: str, file: str = CANDIDATES) -> np.ndarray:  # one at a time: never the whole table twice in memory
+    def column(name: str, file: str = CANDIDATES) -> np.ndarray:  # one at a time, to save memory
         try:
             return pq.read_table(folder / file, columns=[name]).column(0).to_numpy()
         except (pa.ArrowException, IndexError) as error:
-            raise ValueError(f"{folder / file} has no column {name} that can be read ({error}); mine again") from error
+            raise ValueError(f"{folder / file} has no readable column {name} ({error}); mine again") from error
 
-    def whole_numbers(name: str, low: int, below: int, file: str = CANDIDATES) -> np.ndarray:
+    def integers(name: str, low: int, below: int, file: str = CANDIDATES) -> np.ndarray:
         values = column(name, file)
         if values.dtype.kind not in "iu" or (len(values) and not (low <= values.min() and values.max() < below)):
             raise ValueError(f"{folder / file} has values of {name} outside {low} to {below - 1:,}; mine again")
         return values
 
-    counts = whole_numbers(c.ROWS, 0, np.iinfo(np.int32).max, REQUESTS)
+    counts = integers(c.ROWS, 0, np.iinfo(np.int32).max, REQUESTS)
     offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    items = whole_numbers(c.ITEM, 1, dataset.num_items + 1)
+    items = integers(c.ITEM, 1, dataset.num_items + 1)
     if len(items) != offsets[-1]:
         raise ValueError(
-            f"{folder / CANDIDATES} has {len(items):,} rows, expected {offsets[-1]:,} as {REQUESTS} counts them; mine "
+            f"{folder / CANDIDATES} has {len(items):,} rows, expected {offsets[-1]:,}, the total in {REQUESTS}; mine "
             "again"
         )
     positive = np.full(len(counts), NONE, dtype=np.int64)
     labelled = np.flatnonzero(column(c.LABEL))
     lists = np.searchsorted(offsets, labelled, side="right") - 1
     positive[lists] = labelled - offsets[lists]
-    numbers = np.empty((offsets[-1], len(signals)), dtype=np.float32)
-    for place, name in enumerate(signals):
-        numbers[:, place] = column(name)
+    features = np.empty((offsets[-1], len(signals)), dtype=np.float32)
+    for number, name in enumerate(signals):
+        features[:, number] = column(name)
     return CandidateLists(
-        user=whole_numbers(c.USER, 0, dataset.num_users, REQUESTS),
-        position=whole_numbers(c.PLACE, 0, len(dataset.items), REQUESTS),
+        user=integers(c.USER, 0, dataset.num_users, REQUESTS),
+        position=integers(c.PLACE, 0, len(dataset.items), REQUESTS),
         request_time=column(c.TIME, REQUESTS),
         fold=column(c.FOLD, REQUESTS).astype(str),
         positive=positive,
@@ -149,12 +151,12 @@ def read_candidates(folder: Path, signals: Sequence[str], dataset: Dataset) -> C
         items=items,
         score=column(c.RETRIEVER_SCORE),
         rank=column(c.RETRIEVER_RANK),
-        signals=numbers,
+        signals=features,
     )
 
 
 def concatenate_lists(parts: Sequence[CandidateLists]) -> CandidateLists:
-    """Lists of several folders behind each other."""
+    """Concatenates the lists of several folders."""
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in CandidateLists._fields}
     ends = np.cumsum([0, *(part.offsets[-1] for part in parts)])
     arrays["offsets"] = np.concatenate(

@@ -1,4 +1,4 @@
-"""The second stage in training: it learns to correct the retriever's order of mined candidate lists."""
+"""Training of the second stage: LightningModule of the ranker."""
 
 from typing import Any
 
@@ -21,28 +21,27 @@ NOT_RETRIEVED = 1 << 30  # rank of a target that is not among the candidates
 
 
 class Ranker(RecsysModule):
-    """Trains a Reranker.
+    """Trains and validates a Reranker.
 
     Args:
         num_items: number of items V (set by the data).
         vector_dim: width D of the retriever's vectors (set by the data).
         features: declared item features (set by the data).
-        num_candidates: how many candidates to order when it serves (set by the data, kept for serving).
-        signals: numbers of signals (set by the data).
-        scores_cold: whether the retriever's score of an item without training events means something (set by the data).
-        recent: how many of the newest events are shown (set by the data, kept for serving).
-        without: what the scorer is not shown: parts of its input (score, rank, margin, popularity, features, state,
-            vectors, recent), signals, or single numbers of signals, as SIGNAL.NUMBER. None: it sees everything.
-        scorer: built with (D, number of features).
-        loss: how a list is judged.
+        num_candidates: candidates per request in serving (set by the data, kept for serving).
+        signals: signal features (set by the data).
+        scores_cold: whether the retriever's scores of cold items are usable (set by the data).
+        recent: number of newest events in the input (set by the data, kept for serving).
+        without: inputs removed from the scorer (ablation): parts (score, rank, margin, popularity, features, state,
+            vectors, recent), signals, or single signal features as SIGNAL.FEATURE. None: nothing is removed.
+        scorer: called with (D, number of features).
+        loss: ranking loss of a list.
         feature_dim: width of the embedding of a categorical or multi-valued feature.
-        id_dropout: probability with which a list's ids are masked in training.
-        cold_dropout: probability with which a candidate is taken for cold in training, for an item that no training
-            event shows, so that the ranker learns what such an item is worth beside others.
-        optimizer: built with the parameters.
-        warmup_steps: steps over which the learning rate rises linearly from 0.
-        final_lr: share of the learning rate that is left at the planned end, to which it falls along a half cosine;
-            1: it stays.
+        id_dropout: probability in training that all IDs of a list are masked.
+        cold_dropout: probability in training that a candidate is treated as a cold item (no training events), so that
+            the ranker learns to score cold items among others.
+        optimizer: called with the parameters.
+        warmup_steps: steps of linear warmup of the learning rate.
+        final_lr: share of the learning rate at the planned end, after cosine decay; 1: constant.
     """
 
     def __init__(
@@ -82,9 +81,7 @@ class Ranker(RecsysModule):
             return
         candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
         if candidates.folds and "state" not in self.reranker.without:
-            raise ValueError(
-                "the states in folds are those of other retrievers; leave them out: --model.init_args.without '[state]'"
-            )
+            raise ValueError("folds have states of other retrievers; remove them: --model.init_args.without '[state]'")
         dataset = candidates.dataset
         self.reranker.load_item_tables(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
         lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
@@ -97,19 +94,19 @@ class Ranker(RecsysModule):
         self.reranker.standardise(torch.cat([b.candidates.signals[b.candidates.items != PAD] for b in lists]))
 
     def on_train_start(self) -> None:
-        """Measures step 0, the retriever's order, so that best.ckpt is at least as good on the selecting users."""
+        """Validates step 0, the retriever's order, so that best.ckpt is at least as good on the validation users."""
         super().on_train_start()
         if self.final_lr < 1:
             self.require_planned_steps("the learning rate")
         checkpoint = self.trainer.checkpoint_callback
         if self.global_step or not isinstance(checkpoint, ModelCheckpoint):
             return
-        checkpoint._last_global_step_saved = -1  # else it takes step 0 for saved
+        checkpoint._last_global_step_saved = -1  # otherwise the callback assumes that step 0 is saved
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
         self.trainer.training = True
         self.train()
-        checkpoint.on_train_epoch_end(self.trainer, self)  # it saves at ends of epochs
+        checkpoint.on_train_epoch_end(self.trainer, self)  # the callback saves at the end of an epoch
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
         items = lists.candidates.items
@@ -119,33 +116,32 @@ class Ranker(RecsysModule):
         return loss
 
     def drop_ids(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:
-        """Masks all ids of a list with probability `id_dropout`.
+        """Masks all IDs of a list with probability `id_dropout`.
 
-        Whole lists, because a candidate is judged against its list: beside candidates whose ids are known, one whose
-        id is masked would only learn that it loses.
+        Candidates compete within their list: if single IDs were masked, the ranker would only learn that masked
+        candidates lose to unmasked ones.
         """
         return (torch.rand(len(items), 1, device=items.device) < self.id_dropout).expand_as(items)
 
     def drop_counts(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:
-        """Takes each candidate for cold with probability `cold_dropout`.
+        """Treats each candidate, targets included, as cold with probability `cold_dropout`.
 
-        Each on its own, unlike ids: a cold item is served beside others that are known, and what it is worth there is
-        what the ranker must learn. The target is taken as often as any.
+        Independently per candidate, unlike ID dropout: in serving, cold items compete with others in the same list.
         """
         return torch.rand(items.shape, device=items.device) < self.cold_dropout
 
     def validation_step(self, lists: Lists, batch_idx: int) -> None:
-        real, found = lists.candidates.items != PAD, lists.positive >= 0
-        place = lists.positive.clamp(min=0)
+        real, retrieved = lists.candidates.items != PAD, lists.positive >= 0
+        positive = lists.positive.clamp(min=0)
         for metric, masks in ((self.metrics, False), (self.masked_metrics, True)):
             logits = self.reranker(lists.candidates, torch.full_like(real, masks))
-            ranks = compute_rank(logits.masked_fill(~real, -torch.inf), place)
-            metric.update(torch.where(found, ranks, NOT_RETRIEVED))
-        own = lists.candidates.rank.gather(1, place[:, None]).squeeze(1)
-        self.retriever_metrics.update(torch.where(found, own, NOT_RETRIEVED))
+            ranks = compute_rank(logits.masked_fill(~real, -torch.inf), positive)
+            metric.update(torch.where(retrieved, ranks, NOT_RETRIEVED))
+        own = lists.candidates.rank.gather(1, positive[:, None]).squeeze(1)
+        self.retriever_metrics.update(torch.where(retrieved, own, NOT_RETRIEVED))
 
     def on_validation_epoch_end(self) -> None:
-        """Both stages on the same users, and the ranker with all ids masked."""
+        """Logs metrics of the ranker, of the retriever on the same users, and of the ranker with all IDs masked."""
         values = self.metrics.take("val/") | self.retriever_metrics.take("val/retriever_")
         for name, value in (values | self.masked_metrics.take("val/masked_")).items():
             self.log(name, value, prog_bar=name.endswith("ndcg@10"), sync_dist=True)

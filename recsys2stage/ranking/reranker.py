@@ -1,6 +1,6 @@
-"""The second stage: the retriever's calibrated score, corrected by a scorer that sees user, item and item features.
+"""The ranking model: the retriever's calibrated score plus the correction of a scorer.
 
-Knows nothing of training. Everything it looks up by item lies in buffers, so its weights stand alone.
+Item tables (vectors, popularity, features) are buffers, so the state_dict is self-contained.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,16 @@ from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
 from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 
-PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # what may be left out
+PARTS = (
+    "score",
+    "rank",
+    "margin",
+    "popularity",
+    "features",
+    "state",
+    "vectors",
+    "recent",
+)  # inputs that `without` may remove
 
 
 class Reranker(nn.Module):
@@ -25,27 +34,27 @@ class Reranker(nn.Module):
 
         logit = scale · (retriever score − center) + scorer(user state, item vectors, newest events, features)
 
-    Features of a candidate: the calibrated score (the first term), log rank, the calibrated distance to the list's best
-    score, `is_unknown`, the popularity z-score, the declared item features, as a FeatureTable makes numbers of them,
-    and the signals, standardised. State and vectors are made unit for the scorer, whatever the retriever's similarity.
+    Features of a candidate: the calibrated score (the first term), log rank, margin (calibrated difference to the best
+    score of the list), `is_unknown`, popularity z-score, declared item features encoded by a FeatureTable, and
+    standardised signal features. State and vectors are L2-normalised, whatever the retriever's similarity.
 
-    Where an id is masked, everything that comes from the item's id is zero: vector, retriever score, rank, margin, the
-    signals that say so, and the base logit; `is_unknown` is 1. Popularity and declared features stay.
+    If an ID is masked, all ID-based inputs are zero: vector, retriever score, rank, margin, ID-based signal features
+    and the base logit; `is_unknown` is 1. Popularity and declared features stay.
 
-    A cold item, one that no training event shows, goes by what may be known of it: its id is masked, and popularity
-    and the signals that count its events are zero too, the means of the catalogue and of the candidates (DropoutNet,
-    Volkovs et al., NeurIPS 2017). The retriever's score stays where its item tower made it of features.
+    For a cold item (no training events), the ID is masked, and popularity and the signal features that count its events
+    are zero too: the means of the catalogue and of the candidates (DropoutNet, Volkovs et al., NeurIPS 2017). The
+    retriever's score stays if its item tower computes it from features.
 
     Args:
         num_items: V.
         dim: width D of the retriever's vectors.
         features: name, kind, size and width of each declared item feature.
         scorer: called with (D, F).
-        feature_dim: width of the vector that a feature becomes, but for numeric ones.
-        signals: {"name", "by_id", "counted"} of each of the S numbers of signals; a name is SIGNAL.NUMBER.
-        scores_cold: whether the retriever's score of a cold item means something.
-        without: what the scorer is not shown (it sees zeros): parts of its input (score, rank, margin, popularity,
-            features, state, vectors, recent), signals, or single numbers of signals. None: it sees everything.
+        feature_dim: width of the embedding of a categorical or multi-valued feature.
+        signals: {"name", "by_id", "counted"} of each of the S signal features; a name is SIGNAL.FEATURE.
+        scores_cold: whether the retriever's scores of cold items are usable.
+        without: inputs removed from the scorer (set to zero): parts (score, rank, margin, popularity, features, state,
+            vectors, recent), signals, or single signal features. None: nothing is removed.
     """
 
     vectors: Tensor
@@ -73,17 +82,17 @@ class Reranker(nn.Module):
         self.scores_cold = scores_cold
         self.without = frozenset(without or ())
         names = [signal["name"] for signal in signals]
-        shown = {*PARTS, *names, *(name.partition(".")[0] for name in names)}
-        if unknown := sorted(self.without - shown):
-            raise ValueError(f"without names {', '.join(unknown)}, expected some of {', '.join(sorted(shown))}")
-        self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # as the retriever made them
+        inputs = {*PARTS, *names, *(name.partition(".")[0] for name in names)}
+        if unknown := sorted(self.without - inputs):
+            raise ValueError(f"without has {', '.join(unknown)}, expected some of {', '.join(sorted(inputs))}")
+        self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # of the retriever, not normalised
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
         hidden = [bool({name, name.partition(".")[0]} & self.without) for name in names]
         self.register_buffer("hidden", torch.tensor(hidden, dtype=torch.bool), persistent=False)
         self.register_buffer("signal_mean", torch.zeros(len(names)))
-        self.register_buffer("signal_scale", (~self.hidden).float())  # 0 where a number is not shown
+        self.register_buffer("signal_scale", (~self.hidden).float())  # 0 if the feature is removed
         for flag in ("by_id", "counted"):
             self.register_buffer(f"signal_{flag}", torch.tensor([signal[flag] for signal in signals], dtype=torch.bool))
         # score, log rank, margin, is_unknown, popularity
@@ -93,56 +102,57 @@ class Reranker(nn.Module):
         self.register_buffer("center", torch.zeros(()))
 
     def forward(
-        self, listed: CandidateBatch, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
+        self, batch: CandidateBatch, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
     ) -> Float[Tensor, "B C"]:
         """
         Args:
-            listed: candidates, and what is told of each request.
-            masked: where ids are masked.
-            cold: which are taken for cold beside those that are; None: no others.
+            batch: candidates and ranker inputs of each request.
+            masked: True where IDs are masked.
+            cold: True for candidates to treat as cold, in addition to the cold items; None: no others.
         """
-        cold = self.cold[listed.items] if cold is None else cold | self.cold[listed.items]
+        cold = self.cold[batch.items] if cold is None else cold | self.cold[batch.items]
         scored = ~masked if self.scores_cold else ~(masked | cold)
-        masked, real = masked | cold, listed.items != PAD
-        best = listed.score.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True)
-        base = self.log_scale.exp() * (listed.score - self.center) * scored
-        margin = (self.log_scale.exp() * (listed.score - best)).where(real, 0) * scored
+        masked, real = masked | cold, batch.items != PAD
+        best = batch.score.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True)
+        base = self.log_scale.exp() * (batch.score - self.center) * scored
+        margin = (self.log_scale.exp() * (batch.score - best)).where(real, 0) * scored
         own = [
-            self.shown("score", base),
-            self.shown("rank", listed.rank.to(base.dtype).log() * scored),
-            self.shown("margin", margin),
+            self.ablate("score", base),
+            self.ablate("rank", batch.rank.to(base.dtype).log() * scored),
+            self.ablate("margin", margin),
             masked.to(base.dtype),
-            self.shown("popularity", self.popularity[listed.items] * ~cold),
+            self.ablate("popularity", self.popularity[batch.items] * ~cold),
         ]
-        signals = ((listed.signals - self.signal_mean) * self.signal_scale).clamp(-5, 5)  # far out means little more
+        signals = ((batch.signals - self.signal_mean) * self.signal_scale).clamp(-5, 5)  # limits outliers
         hidden = self.signal_by_id & masked[..., None] | self.signal_counted & cold[..., None]
         signals = signals.masked_fill(hidden, 0)
-        features = torch.cat([torch.stack(own, dim=-1), self.item_features(listed.items), signals], dim=-1)
-        there = listed.recent != PAD
-        shown = RankerInputs(
-            state=self.shown("state", unit(listed.state)),
-            vectors=self.shown("vectors", unit(self.vectors[listed.items]) * ~masked[..., None]),
+        features = torch.cat([torch.stack(own, dim=-1), self.item_features(batch.items), signals], dim=-1)
+        recent_real = batch.recent != PAD
+        inputs = RankerInputs(
+            state=self.ablate("state", unit(batch.state)),
+            vectors=self.ablate("vectors", unit(self.vectors[batch.items]) * ~masked[..., None]),
             features=features,
-            recent=unit(self.vectors[listed.recent]),
-            ages=listed.ages,
-            real=torch.zeros_like(there) if "recent" in self.without else there,
+            recent=unit(self.vectors[batch.recent]),
+            ages=batch.ages,
+            real=torch.zeros_like(recent_real) if "recent" in self.without else recent_real,
         )
-        return base + self.scorer(shown)
+        return base + self.scorer(inputs)
 
     @property
     def reads_ages(self) -> bool:
-        """Whether the scorer looks at how long ago the newest events were."""
+        """Whether the scorer reads the ages of the newest events."""
         return self.scorer.reads_ages and "recent" not in self.without
 
-    def shown(self, part: str, values: Tensor) -> Tensor:
+    def ablate(self, part: str, values: Tensor) -> Tensor:
+        """Zeros if `part` is in `without`, else `values`."""
         return torch.zeros_like(values) if part in self.without else values
 
     def item_features(self, items: Int[Tensor, "B C"]) -> Float[Tensor, "B C G"]:
-        """The declared features as vectors."""
+        """The encoded declared features."""
         if self.features is None:
             return self.popularity.new_zeros(*items.shape, 0)
-        distinct, place = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
-        return self.shown("features", self.features(distinct))[place]
+        distinct, inverse = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
+        return self.ablate("features", self.features(distinct))[inverse]
 
     def load_item_tables(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
         """Fills the buffers.
@@ -150,7 +160,7 @@ class Reranker(nn.Module):
         Args:
             vectors: the retriever's item vectors, (V + 1, D).
             counts: training events of each item, (V + 1,).
-            features: declared features with their arrays, as `Dataset.item_features` gives them.
+            features: declared features with their arrays, as in `Dataset.item_features`.
         """
         self.vectors.copy_(vectors)
         log_share = np.log((counts[1:] + 1) / (counts[1:].sum() + len(counts) - 1))
@@ -160,7 +170,7 @@ class Reranker(nn.Module):
             self.features.load_item_tables(features)
 
     def standardise(self, signals: Float[Tensor, "N S"]) -> None:
-        """Takes the means and spreads of signals from those of some candidates."""
+        """Fits the means and standard deviations of signal features to N candidates."""
         if not signals.numel():
             return
         values = signals.double()
@@ -169,19 +179,19 @@ class Reranker(nn.Module):
         self.signal_scale.copy_(torch.where((spread > 1e-6) & ~self.hidden, 1 / spread, 0))
 
     def calibrate(self, score: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]) -> None:
-        """Sets scale and center so that the softmax of the base logits fits the positives of some lists best.
+        """Fits scale (grid search on the softmax cross-entropy of the base logits) and center to a sample of lists.
 
         Args:
             score: retriever scores.
-            positive: place of the positive in each list.
-            real: which places hold a candidate.
+            positive: index of the positive in each list.
+            real: False at padding.
         """
         count = real.sum(1, keepdim=True).clamp(min=1)
-        apart = score - score.where(real, 0).sum(1, keepdim=True) / count  # all of a score that a softmax feels
-        spread = apart[real].square().mean().sqrt()
-        # cosines of a list lie within some tenths, dot products may lie hundreds apart: the grid is in units of spread
+        centered = score - score.where(real, 0).sum(1, keepdim=True) / count  # softmax ignores the mean of a list
+        spread = centered[real].square().mean().sqrt()
+        # cosines within a list differ by tenths, dot products perhaps by hundreds: the grid is in units of the spread
         scales = torch.logspace(-1, 2, 61, device=score.device) / torch.where(spread > 0, spread, 1)
-        losses = [nn.functional.cross_entropy((s * apart).masked_fill(~real, -torch.inf), positive) for s in scales]
+        losses = [nn.functional.cross_entropy((s * centered).masked_fill(~real, -torch.inf), positive) for s in scales]
         with torch.no_grad():
             self.log_scale.copy_(scales[int(torch.stack(losses).argmin())].log())
             self.center.copy_(score[real].mean())

@@ -486,10 +486,10 @@ def test_lists_that_cannot_train_or_select_say_so(checkerboard: Path) -> None:
     data.setup("fit")
     lists = data.lists
     data.lists = lists._replace(fold=np.full_like(lists.fold, "train"))
-    with pytest.raises(ValueError, match=r"keeps no users to select the ranker on; mine with select above 0"):
+    with pytest.raises(ValueError, match=r"has no validation users for the ranker; mine with select above 0"):
         data.val_dataloader()
     data.lists = lists._replace(positive=np.full_like(lists.positive, -1))
-    with pytest.raises(ValueError, match=r"no list in .* holds its user's target"):
+    with pytest.raises(ValueError, match=r"no candidate list in .* contains its target"):
         data.train_dataloader()
     with pytest.raises(ValueError, match=r"run recsys evaluate"):
         data.test_dataloader()
