@@ -4,11 +4,11 @@
     x = LayerNorm(x + dropout(Attention(x)));  x = LayerNorm(x + dropout(W2 GELU(W1 x + b1) + b2))
     out = LayerNorm(GELU(Wp x + bp))
 
-Every position attends to all non-padding positions. Training predicts masked items (`objectives.Cloze`);
-to recommend, it predicts a mask appended after the newest event. With learned positions, some training histories must
-be as long as the longest at serving: a position that no training window reaches keeps its random initial vector. The
-last line is BERT's masked-LM head; the product with the item table and the bias per item are part of the towers
-(`item_bias: true`). Initial weights are N(0, 0.02²), truncated at two standard deviations, and biases zero.
+Every position attends to all non-padding positions. Training predicts masked items (`objectives.Cloze`); serving
+predicts a mask appended after the newest event. With learned positions, some training histories must be as long as the
+longest at serving: a position that no training window reaches keeps its random initial vector. The last line is BERT's
+masked-LM head; the product with the item table and the bias per item are part of the towers (`item_bias: true`).
+Initial weights are N(0, 0.02²), truncated at two standard deviations, and biases zero.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ class BERT4Rec(AttentiveEncoder):
         type_embedding: whether to add BERT's segment embedding: one vector, as a history is one segment.
         feed_forward: feed-forward layer; None: GELU.
         position: position encoding; None: Learned.
-        time: time encoding; None: none.
+        time: time encoding; None: no time encoding.
     """
 
     causal = False

@@ -20,7 +20,7 @@ class AttentiveEncoder(Encoder):
     Args:
         shape: sizes; the width must be a multiple of the heads.
         position: position encoding.
-        time: time encoding; None: none.
+        time: time encoding; None: no time encoding.
     """
 
     def __init__(self, shape: Shape, position: PositionFactory, time: TimeFactory | None) -> None:

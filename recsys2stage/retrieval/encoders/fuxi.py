@@ -34,7 +34,7 @@ class FuXi(AttentiveEncoder):
         dropout: on the input, before each output projection and before each feed-forward.
         scale_input: whether to multiply item vectors by √D before adding positions; None: yes.
         position: position encoding; None: Learned and PerDistance.
-        time: time encoding, in the paper times.LogBuckets; None: none.
+        time: time encoding, in the paper times.LogBuckets; None: no time encoding.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class HSTU(AttentiveEncoder):
         scale_input: whether to multiply item vectors by √D before adding positions; None: yes.
         final_norm: whether the stack ends with a LayerNorm.
         position: position encoding; None: Learned and PerDistance.
-        time: time encoding, in the paper times.LogBuckets; None: none.
+        time: time encoding, in the paper times.LogBuckets; None: no time encoding.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class Dropout(nn.Module):
-    """nn.Dropout, faster on a CPU, where the time goes into one random number per element.
+    """nn.Dropout, faster on a CPU, where sampling one random number per element dominates.
 
     One random 64-bit integer decides four elements, so the probability is rounded to a multiple of 2^-16.
 

@@ -29,7 +29,7 @@ class LiGR(AttentiveEncoder):
         attention_dropout: on attention weights; None: same as `dropout`. On a CPU, 0 is twice as fast.
         feed_forward: SwiGLU, GeGLU, GELU or ReLU; None: SwiGLU.
         position: position encoding; None: Learned.
-        time: time encoding; None: none.
+        time: time encoding; None: no time encoding.
     """
 
     def __init__(

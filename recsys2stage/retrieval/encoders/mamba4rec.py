@@ -68,8 +68,8 @@ class Mamba4Rec(Encoder):
         skip: whether each layer adds D v to its output, as in Mamba-2.
         expansion: hidden width of the feed-forward as a multiple of `dim`.
         dropout: on the input, both branches and inside the feed-forward.
-        position: position encoding, added to the input; None: none.
-        time: time encoding, added to the input; None: none.
+        position: position encoding, added to the input; None: no position encoding.
+        time: time encoding, added to the input; None: no time encoding.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class SASRec(AttentiveEncoder):
         input_norm: whether the input has a LayerNorm.
         feed_forward: GELU or ReLU; None: GELU.
         position: position encoding; None: Learned.
-        time: time encoding; None: none.
+        time: time encoding; None: no time encoding.
     """
 
     def __init__(

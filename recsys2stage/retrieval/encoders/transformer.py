@@ -33,7 +33,7 @@ class Transformer(AttentiveEncoder):
         norm: RMSNorm or LayerNorm.
         feed_forward: SwiGLU, GeGLU, GELU or ReLU; None: SwiGLU.
         position: position encoding; None: Rotary.
-        time: time encoding; None: none.
+        time: time encoding; None: no time encoding.
     """
 
     def __init__(
