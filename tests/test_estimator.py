@@ -268,7 +268,7 @@ def test_validation_events_are_the_targets_and_all_others_train(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda late: late.clear(), "none of the 0 validation events is of a user who has other events"),
+        (lambda late: late.clear(), "none of the 0 validation events is of a user with training events"),
         (lambda late: late.with_columns(pl.col("who") + 10_000), "none of the 450 validation events is of a user"),
         (lambda late: late.drop("at"), "the frame of validation events has no column 'at'"),
         (lambda late: late.with_columns(at=pl.lit(5)), "150 of 150 users have events marked .* in another order"),
@@ -394,7 +394,7 @@ def test_a_saved_model_says_neither_what_to_trust_nor_which_configs_to_read(
     by_name = TwoStageRecommender.load(tmp_path / "model", trust="my_signals")  # one module, as Recommender.load has it
     trusted: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recsys2stage.commands.recommend", lambda **options: trusted.append(options["trust"]))
+        patch.setattr("recsys2stage.cli.commands.recommend", lambda **options: trusted.append(options["trust"]))
         for model in (loaded, by_name):
             with pytest.raises(FileNotFoundError):  # of recommendations, which nothing wrote
                 model.recommend()

@@ -1,7 +1,7 @@
-"""Reads raw tables fast; where one is not what it should be, finds the rows and says which.
+"""Validation of raw tables: column rules, fast typed reading, and reports of bad rows with their line numbers.
 
-The fast way reads typed columns and looks at aggregates (nulls, extremes). Only when it fails are the rows read again,
-as text with line numbers, to find the bad ones.
+The fast path reads typed columns and checks aggregates (nulls, minimum, maximum). Only if that fails, the table is read
+again as text with line numbers to find the bad rows.
 """
 
 import difflib
@@ -18,13 +18,14 @@ from recsys2stage.data import ids
 
 OnBadRows = Literal["error", "quarantine"]
 
-FILE, LINE, SURPLUS = "_file", "_line", "_surplus"  # columns of the text reading, beside the table's own
-FAULT, VALUE = "_fault", "_value_"  # what is bad in a row; and before the name of a column: its parsed values
-LOST = "_lost_"  # before the name of a column: whether there is a value that could not be parsed
+FILE, LINE, SURPLUS = "_file", "_line", "_surplus"  # added columns when a table is read as text
+FAULT = "_fault"  # column: index of the first rule that a row violates
+VALUE = "_value_"  # prefix of a column name: its parsed values
+UNPARSED = "_unparsed_"  # prefix of a column name: whether a value could not be parsed
 YEAR_2100 = 4_102_444_800  # seconds since 1970
-NO_TEXT = (pl.Binary, pl.Object, pl.Struct, pl.List, pl.Array, pl.Duration)  # types without a text as in a CSV
+NO_TEXT = (pl.Binary, pl.Object, pl.Struct, pl.List, pl.Array, pl.Duration)  # types that no CSV field can hold
 REJECTED_SCHEMA = {"file": pl.String, "line": pl.Int64, "column": pl.String, "reason": pl.String, "row": pl.String}
-NOT_UTF8 = "\ufffd"  # what a lossy decoder puts where bytes are not UTF-8
+NOT_UTF8 = "\ufffd"  # replacement character that a lossy decoder writes for invalid bytes
 
 
 def as_is(raw: pl.Expr) -> pl.Expr:
@@ -32,17 +33,17 @@ def as_is(raw: pl.Expr) -> pl.Expr:
 
 
 def id_text(raw: pl.Expr) -> pl.Expr:
-    """An id as the text that it is; of typed columns `ids.of_column` says what their ids are."""
+    """An id as text, unchanged. `ids.cast_id_column` parses the ids of typed columns."""
     return raw
 
 
 def empty_to_null(raw: pl.Expr) -> pl.Expr:
-    """Text, null where it is empty."""
+    """Text, with null for the empty string."""
     return raw.replace("", None)
 
 
 def parse_int(raw: pl.Expr) -> pl.Expr:
-    """Text or number -> whole number, null where it is none; "978300760.0", as pandas likes to write it, is one."""
+    """Text or number -> Int64, null if it is not an integer. Accepts "978300760.0", which pandas writes."""
     text = raw.cast(pl.String).str.strip_chars()
     number = text.cast(pl.Float64, strict=False)
     return pl.coalesce(
@@ -52,23 +53,23 @@ def parse_int(raw: pl.Expr) -> pl.Expr:
 
 
 def parse_float(raw: pl.Expr) -> pl.Expr:
-    """Text or number -> Float64, null where it is none; nan is none."""
+    """Text or number -> Float64, null if it is not a number or is NaN."""
     return raw.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one column of a raw table must hold.
+    """Validation rule for one column of a raw table.
 
     Attributes:
         name: its name in the raw file, for errors.
-        what: what a value must be, for errors; empty where anything will do.
-        parse: raw values -> values, null where that cannot be done.
-        dtype: the type to read it as in the fast way; text is parsed, any other type is taken as it comes.
-        low: the least value allowed.
-        high: the greatest value allowed.
+        what: the expected value, for errors; empty if any value is valid.
+        parse: raw values -> parsed values, null where parsing fails.
+        dtype: type to read it as on the fast path. Strings are parsed; other types are used as read.
+        low: the smallest valid value.
+        high: the largest valid value.
         required: whether a missing value is an error.
-        lists: whether a typed column may hold lists, which are taken as they are.
+        lists: whether a typed column may hold lists, which are not parsed.
     """
 
     name: str
@@ -101,15 +102,15 @@ def time_column(name: str, per_second: int = 1) -> Column:
 
 @dataclass(frozen=True)
 class Rows:
-    """A raw table, lazily: typed, to be read fast, and as text, to find out what is wrong with it.
+    """A lazy raw table in two forms: typed, for fast reading, and as text, to locate bad rows.
 
     Attributes:
-        typed: the table in our column names, parsed; where there are no columns, of any types.
+        typed: the parsed table, with our column names; of any types if `columns` is empty.
         file: its name, for errors.
-        columns: our column name -> what it must hold; where empty, ids, times in seconds and ratings go by their names.
-        text: the table in our column names, unparsed, with FILE and LINE, SURPLUS where a line has too many fields, and
-            the parsed VALUEs where the text alone does not give them.
-        unit: what LINE counts: line or row.
+        columns: our column name -> its rule. If empty, `default_columns` applies.
+        text: the unparsed table with our column names, FILE and LINE; SURPLUS if a line can have too many fields, and
+            VALUE columns if parsing needs more than the text.
+        unit: unit of LINE: line or row.
     """
 
     typed: pl.LazyFrame
@@ -122,33 +123,33 @@ class Rows:
 def read(
     rows: Rows, on_bad_rows: OnBadRows = "error", needs: Sequence[str] = (), categorical: Sequence[str] = ()
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Collects a table and checks it.
+    """Collects and validates a table.
 
     Args:
-        needs: columns, by our names, that must be there.
-        categorical: columns that shall take 4 bytes a row where they are text.
+        needs: required columns, by our names.
+        categorical: text columns to read as categorical, 4 bytes per row.
 
     Returns:
-        The good rows in their order, and the bad ones as (file, line, column, reason, row); the latter is empty unless
-        quarantined.
+        The good rows in their order, and the bad rows as (file, line, column, reason, row); the latter are empty unless
+        on_bad_rows is quarantine.
 
     Raises:
-        ValueError: naming file, column, count and the first three bad rows, or that there are no rows at all.
+        ValueError: with file, column, count and the first three bad rows; or if there are no good rows.
     """
     names = rows.typed.collect_schema().names()
     require(needs, names, rows.file)
     rows = with_default_columns(rows)
     columns = rows.columns
     try:
-        good = _collect(rows.typed.select(pl.col(list(columns)), pl.col(f"^{LOST}.*$").any()), categorical)
-        bad = None if _sound(good, columns) else _find(rows, columns)
+        good = _collect(rows.typed.select(pl.col(list(columns)), pl.col(f"^{UNPARSED}.*$").any()), categorical)
+        bad = None if _is_valid(good, columns) else _find_bad_rows(rows, columns)
     except pl.exceptions.PolarsError as error:
-        good, bad = None, _find(rows, columns, error)
+        good, bad = None, _find_bad_rows(rows, columns, error)
     if bad is not None:
         if len(bad) and on_bad_rows == "error":
-            raise ValueError(_complaint(rows, columns, bad))
+            raise ValueError(_error_message(rows, columns, bad))
         values = [pl.col(VALUE + name).alias(name) for name in columns]
-        good = _collect(_judged(rows, columns)[0].filter(pl.col(FAULT).is_null()).select(values), categorical)
+        good = _collect(_find_faults(rows, columns)[0].filter(pl.col(FAULT).is_null()).select(values), categorical)
     assert good is not None
     good = good.select(list(columns))
     if good.is_empty():
@@ -157,30 +158,30 @@ def read(
 
 
 def with_default_columns(rows: Rows) -> Rows:
-    """The same rows, held to the rules by our column names where a source states none."""
+    """Adds the default column rules to rows without rules."""
     if rows.columns:
         return rows
     return typed_rows([(rows.typed, rows.file)], default_columns(rows.typed.collect_schema().names()), rows.file)
 
 
 def typed_rows(shards: Sequence[tuple[pl.LazyFrame, str]], columns: dict[str, Column], name: str) -> Rows:
-    """Tables whose columns have types of their own (Parquet, frames) as the rows of one, parsed as their text would be.
+    """Concatenates typed tables (Parquet, data frames) into one, with values parsed as in a text file.
 
     Args:
-        shards: frames with the raw columns and their names, for errors; types may differ from one to the next.
-        columns: our name -> what the column must hold.
-        name: of all, for errors.
+        shards: (frame with the raw columns, its name for errors); column types may differ between shards.
+        columns: our column name -> its rule.
+        name: of the whole table, for errors.
 
     Raises:
-        ValueError: for columns that are missing, or of a type that the parse cannot take.
+        ValueError: for missing columns and unsupported column types.
     """
     parsed: list[dict[str, pl.Expr]] = []
-    shown: list[dict[str, pl.Expr]] = []
+    raw_text: list[dict[str, pl.Expr]] = []
     for frame, file in shards:
         schema = frame.collect_schema()
         require((column.name for column in columns.values()), schema.names(), file)
-        parsed.append({own: _parsed(own, column, schema[column.name], file) for own, column in columns.items()})
-        shown.append({own: _shown(pl.col(column.name), schema[column.name]) for own, column in columns.items()})
+        parsed.append({own: _parse_typed(own, column, schema[column.name], file) for own, column in columns.items()})
+        raw_text.append({own: _as_text(pl.col(column.name), schema[column.name]) for own, column in columns.items()})
         for own, column in columns.items():
             if column.parse is id_text and (schema[column.name].is_float() or schema[column.name].is_decimal()):
                 columns = columns | {own: replace(column, what=ids.expected_id(schema[column.name]))}
@@ -188,31 +189,31 @@ def typed_rows(shards: Sequence[tuple[pl.LazyFrame, str]], columns: dict[str, Co
     dtypes = {own: ids.common_dtype(schema[own] for schema in schemas) for own in columns}
     checked = [own for own, column in columns.items() if column.what and not column.required]
     typed, text = [], []
-    for (frame, file), raw, texts in zip(shards, parsed, shown, strict=True):
+    for (frame, file), raw, texts in zip(shards, parsed, raw_text, strict=True):
         values = {own: value.cast(dtypes[own]) for own, value in raw.items()}
-        lost = {LOST + own: values[own].is_null() & (texts[own].str.strip_chars() != "") for own in checked}
-        typed.append(frame.select(**values, **lost))
+        unparsed = {UNPARSED + own: values[own].is_null() & (texts[own].str.strip_chars() != "") for own in checked}
+        typed.append(frame.select(**values, **unparsed))
         temporary = {VALUE + own: value for own, value in values.items()}
         text.append(frame.select(**texts, **temporary).with_row_index(LINE, 1).with_columns(pl.lit(file).alias(FILE)))
     return Rows(pl.concat(typed), name, columns, pl.concat(text), unit="row")
 
 
-def _parsed(own: str, column: Column, dtype: Any, file: str) -> pl.Expr:
-    """The values of a typed column, null where its text would have none."""
+def _parse_typed(own: str, column: Column, dtype: Any, file: str) -> pl.Expr:
+    """Parses a typed column; null where the value is missing or invalid."""
     raw, where = pl.col(column.name), f"{file}, column {column.name!r}:"
     if column.parse is id_text:
         return ids.cast_id_column(raw, dtype, where)
     if column.parse is as_is:
         return raw
     if own == TIME and dtype in (pl.Date, pl.Datetime):
-        if not column.bounded:  # an order
+        if not column.bounded:  # time_unit: order
             return raw.to_physical().cast(pl.Int64)
         return raw.dt.epoch("ms") * round(column.high / YEAR_2100) // 1000
     if column.lists and dtype in (pl.List, pl.Array):
         if dtype.inner.is_float() or dtype.inner in NO_TEXT:
             raise ValueError(
-                f"{where} {dtype} holds no classes; leave the column out, and where it holds vectors of items, name "
-                "their file in the config: item_vectors in prepare.yaml"
+                f"{where} {dtype} holds no classes; leave out the column; if it holds item vectors, give their "
+                "file as item_vectors in prepare.yaml"
             )
         return raw.cast(pl.List(pl.String))
     if dtype in NO_TEXT:
@@ -224,25 +225,25 @@ def _parsed(own: str, column: Column, dtype: Any, file: str) -> pl.Expr:
         return raw.cast(pl.Int64, strict=False)
     if column.parse is parse_float and dtype.is_numeric():
         return raw.cast(pl.Float64).fill_nan(None)
-    return column.parse(_shown(raw, dtype))
+    return column.parse(_as_text(raw, dtype))
 
 
-def _shown(raw: pl.Expr, dtype: Any) -> pl.Expr:
-    """A typed value as a text file has it, null where it is missing."""
+def _as_text(raw: pl.Expr, dtype: Any) -> pl.Expr:
+    """A typed value as text, as a CSV would hold it; null if it is missing."""
     if dtype in NO_TEXT:
         return pl.when(raw.is_not_null()).then(pl.lit(f"a {dtype}"))
     return (raw.fill_nan(None) if dtype.is_float() else raw).cast(pl.String)
 
 
 def default_columns(names: Iterable[str]) -> dict[str, Column]:
-    """The rules by our column names, for a source that states none."""
+    """Rules for ids, times in seconds and ratings by our column names; other columns may hold anything."""
     rules = {USER_ID: id_column(USER_ID), ITEM_ID: id_column(ITEM_ID), TIME: time_column(TIME)}
     rules[RATING] = rating_column(RATING)
     return {name: rules.get(name, Column(name, "", required=False)) for name in names}
 
 
 def require(wanted: Iterable[str], present: Sequence[str], file: str | Path) -> None:
-    """Raises a ValueError that says which columns are missing, what is there, and the nearest guess."""
+    """Raises a ValueError for missing columns, with the existing columns and the closest match."""
     missing = []
     for name in dict.fromkeys(wanted):
         if name not in present:
@@ -250,7 +251,7 @@ def require(wanted: Iterable[str], present: Sequence[str], file: str | Path) -> 
             guess = difflib.get_close_matches(name.lower().replace("_", ""), list(folded), 1, cutoff=0.5)
             missing.append(f"{name!r}" + (f" (did you mean {folded[guess[0]]!r}?)" if guess else ""))
         elif list(present).count(name) > 1:
-            raise ValueError(f"{file} has {list(present).count(name)} columns named {name!r}; one must go")
+            raise ValueError(f"{file} has {list(present).count(name)} columns named {name!r}; remove all but one")
     if missing:
         raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are: {', '.join(map(repr, present))}")
 
@@ -258,13 +259,13 @@ def require(wanted: Iterable[str], present: Sequence[str], file: str | Path) -> 
 def _collect(frame: pl.LazyFrame, categorical: Sequence[str]) -> pl.DataFrame:
     schema = frame.collect_schema()
     texts = [name for name in categorical if schema.get(name) == pl.String]
-    # a dictionary of its own for each column, freed with it
+    # a separate category dictionary per column, freed with the column
     packed = [pl.col(name).cast(pl.Categorical(pl.Categories.random())) for name in texts]
     return frame.with_columns(packed).collect(engine="streaming")
 
 
-def _sound(frame: pl.DataFrame, columns: dict[str, Column]) -> bool:
-    if any(frame[name].any() for name in frame.columns if name.startswith(LOST)):
+def _is_valid(frame: pl.DataFrame, columns: dict[str, Column]) -> bool:
+    if any(frame[name].any() for name in frame.columns if name.startswith(UNPARSED)):
         return False
     for name, column in columns.items():
         values = frame[name]
@@ -273,10 +274,10 @@ def _sound(frame: pl.DataFrame, columns: dict[str, Column]) -> bool:
         if values.dtype.is_float() and column.required and values.is_nan().any():
             return False
         if isinstance(values.dtype, (pl.String, pl.Categorical)) and column.required:
-            words = values if values.dtype == pl.String else values.unique().cast(pl.String)
-            if (words.str.strip_chars() == "").any():
+            text = values if values.dtype == pl.String else values.unique().cast(pl.String)
+            if (text.str.strip_chars() == "").any():
                 return False
-            if column.parse is id_text and words.str.contains(ids.NUL, literal=True).any():
+            if column.parse is id_text and text.str.contains(ids.NUL, literal=True).any():
                 return False
         if column.bounded and values.len() > values.null_count():
             low, high = values.min(), values.max()
@@ -287,11 +288,11 @@ def _sound(frame: pl.DataFrame, columns: dict[str, Column]) -> bool:
 
 @dataclass(frozen=True)
 class Fault:
-    """A way in which a row can be bad: where, when, and the words for it (an expression that may show the value)."""
+    """One way in which a row can be invalid: raw column, test, and reason (an expression, may include the value)."""
 
     column: str
     test: pl.Expr
-    words: pl.Expr
+    reason: pl.Expr
 
 
 def _faults(columns: dict[str, Column], raw: pl.LazyFrame) -> list[Fault]:
@@ -299,17 +300,17 @@ def _faults(columns: dict[str, Column], raw: pl.LazyFrame) -> list[Fault]:
     if SURPLUS in schema:
         faults.append(Fault("(all)", pl.col(SURPLUS).is_not_null(), pl.lit("the line has more fields than columns")))
     for name, column in columns.items():
-        given, value = pl.col(name), pl.col(VALUE + name)
-        blank = given.is_null() | (given.str.strip_chars() == "")
-        is_not = pl.format(f"{{}} is not {column.what}", given)
+        text, value = pl.col(name), pl.col(VALUE + name)
+        blank = text.is_null() | (text.str.strip_chars() == "")
+        is_not = pl.format(f"{{}} is not {column.what}", text)
         if column.required:
             faults.append(Fault(column.name, blank, pl.lit("missing")))
         if column.what:
-            not_utf8 = given.str.contains(NOT_UTF8, literal=True)
-            faults.append(Fault(column.name, not_utf8, pl.format("{} is not UTF-8", given)))
+            not_utf8 = text.str.contains(NOT_UTF8, literal=True)
+            faults.append(Fault(column.name, not_utf8, pl.format("{} is not UTF-8", text)))
             faults.append(Fault(column.name, ~blank & value.is_null(), is_not))
         if column.parse is id_text:
-            has_nul = given.str.contains(ids.NUL, literal=True)
+            has_nul = text.str.contains(ids.NUL, literal=True)
             faults.append(Fault(column.name, has_nul, pl.lit("holds a NUL byte: the file may be damaged")))
         if column.bounded:
             inside = value.is_between(column.low, column.high) & ~value.cast(pl.Float64).is_nan()
@@ -317,38 +318,38 @@ def _faults(columns: dict[str, Column], raw: pl.LazyFrame) -> list[Fault]:
     return faults
 
 
-def _judged(rows: Rows, columns: dict[str, Column]) -> tuple[pl.LazyFrame, list[Fault]]:
-    """The unparsed table with FILE, LINE, VALUEs and the place of a FAULT, null where a row is good; and the faults."""
+def _find_faults(rows: Rows, columns: dict[str, Column]) -> tuple[pl.LazyFrame, list[Fault]]:
+    """The unparsed table with VALUE columns and FAULT (index of the first fault, null in good rows); and the faults."""
     assert rows.text is not None
-    raw, given = rows.text, rows.text.collect_schema()
+    raw, schema = rows.text, rows.text.collect_schema()
     faults = _faults(columns, raw)
-    verdict = pl.coalesce(pl.when(fault.test).then(place) for place, fault in enumerate(faults))
+    first_fault = pl.coalesce(pl.when(fault.test).then(index) for index, fault in enumerate(faults))
     values = [
-        column.parse(pl.col(name)).alias(VALUE + name) for name, column in columns.items() if VALUE + name not in given
+        column.parse(pl.col(name)).alias(VALUE + name) for name, column in columns.items() if VALUE + name not in schema
     ]
-    return raw.with_columns(values).with_columns(verdict.alias(FAULT)), faults
+    return raw.with_columns(values).with_columns(first_fault.alias(FAULT)), faults
 
 
-def _find(rows: Rows, columns: dict[str, Column], error: Exception | None = None) -> pl.DataFrame:
+def _find_bad_rows(rows: Rows, columns: dict[str, Column], error: Exception | None = None) -> pl.DataFrame:
     try:
-        judged, faults = _judged(rows, columns)
-        bad = judged.filter(pl.col(FAULT).is_not_null()).collect(engine="streaming")
-    except pl.exceptions.PolarsError as again:  # not the values but the file itself
-        raise ValueError(f"{rows.file} cannot be read: {str(error or again).splitlines()[0]}") from again
-    is_fault = [pl.when(pl.col(FAULT) == place) for place in range(len(faults))]
+        checked_rows, faults = _find_faults(rows, columns)
+        bad = checked_rows.filter(pl.col(FAULT).is_not_null()).collect(engine="streaming")
+    except pl.exceptions.PolarsError as reread_error:  # the file itself is unreadable
+        raise ValueError(f"{rows.file} cannot be read: {str(error or reread_error).splitlines()[0]}") from reread_error
+    is_fault = [pl.when(pl.col(FAULT) == index) for index in range(len(faults))]
     return bad.select(
         pl.col(FILE).alias("file"),
         pl.col(LINE).cast(pl.Int64).alias("line"),
         pl.coalesce(when.then(pl.lit(fault.column)) for when, fault in zip(is_fault, faults, strict=True)).alias(
             "column"
         ),
-        pl.coalesce(when.then(fault.words) for when, fault in zip(is_fault, faults, strict=True)).alias("reason"),
+        pl.coalesce(when.then(fault.reason) for when, fault in zip(is_fault, faults, strict=True)).alias("reason"),
         pl.struct(list(columns)).struct.json_encode().alias("row"),
     )
 
 
-def _complaint(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) -> str:
-    """One message: for each file and column the count and the first three rows."""
+def _error_message(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) -> str:
+    """The error message: for each file and column, the count and the first three rows."""
     parts = []
     for (file, column), group in bad.group_by("file", "column", maintain_order=True):
         first = "; ".join(f"{rows.unit} {line}: {why}" for line, why in group.select("line", "reason").head(3).rows())
@@ -362,12 +363,12 @@ def _complaint(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) -> str
         times = late["reason"].str.extract(r"^(\d+)").cast(pl.Int64, strict=False).drop_nulls()
         for factor, unit in ((10**3, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds")):
             if len(times) and ((times > YEAR_2100) & (times // factor).is_between(1, YEAR_2100)).all():
-                advice = "say time_unit: milliseconds (a Table) or divide" if unit == "milliseconds" else "divide"
+                advice = "set time_unit: milliseconds (of a Table) or divide" if unit == "milliseconds" else "divide"
                 hint = f" The times look like {unit}: {advice} them by {factor}."
                 break
     return (
         "; ".join(parts)
         + "."
         + hint
-        + " Correct the file, or put bad rows aside into rejected.parquet with --on_bad_rows quarantine."
+        + " Correct the file, or move bad rows to rejected.parquet with --on_bad_rows quarantine."
     )

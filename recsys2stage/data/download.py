@@ -1,4 +1,4 @@
-"""Fetches a file once: with a progress bar, going on where it was interrupted, checked, and whole or not at all."""
+"""File download: resumable, with progress bar and MD5 check; the target file is renamed into place when complete."""
 
 import hashlib
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 BLOCK = 1 << 20
-TIMEOUT = 15  # seconds without a byte
+TIMEOUT = 15  # seconds without data
 
 
 def download(url: str, path: Path, md5: str | None = None, advice: str = "") -> Path:
-    """Downloads `url` to `path`, unless it is there.
+    """Downloads `url` to `path` unless the file exists.
 
     Args:
-        md5: what the file's MD5 must be; a file that is there already is checked too.
-        advice: what to do when the network cannot be reached, for the error.
+        md5: expected MD5 of the file; an existing file is checked too.
+        advice: the next step for the error message if the download fails.
 
     Raises:
-        ConnectionError: the file is not there and cannot be fetched.
-        ValueError: it has the wrong MD5.
+        ConnectionError: if the download fails.
+        ValueError: for a wrong MD5.
     """
     if not path.exists():
         part = path.with_name(path.name + ".part")
@@ -29,12 +29,12 @@ def download(url: str, path: Path, md5: str | None = None, advice: str = "") -> 
             _fetch(url, part)
         except urllib.error.HTTPError as error:
             raise ConnectionError(
-                f"{path} is not there, and {url} answers {error.code} {error.reason}; {advice}"
+                f"{path} does not exist, and {url} returned {error.code} {error.reason}; {advice}"
             ) from error
-        except (OSError, urllib.error.URLError) as error:  # no network, or it went away
+        except (OSError, urllib.error.URLError) as error:  # no network, or connection lost
             kept = f" ({part.stat().st_size:,} bytes are kept in {part})" if part.exists() else ""
             raise ConnectionError(
-                f"{path} is not there, and {url} cannot be fetched: {error}{kept}; {advice}"
+                f"{path} does not exist, and {url} cannot be downloaded: {error}{kept}; {advice}"
             ) from error
         _check(part, md5, url)
         os.replace(part, path)
@@ -44,27 +44,27 @@ def download(url: str, path: Path, md5: str | None = None, advice: str = "") -> 
 
 
 def _fetch(url: str, part: Path) -> None:
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    offset = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if have and error.code == 416:  # nothing is left to fetch; the checksum will tell
+        if offset and error.code == 416:  # the range is empty: the file is complete, to be verified by the checksum
             return
         raise
-    with answer:
-        if answer.status != 206:  # the server does not go on where we were
-            have = 0
+    with response:
+        if response.status != 206:  # the server does not support resuming
+            offset = 0
         part.parent.mkdir(parents=True, exist_ok=True)
-        total = have + int(answer.headers.get("Content-Length", 0))
-        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.name.removesuffix(".part"))
-        with bar, part.open("ab" if have else "wb") as file:
-            while block := answer.read(BLOCK):
+        total = offset + int(response.headers.get("Content-Length", 0))
+        bar = tqdm(total=total or None, initial=offset, unit="B", unit_scale=True, desc=part.name.removesuffix(".part"))
+        with bar, part.open("ab" if offset else "wb") as file:
+            while block := response.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
     if total and part.stat().st_size < total:
         raise ConnectionError(
-            f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; run again to go on"
+            f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; run again to resume"
         )
 
 
@@ -77,6 +77,6 @@ def _check(path: Path, md5: str | None, url: str) -> None:
         if path.suffix == ".part":
             path.unlink()
         raise ValueError(
-            f"{path} has MD5 {found}, but the file of {url} has {md5}: it is damaged or another one. Remove it to "
-            "fetch it again; if it is meant to differ, name it as a local path (--source.path PATH, make: RAW=PATH)"
+            f"{path} has MD5 {found}, expected {md5} of {url}: it is damaged or another version. Remove it to "
+            "download it again; if it is meant to differ, pass it as a local path (--source.path PATH, make: RAW=PATH)"
         )

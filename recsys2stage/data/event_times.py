@@ -1,4 +1,4 @@
-"""What times of events cannot be: of another unit, later than now, or far after all others."""
+"""Plausibility checks of event times: wrong unit, future times, zeros and isolated newest events."""
 
 import logging
 import time
@@ -13,24 +13,24 @@ from recsys2stage.data.checks import YEAR_2100, Column, Rows, with_default_colum
 
 logger = logging.getLogger("recsys2stage")
 
-YEAR_1980 = 315_532_800  # seconds since 1970; of a time before it the unit is doubtful
+YEAR_1980 = 315_532_800  # seconds since 1970; an earlier median suggests a wrong unit
 DAY, YEAR = 86_400, 31_557_600
-TAIL = 0.001  # the share of events that may be the newest by mistake
+TAIL = 0.001  # largest share of events that can be isolated newest events
 
 
 def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
-    """Looks for times of another unit and for times to come.
+    """Checks for times of a wrong unit and times in the future.
 
     Args:
         rows: the events.
-        times: theirs, none missing.
-        ticks: units in a second.
+        times: the times of all events, without nulls.
+        ticks: time units per second.
 
     Returns:
-        The rows held to bounds which some times are outside of; None where all are inside.
+        The rows with narrower bounds on the time column if some times violate them, else None.
 
     Raises:
-        ValueError: where most times are of another unit.
+        ValueError: if most times are of a wrong unit.
     """
     rows = with_default_columns(rows)
     column = rows.columns[TIME]
@@ -38,13 +38,13 @@ def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
     if median < YEAR_1980 * ticks:
         if ticks > 1 and YEAR_1980 <= median <= YEAR_2100:
             raise ValueError(
-                f"{rows.file}, column {column.name!r}: the times look like seconds taken for milliseconds: their "
-                f"median {median:.0f} is {_date(median / ticks)}, in seconds {_date(median)}; say time_unit: seconds, "
+                f"{rows.file}, column {column.name!r}: the times look like seconds read as milliseconds: their "
+                f"median {median:.0f} is {_date(median / ticks)}, in seconds {_date(median)}; set time_unit: seconds, "
                 "or correct the dates"
             )
         logger.warning(
-            "%s, column %r: the median of the times, %.0f, is %s; if they are not %s since 1970, name their time_unit, "
-            "and if they only say what came first, time_unit: order",
+            "%s, column %r: the median of the times, %.0f, is %s; if not %s since 1970, set time_unit; if they "
+            "only give the order of events, set time_unit: order",
             *(rows.file, column.name, median, _date(median / ticks), "seconds" if ticks == 1 else "milliseconds"),
         )
     else:
@@ -64,7 +64,7 @@ def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
 
 
 def warn_isolated_newest(frame: pl.DataFrame, ticks: int, file: str) -> None:
-    """Warns of a few events that are years after all others."""
+    """Warns if a few events are more than a year newer than all others; the newest is the default request time."""
     times = frame[TIME].to_numpy()
     tail = max(1, int(TAIL * len(times)))
     if len(times) <= tail:
@@ -77,7 +77,7 @@ def warn_isolated_newest(frame: pl.DataFrame, ticks: int, file: str) -> None:
     row = frame.row(int(np.argmax(times)), named=True)
     logger.warning(
         "%s: %d of %s events are from %s on, years after all others (until %s); the newest, of user %s and item %s at "
-        "%s, is the request time where none is given; remove them if they are wrong",
+        "%s, is the default request time; remove them if they are wrong",
         *(file, len(newest) - 1 - gaps[0], f"{len(times):,}", _date(after / ticks), _date(before / ticks)),
         *(row[USER_ID], row[ITEM_ID], _date(newest[-1] / ticks)),
     )

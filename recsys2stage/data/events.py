@@ -1,4 +1,7 @@
-"""Columns of raw events: read, numbered, sorted, thinned out, withheld. E events, U users, V items."""
+"""Event columns: loading, integer encoding of ids, sorting, deduplication, k-core filtering and cold-item withholding.
+
+E events, U users, V items.
+"""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -19,7 +22,7 @@ Repeats = Literal["first", "last", "keep", "error"]
 
 @dataclass
 class Events:
-    """Columns of events; where `user_ids` and `item_ids` are sorted raw ids, users count from 0 and items from 1."""
+    """Event columns. Users are numbered from 0 and items from 1, in the order of their sorted raw ids."""
 
     user: np.ndarray  # (E,) int32
     item: np.ndarray  # (E,) int32
@@ -29,18 +32,18 @@ class Events:
     user_ids: pl.Series  # (U,)
     item_ids: pl.Series  # (V,)
     action_names: list[str]
-    part: np.ndarray | None = None  # (E,) int8, the place in PARTS
+    part: np.ndarray | None = None  # (E,) int8, index in PARTS
 
     def take(self, rows: np.ndarray) -> "Events":
-        """The events at these places, or where a mask is true, in that order."""
+        """Selects rows in place, by indices or a boolean mask."""
         for name in (field.name for field in fields(self)):
             column = getattr(self, name)
-            if isinstance(column, np.ndarray):  # one at a time, so that only one is twice in memory
+            if isinstance(column, np.ndarray):  # one column at a time, to limit peak memory
                 setattr(self, name, column[rows])
         return self
 
     def renumber(self) -> "Events":
-        """Closes the gaps in the numbers of users and items that lost all their events."""
+        """Renumbers users and items without gaps, after some have lost all their events."""
         self.user, left = factorize(self.user)
         self.user_ids = self.user_ids.gather(left)
         self.item, left = factorize(self.item)
@@ -52,7 +55,11 @@ class Events:
 def load_events(
     tables: Tables, min_rating: float | int | None, on_bad_rows: OnBadRows, counts: dict[str, int]
 ) -> tuple[Events, pl.DataFrame]:
-    """Reads, checks, filters by rating and numbers; the events stay in the order of the file."""
+    """Reads and validates events, filters them by rating and encodes their ids. File order is kept.
+
+    Returns:
+        The events, and the rejected rows.
+    """
     needs = (c.USER_ID, c.ITEM_ID, c.TIME) if tables.has_time else (c.USER_ID, c.ITEM_ID)
     packed = (c.USER_ID, c.ITEM_ID, c.ACTION)
     frame, rejected = read(tables.events, on_bad_rows, needs, packed)
@@ -71,7 +78,7 @@ def load_events(
         counts["removed_by_rating"] = len(frame) - len(kept)
         frame = kept
     columns = {series.name: series for series in frame.get_columns()}
-    del frame  # from here on a column goes when its numbers are there
+    del frame  # to free each raw column as soon as it is encoded
     user, user_ids = encode_ids(columns.pop(c.USER_ID), tables.untyped_ids)
     item, item_ids = encode_ids(columns.pop(c.ITEM_ID), tables.untyped_ids)
     item += 1
@@ -80,21 +87,21 @@ def load_events(
             id_rule.warn_ambiguous_ids(ids, ids.name, tables.events.file)
     action, action_names = None, []
     if c.ACTION in columns:
-        named = columns.pop(c.ACTION).cast(pl.String)
-        action_names = named.drop_nulls().unique().sort().to_list()
-        action = encode_categories(named, action_names)
+        actions = columns.pop(c.ACTION).cast(pl.String)
+        action_names = actions.drop_nulls().unique().sort().to_list()
+        action = encode_categories(actions, action_names)
     rating = columns.pop(c.RATING).cast(pl.Float32).to_numpy() if c.RATING in columns else None
-    # without times, the place in the log
+    # without times, the row number in the file
     time = columns.pop(c.TIME).cast(pl.Int64).to_numpy() if c.TIME in columns else np.arange(len(user), dtype=np.int64)
     part = columns.pop(c.PART).to_numpy() if c.PART in columns else None
     return Events(user, item, time, rating, action, user_ids, item_ids, action_names, part), rejected
 
 
 def encode_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
-    """Numbers from 0 by sorted id, and the sorted ids.
+    """Encodes ids as integers from 0 in sorted order. Returns the codes and the sorted ids.
 
     Args:
-        untyped: text is all there is in the file, so where every id is a plain whole number, they are whole numbers.
+        untyped: the file format has no types (CSV): if every id is a plain integer, ids are integers and sort as such.
     """
     if isinstance(ids.dtype, pl.Categorical):
         values = ids.unique()
@@ -110,7 +117,7 @@ def encode_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
         ids = id_rule.narrow_ids(ids)
     if ids.dtype.is_integer():
         raw = ids.to_numpy()
-        if int(raw.max()) - int(raw.min()) < 4 * len(raw) + 1_000_000:  # a table over the range is small
+        if int(raw.max()) - int(raw.min()) < 4 * len(raw) + 1_000_000:  # the lookup table is small
             codes, raw = factorize(raw)
             return codes, pl.Series(ids.name, raw)
     values = ids.unique().sort()
@@ -119,19 +126,19 @@ def encode_ids(ids: pl.Series, untyped: bool) -> tuple[np.ndarray, pl.Series]:
 
 
 def factorize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers from 0, int32, by a table over the range of whole numbers; and the values, sorted."""
+    """Encodes integers as int32 codes from 0, with a lookup table over their range. Returns codes and sorted values."""
     low = int(values.min())
-    seen = np.zeros(int(values.max()) - low + 1, bool)
+    present = np.zeros(int(values.max()) - low + 1, bool)
     shifted = subtract_min(values, low)
-    seen[shifted] = True
-    table = np.cumsum(seen, dtype=np.int32)
+    present[shifted] = True
+    table = np.cumsum(present, dtype=np.int32)
     table -= 1
-    found = np.flatnonzero(seen)
-    return table[shifted], found.astype(np.uint64) + np.uint64(low) if values.dtype == np.uint64 else found + low
+    distinct = np.flatnonzero(present)
+    return table[shifted], distinct.astype(np.uint64) + np.uint64(low) if values.dtype == np.uint64 else distinct + low
 
 
 def subtract_min(values: np.ndarray, low: int) -> np.ndarray:
-    """How far whole numbers are above the least of them, where that fits int64; their own type may not hold it."""
+    """Returns values - low, in int64 where the values' own type could overflow."""
     if values.dtype == np.uint64:
         return (values - np.uint64(low)).astype(np.int64)
     if low < 0 and values.dtype != np.int64:
@@ -140,22 +147,22 @@ def subtract_min(values: np.ndarray, low: int) -> np.ndarray:
 
 
 def stable_order(*keys: np.ndarray) -> np.ndarray:
-    """Places of rows sorted by keys, the first key first; equal rows stay in their order.
+    """Stable argsort by several keys, the first key most significant.
 
-    Each key from the last to the first is sorted together with the row's place in one int64, which numpy does several
-    times as fast as a stable argsort.
+    Each key, from last to first, is packed with the row index into one int64 and sorted, which is several times faster
+    in numpy than a stable argsort.
     """
     order: np.ndarray | None = None
-    place_bits = (len(keys[0]) - 1).bit_length()
+    row_bits = (len(keys[0]) - 1).bit_length()
     for key in reversed(keys):
         key = key if order is None else key[order]
         low, high = int(key.min()), int(key.max())
-        if (high - low).bit_length() + place_bits <= 63:
+        if (high - low).bit_length() + row_bits <= 63:
             packed = subtract_min(key, low).astype(np.int64, copy=low == 0)
-            packed <<= place_bits
+            packed <<= row_bits
             packed |= np.arange(len(key))
             packed.sort()
-            packed &= (1 << place_bits) - 1
+            packed &= (1 << row_bits) - 1
         else:
             packed = np.argsort(key, kind="stable")
         order = packed if order is None else order[packed]
@@ -164,7 +171,7 @@ def stable_order(*keys: np.ndarray) -> np.ndarray:
 
 
 def sort_events(events: Events, tie_break: TieBreak, seed: int) -> Events:
-    """By user and time; equal times by what events are marked for, then by the tie break."""
+    """Sorts by user and time. Ties in time are ordered by part (train, val, test), then by `tie_break`."""
     keys = [events.user, events.time]
     if events.part is not None:
         keys.append(events.part)
@@ -174,13 +181,13 @@ def sort_events(events: Events, tie_break: TieBreak, seed: int) -> Events:
 
 
 def hash_pairs(user: np.ndarray, item: np.ndarray, seed: int) -> np.ndarray:
-    """A pseudo-random 32-bit number for each (user, item), whatever the other events are."""
+    """A pseudo-random 32-bit hash of each (user, item), independent of all other events."""
     pair = (user.astype(np.uint64) << np.uint64(32)) | item.astype(np.uint64)
     return (splitmix64(pair, seed) >> np.uint64(32)).astype(np.int64)
 
 
 def drop_repeats(events: Events, repeats: Repeats, counts: dict[str, int]) -> Events:
-    """Events whose user had the same item before (or after), by `repeats`."""
+    """Drops repeated (user, item) events as `repeats` says: keep the first, the last or all, or raise an error."""
     pair = events.user.astype(np.int64) * (len(events.item_ids) + 1) + events.item
     ordered = np.sort(pair)
     counts["repeats"] = int((ordered[1:] == ordered[:-1]).sum())
@@ -189,10 +196,10 @@ def drop_repeats(events: Events, repeats: Repeats, counts: dict[str, int]) -> Ev
     if repeats == "error":
         twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
         first = [divmod(int(one), len(events.item_ids) + 1) for one in twice[:3]]
-        shown = ", ".join(f"(user {events.user_ids[u]}, item {events.item_ids[i - 1]})" for u, i in first)
+        examples = ", ".join(f"(user {events.user_ids[u]}, item {events.item_ids[i - 1]})" for u, i in first)
         raise ValueError(
-            f"{len(twice)} pairs of user and item have more than one event, {counts['repeats']} events too many; "
-            f"first {shown}; choose which to keep with --repeats first, last or keep"
+            f"{len(twice)} (user, item) pairs have more than one event, {counts['repeats']} extra events; "
+            f"first {examples}; choose which to keep with --repeats first, last or keep"
         )
     order = stable_order(pair)
     ordered = pair[order]
@@ -203,7 +210,7 @@ def drop_repeats(events: Events, repeats: Repeats, counts: dict[str, int]) -> Ev
 
 
 def keep_core(events: Events, core: int, counts: dict[str, int]) -> Events:
-    """Drops users and items with fewer than `core` events, again and again until all left have as many."""
+    """k-core filter: repeatedly drops users and items with fewer than `core` events."""
     before = len(events.user)
     kept = np.ones(before, bool)
     user, item = events.user, events.item
@@ -214,7 +221,7 @@ def keep_core(events: Events, core: int, counts: dict[str, int]) -> Events:
         kept[kept] = enough
         user, item = user[enough], item[enough]
         if not len(user):
-            raise ValueError(f"core is {core}, and no events are left of {before:,}: choose a smaller core")
+            raise ValueError(f"core is {core}, and none of {before:,} events is left: choose a smaller core")
     counts["removed_by_core"] = before - len(user)
     return events.take(kept) if len(user) < before else events
 
@@ -225,7 +232,7 @@ def compute_offsets(user: np.ndarray, users: int) -> np.ndarray:
 
 
 def tie_shares(time: np.ndarray, offsets: np.ndarray) -> dict[str, float]:
-    """The share of events that share user and time with another, and of users whose last event does."""
+    """Share of events tied in time with another event of the same user, and of users with a tied last event."""
     same = time[1:] == time[:-1]
     same[offsets[1:-1] - 1] = False  # not across users
     tied = np.zeros(len(time), bool)
@@ -235,7 +242,7 @@ def tie_shares(time: np.ndarray, offsets: np.ndarray) -> dict[str, float]:
 
 
 def sample_cold(items: int, share: float, seed: int) -> np.ndarray:
-    """(V + 1,) bool: the items withheld from training, drawn without a look at their events."""
+    """(V + 1,) bool: cold items, which are withheld from training; sampled independently of their events."""
     cold = np.zeros(items + 1, bool)
     cold[1 + np.random.default_rng(seed).choice(items, round(share * items), replace=False)] = True
     return cold
@@ -249,14 +256,14 @@ def withhold_cold_items(
     cold: np.ndarray,
     counts: dict[str, int],
 ) -> tuple[Events, np.ndarray, np.ndarray, np.ndarray]:
-    """Removes cold items from all that trains or validates; users who have no events left are gone."""
+    """Removes cold items from the training and validation events, and users without remaining events."""
     counts["cold_items"], counts["cold_events"] = int(cold.sum()), 0
     if not counts["cold_items"]:
         return events, offsets, train_end, val_end
     tests = np.arange(len(events.user)) >= np.repeat(val_end, np.diff(offsets))
     kept = tests | ~cold[events.item]
     counts["cold_events"] = int((~kept).sum())
-    before = np.concatenate([[0], np.cumsum(kept)])  # events kept before each place
+    before = np.concatenate([[0], np.cumsum(kept)])  # number of events kept before each row
     offsets, train_end, val_end = before[offsets], before[train_end], before[val_end]
     left = np.diff(offsets) > 0
     events = events.take(kept)
@@ -266,5 +273,5 @@ def withhold_cold_items(
 
 
 def encode_categories(values: pl.Series, names: list[str]) -> np.ndarray:
-    """int32: 0 = unknown, else 1 + the place in the sorted names."""
+    """int32 codes: 0 = unknown, else 1 + the index in the sorted names."""
     return (values.cast(pl.Enum(names)).to_physical().cast(pl.Int32) + 1).fill_null(c.UNKNOWN).to_numpy()

@@ -1,4 +1,4 @@
-"""Frames of a notebook, of polars or pandas or anything else that polars reads, as the files that the verbs read."""
+"""Data frames as input (polars, pandas or any frame that polars reads), for `TwoStageRecommender`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
 
 @dataclass(frozen=True)
 class FrameColumns:
-    """What the columns of somebody's frames mean; the arguments are those of `TwoStageRecommender`."""
+    """Column mapping of the user's data frames; the fields are arguments of `TwoStageRecommender`."""
 
     user: str
     item: str
@@ -32,7 +32,7 @@ class FrameColumns:
     user_features: Mapping[str, Kind] | None
 
     def mark_parts(self, events: Any, validation: Any) -> pl.DataFrame:
-        """The columns of events that count; with validation events, all events with a mark of what they are for."""
+        """Selects the event columns; with validation events, appends the first of each user and adds a part column."""
         events = as_polars(events, (self.user, self.item))
         names = [self.user, self.item, *filter(None, (self.time, self.rating, self.action))]
         require(names, events.columns, "the frame of events")
@@ -41,15 +41,15 @@ class FrameColumns:
             return events
         validation = as_polars(validation, (self.user, self.item))
         require(names, validation.columns, "the frame of validation events")
-        for own in (self.user, self.item):  # one type for the ids of both
+        for own in (self.user, self.item):  # common id type
             dtype = ids.common_dtype([events.schema[own], validation.schema[own]])
             events = events.with_columns(events[own].cast(dtype))
         later = validation.select(pl.col(name).cast(events.schema[name]) for name in names)
         later = later.join(events, on=self.user, how="semi", maintain_order="left")
         if later.is_empty():
             raise ValueError(
-                f"none of the {len(validation):,} validation events is of a user who has other events, so there is "
-                "nothing to stop early by; give later events of the same users, or leave validation out"
+                f"none of the {len(validation):,} validation events is of a user with training events, so early "
+                "stopping is impossible; pass later events of the same users, or leave validation out"
             )
         if self.time is not None:
             later = later.sort(self._milliseconds(later[self.time]), maintain_order=True)
@@ -59,11 +59,11 @@ class FrameColumns:
         return pl.concat(parts)
 
     def sides(self, items: Any, users: Any) -> Sides:
-        """What is known of items and users, as the tables of them want it."""
+        """Item and user frames, checked and converted for `sources.SideTable`."""
         return {"items": self._side(items, "items"), "users": self._side(users, "users")}
 
     def histories(self, frame: Any, features: Sequence[str] = ()) -> pl.DataFrame:
-        """Histories as `recsys recommend` reads them, oldest first, with those columns of user features that it has."""
+        """Histories in the input format of `recsys recommend`, oldest event first, with any user feature columns."""
         log = as_polars(frame, (self.user, self.item))
         names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
         require([self.user, self.item], log.columns, "the frame of histories")
@@ -78,10 +78,13 @@ class FrameColumns:
         return log.select(columns)
 
     def write(self, log: pl.DataFrame, sides: Sides, folder: Path) -> dict[str, Any]:
-        """Writes marked events and what is known of their items and users.
+        """Writes events and side tables as Parquet files.
+
+        Args:
+            log: as `mark_parts` returns it.
 
         Returns:
-            The options of `sources.Table` with which it reads them.
+            The options of a `sources.Table` that reads them.
         """
         folder.mkdir(exist_ok=True)
         log.write_parquet(folder / "events.parquet")
@@ -120,8 +123,8 @@ class FrameColumns:
         for column in lists:
             if getattr(table.schema[column], "inner", pl.String()).is_float():
                 raise ValueError(
-                    f"the column {column!r} of {name} holds lists of floats, which are no classes; leave it out, and "
-                    "where they are vectors of items, name their file in the config: item_vectors in prepare.yaml"
+                    f"the column {column!r} of {name} holds lists of floats, which are no classes; leave it out; if "
+                    "they are item vectors, give their file as item_vectors in prepare.yaml"
                 )
         return table.with_columns(pl.col(column).cast(pl.List(pl.String)) for column in lists)
 
@@ -133,11 +136,11 @@ class FrameColumns:
 
     def _unit(self, times: pl.Series) -> TimeUnit:
         if times.dtype.is_temporal():
-            return "milliseconds"  # a Table turns dates into the unit that it is told
+            return "milliseconds"  # Table converts dates to its time unit
         return self.time_unit or ("iso" if times.dtype == pl.String else "seconds")
 
     def _milliseconds(self, times: pl.Series) -> pl.Expr:
-        """A column of times in milliseconds, or as it is where times are an order."""
+        """Times in milliseconds; unchanged if time_unit is order."""
         raw = pl.col(times.name)
         if times.dtype.is_temporal():
             return raw.dt.epoch("ms")
@@ -146,17 +149,19 @@ class FrameColumns:
 
 
 def as_polars(frame: Any, id_columns: Sequence[str] = ()) -> pl.DataFrame:
-    """A frame of any kind that polars reads, or a mapping of columns; its ids as `ids` has them.
+    """Converts any frame that polars reads, or a mapping of columns, to polars, with ids as in `data.ids`.
 
     Raises:
-        ValueError: for ids that are none, such as fractions and booleans.
+        ValueError: for invalid ids, such as fractions and booleans.
     """
     if isinstance(frame, pl.LazyFrame):
         frame = frame.collect()
-    if not isinstance(frame, pl.DataFrame):  # polars refuses Python objects, or guesses a type for them
+    if not isinstance(frame, pl.DataFrame):  # polars rejects columns of Python objects, or guesses their type
         names = list(frame) if isinstance(frame, Mapping) else list(getattr(frame, "columns", ()))
         objects = {
-            name: ids.ids_from_objects(name, frame[name]) for name in id_columns if name in names and _any(frame[name])
+            name: ids.ids_from_objects(name, frame[name])
+            for name in id_columns
+            if name in names and _holds_objects(frame[name])
         }
         if objects and not isinstance(frame, Mapping):
             rest = pl.DataFrame(frame.drop(columns=list(objects)))
@@ -165,20 +170,20 @@ def as_polars(frame: Any, id_columns: Sequence[str] = ()) -> pl.DataFrame:
     for name in dict.fromkeys(id_columns):
         if name in frame.columns:
             column = frame[name]
-            of_any = column.dtype == pl.Object
+            is_object = column.dtype == pl.Object
             frame = frame.with_columns(
-                ids.ids_from_objects(name, column) if of_any else ids.parse_ids(column, "the frame")
+                ids.ids_from_objects(name, column) if is_object else ids.parse_ids(column, "the frame")
             )
     return frame
 
 
-def _any(column: Any) -> bool:
-    """Whether a column is of Python objects: a list, or an array of them."""
+def _holds_objects(column: Any) -> bool:
+    """Whether a column holds Python objects: a list, or an array of dtype object."""
     return str(getattr(column, "dtype", "object")).lower() == "object"
 
 
 def infer_kind(column: pl.Series) -> Kind:
-    """What the type of a column says that it is."""
+    """Infers the feature kind from the dtype of a column."""
     if column.dtype.is_nested():
         return "multi"
     return "numeric" if column.dtype.is_numeric() else "categorical"

@@ -1,6 +1,6 @@
-"""The rule for ids: one text for each user and item, whatever type it comes in (docs/data.md has the table).
+"""User and item ids: parsing, and comparison as text whatever their type (table in docs/data.md).
 
-Ids compare by that text everywhere: in the log, in tables of items and users, in histories, vectors and options.
+Ids compare as text everywhere: in the log, side tables, histories, vectors and options.
 """
 
 import logging
@@ -18,20 +18,20 @@ from recsys2stage.columns import PLAIN_NUMBER
 
 logger = logging.getLogger("recsys2stage")
 
-WHOLE = {pl.Float16: 2**11, pl.Float32: 2**24, pl.Float64: 2**53}  # beyond it a float has no whole number of its own
-MISSING = r"^(?i:nan|null|none|na|n/a|<na>|nil|\\n)$"  # texts that other programs write where a value is missing
+WHOLE = {pl.Float16: 2**11, pl.Float32: 2**24, pl.Float64: 2**53}  # floats represent every integer up to this
+MISSING = r"^(?i:nan|null|none|na|n/a|<na>|nil|\\n)$"  # how other programs write missing values
 NUL = "\x00"
 
 
 def cast_id_column(raw: pl.Expr, dtype: Any, where: str) -> pl.Expr:
-    """Ids of a typed column: whole numbers or text, null where there is none.
+    """Ids of a typed column as integers or text, null where missing or invalid.
 
     Args:
         dtype: the type of the column.
-        where: file and column, for the error.
+        where: file and column, for the error message.
 
     Raises:
-        ValueError: for a type that holds no ids: booleans, bytes, times, lists.
+        ValueError: for unsupported types: booleans, bytes, times, lists.
     """
     if dtype.is_integer():
         return raw
@@ -42,21 +42,21 @@ def cast_id_column(raw: pl.Expr, dtype: Any, where: str) -> pl.Expr:
         return raw.cast(pl.String).str.extract(r"^(-?\d+)(?:\.0*)?$", 1).cast(pl.Int128, strict=False)
     if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         return raw.cast(pl.String)
-    raise ValueError(f"{where} the type {dtype} holds no ids; expected whole numbers or text: convert the column")
+    raise ValueError(f"{where} the type {dtype} holds no ids; expected integers or text: convert the column")
 
 
 def expected_id(dtype: Any) -> str:
-    """What an id must be, for errors."""
+    """Description of a valid id of this column type, for error messages."""
     if dtype in WHOLE:
-        return f"an id: floats are ids only if they are whole and within ±{WHOLE[dtype.base_type()]}"
-    return "an id: decimals are ids only if they are whole" if dtype.is_decimal() else "an id"
+        return f"an id: floats are ids only if they are integers within ±{WHOLE[dtype.base_type()]}"
+    return "an id: decimals are ids only if they are integers" if dtype.is_decimal() else "an id"
 
 
 def as_text(value: Any) -> str | None:
-    """The id that a Python value is, as text; None where it is missing.
+    """Converts a Python value to an id as text; None for a missing value.
 
     Raises:
-        ValueError: for booleans, bytes, and floats that are no whole numbers within ±2^53.
+        ValueError: for booleans, bytes, and floats that are not integers within ±2^53.
     """
     if type(value) in (int, str):
         return str(value)
@@ -64,28 +64,28 @@ def as_text(value: Any) -> str | None:
     if value is None or kind in ("NAType", "NaTType"):
         return None
     if isinstance(value, (bytes, bytearray)) or kind in ("bool", "bool_"):
-        raise ValueError(f"{value!r} is not an id; expected a whole number, a text or an object with a text of its own")
+        raise ValueError(f"{value!r} is not an id; expected an integer, a string or an object with its own str()")
     if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, numbers.Integral):
         if math.isnan(value):
             return None
         bound = math.inf if isinstance(value, Decimal) else WHOLE[pl.Float32 if kind == "float32" else pl.Float64]
         if not math.isfinite(value) or value != math.floor(value) or abs(float(value)) > bound:
-            raise ValueError(f"{value!r} is not an id; floats are ids only if they are whole and within ±{bound}")
+            raise ValueError(f"{value!r} is not an id; floats are ids only if they are integers within ±{bound}")
         return str(math.floor(value))
     return str(value)
 
 
 def ids_from_objects(name: str, values: Iterable[Any]) -> pl.Series:
-    """Ids of Python objects: whole numbers where all are, else text, null where there is none."""
+    """Ids of Python objects: integers if all are, else text; null where missing."""
     values = list(values)
     texts = pl.Series(name, [as_text(value) for value in values], dtype=pl.String)
     return texts if any(isinstance(value, str) for value in values) else narrow_ids(texts)
 
 
 def given_ids(values: Iterable[Any]) -> list[str]:
-    """Ids from the arguments of a call, as text; none may be missing, and one text is no list of its characters."""
+    """Ids passed as an argument, as text. Rejects missing ids and a single string in place of a list."""
     if isinstance(values, (str, bytes)):
-        raise ValueError(f"ids are the text {values!r}, expected a list of ids: [{values!r}]")
+        raise ValueError(f"ids is {values!r}, expected a list of ids: [{values!r}]")
     texts = [as_text(value) for value in values]
     if None in texts:
         raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing; leave it out")
@@ -93,8 +93,7 @@ def given_ids(values: Iterable[Any]) -> list[str]:
 
 
 def narrow_ids(ids: pl.Series) -> pl.Series:
-    """Text that is all plain whole numbers of 64 bits as such (007 is none), and numbers in the narrowest of Int64,
-    UInt64 and text that holds all."""
+    """Casts ids to the narrowest of Int64, UInt64 and text; text only if every id is a plain integer (007 is not)."""
     if ids.dtype == pl.String and (ids.null_count() == len(ids) or not ids.str.contains(PLAIN_NUMBER).all()):
         return ids
     for dtype in (pl.Int64, pl.UInt64):
@@ -105,43 +104,43 @@ def narrow_ids(ids: pl.Series) -> pl.Series:
 
 
 def parse_ids(ids: pl.Series, where: str | Path) -> pl.Series:
-    """The ids of a typed column, null where they are missing.
+    """Ids of a typed column, null where missing.
 
     Raises:
-        ValueError: naming the first row whose value is no id.
+        ValueError: with the first row that has an invalid id.
     """
-    found = (
+    parsed = (
         ids.to_frame().select(cast_id_column(pl.col(ids.name), ids.dtype, f"{where}, column {ids.name!r}:")).to_series()
     )
-    bad = found.is_null() & ids.is_not_null()
+    bad = parsed.is_null() & ids.is_not_null()
     if ids.dtype.is_float():
         bad &= ids.is_not_nan()
     if bad.any():
         row = bad.arg_true()[0]
         raise ValueError(f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {expected_id(ids.dtype)}")
-    return narrow_ids(found) if found.dtype in (pl.Int128, pl.UInt128) else found
+    return narrow_ids(parsed) if parsed.dtype in (pl.Int128, pl.UInt128) else parsed
 
 
 def require_ids(ids: pl.Series, where: str | Path) -> pl.Series:
-    """The ids of a typed column, one in every row.
+    """Ids of a typed column without missing values.
 
     Raises:
-        ValueError: for values that are no ids, and for missing ones.
+        ValueError: for invalid and missing ids.
     """
-    found = parse_ids(ids, where)
-    missing = found.is_null()
-    if found.dtype == pl.String:
-        missing |= found.str.strip_chars() == ""
+    parsed = parse_ids(ids, where)
+    missing = parsed.is_null()
+    if parsed.dtype == pl.String:
+        missing |= parsed.str.strip_chars() == ""
     if missing.any():
         raise ValueError(
             f"{missing.sum():,} of {len(ids):,} rows have no {ids.name} in {where}, the first is row "
             f"{missing.arg_true()[0] + 1}; fill in or drop them"
         )
-    return found
+    return parsed
 
 
 def common_dtype(dtypes: Iterable[Any]) -> Any:
-    """A type that holds the ids of columns of several types, as they come from `of_column`."""
+    """The type that holds all ids of columns of several types, as returned by `cast_id_column`."""
     dtypes = set(dtypes)
     if len(dtypes) == 1:
         return dtypes.pop()
@@ -151,10 +150,10 @@ def common_dtype(dtypes: Iterable[Any]) -> Any:
 
 
 def parse_yaml_ids(text: str) -> list[str] | None:
-    """The ids of a list in the notation of YAML, each as it is written: 0012 is not 10; None for any other text.
+    """Ids of a YAML list as strings, without YAML type conversion (0012 stays 0012); None if it is not a list.
 
     Raises:
-        ValueError: for a list within the list.
+        ValueError: for a nested list or mapping.
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
@@ -164,10 +163,10 @@ def parse_yaml_ids(text: str) -> list[str] | None:
 
 
 def read_yaml_ids(config: Path, option: str) -> list[str] | None:
-    """The same of an option of a YAML file; None where it is no list there."""
+    """Like `parse_yaml_ids`, for an option of a YAML file; None if it is not a list there."""
     try:
         node = yaml.compose(config.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError):  # who reads it says so
+    except (yaml.YAMLError, UnicodeDecodeError):  # the config parser reports it
         return None
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     lists = [value for name, value in pairs if name.value == option and isinstance(value, yaml.SequenceNode)]
@@ -184,7 +183,7 @@ def _scalars(node: yaml.SequenceNode) -> list[str]:
 
 
 def read_id_lines(path: Path) -> list[str]:
-    """The lines of a text file of ids, without their ends; an id may hold what Python's splitlines() splits at."""
+    """Ids of a text file, one per line. Splits at newlines only; splitlines() would split within ids."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -193,11 +192,11 @@ def read_id_lines(path: Path) -> list[str]:
 
 
 def warn_ambiguous_ids(ids: pl.Series, name: str, where: str | Path) -> None:
-    """Warns of ids that differ as text only, and of those that usually mean a missing value.
+    """Warns of ids that differ only in notation (7, 007, " 7"), and of ids that look like a missing value.
 
     Args:
-        ids: each once, (n,) text.
-        name: what to call them.
+        ids: (n,) text, unique.
+        name: their column name, for the message.
     """
     texts = ids.drop_nulls()
     stripped = texts.str.strip_chars()
@@ -210,27 +209,26 @@ def warn_ambiguous_ids(ids: pl.Series, name: str, where: str | Path) -> None:
     if len(twins):
         text, plain_text = twins.row(0)
         logger.warning(
-            "%s: %s values of %s look like others and are taken as ids of their own, for example %r beside %r; write "
-            "each id in one way",
+            "%s: %s values of %s look like others but are separate ids, for example %r and %r; use one notation per id",
             *(where, f"{len(twins):,}", name, text, plain_text),
         )
     missing = texts.filter(texts.str.contains(MISSING))
     if len(missing):
         logger.warning(
-            "%s: the %s %s is taken as an id like any other; where it means a missing value, leave the field empty",
+            "%s: the %s %s is read as an id; if it means a missing value, leave the field empty",
             *(where, name, ", ".join(map(repr, missing.head(3)))),
         )
 
 
 def select(wanted: Sequence[str], ids: pl.Series, where: str | Path) -> pl.Series:
-    """Which ids are wanted, (n,) bool; blanks around a wanted id are passed over where only the id without them exists.
+    """Mask of the wanted ids, (n,) bool. Surrounding blanks of a wanted id are ignored if only the stripped id exists.
 
     Raises:
-        ValueError: naming wanted ids that are not there.
+        ValueError: with wanted ids that do not exist.
     """
     text = ids.cast(pl.String)
-    there = set(text)
-    found = {one if one in there else one.strip() for one in wanted}
-    if missing := sorted(found - there):
-        raise ValueError(f"{len(missing)} of {len(found)} user ids are not in {where}, for example {missing[:3]}")
-    return text.is_in(list(found))
+    existing = set(text)
+    requested = {one if one in existing else one.strip() for one in wanted}
+    if missing := sorted(requested - existing):
+        raise ValueError(f"{len(missing)} of {len(requested)} user ids are not in {where}, for example {missing[:3]}")
+    return text.is_in(list(requested))

@@ -1,6 +1,6 @@
-"""Raw events to a prepared dataset: arrays of events sorted by user and time, features, and a manifest.
+"""The `prepare-data` verb: turns raw events into a prepared dataset (sorted event arrays, split, features, manifest).
 
-E events, U users, V items throughout.
+E events, U users, V items.
 """
 
 import logging
@@ -48,29 +48,29 @@ def prepare(
     on_bad_rows: OnBadRows = "error",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Prepare a dataset from raw events: sort, number, split, and write arrays, features and a manifest.
+    """Prepare a dataset from raw events: sort, encode ids, split, and write arrays, features and a manifest.
 
-    The defaults keep every event of every user, in the stable order of the file.
+    By default all users are kept, and events of equal time stay in file order.
 
     Args:
-        source: the raw data.
-        output: the folder to write; what is there is replaced when the new one is complete.
-        split: which events train, validate and test.
+        source: reader of the raw data.
+        output: the folder to write. An existing folder is replaced once the new one is complete.
+        split: assigns events to training, validation and test.
         min_rating: drop events rated lower than this.
-        core: drop users and items with fewer events than this, until all left have as many; 0 or 1 drops none.
-        tie_break: the order of a user's events of the same time: as in the file, by item id, or at random by the seed.
-        repeats: of events with the same user and item keep the first or the last, keep all, or stop with an error.
-        cold_items: this share of the items, drawn by the seed, is withheld: only test events may show them.
-        item_vectors: item feature name -> vectors made elsewhere, of texts or images, joined by the item id as text.
-        on_bad_rows: stop with an error that names the bad rows, or put them aside into rejected.parquet and go on.
-        seed: draws the cold items and the random tie break.
+        core: k-core filter: repeatedly drop users and items with fewer events than this; 0 or 1 drops none.
+        tie_break: order of a user's events of equal time: as in the file, by item id, or by a seeded hash.
+        repeats: of events with the same user and item, keep the first, the last or all, or stop with an error.
+        cold_items: share of the items, sampled with the seed, to withhold: they occur in test events only.
+        item_vectors: feature name -> precomputed item embeddings (text, images), joined by item id as text.
+        on_bad_rows: stop with an error that names the bad rows, or write them to rejected.parquet and continue.
+        seed: of the cold items and the hash tie break.
 
     Returns:
         The manifest, as written.
 
     Raises:
-        ValueError: for bad rows or options that do not fit the data; nothing is written then.
-        FileNotFoundError: where the raw data are not; the message says what to put where.
+        ValueError: for bad rows, or options that do not fit the data. Nothing is written in that case.
+        FileNotFoundError: if the raw data are missing. The message says which files to put where.
     """
     check_option("tie_break", tie_break, TieBreak)
     check_option("repeats", repeats, Repeats)
@@ -90,11 +90,11 @@ def prepare(
         with source.open() as tables:
             if split.needs_time and not tables.has_time:
                 raise ValueError(
-                    f"{type(split).__name__} needs times, and {tables.events.file} has only an order; use LeaveOneOut"
+                    f"{type(split).__name__} needs times, but {tables.events.file} has only an order; use LeaveOneOut"
                 )
             if taken := sorted(item_vectors.keys() & tables.item_features.keys()):
                 raise ValueError(
-                    f"item_vectors has the names {taken}, which are of other item features; rename the vectors"
+                    f"item_vectors uses the names {taken}, which other item features have; rename the vectors"
                 )
             counts: dict[str, int] = {}
             events, bad_events = load_events(tables, min_rating, on_bad_rows, counts)
@@ -110,7 +110,7 @@ def prepare(
             elif events.part is None:
                 train_end, val_end = split.ends(events.time, offsets)
             else:
-                raise ValueError(f"{tables.events.file} marks what events are for; use split: Marked, or no part")
+                raise ValueError(f"{tables.events.file} has a part column; use split: Marked, or leave out part")
             too_short = int((np.diff(offsets) < split.min_events).sum())
             cold = sample_cold(len(events.item_ids), cold_items, seed)
             events, offsets, train_end, val_end = withhold_cold_items(events, offsets, train_end, val_end, cold, counts)
@@ -162,7 +162,7 @@ def prepare(
                 "dataset",
                 options,
                 {str(file): file for file in inputs},
-                inputs=[str(path) for path in [*inputs, *tables.folders]],  # make looks whether one is newer
+                inputs=[str(path) for path in [*inputs, *tables.folders]],  # make compares their modification times
                 counts=counts,
                 ties=ties,
                 protocol={
@@ -197,20 +197,20 @@ def split_hash(
     user_ids: pl.Series,
     item_ids: pl.Series,
 ) -> str:
-    """SHA-256 of who did what in which order, where training and validation end, and what the numbers stand for."""
+    """SHA-256 of the event sequences, the ends of training and validation, and the raw user and item ids."""
     ids = [np.frombuffer("\0".join(column.cast(pl.String)).encode(), np.uint8) for column in (user_ids, item_ids)]
     return hash_arrays(offsets, items, train_ends, val_ends, *ids)
 
 
 def warn(counts: dict[str, int], repeats: Repeats) -> None:
-    """What is ordinary in a log, and yet worth a word."""
-    done = {"first": "the first of each is kept", "last": "the last of each is kept", "keep": "all are kept"}
-    for name, words in {
-        "repeats": f"events repeat a user's item ({done.get(repeats)}: repeats={repeats})",
+    """Logs repeats, missing metadata, short histories and rejected rows."""
+    kept = {"first": "the first of each is kept", "last": "the last of each is kept", "keep": "all are kept"}
+    for name, message in {
+        "repeats": f"events repeat a (user, item) pair ({kept.get(repeats)}: repeats={repeats})",
         "items_without_metadata": "items are not in the item table; their features are unknown",
         "users_without_metadata": "users are not in the user table; their features are unknown",
-        "users_too_short": "users have too few events to be evaluated; they only train",
-        "rejected": f"bad rows are put aside in {c.REJECTED}",
+        "users_too_short": "users have too few events for evaluation; they are used for training only",
+        "rejected": f"bad rows are in {c.REJECTED}",
     }.items():
         if counts[name]:
-            log.warning("%s %s", f"{counts[name]:,}", words)
+            log.warning("%s %s", f"{counts[name]:,}", message)

@@ -1,4 +1,4 @@
-"""What is known of items and users: their tables, and an array or two for each declared feature."""
+"""Side information: item and user tables, feature arrays and item vectors of a prepared dataset."""
 
 import logging
 from collections.abc import Mapping
@@ -29,43 +29,46 @@ def write_side(
     on_bad_rows: OnBadRows,
     counts: dict[str, int],
 ) -> tuple[list[dict[str, Any]], pl.DataFrame]:
-    """Writes the table and the feature arrays of the items or users that have events.
+    """Writes the side table and feature arrays of the items or users that have events.
 
     Args:
-        ids: their raw ids, in the order of their numbers.
-        rows: what the source knows of them.
+        ids: raw ids, in the order of the encoded ids.
+        rows: the source's side table, if any.
+        kinds: feature name -> kind.
 
     Returns:
-        The features for the manifest, and the bad rows of the source's table.
+        Feature specs for the manifest, and the rejected rows.
     """
     raw_id, padding = f"{owner}_id", 1 if owner == "item" else 0  # item 0 is padding
-    numbers = np.arange(padding, padding + len(ids), dtype=np.int32)
-    table = pl.DataFrame({owner: numbers, raw_id: ids})
+    encoded = np.arange(padding, padding + len(ids), dtype=np.int32)
+    table = pl.DataFrame({owner: encoded, raw_id: ids})
     counts[f"{owner}s_without_metadata"] = 0
     bad = pl.DataFrame(schema=REJECTED_SCHEMA)
     if rows is not None:
-        known, bad = read(rows, on_bad_rows, needs=(raw_id, *kinds))
+        metadata, bad = read(rows, on_bad_rows, needs=(raw_id, *kinds))
         # joined as text, since one file may hold the ids as numbers and the other as text
-        known = known.with_columns(pl.col(raw_id).cast(pl.String))
-        once = known.unique(raw_id, keep="first", maintain_order=True)
-        if len(once) < len(known):
-            log.warning("%s: %d rows repeat a %s; the first of each counts", rows.file, len(known) - len(once), raw_id)
+        metadata = metadata.with_columns(pl.col(raw_id).cast(pl.String))
+        once = metadata.unique(raw_id, keep="first", maintain_order=True)
+        if len(once) < len(metadata):
+            log.warning(
+                "%s: %d rows repeat a %s; the first row of each is used", rows.file, len(metadata) - len(once), raw_id
+            )
         ids_rule.warn_ambiguous_ids(once[raw_id], raw_id, rows.file)
         text_ids = table.select(owner, pl.col(raw_id).cast(pl.String))
         counts[f"{owner}s_without_metadata"] = text_ids.join(once, on=raw_id, how="anti").height
         if counts[f"{owner}s_without_metadata"] == len(ids):
             raise ValueError(
-                f"{rows.file} has none of the {len(ids):,} {owner}s of the events: its ids are such as "
-                f"{once[raw_id][0]!r}, those of the events such as {text_ids[raw_id][0]!r}; they must be the same text"
+                f"{rows.file} has none of the {len(ids):,} {owner}s of the events: its ids look like "
+                f"{once[raw_id][0]!r}, those of the events like {text_ids[raw_id][0]!r}; ids must match as text"
             )
-        facts = text_ids.join(once, on=raw_id, how="left", maintain_order="left").drop(owner, raw_id)
-        table = pl.concat([table, facts], how="horizontal")
+        joined = text_ids.join(once, on=raw_id, how="left", maintain_order="left").drop(owner, raw_id)
+        table = pl.concat([table, joined], how="horizontal")
     table.write_parquet(folder / (c.ITEM_TABLE if owner == "item" else c.USER_TABLE))
     return [write_feature(folder, f"{owner}s.{name}", table[name], kind, padding) for name, kind in kinds.items()], bad
 
 
 def write_feature(folder: Path, stem: str, column: pl.Series, kind: Kind, padding: int) -> dict[str, Any]:
-    """Writes the one or two arrays of a feature, with `padding` rows of nothing in front."""
+    """Writes the arrays of one feature, with `padding` empty rows first. Returns its spec for the manifest."""
     check_option("kind", kind, Kind)
     size = 1
     if kind == "numeric":
@@ -86,22 +89,22 @@ def write_feature(folder: Path, stem: str, column: pl.Series, kind: Kind, paddin
 
 
 def class_lists(column: pl.Series) -> pl.Series:
-    """The classes of each row of a multi-valued column: stripped, none empty and none twice."""
+    """The classes of each row of a multi-valued column: stripped, without empty or repeated ones."""
     stripped = pl.element().str.strip_chars().replace("", None).drop_nulls()
     return column.cast(pl.List(pl.String)).list.eval(stripped).list.unique(maintain_order=True)
 
 
 def classes(column: pl.Series, kind: Kind) -> list[str]:
-    """The classes of a categorical or multi-valued column in the order of their numbers, which begin with 1."""
+    """The classes of a categorical or multi-valued column, sorted; class codes start at 1."""
     text = column.cast(pl.String) if kind == "categorical" else class_lists(column).explode()
     return text.drop_nulls().unique().sort().to_list()
 
 
 def user_specs(dataset: Dataset) -> list[dict[str, Any]]:
-    """What encodes the declared user features without the data, for a manifest.
+    """User feature specs for a manifest; they suffice to encode features without the dataset.
 
-    Each is {"name", "kind", "size", "values", "classes"}: class n of a categorical or multi-valued feature is
-    classes[n - 1], and 0 is unknown; classes are None for numbers.
+    Each is {"name", "kind", "size", "values", "classes"}. Class n of a categorical or multi-valued feature is
+    classes[n - 1]; 0 is unknown. For numeric features, classes is None.
     """
     specs = feature_specs(dataset.user_features)
     if not specs:
@@ -116,21 +119,21 @@ def user_specs(dataset: Dataset) -> list[dict[str, Any]]:
 def write_vectors(
     folder: Path, name: str, item_ids: pl.Series, vectors: Vectors, counts: dict[str, int]
 ) -> dict[str, Any]:
-    """Writes the vectors of the items that have events, (V + 1, P) with NaN where there is none."""
+    """Writes item vectors as (V + 1, P) float32, with NaN for items without a vector. Returns the feature spec."""
     raw_ids, values = vectors.read()
     rows = pl.DataFrame({c.ITEM_ID: raw_ids, "row": np.arange(len(raw_ids))})
     wanted = pl.DataFrame({c.ITEM_ID: item_ids.cast(pl.String)})
     row = wanted.join(rows, on=c.ITEM_ID, how="left", maintain_order="left")["row"]
-    known = row.is_not_null().to_numpy()
-    if not known.any():
+    has_vector = row.is_not_null().to_numpy()
+    if not has_vector.any():
         raise ValueError(
-            f"{vectors.path} has vectors of none of the {len(item_ids):,} items: its ids are such as {raw_ids[0]!r}, "
-            f"those of the events such as {str(item_ids[0])!r}; they must be the same text"
+            f"{vectors.path} has vectors of none of the {len(item_ids):,} items: its ids look like {raw_ids[0]!r}, "
+            f"those of the events like {str(item_ids[0])!r}; ids must match as text"
         )
     table = np.full((1 + len(item_ids), values.shape[1]), np.nan, np.float32)  # row 0 is padding
-    table[1:][known] = values[row.drop_nulls().to_numpy()]
+    table[1:][has_vector] = values[row.drop_nulls().to_numpy()]
     np.save(folder / f"items.{name}.values.npy", table)
-    counts[f"items_without_{name}_vector"] = missing = int((~known).sum())
+    counts[f"items_without_{name}_vector"] = missing = int((~has_vector).sum())
     if missing:
-        log.warning("%s items have no vector in %s; it is unknown", f"{missing:,}", vectors.path)
+        log.warning("%s items have no vector in %s; theirs is unknown", f"{missing:,}", vectors.path)
     return {"name": name, "kind": "vector", "size": values.shape[1]}

@@ -38,7 +38,7 @@ def said(source: Table, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> str
 def test_seconds_taken_for_milliseconds_are_refused(tmp_path: Path, form: str) -> None:
     source = table(tmp_path, GOOD, form, time_unit="milliseconds")
     with pytest.raises(
-        ValueError, match=r"look like seconds.*1600000004 is 1970-01-19, in seconds 2020-09-13; say time_unit: seconds"
+        ValueError, match=r"look like seconds.*1600000004 is 1970-01-19, in seconds 2020-09-13; set time_unit: seconds"
     ):
         prepare(source, tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -46,7 +46,7 @@ def test_seconds_taken_for_milliseconds_are_refused(tmp_path: Path, form: str) -
 
 def test_dates_made_of_seconds_as_milliseconds_are_refused(tmp_path: Path) -> None:
     dates = pl.Series(GOOD).cast(pl.Datetime("ms")).to_list()
-    with pytest.raises(ValueError, match="look like seconds taken for milliseconds"):
+    with pytest.raises(ValueError, match="look like seconds read as milliseconds"):
         prepare(table(tmp_path, dates, "parquet", time_unit="milliseconds"), tmp_path / "data")
 
 
@@ -102,7 +102,7 @@ def test_an_order_knows_no_now(tmp_path: Path) -> None:
 def test_a_newest_event_years_after_all_others_is_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = said(table(tmp_path, [*GOOD[:4], NOW + 3 * YEAR, *GOOD[4:]]), tmp_path, caplog)
     assert "1 of 9 events are from 2023-09-14 on, years after all others (until 2020-09-13)" in told
-    assert "of user 1 and item 4 at 2023-09-14, is the request time where none is given" in told
+    assert "of user 1 and item 4 at 2023-09-14, is the default request time" in told
     for times in (GOOD, [*GOOD, NOW + 200 * DAY], [NOW - 20 * YEAR, *GOOD]):
         assert "years after" not in said(table(tmp_path, times), tmp_path, caplog)
 
@@ -117,7 +117,7 @@ def test_a_few_newest_of_many_are_spoken_of_too(tmp_path: Path, caplog: pytest.L
 def test_times_before_1980_are_spoken_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, unit: Any, times: list[int]
 ) -> None:
-    assert "is 1970-01-01; if they are not" in said(table(tmp_path, times, time_unit=unit), tmp_path, caplog)
+    assert "is 1970-01-01; if not" in said(table(tmp_path, times, time_unit=unit), tmp_path, caplog)
     assert "1970" not in said(table(tmp_path, times, time_unit="order"), tmp_path, caplog)
     assert "1970" not in said(table(tmp_path, GOOD), tmp_path, caplog)
 

@@ -242,7 +242,7 @@ def test_repeats(
 
 
 def test_repeats_can_be_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"2 events too many; first \(user 1, item 10\); choose"):
+    with pytest.raises(ValueError, match=r"2 extra events; first \(user 1, item 10\); choose"):
         prepared(tmp_path, REPEATED, repeats="error")
     assert not (tmp_path / "data").exists()
 
@@ -449,7 +449,7 @@ def test_an_order_without_times_switches_off_what_needs_them(tmp_path: Path, tim
     assert look(tmp_path / "data").histories == {1: ([30], [20], [10]), 2: ([10], [], [])}
     assert manifest["has"]["time"] is False
     assert manifest["protocol"]["time"] == "order"
-    with pytest.raises(ValueError, match=r"GlobalTime needs times, and .*e.csv has only an order; use LeaveOneOut"):
+    with pytest.raises(ValueError, match=r"GlobalTime needs times, but .*e.csv has only an order; use LeaveOneOut"):
         prepare(source, tmp_path / "other", split=GlobalTime())
 
 
@@ -458,7 +458,7 @@ def test_an_order_without_times_switches_off_what_needs_them(tmp_path: Path, tim
     [
         ({"cold_items": 1.0}, "cold_items is 1.0"),
         ({"core": -1}, "core is -1, expected at least 0"),
-        ({"core": 50}, "core is 50, and no events are left of 9"),
+        ({"core": 50}, "core is 50, and none of 9 events is left"),
         ({"min_rating": 6}, "no event of .* has a rating of 6 or more"),
     ],
 )
@@ -588,16 +588,16 @@ PAIR = [[1.0, 2.0], [3.0, 4.0]]
 @pytest.mark.parametrize(
     ("ids", "vectors", "message"),
     [
-        (["100", "300", "400"], [*PAIR, [5.0]], "row 3: the vector is not of length 2, as most are"),
+        (["100", "300", "400"], [*PAIR, [5.0]], "row 3: the vector is not of length 2 like most"),
         (["100", "300", "400"], [*PAIR, None], "row 3: the vector is not of length 2"),
         (["100", "300"], [[], []], r"has vectors of type List\(Null\), expected lists of numbers"),
-        (["100", "300", "400"], [[], [], [1.0]], "most rows of .* hold no vector; leave those out"),
-        (["100", "300"], [PAIR[0], [1.0, None]], "row 2: the vector holds a number that is not finite"),
-        (["100", "300"], [PAIR[0], [1.0, float("inf")]], "row 2: the vector holds a number that is not finite"),
+        (["100", "300", "400"], [[], [], [1.0]], "most rows of .* hold no vector; remove them"),
+        (["100", "300"], [PAIR[0], [1.0, None]], "row 2: the vector has a value that is not finite"),
+        (["100", "300"], [PAIR[0], [1.0, float("inf")]], "row 2: the vector has a value that is not finite"),
         (["100", None], PAIR, "row 2: the item id is missing"),
         (["100", " "], PAIR, "row 2: the item id is missing"),
-        (["100", "100"], PAIR, "repeats 1 item ids, the first '100'; keep one row of each"),
-        (["a100", "b300"], PAIR, "vectors of none of the 4 items: its ids are such as 'a100', .* such as '100'"),
+        (["100", "100"], PAIR, "repeats 1 item ids, first '100'; keep one row each"),
+        (["a100", "b300"], PAIR, "vectors of none of the 4 items: its ids look like 'a100', .* like '100'"),
         (["100", "300"], ["1 2", "3 4"], "has vectors of type String, expected lists of numbers"),
     ],
 )
@@ -613,11 +613,11 @@ def test_a_parquet_of_vectors_that_is_wrong_is_refused_whole(
 @pytest.mark.parametrize(
     ("ids", "vectors", "message"),
     [
-        ([100, 300, 400], PAIR, "has 2 rows but .*text.txt has 3 lines; give one a row"),
-        ([100, 300], [1.0, 2.0], r"has shape \(2,\) and type float64, expected a row of numbers an item"),
-        ([100, 300], [["a", "b"], ["c", "d"]], "expected a row of numbers an item"),
-        ([100, 300], [PAIR[0], [np.nan, 1.0]], "text.npy, row 2: the vector holds a number that is not finite"),
-        ([100, 100], PAIR, "text.txt repeats 1 item ids, the first '100'"),
+        ([100, 300, 400], PAIR, "has 2 rows but .*text.txt has 3 lines; give one id per row"),
+        ([100, 300], [1.0, 2.0], r"has shape \(2,\) and type float64, expected one row of numbers per item"),
+        ([100, 300], [["a", "b"], ["c", "d"]], "expected one row of numbers per item"),
+        ([100, 300], [PAIR[0], [np.nan, 1.0]], "text.npy, row 2: the vector has a value that is not finite"),
+        ([100, 100], PAIR, "text.txt repeats 1 item ids, first '100'"),
         ([100, ""], PAIR, "text.txt, row 2: the item id is missing"),
     ],
 )
@@ -637,12 +637,12 @@ def test_files_and_names_of_vectors_must_fit(tmp_path: Path) -> None:
     (tmp_path / "empty.npy").touch()
     pl.DataFrame({"item": ["100"], "vector": PAIR[:1]}).write_parquet(tmp_path / "other.parquet")
     for name, vectors, message in (
-        ("price", good, r"item_vectors has the names \['price'\], which are of other item features; rename"),
+        ("price", good, r"item_vectors uses the names \['price'\], which other item features have; rename"),
         ("text", Vectors(tmp_path / "none.parquet"), "none.parquet does not exist"),
         ("text", Vectors(tmp_path / "text.npy", tmp_path / "none.txt"), "none.txt does not exist"),
-        ("text", Vectors(tmp_path / "text.npy"), "an array without ids; name a text file"),
+        ("text", Vectors(tmp_path / "text.npy"), "an array without ids; set ids to a text file"),
         ("text", Vectors(tmp_path / "empty.npy", tmp_path / "text.txt"), "empty.npy cannot be read as an array"),
-        ("text", Vectors(tmp_path / "text.parquet", tmp_path / "text.txt"), "has a column of ids; leave it out"),
+        ("text", Vectors(tmp_path / "text.parquet", tmp_path / "text.txt"), "has an id column; leave out ids"),
         ("text", Vectors(tmp_path / "text.txt"), "text.txt cannot be read as Parquet"),
         ("text", Vectors(tmp_path / "other.parquet"), r"no column 'item_id' \(did you mean 'item'\?\)"),
     ):

@@ -40,7 +40,7 @@ def test_a_quote_that_only_another_row_closes_is_an_error(tmp_path: Path, end: s
     source = table(tmp_path, lines({50: '"Heroes', 150: '"Heroes'}, separator=separator), end, quote=quote)
     if end == "txt":
         source.separator = separator
-    with pytest.raises(ValueError, match=r"line 52: a quote begins a field.* 100 lines below.*--source.quote null"):
+    with pytest.raises(ValueError, match=r"line 52: a quote opens a field.* 100 lines below.*--source.quote null"):
         prepare(source, tmp_path / "data")
     assert not (tmp_path / "data").exists()
     source.quote = None
@@ -52,24 +52,24 @@ def test_a_quote_that_only_another_row_closes_is_an_error(tmp_path: Path, end: s
     ("notes", "line", "message"),
     [
         ({50: '"Heroes'}, 52, "not closed before the end of the file"),
-        ({198: '"a', 199: 'b"'}, 200, "takes in the 1 lines after it, which look like rows"),
-        ({10: '"a', 90: 'b"'}, 12, "takes in the 80 lines after it, which look like rows"),
+        ({198: '"a', 199: 'b"'}, 200, "contains the next 1 lines, which look like rows"),
+        ({10: '"a', 90: 'b"'}, 12, "contains the next 80 lines, which look like rows"),
         ({3: '"a" b'}, 5, "the next one does not end it"),
-        ({3: '"a,b"', 7: '12" vinyl'}, 9, "a quote stands within a field that does not begin with one"),
-        ({3: '"a\nb"', 7: '12" vinyl'}, 10, "a quote stands within a field"),
-        ({3: ' "a b"'}, 5, "a quote stands within a field"),
+        ({3: '"a,b"', 7: '12" vinyl'}, 9, "a quote occurs within an unquoted field"),
+        ({3: '"a\nb"', 7: '12" vinyl'}, 10, "a quote occurs within an unquoted field"),
+        ({3: ' "a b"'}, 5, "a quote occurs within an unquoted field"),
     ],
 )
 def test_quotes_against_the_rules_are_named_by_line(
     tmp_path: Path, notes: dict[int, str], line: int, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"e.csv, line {line}: .*{re.escape(message)}.*say quote: null of this table"):
+    with pytest.raises(ValueError, match=f"e.csv, line {line}: .*{re.escape(message)}.*set quote: null for this table"):
         prepare(table(tmp_path, lines(notes)), tmp_path / "data", on_bad_rows="quarantine")
 
 
 def test_a_field_that_takes_in_rows_may_be_meant(tmp_path: Path) -> None:
     content = lines({10: '"a,b\n1,2,3,4\n"'})
-    with pytest.raises(ValueError, match=r"""if they are one field, say quote: '"'"""):
+    with pytest.raises(ValueError, match=r"""if they are one field, set quote: '"'"""):
         prepare(table(tmp_path, content), tmp_path / "data")
     source = table(tmp_path, content, quote='"')
     assert notes_of(source, tmp_path) == ["a,b\n1,2,3,4\n", "x"]
@@ -77,7 +77,7 @@ def test_a_field_that_takes_in_rows_may_be_meant(tmp_path: Path) -> None:
 
 def test_inch_marks_are_characters_where_no_field_is_enclosed(tmp_path: Path) -> None:
     assert notes_of(table(tmp_path, lines({5: '12" vinyl', 9: '7"'})), tmp_path) == ['12" vinyl', '7"', "x"]
-    with pytest.raises(ValueError, match=r"line 7: a quote stands within a field"):
+    with pytest.raises(ValueError, match=r"line 7: a quote occurs within an unquoted field"):
         prepare(table(tmp_path, lines({5: '12" vinyl'}), quote='"'), tmp_path / "data")
 
 
@@ -137,7 +137,7 @@ def test_lines_after_two_fields_of_several_lines_in_one_row(tmp_path: Path) -> N
 def test_side_tables_and_shards_are_looked_through_too(tmp_path: Path) -> None:
     source = table(tmp_path, lines({}))
     (tmp_path / "i.csv").write_text('id,name\n1,"One\n2,Two\n3,"Three\n')
-    with pytest.raises(ValueError, match=r"i\.csv, line 2: a quote begins a field"):
+    with pytest.raises(ValueError, match=r"i\.csv, line 2: a quote opens a field"):
         prepare(Table(source.path, items=SideTable("i.csv", "id", title="name")), tmp_path / "data")
     (tmp_path / "i.csv").write_text('id,name\n1,"One\n2,Two\n3,"Three\n')
     prepare(Table(source.path, items=SideTable("i.csv", "id", title="name", quote=None)), tmp_path / "data")
@@ -152,7 +152,7 @@ def test_side_tables_and_shards_are_looked_through_too(tmp_path: Path) -> None:
 def test_histories_are_looked_through_too(tmp_path: Path) -> None:
     path = tmp_path / "h.csv"
     path.write_text('user_id,item_id,note\n1,10,"Heroes\n1,11,x\n2,12,"Heroes\n')
-    with pytest.raises(ValueError, match=r"h\.csv, line 2: a quote begins a field"):
+    with pytest.raises(ValueError, match=r"h\.csv, line 2: a quote opens a field"):
         read_log(path)
     path.write_text('user_id,item_id,note\n1,10,12" vinyl\n"2","12","a, b"\n'.replace('12" v', "v"))
     assert read_log(path).rows() == [(1, "10", "vinyl"), (2, "12", "a, b")]
@@ -176,7 +176,7 @@ def test_movielens_has_quotes_in_csv_and_none_in_dat(tmp_path: Path) -> None:
         prepare(MovieLens(folder), tmp_path / "data")
         assert pl.read_parquet(tmp_path / "data" / c.ITEM_TABLE)["title"].to_list() == wanted
     (csv / "movies.csv").write_text('movieId,title,genres\n10,"Say,Drama\n20,"Two,Drama\n')
-    with pytest.raises(ValueError, match=r"movies\.csv, line 2: a quote begins a field"):
+    with pytest.raises(ValueError, match=r"movies\.csv, line 2: a quote opens a field"):
         prepare(MovieLens(csv), tmp_path / "data")
 
 

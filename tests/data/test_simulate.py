@@ -134,8 +134,8 @@ def test_sessions_and_ties(ratings: pl.DataFrame) -> None:
     days = gaps[gaps > 3600] / 86_400
     assert 3 < np.median(days) < 30
     assert days.max() > 90
-    assert times["timestamp"].to_numpy().min() >= simulate_module.OPEN
-    assert times["timestamp"].to_numpy().max() <= simulate_module.CLOSE
+    assert times["timestamp"].to_numpy().min() >= simulate_module.FIRST_RATING
+    assert times["timestamp"].to_numpy().max() <= simulate_module.LAST_RATING
 
 
 def test_popularity_has_a_head_and_a_long_tail(ratings: pl.DataFrame) -> None:

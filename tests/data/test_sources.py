@@ -179,7 +179,7 @@ def test_movielens_without_a_path_fetches_its_archive(tmp_path: Path, monkeypatc
     assert (tmp_path / "raw" / "ml-latest-small.zip").read_bytes() == archive.read_bytes()
     archive.unlink()
     assert events_of(source) == EVENTS  # from the copy
-    with pytest.raises(ConnectionError, match=r"raw/ml-20m.zip is not there.*put .*ml-20m.zip there.*RAW=PATH"):
+    with pytest.raises(ConnectionError, match=r"raw/ml-20m.zip does not exist.*put .*ml-20m.zip there.*RAW=PATH"):
         MovieLens(folder=tmp_path / "raw").fetch()
 
 
@@ -381,13 +381,13 @@ def test_a_table_says_what_it_cannot_find(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no file \*.csv or"), Table(tmp_path / "empty").open():
         pass
     LOG.write_parquet(tmp_path / "log.parquet")
-    with pytest.raises(ValueError, match=r"several kinds: .csv, .parquet"), Table(tmp_path, **WORDS).open():
+    with pytest.raises(ValueError, match=r"several file types: .csv, .parquet"), Table(tmp_path, **WORDS).open():
         pass
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("a.csv", "x\n1\n")
         archive.writestr("b.csv", "x\n1\n")
     two = Table(tmp_path / "two.zip")
-    with pytest.raises(ValueError, match=r"several tables: a.csv, b.csv; say which are events with member"), two.open():
+    with pytest.raises(ValueError, match=r"several tables: a.csv, b.csv; choose the events with member"), two.open():
         pass
 
 

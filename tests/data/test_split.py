@@ -136,7 +136,7 @@ def test_marks_come_from_a_column_and_decide_between_equal_times(tmp_path: Path,
     assert dataset.train_ends.tolist() == [2, 4, 7]
     assert dataset.val_ends.tolist() == [3, 5, 7]
     assert dataset.protocol["split"] == "Marked"
-    with pytest.raises(ValueError, match="use split: Marked, or no part"):
+    with pytest.raises(ValueError, match="use split: Marked, or leave out part"):
         prepare(Table(path, part="use"), tmp_path / "other")
     with pytest.raises(ValueError, match="the events are not marked"):
         prepare(Table(path), tmp_path / "other", split=Marked())

@@ -1,4 +1,4 @@
-"""Raw formats. To add one, write a class over Source and name it in YAML."""
+"""Readers of raw data formats. To add one, subclass `Source` and set it as class_path in YAML."""
 
 from recsys2stage.data.sources.base import Source as Source
 from recsys2stage.data.sources.base import Tables as Tables

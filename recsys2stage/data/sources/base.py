@@ -1,4 +1,4 @@
-"""What a source is: a raw format, opened as lazy tables of events, items and users in our column names."""
+"""The `Source` interface (raw format -> lazy tables of events, items and users), zip extraction and CSV scanning."""
 
 import csv
 import fnmatch
@@ -18,28 +18,28 @@ from recsys2stage.data.checks import FILE, LINE, SURPLUS, Column, Rows, require
 from recsys2stage.data.sources.quotes import AUTO, detect_layout
 from recsys2stage.trust import class_name
 
-LARGE = 1 << 30  # bytes: below it, nothing unpacked does harm
-MOST_GROWTH = 200  # a log in text packs to a tenth or twentieth of its size
+LARGE = 1 << 30  # bytes: smaller archives are not checked for their compression ratio
+MOST_GROWTH = 200  # largest accepted compression ratio; text logs compress 10 to 20 times
 
 Kind = Literal["categorical", "multi", "numeric"]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a source yields.
+    """The tables of a source.
 
     Attributes:
-        events: columns user_id, item_id, time, and where known rating, action and part (int8: the place of what the
-            event is for in train, val, test); one row an event, in the log's order.
+        events: columns user_id, item_id, time, optionally rating, action and part (int8: index in train, val, test);
+            one row per event, in log order.
         items: column item_id, optionally title, and feature columns.
         users: column user_id, and feature columns.
         item_features: feature column -> categorical (any type), multi (a list of text) or numeric.
-        user_features: the same of users.
-        files: the raw files, whose hashes go into the manifest.
-        folders: folders in which a further file would be read too, as a shard.
-        has_time: False where `time` only gives the order of events.
-        ticks: units of `time` in a second.
-        untyped_ids: ids come from a file without types, so those that are all plain whole numbers are such.
+        user_features: user feature column -> kind.
+        files: the raw files; the manifest records their hashes.
+        folders: folders of shards: a file added there would be read too.
+        has_time: False if `time` only gives the order of events.
+        ticks: units of `time` per second.
+        untyped_ids: the file format has no types (CSV), so ids are integers if all of them are plain integers.
     """
 
     events: Rows
@@ -55,14 +55,14 @@ class Tables:
 
 
 class Source(ABC):
-    """A raw format. Constructor arguments are plain values, kept as attributes of the same names."""
+    """Reader of a raw format. Constructor arguments are plain values, stored as attributes of the same names."""
 
     @abstractmethod
     def open(self) -> AbstractContextManager[Tables]:
-        """The tables, to be read before the context ends; what was unpacked for them is removed then."""
+        """Context manager that yields the tables; extracted files are removed when it exits."""
 
     def describe(self) -> dict[str, Any]:
-        """Class and options, for the manifest."""
+        """Class path and options, for the manifest."""
         kind = type(self)
         options = {
             name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
@@ -74,48 +74,52 @@ class Source(ABC):
 
 @contextmanager
 def unpacked(path: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """The folder itself, or a temporary one with those members of a zip whose name fits one of the patterns."""
+    """Yields the folder itself, or a temporary folder with the members of a zip that match one of the patterns."""
     if path.is_dir():
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="recsys-") as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                named = archive.infolist()
-                chosen = [member for member in named if any(matches(member.filename, pattern) for pattern in patterns)]
+                members = archive.infolist()
+                chosen = [
+                    member for member in members if any(matches(member.filename, pattern) for pattern in patterns)
+                ]
                 _check_members(path, chosen, free=shutil.disk_usage(folder).free)
                 for member in chosen:
                     archive.extract(member, folder)
         except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the disk, not the archive
+            if isinstance(error, OSError) and error.errno is not None:  # a disk error, not a damaged archive
                 raise
             raise ValueError(
                 f"{path} is not a complete zip file ({error}), {path.stat().st_size:,} bytes: "
-                "it may be cut short; remove it and fetch it again"
+                "it may be truncated; remove it and download it again"
             ) from error
         except ValueError:
             raise
         except Exception as error:  # zlib.error, lzma.LZMAError: a member is damaged
-            raise ValueError(f"{path} is damaged ({error}); remove it and fetch it again") from error
+            raise ValueError(f"{path} is damaged ({error}); remove it and download it again") from error
         yield Path(folder)
 
 
 def _check_members(path: Path, members: Sequence[zipfile.ZipInfo], free: int) -> None:
-    """Refuses members of a zip that would leave their folder or fill the disk, before any is unpacked."""
+    """Rejects zip members that would be extracted outside the folder or fill the disk (zip bombs)."""
     for member in members:
         parts = PurePosixPath(member.filename.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
-            raise ValueError(f"{path} has a member {member.filename!r}, expected names that stay in it; do not use it")
+            raise ValueError(
+                f"{path} has a member {member.filename!r}, expected paths inside the archive; do not use it"
+            )
     packed, unpacked = sum(m.compress_size for m in members), sum(m.file_size for m in members)
     if unpacked > free or (unpacked > LARGE and unpacked > MOST_GROWTH * packed):
         raise ValueError(
             f"{path} unpacks from {packed:,} to {unpacked:,} bytes, expected at most {MOST_GROWTH} times its size and "
-            f"the {free:,} bytes that are free; unpack it yourself and name the folder"
+            f"the {free:,} bytes of free space; unpack it yourself and pass the folder"
         )
 
 
 def matches(member: str, pattern: str) -> bool:
-    """Whether a path within a folder or zip is, or ends in, what the pattern says."""
+    """Whether a path within a folder or zip matches the pattern, as a whole or in its last parts."""
     return not member.endswith("/") and (fnmatch.fnmatch(member, pattern) or fnmatch.fnmatch(member, f"*/{pattern}"))
 
 
@@ -129,19 +133,19 @@ def csv_rows(
     """Delimited text files as lazy rows.
 
     Args:
-        files: shards of one table, each with the needed columns, in whatever order.
-        columns: our name -> what the column must hold; several may be parsed from one raw column.
-        header: the names of the columns of files that have none in their first line.
-        quote: the character that encloses fields, None, or auto, as `quotes.layout_of` has it.
+        files: shards of one table; column order may differ.
+        columns: our column name -> its rule; several can be parsed from one raw column.
+        header: column names, for files without a header line.
+        quote: quote character, None or auto, as in `quotes.detect_layout`.
     """
     typed, text = [], []
     for file in files:
         layout = detect_layout(file, separator, quote, header is None)
         names = header or read_header(file, separator, layout.quote)
         require((column.name for column in columns.values()), names, file)
-        names = [  # as polars names columns that have the name of another
-            f"{name}_duplicated_{names[:place].count(name) - 1}" if name in names[:place] else name
-            for place, name in enumerate(names)
+        names = [  # as polars renames duplicate columns
+            f"{name}_duplicated_{names[:index].count(name) - 1}" if name in names[:index] else name
+            for index, name in enumerate(names)
         ]
         dtypes = dict.fromkeys(names, pl.String()) | {column.name: column.dtype for column in columns.values()}
         chosen = [
@@ -159,18 +163,20 @@ def csv_rows(
             **options,
         ).with_columns(layout.line_of(pl.col(LINE).cast(pl.Int64), 1 if header else 2))
         own = [pl.col(column.name).alias(name) for name, column in columns.items()]
-        blank = pl.all_horizontal(pl.all().exclude(LINE).is_null())  # as editors leave at the end of a file
+        blank = pl.all_horizontal(
+            pl.all().exclude(LINE).is_null()
+        )  # blank lines, as editors leave at the end of a file
         text.append(raw.filter(~blank).select(*own, LINE, SURPLUS, pl.lit(str(file)).alias(FILE)))
     name = str(files[0]) + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
     return Rows(pl.concat(typed), name, columns, pl.concat(text))
 
 
 def read_header(file: Path, separator: str, quote: str | None = '"') -> list[str]:
-    """The names in the first line of a delimited text file."""
+    """Column names in the first line of a delimited text file."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
     try:
-        with file.open("rb") as lines:  # later lines are none of the header's business
+        with file.open("rb") as lines:  # bytes: later lines need not be valid UTF-8
             first = lines.readline().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The MovieLens data sets of GroupLens (https://grouplens.org/datasets/movielens/), in both of their layouts."""
+"""MovieLens datasets of GroupLens (https://grouplens.org/datasets/movielens/), in the .csv and .dat layouts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,18 +22,17 @@ FILES = ("ratings.csv", "movies.csv", "ratings.dat", "movies.dat", "users.dat")
 
 
 class MovieLens(Source):
-    """MovieLens 20M, 25M, 32M, latest, latest-small (`ratings.csv`) and 1M, 10M (`ratings.dat`), whichever is there.
+    """MovieLens 20M, 25M, 32M, latest, latest-small (`ratings.csv`) and 1M, 10M (`ratings.dat`).
 
     Items have a title, year (in the item table) and the features genres and decade; users of 1M have gender, age,
     occupation and zip_prefix.
 
     Args:
-        path: the unpacked folder, the folder above it, or the zip, taken as it is. Without one the official archive is
-            downloaded.
+        path: the zip, the unpacked folder or its parent. If None, the official archive is downloaded.
         archive: the name of the official archive: ml-20m, ml-25m, ml-32m, ml-1m, ml-latest, ml-latest-small.
-        user_features: whether to read what is known of users, where the archive has it (1M).
-        folder: where downloads go.
-        rating_actions: whether the kind of an event is its rating, as text: "0.5", "4.0".
+        user_features: whether to read user features, if the archive has them (1M).
+        folder: download folder.
+        rating_actions: whether to use the rating as the action, as text: "0.5", "4.0".
     """
 
     def __init__(
@@ -72,16 +71,16 @@ class MovieLens(Source):
             )
 
     def fetch(self) -> Path:
-        """The path as given, or that of the official archive, downloaded if it is not there yet."""
+        """The given path, or that of the official archive, which is downloaded if missing."""
         if self.path is not None:
             if not self.path.exists():
                 raise FileNotFoundError(
                     f"{self.path} does not exist; expected the zip or the folder of a MovieLens data set (ratings.csv "
-                    "or ratings.dat): name yours with --source.path PATH (make: RAW=PATH)"
+                    "or ratings.dat): pass yours with --source.path PATH (make: RAW=PATH)"
                 )
             return self.path
         path, url = self.folder / f"{self.archive}.zip", URL.format(self.archive)
-        advice = f"put {url} there, or name the zip or folder you have: --source.path PATH (make: RAW=PATH)"
+        advice = f"put {url} there, or pass the zip or folder you have: --source.path PATH (make: RAW=PATH)"
         return download(url, path, MD5.get(self.archive), advice)
 
     def _ratings(self, folder: Path, path: Path) -> Path:
@@ -91,21 +90,21 @@ class MovieLens(Source):
         if len(found) == 1 or len(named) == 1:
             return (named or found)[0]
         if found:
-            raise ValueError(f"{path} holds several data sets: {', '.join(map(str, found))}; name the folder of one")
-        there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+            raise ValueError(f"{path} holds several data sets: {', '.join(map(str, found))}; pass the folder of one")
+        existing = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
         raise FileNotFoundError(
             f"{path} has neither ratings.csv nor ratings.dat, in itself or one folder below"
-            + (f"; it has: {', '.join(there[:10]) or 'nothing'}" if path.is_dir() else "")
+            + (f"; it has: {', '.join(existing[:10]) or 'nothing'}" if path.is_dir() else "")
         )
 
 
 def parse_year(title: pl.Expr) -> pl.Expr:
-    """1995 of "Toy Story (1995)", the last such of several; the first of "(1975-1979)"; null without."""
+    """Year in a title: 1995 in "Toy Story (1995)", 1975 in "(1975-1979)"; the last of several, else null."""
     return title.str.extract(r".*\(((?:18|19|20)\d\d)(?:\s*[-–]\s*(?:\d{4})?\s*)?\)", 1).cast(pl.Int32)
 
 
 def parse_decade(title: pl.Expr) -> pl.Expr:
-    """ "Pre-1970", "1970s", "1980s", ... of the year in the title; null without."""
+    """Decade of the year in a title: "Pre-1970", "1970s", "1980s", ...; null without a year."""
     year = parse_year(title)
     return pl.when(year < 1970).then(pl.lit("Pre-1970")).otherwise(pl.format("{}0s", year // 10))
 
@@ -125,7 +124,7 @@ EVENTS = {
     RATING: rating_column("rating", 0.5, 5.0),
     TIME: time_column("timestamp"),
 }
-RATING_ACTIONS = {  # both from one raw column, which is then read as text
+RATING_ACTIONS = {  # rating and action share a raw column, so it is read as text
     RATING: replace(EVENTS[RATING], dtype=pl.String()),
     ACTION: Column("rating", "", lambda raw: parse_float(raw).cast(pl.Float32).cast(pl.String), required=False),
 }
@@ -147,7 +146,7 @@ USERS = {
 
 
 def _dat_events(file: Path, columns: dict[str, Column]) -> Rows:
-    # polars reads no two-character separators: split at ":", there are empty columns between
+    # polars has no two-character separators; splitting "::" at ":" gives empty columns in between
     header = ["userId", "_1", "movieId", "_2", "rating", "_3", "timestamp"]
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
@@ -165,8 +164,8 @@ def _dat(file: Path, header: list[str], columns: dict[str, Column]) -> Rows:
     lines = pl.Series("all", [row.removesuffix("\r") for row in rows], dtype=pl.String)
     fields = lines.str.split_exact("::", len(header) - 1).struct.rename_fields(header).struct.unnest()
     raw = fields.lazy().with_row_index(LINE, 1)
-    whole_table = raw.select(
+    unparsed = raw.select(
         *(pl.col(column.name).alias(name) for name, column in columns.items()), LINE, pl.lit(str(file)).alias(FILE)
     )
     typed = raw.select(column.parse(pl.col(column.name)).alias(name) for name, column in columns.items())
-    return Rows(typed, str(file), columns, whole_table)
+    return Rows(typed, str(file), columns, unparsed)

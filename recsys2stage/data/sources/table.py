@@ -1,4 +1,4 @@
-"""Anyone's events in CSV, TSV or Parquet, with the columns mapped in YAML."""
+"""`Table`: events, items and users in CSV, TSV or Parquet, with a column mapping in YAML."""
 
 import glob
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from recsys2stage.data.sources.quotes import AUTO, check_quote
 from recsys2stage.data.split import PARTS
 
 DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
-MAX_FLOAT32 = 3.4e38  # of a numeric feature, whose array is of this type
+MAX_FLOAT32 = 3.4e38  # numeric features are stored as float32
 TICKS = {"seconds": 1, "milliseconds": 1000, "iso": 1000, "order": 1}
 
 
@@ -37,8 +37,8 @@ class Feature:
 
     Args:
         kind: categorical (any value is a class), multi (several classes in one text, or a list) or numeric.
-        separator: what stands between the classes of a multi column of text.
-        column: its name in the file, where that is another.
+        separator: separator of the classes in a multi column of text.
+        column: its name in the file, if different from the feature name.
     """
 
     kind: Kind
@@ -48,14 +48,14 @@ class Feature:
 
 @dataclass
 class SideTable:
-    """A table of what is known of items or users.
+    """Side information: a table of item or user features.
 
     Args:
-        path: its file, in the folder or zip of the events; or an absolute path.
-        id: the column of the id, written as in the events.
-        columns: feature name -> what it is.
-        title: the column of what to call it when it is shown.
-        quote: as that of a Table, which is of the events.
+        path: the file, relative to the folder or zip of the events, or an absolute path.
+        id: the id column; ids must match those of the events as text.
+        columns: feature name -> feature column.
+        title: column with the display title.
+        quote: quote character of this file, as in `Table`.
     """
 
     path: str
@@ -69,22 +69,22 @@ class Table(Source):
     """Events in delimited text (CSV, TSV) or Parquet, read lazily; ids may be numbers or text.
 
     Args:
-        path: a file, a glob, a folder of shards (taken in the order of their names), or a zip.
-        user: the column of the user id.
-        item: the column of the item id.
-        time: the column of the time; none only with time_unit order, which then is the order of the file.
-        time_unit: seconds or milliseconds since 1970, iso text (UTC unless it says otherwise), or order: numbers that
-            only say what came first.
-        rating: the column of the rating, if there is one.
-        action: the column of what the user did (click, buy, ...), if there is one.
-        items: the item table, if there is one.
-        users: the user table, if there is one.
-        rating_range: the least and greatest rating allowed; by default any finite number.
-        member: the event file or a pattern of such, within a folder or zip that holds more than events.
-        separator: what stands between the columns of .csv and .txt; .tsv and .tab have tabs.
-        part: the column of what the event is for, train, val or test, where split: Marked shall go by it.
-        quote: the character that encloses fields of delimited text; null or none: none does; auto: `"`, unless it only
-            ever stands within fields. A quote that is not closed is an error in any case.
+        path: a file, a glob, a folder of shards (read in the order of their names), or a zip.
+        user: user id column.
+        item: item id column.
+        time: time column; null only with time_unit order, which is then the file order.
+        time_unit: seconds or milliseconds since 1970, iso text (UTC unless it has an offset), or order: numbers that
+            only give the order of events.
+        rating: rating column, if any.
+        action: action type column (click, buy, ...), if any.
+        items: item table, if any.
+        users: user table, if any.
+        rating_range: smallest and largest valid rating; by default any finite number is valid.
+        member: name or pattern of the event files in a folder or zip that holds other files too.
+        separator: column separator of .csv and .txt; .tsv and .tab use tabs.
+        part: column with train, val or test for each event, for split: Marked.
+        quote: quote character of delimited text; null or none: no quoting; auto: `"`, unless it only occurs within
+            fields. An unclosed quote is always an error.
     """
 
     def __init__(
@@ -105,9 +105,7 @@ class Table(Source):
         quote: str | None = AUTO,
     ):
         if time is None and time_unit != "order":
-            raise ValueError(
-                f"time_unit is {time_unit!r} but no time column is named; without times say time_unit: order"
-            )
+            raise ValueError(f"time_unit is {time_unit!r} but time is null; without times set time_unit: order")
         if len(separator) != 1 or not separator.isascii():
             raise ValueError(f"separator is {separator!r}, expected one ASCII character")
         for one in (quote, *(side.quote for side in (items, users) if side is not None)):
@@ -131,21 +129,21 @@ class Table(Source):
     def open(self) -> Iterator[Tables]:
         sides = [side.path for side in (self.items, self.users) if side is not None]
         events = [self.member] if self.member else [f"*{suffix}" for suffix in DELIMITED + PARQUET]
-        named = sorted(Path(name) for name in glob.glob(str(self.path))) if not self.path.exists() else []
-        if not named and not self.path.exists():
+        globbed = sorted(Path(name) for name in glob.glob(str(self.path))) if not self.path.exists() else []
+        if not globbed and not self.path.exists():
             raise FileNotFoundError(
-                f"{self.path} does not exist; name your events with --source.path PATH (make: RAW=PATH)"
+                f"{self.path} does not exist; pass your events with --source.path PATH (make: RAW=PATH)"
             )
         zipped = self.path.suffix == ".zip"
-        root = self.path if zipped or self.path.is_dir() else (named[0] if named else self.path).parent
+        root = self.path if zipped or self.path.is_dir() else (globbed[0] if globbed else self.path).parent
         with unpacked(root, [*events, *sides]) as folder:
             many = zipped or self.path.is_dir()
-            files = _matching(folder, events, leave=sides) if many else named or [self.path]
+            files = _matching(folder, events, exclude=sides) if many else globbed or [self.path]
             if not files:
                 raise FileNotFoundError(f"{self.path} has no file {' or '.join(events)} of events")
             if zipped and len(files) > 1 and not self.member:
                 inside = ", ".join(str(file.relative_to(folder)) for file in files)
-                raise ValueError(f"{self.path} holds several tables: {inside}; say which are events with member")
+                raise ValueError(f"{self.path} holds several tables: {inside}; choose the events with member")
             item_file, items, item_features = self._side(self.items, ITEM_ID, folder)
             user_file, users, user_features = self._side(self.users, USER_ID, folder)
             yield Tables(
@@ -188,7 +186,7 @@ class Table(Source):
         found = [Path(side.path)] if Path(side.path).is_absolute() else _matching(folder, [side.path])
         if len(found) != 1 or not found[0].is_file():
             raise FileNotFoundError(
-                f"{self.path} has {len(found) or 'no'} files {side.path!r} in or beside it, expected one"
+                f"{self.path} has {len(found) or 'no'} files {side.path!r} in it or its folder, expected one"
             )
         columns = {own_id: id_column(side.id)}
         if side.title is not None:
@@ -207,24 +205,24 @@ class Table(Source):
         return found, self._rows(found, columns, side.quote), kinds
 
     def _rows(self, files: Sequence[Path], columns: dict[str, Column], quote: str | None) -> Rows:
-        kinds = {file.suffix for file in files}
-        if kinds <= set(PARQUET):
+        suffixes = {file.suffix for file in files}
+        if suffixes <= set(PARQUET):
             return parquet_rows(files, columns)
-        if kinds & set(PARQUET) or len(kinds) > 1:
+        if suffixes & set(PARQUET) or len(suffixes) > 1:
             raise ValueError(
-                f"the shards are of several kinds: {', '.join(sorted(kinds))}; name one with a glob: path/*.csv"
+                f"the shards have several file types: {', '.join(sorted(suffixes))}; select one with a glob: path/*.csv"
             )
-        separator = "\t" if kinds <= {".tsv", ".tab"} else self.separator
+        separator = "\t" if suffixes <= {".tsv", ".tab"} else self.separator
         return csv_rows(files, columns, separator, quote=quote)
 
 
 def part_number(raw: pl.Expr) -> pl.Expr:
-    """train, val, test -> 0, 1, 2, Int8; null where it is none of them."""
+    """train, val, test -> 0, 1, 2 (Int8), else null."""
     return raw.cast(pl.String).replace_strict(PARTS, range(len(PARTS)), default=None, return_dtype=pl.Int8)
 
 
 def iso(raw: pl.Expr) -> pl.Expr:
-    """ISO text -> milliseconds since 1970; null where it is none. UTC unless an offset is given."""
+    """ISO 8601 text -> milliseconds since 1970, null if it does not parse. UTC unless it has an offset."""
     text = raw.str.strip_chars().str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
     zoned = [text.str.to_datetime(f"%Y-%m-%d %H:%M{rest}%:z", time_unit="ms", strict=False) for rest in (":%S%.f", "")]
     plain = [text.str.to_datetime(f"%Y-%m-%d %H:%M{rest}", time_unit="ms", strict=False) for rest in (":%S%.f", "")]
@@ -237,15 +235,15 @@ def _splitter(separator: str) -> Callable[[pl.Expr], pl.Expr]:
     return lambda raw: raw.str.split(separator)
 
 
-def _matching(folder: Path, patterns: Sequence[str], leave: Sequence[str] = ()) -> list[Path]:
+def _matching(folder: Path, patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((".", "_")))
     names = {file: file.relative_to(folder).as_posix() for file in files}
     wanted = [file for file in files if any(matches(names[file], pattern) for pattern in patterns)]
-    return [file for file in wanted if not any(matches(names[file], pattern) for pattern in leave)]
+    return [file for file in wanted if not any(matches(names[file], pattern) for pattern in exclude)]
 
 
 def parquet_rows(files: Sequence[Path], columns: dict[str, Column]) -> Rows:
-    """Parquet files as lazy rows, parsed as the same values in text would be."""
+    """Parquet files as lazy rows, with values parsed as in a text file."""
     shards = []
     for file in files:
         if file.stat().st_size == 0:
