@@ -25,20 +25,20 @@ import polars as pl
 import torch
 from torch import nn
 
-from recsys2stage.encoders import Encoder
-from recsys2stage.index import Approximate
-from recsys2stage.items import ItemTable
-from recsys2stage.losses import Loss
-from recsys2stage.losses.lists import ListLoss
-from recsys2stage.miners import Miner
-from recsys2stage.objectives import NextItem
-from recsys2stage.positions import Position, PositionFactory
-from recsys2stage.scorers import Scorer
+from recsys2stage.retrieval.encoders import Encoder
+from recsys2stage.retrieval.index import Approximate
+from recsys2stage.retrieval.items import ItemTable
+from recsys2stage.retrieval.losses import Loss
+from recsys2stage.ranking.losses import ListLoss
+from recsys2stage.mining.miners import Miner
+from recsys2stage.retrieval.objectives import NextItem
+from recsys2stage.retrieval.encoders.positions import Position, PositionFactory
+from recsys2stage.ranking.scorers import Scorer
 from recsys2stage.shapes import Shape
-from recsys2stage.signals import Proposer
-from recsys2stage.sources import Source, Table
-from recsys2stage.split import Split
-from recsys2stage.times import Time, TimeFactory
+from recsys2stage.ranking.signals import Proposer
+from recsys2stage.data.sources import Source, Table
+from recsys2stage.data.split import Split
+from recsys2stage.retrieval.encoders.times import Time, TimeFactory
 
 
 class Played(Source):
@@ -165,7 +165,7 @@ class EveryOther(Miner):
 
     def choose(self, request, rng):
         band = request.candidates[:, :: self.step]
-        return np.where(request.is_known(band), -1, band)
+        return np.where(request.is_excluded(band), -1, band)
 
 
 class Linear(Scorer):
