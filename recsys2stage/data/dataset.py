@@ -67,7 +67,7 @@ class Dataset:
 
     @property
     def seen_rule(self) -> Seen:
-        """keep where the dataset keeps repeated events, since a seen item can then be the target; else filter."""
+        """`keep` if the dataset keeps repeated events, because a seen item can then be the target; else `filter`."""
         return "keep" if self.protocol["repeats"] == "keep" else "filter"
 
     @cached_property

@@ -12,7 +12,7 @@ PARTS = ("train", "val", "test")
 class Split(ABC):
     """Splits each user's events, in time order, into training, validation and test events."""
 
-    min_events: ClassVar[int]  # users with fewer events are not evaluated
+    min_events: ClassVar[int]  # users with fewer events are too short to evaluate
     needs_time: ClassVar[bool] = False
 
     @abstractmethod

@@ -283,7 +283,7 @@ def test_seconds_are_whole_numbers_of_this_century_however_they_are_held() -> No
         ([10**9, None], "times holds None, expected whole seconds"),
         (["2003-02-28"], "times holds '2003-02-28', expected whole seconds"),
         ([True, False], "times holds True, expected whole seconds"),
-        ([datetime(2003, 2, 28, tzinfo=UTC)], r"holds datetime.*int\(moment\.timestamp\(\)\)"),
+        ([datetime(2003, 2, 28, tzinfo=UTC)], r"holds datetime.*int\(value\.timestamp\(\)\)"),
         ([5, -1], "times holds -1, expected seconds since 1970: 0 or more"),
         ([10**12], "beyond the year 2100; it looks like milliseconds: divide by 1000$"),
         ([10**15], "it looks like microseconds: divide by 1000000$"),
@@ -409,15 +409,16 @@ import sys
 from pathlib import Path
 import numpy as np
 from recsys2stage import TwoStageRecommender
-from recsys2stage.commands import evaluate, recommend
-from recsys2stage.data import Histories
-from recsys2stage.dataset import Dataset, as_history
-from recsys2stage.prepare import prepare
-from recsys2stage.recommend import Recommender
-from recsys2stage.retriever import Retriever
-from recsys2stage.simulate import simulate
-from recsys2stage.sources import Table
-from recsys2stage.towers import TwoTower
+from recsys2stage.cli.commands import evaluate, recommend
+from recsys2stage.retrieval.histories import Histories
+from recsys2stage.data.batches import as_history
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.prepare import prepare
+from recsys2stage.recommender import Recommender
+from recsys2stage.retrieval.retriever import Retriever
+from recsys2stage.data.simulate import simulate
+from recsys2stage.data.sources import Table
+from recsys2stage.retrieval.towers import TwoTower
 
 data, index, folder = map(Path, sys.argv[1:])
 dataset, served, table = Dataset(data), Recommender.load(index), Table(data / "events.csv")
