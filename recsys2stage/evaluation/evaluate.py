@@ -85,8 +85,8 @@ def rank_users(
     for part in tqdm(list(in_chunks(len(users), batch_size)), desc=f"rank {split} targets", unit="batch"):
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
-        known, target = dataset.known(batch, split), dataset.targets(batch, split)
-        excluded = excluded_from_ranking(known, target, dataset.num_items, batch, negatives, seed)
+        filtered, target = dataset.known(batch, split), dataset.targets(batch, split)
+        excluded = excluded_from_ranking(filtered, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
         tops: dict[str, np.ndarray] = {}
         for name, baseline in baselines.items():
@@ -97,11 +97,11 @@ def rank_users(
         request_times = dataset.request_times(batch, split)
         queries = recommender.queries(padded, request_times, target_action)
         scores = torch.from_numpy(queries) @ vectors.T  # (B, V)
-        first = _filtered_rank(scores, excluded, target)
+        retriever_rank = _filtered_rank(scores, excluded, target)
         new = padded.lengths == 0  # served by popularity
-        parts["retriever"].append(np.where(new, parts["popularity"][-1], first))
+        parts["retriever"].append(np.where(new, parts["popularity"][-1], retriever_rank))
         tops["retriever"] = top_items(scores)
-        candidates = recommender.candidates(queries, known, padded, request_times)
+        candidates = recommender.candidates(queries, filtered, padded, request_times)
         items = candidates.items
         is_target = items == target[:, None]
         parts["candidate_rank"].append(np.where(is_target.any(1), is_target.argmax(1), items.shape[1]) + 1)
@@ -110,13 +110,13 @@ def rank_users(
             target_score = scores.gather(1, torch.from_numpy(target - 1)[:, None])
             candidate_scores = scores.gather(1, torch.from_numpy(np.maximum(items - 1, 0)))
             ranked = ~np.take_along_axis(excluded, np.maximum(items, c.PAD), axis=1)
-            before = ((candidate_scores >= target_score).numpy() & ranked & ~is_target).sum(1)
+            above = ((candidate_scores >= target_score).numpy() & ranked & ~is_target).sum(1)
             inputs = recommender.candidate_batch(queries, candidates, padded, request_times)
             for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
                 logits = recommender.rerank(inputs, ids_masked=masked)
                 logits[~ranked] = -np.inf
-                second = second_stage_rank(np.where(ranked, items, -1), logits, target, first, before)
-                parts[name].append(np.where(new, parts["popularity"][-1], second))
+                rank = second_stage_rank(np.where(ranked, items, -1), logits, target, retriever_rank, above)
+                parts[name].append(np.where(new, parts["popularity"][-1], rank))
                 tops[name] = top_items(torch.from_numpy(logits), items)
                 if not masked:
                     confidence, hit = top_probability(logits, is_target)
@@ -158,12 +158,12 @@ def top_probability(logits: np.ndarray, is_target: np.ndarray) -> tuple[np.ndarr
 
 
 def excluded_from_ranking(
-    known: Ragged, target: np.ndarray, num_items: int, users: np.ndarray, negatives: int | None, seed: int
+    filtered: Ragged, target: np.ndarray, num_items: int, users: np.ndarray, negatives: int | None, seed: int
 ) -> np.ndarray:
     """Items excluded from the ranking, (B, V + 1) bool: padding, filtered seen items, and items not sampled.
 
     Args:
-        known: filtered seen items of each user.
+        filtered: seen items that are filtered for each user.
         target: (B,) items.
         num_items: V.
         users: (B,) user numbers, which seed the samples.
@@ -172,7 +172,7 @@ def excluded_from_ranking(
         seed: of the samples.
     """
     excluded = np.zeros((len(target), num_items + 1), dtype=bool)
-    excluded[:, c.PAD] = excluded[known.rows, known.values] = True
+    excluded[:, c.PAD] = excluded[filtered.rows, filtered.values] = True
     if negatives is None:
         return excluded
     for row, user in enumerate(users.tolist()):
@@ -191,7 +191,7 @@ def _filtered_rank(scores: torch.Tensor, excluded: np.ndarray, target: np.ndarra
 
 
 def second_stage_rank(
-    items: np.ndarray, logits: np.ndarray, target: np.ndarray, first: np.ndarray, before: np.ndarray
+    items: np.ndarray, logits: np.ndarray, target: np.ndarray, retriever_rank: np.ndarray, above: np.ndarray
 ) -> np.ndarray:
     """Rank of each target after the second stage, (B,) int64.
 
@@ -199,12 +199,12 @@ def second_stage_rank(
         items: (B, K) candidates, padded with −1.
         logits: (B, K) the second stage's scores.
         target: (B,) items.
-        first: (B,) rank by the retriever over the catalogue.
-        before: (B,) number of other candidates that the retriever scores at least as high as the target.
+        retriever_rank: (B,) rank by the retriever over the catalogue.
+        above: (B,) number of other candidates that the retriever scores at least as high as the target.
     """
     is_target = items == target[:, None]
     among = compute_rank(torch.from_numpy(logits), torch.from_numpy(is_target.argmax(1))).numpy()
-    below = (items > 0).sum(1) + first - before
+    below = (items > 0).sum(1) + retriever_rank - above
     return np.where(is_target.any(1), among, below)
 
 
