@@ -463,9 +463,9 @@ LISTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no column": (
         lambda f: pl.read_parquet(f / CANDIDATES).drop("retriever_score").write_parquet(f / CANDIDATES),
-        "has no column retriever_score",
+        "column retriever_score of .* cannot be read",
     ),
-    "no Parquet": (lambda f: (f / CANDIDATES).write_bytes(b"x" * 99), "that can be read"),
+    "no Parquet": (lambda f: (f / CANDIDATES).write_bytes(b"x" * 99), "column .* cannot be read"),
     "states of others": (lambda f: np.save(f / STATES, np.zeros((3, 16), np.float32)), "states.npy has shape"),
     "pickled states": (
         lambda f: np.save(f / STATES, np.array([Evil(f.parent / "canary")], dtype=object), allow_pickle=True),

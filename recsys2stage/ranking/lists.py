@@ -118,7 +118,7 @@ def read_candidates(folder: Path, signals: Sequence[str], dataset: Dataset) -> C
         try:
             return pq.read_table(folder / file, columns=[name]).column(0).to_numpy()
         except (pa.ArrowException, IndexError) as error:
-            raise ValueError(f"{folder / file} has no readable column {name} ({error}); mine again") from error
+            raise ValueError(f"column {name} of {folder / file} cannot be read ({error}); mine again") from error
 
     def integers(name: str, low: int, below: int, file: str = CANDIDATES) -> np.ndarray:
         values = column(name, file)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from pipeline_fixtures import RANKER, RETRIEVER, Run
 
-from recsys2stage import data as data_module
 from recsys2stage import estimator
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.ranker import Ranker
+from recsys2stage.retrieval import histories as histories_module
 from recsys2stage.retrieval.histories import Histories, balance_batches, shuffled
 from recsys2stage.retrieval.retriever import Retriever
 
@@ -84,14 +84,14 @@ def test_of_processes_that_start_together_one_prepares(tmp_path: Path, monkeypat
         "user_id,item_id,timestamp\n" + "".join(f"{user},{item},{item}\n" for user in range(3) for item in range(1, 6))
     )
     monkeypatch.chdir(tmp_path)
-    prepare, made = data_module.prepare_dataset, []
+    prepare, made = histories_module.prepare_dataset, []
 
     def slow(config: Path, output: Path) -> None:
         made.append(output)
         time.sleep(0.2)
         prepare(config, output)
 
-    monkeypatch.setattr(data_module, "prepare_dataset", slow)
+    monkeypatch.setattr(histories_module, "prepare_dataset", slow)
     threads = [threading.Thread(target=Histories, args=(tmp_path / "data", config)) for _ in range(2)]
     for thread in threads:
         thread.start()
