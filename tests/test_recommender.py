@@ -817,7 +817,7 @@ def test_another_process_serves_from_the_bundle_alone(
     when = {"times": [10**9 + 3_600 * place for place in range(6)], "request_time": 10**9 + 10**6}
     code = f"""
 import json, sys
-from recsys2stage.recommend import Recommender
+from recsys2stage.recommender import Recommender
 rows = Recommender.load("bundle").recommend({history}, k=5)
 rows += Recommender.load("informed").recommend({history}, k=5, **{when})
 assert not [name for name in ("lightning", "faiss", "jsonargparse") if name in sys.modules]

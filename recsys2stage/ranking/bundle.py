@@ -43,7 +43,8 @@ def kind_of(path: str | Path) -> str:
 
 def bundle_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a bundle or an index folder."""
-    return read_manifest(path, kind_of(path), "recsys export-bundle")
+    kind = kind_of(path)
+    return read_manifest(path, kind, f"recsys export-{kind} --output {path}")
 
 
 def check_split(dataset: Dataset, folder: Path) -> None:

@@ -83,7 +83,7 @@ def test_help_shows_the_descriptions(verb: str, capsys: pytest.CaptureFixture[st
         recsys(verb, "--help")
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert {"mine-negatives": "candidates of each request.", "fit": "Folder of this run's checkpoints"}[verb] in shown
+    assert {"mine-negatives": "number of candidates per request.", "fit": "Folder of this run's checkpoints"}[verb] in shown
 
 
 def parts() -> Iterator[type]:
@@ -362,7 +362,8 @@ def test_where_an_error_came_from_can_be_asked_for(monkeypatch: pytest.MonkeyPat
 def test_training_needs_neither_polars_nor_faiss_and_the_other_verbs_no_lightning() -> None:
     code = """
 import sys
-import recsys2stage.retriever, recsys2stage.data, recsys2stage.ranker, recsys2stage.callbacks
+import recsys2stage.retrieval.retriever, recsys2stage.retrieval.histories
+import recsys2stage.ranking.ranker, recsys2stage.cli.callbacks
 assert "lightning" in sys.modules
 found = [name for name in ("polars", "faiss", "pyarrow", "pandas") if name in sys.modules]
 assert not found, found
@@ -370,7 +371,7 @@ assert not found, found
     subprocess.run([sys.executable, "-c", code], check=True)
     code = """
 import sys
-import recsys2stage.cli
+import recsys2stage.cli.main
 assert "polars" in sys.modules
 found = [name for name in ("lightning", "faiss") if name in sys.modules]
 assert not found, found
