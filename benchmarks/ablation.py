@@ -73,15 +73,15 @@ def changes(candidates: Path) -> dict[str, Change]:
 def ndcgs(checkpoint: Path, data: Candidates) -> tuple[np.ndarray, np.ndarray]:
     """NDCG@10 of each validation list, by the ranker and by the retriever."""
     reranker = Ranker.load_from_checkpoint(checkpoint, map_location="cpu").eval().reranker
-    found = []
+    parts = []
     with torch.inference_mode():
         for lists in data.val_dataloader():
-            real, place = lists.candidates.items != PAD, lists.positive.clamp(min=0)
+            real, positive = lists.candidates.items != PAD, lists.positive.clamp(min=0)
             logits = reranker(lists.candidates, torch.zeros_like(real)).masked_fill(~real, -torch.inf)
-            own = lists.candidates.rank.gather(1, place[:, None]).squeeze(1)
-            ranks = torch.stack([compute_rank(logits, place), own], dim=1)
-            found.append(torch.where((lists.positive >= 0)[:, None], ranks, NOT_RETRIEVED).numpy())
-    ranker, retriever = compute_metrics(np.concatenate(found), [10])["ndcg@10"].T
+            retrieved = lists.candidates.rank.gather(1, positive[:, None]).squeeze(1)
+            ranks = torch.stack([compute_rank(logits, positive), retrieved], dim=1)
+            parts.append(torch.where((lists.positive >= 0)[:, None], ranks, NOT_RETRIEVED).numpy())
+    ranker, retriever = compute_metrics(np.concatenate(parts), [10])["ndcg@10"].T
     return ranker, retriever
 
 

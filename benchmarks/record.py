@@ -38,11 +38,11 @@ def shorten_paths(value: Any) -> Any:
         return [shorten_paths(part) for part in value]
     if not isinstance(value, str):
         return value
-    words = []
-    for word in value.split(" "):
-        option, equals, path = word.rpartition("=")
-        words.append(f"{option}{equals}{Path(path).name}" if path.startswith("/") else word)
-    return " ".join(words)
+    arguments = []
+    for argument in value.split(" "):
+        option, equals, path = argument.rpartition("=")
+        arguments.append(f"{option}{equals}{Path(path).name}" if path.startswith("/") else argument)
+    return " ".join(arguments)
 
 
 def record(name: str, runs: list[Path], root: Path = ROOT) -> list[Path]:

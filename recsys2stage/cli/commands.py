@@ -82,7 +82,7 @@ def export_index(
     Args:
         retriever: checkpoint of a retriever.
         data: prepared dataset.
-        output: folder to write; None: index, beside the retriever's folder.
+        output: folder to write; None: index, next to the retriever's folder.
         index: how to search, exactly (Exact) or by a faiss factory string (Faiss); None: Exact.
         measured: number of users to measure recall and latency on; 0: none.
         trust: modules outside this package from which the checkpoint may load classes.
@@ -155,7 +155,7 @@ def export_bundle(
     Args:
         index: folder written by export-index.
         ranker: checkpoint of a ranker.
-        output: folder to write; None: bundle, beside the index.
+        output: folder to write; None: bundle, next to the index.
         candidates: number of candidates that the ranker scores per request; None: as in its training.
         trust: modules outside this package from which the checkpoint may load classes.
     """
@@ -231,7 +231,7 @@ def recommend(
             if there is no time. Optional: rating, action (name of the action type) and the user features of the model.
             These users need not be in the data.
         users: user ids: a list, or a text file with one per line, compared as text (0012 is not 12); None: all.
-        output: Parquet file to write; None: recommendations.parquet, beside the bundle.
+        output: Parquet file to write; None: recommendations.parquet, next to the bundle.
         k: number of items per user.
         request_time: seconds since 1970, no earlier than any user's newest event; None: the log's newest event.
         action: target action, for models with next_action: one name for all users, a CSV or Parquet file with user_id
