@@ -17,16 +17,7 @@ from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
 from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 
-PARTS = (
-    "score",
-    "rank",
-    "margin",
-    "popularity",
-    "features",
-    "state",
-    "vectors",
-    "recent",
-)  # inputs that `without` may remove
+PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # removable by `without`
 
 
 class Reranker(nn.Module):

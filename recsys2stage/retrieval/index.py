@@ -185,7 +185,7 @@ class Exact(Index):
 
 
 class Approximate(Index):
-    """Approximate search: fetches more than k candidates, scores them exactly and removes excluded items.
+    """Approximate search: over-fetches candidates, scores them exactly and removes excluded items.
 
     Exact search handles rows that end up with too few items, and rows with so many exclusions that most items would
     have to be fetched.
@@ -353,7 +353,7 @@ def available_device(device: str) -> str:
     """`device`, or the CPU with a warning if this machine or this build of torch does not have it."""
     try:
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError):  # without the backend and without the device
+    except (AssertionError, RuntimeError):  # raised without the backend, and without the device
         logger.warning("the index is for the device %s, which this machine does not have; searching on the CPU", device)
         return "cpu"
     return device

@@ -35,8 +35,8 @@ class Retriever(RecsysModule):
         max_length: maximum history length L (set by the data).
         request_time: source of the request time (set by the data, kept for serving).
         dim: width D of item vectors and states.
-        encoder: the sequence encoder, built with (dim, max_length).
-        items: the item table, built with (num_items, dim, features).
+        encoder: the sequence encoder, called with (dim, max_length).
+        items: the item table, called with (num_items, dim, features).
         tied: whether histories and candidates share one item table.
         item_bias: whether each item has a bias, added to its score.
         similarity: score of query and item: cosine or dot product.
