@@ -201,7 +201,10 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "a pickle as a table": (pickled_array("signals/0.items.npy"), "0.items.npy cannot be read as an array"),
     "a pickle as weights": (pickled_weights, "towers.pt is not a checkpoint, or is incomplete"),
     "compressed weights": (compressed_weights, "towers.pt unpacks from [0-9,]+ to [0-9,]+ bytes"),
-    "one number as many weights": (repeated_weights, "the weights .* are not a tensor, or are larger than their storage"),
+    "one number as many weights": (
+        repeated_weights,
+        "the weights .* are not a tensor, or are larger than their storage",
+    ),
     "an array larger than its file": (giant_array("index.npy"), "index.npy cannot be read as an array"),
     "a table larger than its file": (giant_array("signals/0.keys.npy"), "0.keys.npy cannot be read as an array"),
     "more items than weights": (

@@ -364,7 +364,7 @@ def test_numbers_that_count_are_refused_below_the_least(trained: Run, tmp_path: 
         least = f"is {wrong}, expected at least 1"
         refused(f"batch_size {least}", "mine-negatives", *mined, *out, "--batch_size", wrong)
         refused(f"users {least}, or null for all", "mine-negatives", *mined, *out, "--users", wrong)
-        refused(f"candidates {least}, or null for as many", "export-bundle", *packed, *out, "--candidates", wrong)
+        refused(f"candidates {least}, or null for the number", "export-bundle", *packed, *out, "--candidates", wrong)
         refused(f"batch_size {least}", "recommend", *bundle, *out, "--batch_size", wrong)
         refused(f"batch_size {least}", "evaluate", *bundle, *out, "--batch_size", wrong)
         refused(f"users {least}, or null for all", "evaluate", *bundle, *out, "--users", wrong)
