@@ -52,7 +52,7 @@ def ranks(dataset: Dataset, vectors: dict[str, np.ndarray], batch_size: int = 25
         scores = torch.full((len(batch), dataset.num_items), -torch.inf)
         scores[:, columns] = torch.from_numpy(vectors["user_vectors"][row[batch]]) @ items.T
         scores[torch.from_numpy(row[batch] < 0)] = -torch.inf
-        seen = dataset.known(batch, "test")
+        seen = dataset.filtered_items(batch, "test")
         scores[seen.rows, seen.values - 1] = -torch.inf
         parts.append(compute_rank(scores, torch.from_numpy(dataset.targets(batch, "test") - 1)).numpy())
     return np.concatenate(parts)

@@ -349,7 +349,7 @@ def test_a_signal_of_ones_own_is_mined_learned_from_and_served(run: Run) -> None
     mined, users, ends = data.read(selects).candidates, data.lists.user[selects], data.lists.position[selects]
     padded, now = dataset.histories(users, ends, 6), dataset.request_times(users, ends)
     queries = recommender.queries(padded, now)
-    found = recommender.candidates(queries, dataset.known(users, ends), padded, now)
+    found = recommender.candidates(queries, dataset.filtered_items(users, ends), padded, now)
     served = recommender.candidate_batch(queries, found, padded, now)
     for name, one in mined._asdict().items():
         torch.testing.assert_close(one, getattr(served, name), rtol=1e-4, atol=1e-4, msg=name)

@@ -182,7 +182,7 @@ def test_the_first_k_are_the_same_however_many_are_requested(trained: Run, infor
     if "stage" not in kind or kind == "first stage":
         served.num_candidates = 30
     users = dataset.users("test")[:6]
-    padded, known = dataset.histories(users, "test", served.towers.max_length), dataset.known(users, "test")
+    padded, known = dataset.histories(users, "test", served.towers.max_length), dataset.filtered_items(users, "test")
     padded.lengths[-1] = 0  # one without a history
     now = dataset.request_times(users, "test")
     long = served.rank(padded, known, now, dataset.num_items)
@@ -205,7 +205,7 @@ def test_the_first_k_are_the_same_however_many_are_requested(trained: Run, infor
 def test_a_list_of_all_items_has_the_target_where_the_evaluation_ranks_it(informed: Run) -> None:
     dataset, served = Dataset(informed.data), Recommender.load(informed.bundle)
     users = dataset.users("test")[:60]
-    padded, known = dataset.histories(users, "test", served.towers.max_length), dataset.known(users, "test")
+    padded, known = dataset.histories(users, "test", served.towers.max_length), dataset.filtered_items(users, "test")
     ranking = served.rank(padded, known, dataset.request_times(users, "test"), dataset.num_items)
     place = (ranking.items == dataset.targets(users, "test")[:, None]).argmax(1) + 1
     assert (place > served.num_candidates).any()
@@ -778,7 +778,7 @@ def test_where_the_time_is_not_told_what_is_mined_is_what_is_served(untold: Run,
     assert data.lists.request_time[selects].tolist() == dataset.times[ends - 1].tolist()
     for request in (dataset.request_times(users, ends), None):
         queries = served.queries(padded, request)
-        found = served.candidates(queries, dataset.known(users, ends), padded, request)
+        found = served.candidates(queries, dataset.filtered_items(users, ends), padded, request)
         listed = served.candidate_batch(queries, found, padded, request)
         for name, one in data.read(selects).candidates._asdict().items():
             torch.testing.assert_close(one, getattr(listed, name), rtol=1e-4, atol=1e-4, msg=name)
@@ -789,7 +789,7 @@ def test_masked_ids_hide_all_but_what_does_not_come_from_them(told: Recommender,
     users = dataset.users("test")[:20]
     padded, now = dataset.histories(users, "test", told.towers.max_length), dataset.request_times(users, "test")
     queries = told.queries(padded, now)
-    found = told.candidates(queries, dataset.known(users, "test"), padded, now)
+    found = told.candidates(queries, dataset.filtered_items(users, "test"), padded, now)
     listed = told.candidate_batch(queries, found, padded, now)
     by_id = torch.tensor([number["by_id"] for number in told.signal_names])
     for ours, changes in ((by_id, False), (~by_id, True)):

@@ -115,11 +115,14 @@ def test_what_is_filtered_does_not_depend_on_the_target(
     prepare(Table(returning.folder / "e.parquet"), tmp_path / "data", repeats=repeats)
     dataset = Dataset(tmp_path / "data")
     users = dataset.users(split)
-    before, excluded = dataset.known(users, split), excluded_items(dataset, users, split)
+    before, excluded = dataset.filtered_items(users, split), excluded_items(dataset, users, split)
     items, places = np.array(dataset.items), dataset.target_indices(split)[users]
     items[places] = items[dataset.offsets[users]]  # an item that was seen
     dataset.items = items
-    for one, other in ((before, dataset.known(users, split)), (excluded, excluded_items(dataset, users, split))):
+    for one, other in (
+        (before, dataset.filtered_items(users, split)),
+        (excluded, excluded_items(dataset, users, split)),
+    ):
         assert one.values.tolist() == other.values.tolist()
         assert one.offsets.tolist() == other.offsets.tolist()
 
@@ -136,7 +139,7 @@ def test_baselines_rank_seen_items_too(keeping: Dataset, oracle: Oracle) -> None
 def test_sampled_negatives_are_any_items_but_the_target(keeping: Dataset) -> None:
     users = keeping.users("test")
     target, seen = keeping.targets(users, "test"), keeping.seen(users, "test")
-    left_out = excluded_from_ranking(keeping.known(users, "test"), target, ITEMS, users, 20, seed=0)
+    left_out = excluded_from_ranking(keeping.filtered_items(users, "test"), target, ITEMS, users, 20, seed=0)
     ranked = ~left_out
     assert (ranked.sum(1) == 21).all()
     assert ranked[np.arange(len(users)), target].all()
@@ -187,7 +190,7 @@ def test_signals_propose_seen_items_too(keeping: Dataset, returning: Run, signal
     served = Recommender.load(returning.index)
     signal.fit(keeping, served.vectors)
     users = keeping.users("test")
-    padded, known = keeping.histories(users, "test", 16), keeping.known(users, "test")
+    padded, known = keeping.histories(users, "test", 16), keeping.filtered_items(users, "test")
     none = np.zeros((len(users), 0), dtype=np.int64)
     requests = Requests(
         none, padded, keeping.request_times(users, "test"), served.vectors, served.queries(padded, None)
@@ -328,7 +331,7 @@ def test_an_evaluation_filters_old_seen_items(short: Run, long: Dataset, split: 
     assert outcome.ranks["popularity"].tolist() == unseen_ranks(popularity, long, split)
     candidates = recommender.num_candidates
     assert outcome.candidate_rank.tolist() == [min(rank, candidates + 1) for rank in naive]
-    unseen = long.num_items - long.known(users, split).offsets[1]
+    unseen = long.num_items - long.filtered_items(users, split).offsets[1]
     assert candidates >= unseen, "all unseen items are candidates"
     assert outcome.ranks["ranker"].max() <= unseen
 

@@ -136,7 +136,7 @@ def export_index(
                 )
                 for part in in_chunks(len(users), 64)
             ]
-            k, seen = min(100, dataset.num_items), dataset.known(users, "val")
+            k, seen = min(100, dataset.num_items), dataset.filtered_items(users, "val")
             facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
             write_manifest(folder, "index", made, parents, **facts)
     print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")

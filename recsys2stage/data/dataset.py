@@ -155,7 +155,7 @@ class Dataset:
         index = spans(np.asarray(self.offsets[users]), self.ends(users, at))
         return Ragged(self.items[index.values].astype(np.int64), index.offsets)
 
-    def known(self, users: np.ndarray, at: At) -> Ragged:
+    def filtered_items(self, users: np.ndarray, at: At) -> Ragged:
         """The seen items that are filtered from each user's ranking: all of them, or none with `repeats: keep`.
 
         There a seen item can be the target, and filtering all seen items except the target would reveal it.

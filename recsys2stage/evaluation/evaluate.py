@@ -85,7 +85,7 @@ def rank_users(
     for part in tqdm(list(in_chunks(len(users), batch_size)), desc=f"rank {split} targets", unit="batch"):
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
-        filtered, target = dataset.known(batch, split), dataset.targets(batch, split)
+        filtered, target = dataset.filtered_items(batch, split), dataset.targets(batch, split)
         excluded = excluded_from_ranking(filtered, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
         tops: dict[str, np.ndarray] = {}

@@ -146,7 +146,7 @@ def fit_signal(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bo
 
 def excluded_items(dataset: Dataset, users: np.ndarray, at: At) -> Ragged:
     """Items excluded from a list: seen items (none with `repeats: keep`) and items withheld as cold."""
-    seen, withheld = dataset.known(users, at), np.flatnonzero(dataset.cold)
+    seen, withheld = dataset.filtered_items(users, at), np.flatnonzero(dataset.cold)
     if not len(withheld):
         return seen
     rows = np.concatenate([seen.rows, np.repeat(np.arange(len(users)), len(withheld))])

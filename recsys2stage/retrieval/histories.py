@@ -280,7 +280,7 @@ class Histories(ArrayModule):
 
     def read_queries(self, users: np.ndarray, split: Part) -> Queries:
         padded = self.dataset.histories(users, split, self.max_length)
-        excluded = self.dataset.known(users, split)
+        excluded = self.dataset.filtered_items(users, split)
         return Queries(
             users=torch.from_numpy(users),
             history=as_history(

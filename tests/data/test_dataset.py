@@ -146,7 +146,7 @@ def test_a_first_event_is_no_target(tmp_path: Path) -> None:
 
 def test_each_of_several_targets_has_the_history_before_it(dataset: Dataset) -> None:
     users, ends = dataset.val_targets()
-    padded, known = dataset.histories(users, ends, 5), dataset.known(users, ends)
+    padded, known = dataset.histories(users, ends, 5), dataset.filtered_items(users, ends)
     histories, targets, moments = rows(padded), dataset.targets(users, ends), dataset.request_times(users, ends)
     for row, (user, end) in enumerate(zip(users.tolist(), ends.tolist(), strict=True)):
         items, times = events_of(dataset, user)
@@ -164,7 +164,7 @@ def test_a_place_says_the_same_as_the_name_of_its_part(dataset: Dataset, split: 
     ends = dataset.target_indices(split)[users]
     for one, other in zip(dataset.histories(users, split, 4)[:3], dataset.histories(users, ends, 4)[:3], strict=True):
         assert np.array_equal(one, other)
-    for one, other in zip(dataset.known(users, split), dataset.known(users, ends), strict=True):
+    for one, other in zip(dataset.filtered_items(users, split), dataset.filtered_items(users, ends), strict=True):
         assert np.array_equal(one, other)
     assert np.array_equal(dataset.targets(users, split), dataset.targets(users, ends))
 
@@ -195,7 +195,7 @@ def test_the_whole_history_serves(dataset: Dataset) -> None:
 @pytest.mark.parametrize("split", ["val", "test", "all"])
 def test_known_equals_a_loop(dataset: Dataset, split: Any) -> None:
     users = np.arange(dataset.num_users) if split == "all" else dataset.users(split)[::-1]
-    seen, known = dataset.seen(users, split), dataset.known(users, split)
+    seen, known = dataset.seen(users, split), dataset.filtered_items(users, split)
     assert seen.rows.tolist() == sorted(seen.rows.tolist())
     repeated = 0
     for row, user in enumerate(users):
@@ -228,7 +228,7 @@ def test_train_counts_and_cold_items(dataset: Dataset) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_what_no_list_may_show_is_what_is_known_or_withheld(dataset: Dataset, split: Part) -> None:
     users = dataset.users(split)
-    known, excluded = dataset.known(users, split), excluded_items(dataset, users, split)
+    known, excluded = dataset.filtered_items(users, split), excluded_items(dataset, users, split)
     for row in range(len(users)):
         own = known.values[known.offsets[row] : known.offsets[row + 1]].tolist()
         want = own + np.flatnonzero(dataset.cold).tolist()

@@ -594,7 +594,7 @@ def test_with_repeats_kept_nothing_is_filtered(tmp_path: Path) -> None:
 
     prepare(MovieLens(raw), tmp_path / "first", repeats="first")
     first = Dataset(tmp_path / "first")
-    known = first.known(first.users("test"), "test")
+    known = first.filtered_items(first.users("test"), "test")
     targets = first.targets(first.users("test"), "test")
     assert not (known.values == targets[known.rows]).any()
     line = protocol_line(describe(first, "none", "test"), 12, 6)

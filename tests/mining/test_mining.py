@@ -308,7 +308,7 @@ def test_lists_that_select_are_what_is_served(trained: Run, mined: pl.DataFrame)
     padded = dataset.histories(users, "val", recommender.towers.max_length)
     now = dataset.request_times(users, "val")
     queries = recommender.queries(padded, now)
-    items, scores, _ = recommender.candidates(queries, dataset.known(users, "val"), padded, now, K)
+    items, scores, _ = recommender.candidates(queries, dataset.filtered_items(users, "val"), padded, now, K)
     states = np.load(trained.candidates / "states.npy")
     for row, user in enumerate(users):
         own = mined.filter(pl.col("user") == user)
@@ -354,7 +354,7 @@ class Informed:
         self.user, self.place = (self.requests[name].to_numpy() for name in ("user", "place"))
         self.names = [signal["name"] for signal in self.recommender.signal_names]
         self.padded: Padded = self.dataset.histories(self.user, self.place, self.recommender.towers.max_length)
-        self.known: Ragged = self.dataset.known(self.user, self.place)
+        self.known: Ragged = self.dataset.filtered_items(self.user, self.place)
         self.now = self.dataset.request_times(self.user, self.place)
         self.queries = self.recommender.queries(self.padded, self.now)
         self.found: RetrievedItems = self.recommender.candidates(self.queries, self.known, self.padded, self.now)

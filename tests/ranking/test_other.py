@@ -52,7 +52,7 @@ def test_proposals_are_its_nearest_items(ragged: Path, tmp_path: Path) -> None:
     towers, signal = untrained_index(folder, dataset), OtherRetriever(str(folder), candidates=6)
     signal.fit(dataset, VECTORS)
     requests, users = requests_of(dataset), dataset.users("test")
-    known = dataset.known(users, "test")
+    known = dataset.filtered_items(users, "test")
     with torch.inference_mode():
         short = dataset.histories(users, "test", towers.max_length)
         queries = towers.queries(as_history(short, "target", requests.request_time)).numpy()
@@ -65,7 +65,7 @@ def test_nobody_s_history_is_encoded(ragged: Path, tmp_path: Path) -> None:
     untrained_index(tmp_path / "index", dataset)
     signal = OtherRetriever(str(tmp_path / "index"), candidates=3)
     signal.fit(dataset, VECTORS)
-    requests, known = requests_of(dataset), dataset.known(dataset.users("test"), "test")
+    requests, known = requests_of(dataset), dataset.filtered_items(dataset.users("test"), "test")
     requests.history.lengths[:2] = 0
     assert not signal(requests)[:2].any()
     assert (signal.propose(requests, known)[:2] == -1).all()

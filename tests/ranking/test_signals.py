@@ -104,7 +104,7 @@ def asked(dataset: Dataset, vectors: np.ndarray) -> tuple[Requests, Ragged]:
     items = np.random.default_rng(5).integers(0, ITEMS + 1, size=(len(users), 12))
     queries = np.random.default_rng(6).normal(size=(len(users), D)).astype(np.float32)
     requests = Requests(items, padded, dataset.request_times(users, "test"), vectors, queries)
-    return requests, dataset.known(users, "test")
+    return requests, dataset.filtered_items(users, "test")
 
 
 def some(history: Padded, rows: slice) -> Padded:

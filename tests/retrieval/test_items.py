@@ -221,7 +221,7 @@ def served(data: Path, folder: Path, items: str) -> Served:
     dataset, recommender = Dataset(data), Recommender.load(folder / "index")
     users = dataset.users("test")
     queries = recommender.queries(dataset.histories(users, "test", 20), None)
-    known, target = dataset.known(users, "test"), dataset.targets(users, "test")
+    known, target = dataset.filtered_items(users, "test"), dataset.targets(users, "test")
     scores = queries @ recommender.index.vectors.T
     own = scores[np.arange(len(users)), target - 1]
     scores[known.rows, known.values - 1] = -np.inf
@@ -267,7 +267,7 @@ def test_a_ranker_keeps_the_cold_items_that_a_tower_found(data: Path, towered: S
     assert np.array_equal(recommender.reranker.cold[1:], dataset.train_counts[1:] == 0)
     users = dataset.users("test")
     target, padded = dataset.targets(users, "test"), dataset.histories(users, "test", 20)
-    ranking = recommender.rank(padded, dataset.known(users, "test"), None, 200)
+    ranking = recommender.rank(padded, dataset.filtered_items(users, "test"), None, 200)
     found = (ranking.items[:, :100] == target[:, None]).any(1)[towered.cold].mean()
     first = (towered.ranks <= 100)[towered.cold].mean()
     assert found > 0.9 * first > 0.4

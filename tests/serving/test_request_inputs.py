@@ -438,7 +438,7 @@ for call in (
     lambda: dataset.targets(users, "all"),
     lambda: dataset.request_times(users, "all"),
     lambda: dataset.histories(users, "validation", 4),
-    lambda: dataset.known(users, "validation"),
+    lambda: dataset.filtered_items(users, "validation"),
     lambda: evaluate(index, data, folder / "out", protocol="sample-100"),
     lambda: Histories(data, request_time="targets"),
     lambda: Histories(data, next_action="targets"),
