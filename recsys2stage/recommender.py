@@ -357,7 +357,7 @@ class Recommender:
         return self.catalogue.rows(ranking)[0]
 
     def seen_rule(self, seen: Seen | None) -> Seen:
-        """Whether seen items may be recommended: as given, else as the data were prepared."""
+        """The rule of a request, keep or filter seen items: as given, else as the data were prepared."""
         if seen is not None:
             check_option("seen", seen, Seen)
         return seen or self.seen

@@ -81,7 +81,7 @@ def as_history(
     Args:
         padded: histories.
         request_time: request time of each position: that of its target, of its own event (`last_event`), or none.
-        target_time: (B,) seconds of the last position's target; None: those of the last event.
+        target_time: (B,) seconds of the last position's target; None: the time of the last event.
         target_action: (B,) action type of the last position's target; None: no target actions.
     """
     check_option("request_time", request_time, RequestTime)

@@ -12,7 +12,7 @@ from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indic
 from recsys2stage.data.options import Part, RequestTime, Seen, check_least, check_option
 
 REQUIRED = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
-At = Part | Literal["all"] | np.ndarray  # a split's targets, none (after all events), or (B,) target indices
+At = Part | Literal["all"] | np.ndarray  # val or test target, "all": after the last event, or (B,) indices of targets
 
 
 def no_items(rows: int) -> Ragged:
@@ -158,7 +158,7 @@ class Dataset:
     def filtered_items(self, users: np.ndarray, at: At) -> Ragged:
         """The seen items that are filtered from each user's ranking: all of them, or none with `repeats: keep`.
 
-        There a seen item can be the target, and filtering all seen items except the target would reveal it.
+        With `repeats: keep` a seen item can be the target, and filtering all others would reveal it.
         """
         return self.seen(users, at) if self.seen_rule == "filter" else no_items(len(users))
 

@@ -1,9 +1,9 @@
 """Loading of exported folders: a bundle (both stages) or an index (retriever only).
 
-A bundle holds manifest.json (options of both stages, format number, checksums), towers.pt (weights of the retriever),
-index.json with index.npy and index.faiss (search options, item vectors, search structures), items.parquet (the
-catalogue), popularity.npy (training events of each item), reranker.pt (weights of the ranker) and signals/ (fitted
-signals).
+A bundle holds manifest.json (options of both stages, parents, format number, checksums), towers.pt (weights of the
+retriever), index.json and index.npy (search options, item vectors), index.faiss (the structure of a faiss index),
+items.parquet (the catalogue), popularity.npy (training events of each item), reranker.pt (weights of the ranker) and,
+where the ranker has signals, signals/ (fitted signals).
 """
 
 import functools

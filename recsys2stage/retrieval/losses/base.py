@@ -1,4 +1,8 @@
-"""Interface of retriever losses: `Loss`, with the targets of a batch and the item catalogue as its inputs."""
+"""Interface of retriever losses: `Loss`, with the targets of a batch and the item catalogue as its inputs.
+
+To add a loss, subclass `Loss`; or `sampled.Sampled` for one over sampled negatives that is computed in blocks, with its
+own gradient; or `pairwise.Pointwise` for one whose gradient autograd computes from the loss of each row.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
