@@ -12,7 +12,7 @@ from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indic
 from recsys2stage.data.options import Part, RequestTime, Seen, check_least, check_option
 
 REQUIRED = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
-At = Part | Literal["all"] | np.ndarray  # val or test target, "all": after the last event, or (B,) indices of targets
+At = Part | Literal["all"] | np.ndarray  # the val or test target, after the last event, or (B,) indices of targets
 
 
 def no_items(rows: int) -> Ragged:
