@@ -25,7 +25,7 @@ class SampledNegatives(NamedTuple):
 
 
 class Negatives(nn.Module, ABC):
-    """Samples candidates for the targets of a batch. The loss masks those that are not negatives, such as the target."""
+    """Samples candidates for the targets of a batch. The loss masks those that are not negatives, as the target is."""
 
     @property
     def scheduled(self) -> bool:
