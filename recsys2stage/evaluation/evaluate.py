@@ -27,7 +27,7 @@ from recsys2stage.recommender import Recommender
 
 TOP = 10  # length of the lists that the beyond-accuracy metrics measure
 
-SEEN_FILTER = {"filter": "all items the user has met", "keep": "none, seen items are ranked too"}
+SEEN_FILTER = {"filter": "seen items", "keep": "none, seen items are ranked too"}
 
 SAMPLED = (
     "sampled: 1 positive and {} random negatives; sampled metrics are not comparable to full ranking and may order "

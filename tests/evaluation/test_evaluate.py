@@ -598,4 +598,4 @@ def test_with_repeats_kept_nothing_is_filtered(tmp_path: Path) -> None:
     targets = first.targets(first.users("test"), "test")
     assert not (known.values == targets[known.rows]).any()
     line = protocol_line(describe(first, "none", "test"), 12, 6)
-    assert "full ranking of 6 items without all items the user has met;" in line
+    assert "full ranking of 6 items without seen items;" in line
