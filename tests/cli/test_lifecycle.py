@@ -249,8 +249,12 @@ def test_a_fit_that_is_ended_fails(
 ) -> None:
     """So that make does not go on to the next stage."""
     monkeypatch.setattr(Retriever, "on_train_batch_end", after(STEPS + 1, lambda model: os.kill(os.getpid(), end)))
-    with pytest.raises(SystemExit) as error:
-        fit()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore SIGINT
+    try:
+        with pytest.raises(SystemExit) as error:
+            fit()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert error.value.code == 1 if end == signal.SIGINT else "ended by SIGTERM" in str(error.value.code)
     run = tmp_path / "run"
     assert sorted(file.name for file in run.iterdir()) == ["best.ckpt", "last.ckpt", "log"]

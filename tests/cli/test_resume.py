@@ -18,7 +18,7 @@ STEPS, EPOCHS = 8, 4  # 120 windows in batches of 16
 
 KILLED = """
 import os, signal, sys
-from recsys2stage.cli import main
+from recsys2stage.cli.main import main
 from recsys2stage.retrieval.retriever import Retriever
 
 def kill(model, outputs, batch, batch_idx):
