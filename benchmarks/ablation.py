@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from tables import ROOT, commit, recsys
 
 from recsys2stage.artifacts import read_manifest

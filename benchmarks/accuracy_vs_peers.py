@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tables
-import yaml  # type: ignore[import-untyped]
+import yaml
 from exchange import export, ranks
 from train import hardware, install
 

@@ -66,7 +66,7 @@ class RecsysModule(LightningModule):
         return getattr(getattr(self._trainer, "datamodule", None), "split_hash", None)
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]  # one more argument, trust
         cls, checkpoint_path: str | Path, *args: Any, trust: Sequence[str] = (), **options: Any
     ) -> Any:
         """As in Lightning, but only with classes of this package and of modules in `trust`."""

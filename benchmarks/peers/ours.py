@@ -106,7 +106,7 @@ class Training:
         self.optimizer.zero_grad()
         with autocast(self.job):
             loss = self.retriever.training_step(moved(window, self.job.device), 0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch: no types
         self.optimizer.step()
         self.schedule.step()
         return self.work(window)

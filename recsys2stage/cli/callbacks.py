@@ -67,7 +67,7 @@ class RequireFinite(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set outside Trainer.__init__
             name = callback.monitor if isinstance(callback, ModelCheckpoint | EarlyStopping) else None
             value = float(trainer.callback_metrics.get(name, 0.0)) if name else 0.0
             if not math.isfinite(value):
@@ -124,7 +124,7 @@ class KeepLast(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside Trainer.__init__
             trainer.save_checkpoint(self.path, weights_only=False)  # includes the optimizer state
 
 
@@ -234,7 +234,8 @@ class WriteManifest(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = trainer.checkpoint_callback
         log = trainer.log_dir  # on every process: Lightning broadcasts it
-        if trainer.fast_dev_run or not isinstance(checkpoint, ModelCheckpoint) or trainer.interrupted:  # type: ignore[attr-defined]
+        smoke = trainer.fast_dev_run  # type: ignore[attr-defined]  # set outside Trainer.__init__
+        if smoke or not isinstance(checkpoint, ModelCheckpoint) or trainer.interrupted:
             return
         if not trainer.is_global_zero:
             return
@@ -250,7 +251,7 @@ class WriteManifest(Callback):
             folder,
             type(pl_module).__name__.lower(),
             options={"config": str(Path(str(log)) / "config.yaml"), "seed": seed()},
-            parents=getattr(trainer.datamodule, "parents", {}),  # type: ignore[attr-defined]
+            parents=getattr(trainer.datamodule, "parents", {}),  # type: ignore[attr-defined]  # set outside Trainer.__init__
             monitor=checkpoint.monitor,
             best=None if score is None else float(score),
             epochs=trainer.current_epoch,

@@ -143,7 +143,7 @@ class RecsysCLI(LightningCLI):
     def _check_best_is_selectable(self) -> None:
         """Raises for a fit without steps, or without the validation metric that selects best.ckpt."""
         trainer = self.trainer
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside Trainer.__init__
             return
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(trainer, name) == 0:

@@ -281,7 +281,7 @@ def _is_valid(frame: pl.DataFrame, columns: dict[str, Column]) -> bool:
                 return False
         if column.bounded and values.len() > values.null_count():
             low, high = values.min(), values.max()
-            if not (column.low <= low and high <= column.high):  # type: ignore[operator]
+            if not (column.low <= low and high <= column.high):  # type: ignore[operator]  # numbers
                 return False
     return True
 

@@ -34,7 +34,7 @@ def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
     """
     rows = with_default_columns(rows)
     column = rows.columns[TIME]
-    median, low, high = float(times.median()), 0, (int(time.time()) + DAY) * ticks  # type: ignore[arg-type]
+    median, low, high = float(times.median()), 0, (int(time.time()) + DAY) * ticks  # type: ignore[arg-type]  # a number
     if median < YEAR_1980 * ticks:
         if ticks > 1 and YEAR_1980 <= median <= YEAR_2100:
             raise ValueError(
@@ -55,7 +55,7 @@ def check_times(rows: Rows, times: pl.Series, ticks: int) -> Rows | None:
                 "%s, column %r: %s times are 0, which is 1970; if the time is missing, leave the field empty",
                 *(rows.file, column.name, f"{zeros:,}"),
             )
-    if low <= times.min() and times.max() <= high:  # type: ignore[operator]
+    if low <= times.min() and times.max() <= high:  # type: ignore[operator]  # numbers
         return None
     what = f"{'seconds' if ticks == 1 else 'a time'} from {_date(low / ticks)} to {_date(high / ticks)}, a day from now"
     what += "; most are in milliseconds" if low else ""

@@ -94,7 +94,7 @@ class _Scan:
         position = len(codecs.BOM_UTF8) if content[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8 else 0
         stray = 0  # first line with a quote within an unquoted field
         while True:
-            position = self.fields.match(content, position).end()  # type: ignore[union-attr]
+            position = self.fields.match(content, position).end()  # type: ignore[union-attr]  # it matches the empty text
             if position == len(content) or self.last.match(content, position):
                 break
             start = content.rfind(b"\n", 0, position) + 1  # of this line
