@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
-from recsys2stage.cli import commands, training
+from recsys2stage.cli import evaluate, export, recommend, training
 from recsys2stage.data import sources
 from recsys2stage.data.frames import FrameColumns, Sides, TimeUnit
 from recsys2stage.data.ids import given_ids
@@ -165,12 +165,12 @@ class TwoStageRecommender:
             self._prepare(log, sides, folder / "frames", paths["data"])
             self._train("retriever", paths["data"], paths["retriever"], self.overlays)
             inputs = {"retriever": paths["retriever"] / "best.ckpt", "data": paths["data"], "trust": self._trust}
-            self._run(commands.export_index, "index", **inputs, output=paths["index"])
+            self._run(export.export_index, "index", **inputs, output=paths["index"])
             inputs = {"data": paths["data"], "index": paths["index"], "trust": self._trust}
             self._run(mine_negatives, "mine", **inputs, seed=self.seed, strict=False, output=paths["candidates"])
             self._train("ranker", paths["candidates"], paths["ranker"])
             inputs = {"index": paths["index"], "ranker": paths["ranker"] / "best.ckpt", "trust": self._trust}
-            self._run(commands.export_bundle, "bundle", **inputs, output=paths["bundle"])
+            self._run(export.export_bundle, "bundle", **inputs, output=paths["bundle"])
         parents = {"bundle": paths["bundle"], "data": paths["data"]}
         write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
         self._fitted = folder
@@ -215,7 +215,7 @@ class TwoStageRecommender:
                 check_user_specs(specs, manifest)
                 features = [spec["name"] for spec in specs]
                 self._frames.histories(histories, features).write_parquet(log)
-            commands.recommend(
+            recommend.recommend(
                 bundle=model / "bundle",
                 data=model / "data",
                 histories=None if histories is None else log,
@@ -242,7 +242,7 @@ class TwoStageRecommender:
         """
         model = self.path
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
-            commands.evaluate(
+            evaluate.evaluate(
                 bundle=model / "bundle",
                 data=model / "data",
                 output=Path(folder),

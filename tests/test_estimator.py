@@ -394,7 +394,7 @@ def test_a_saved_model_says_neither_what_to_trust_nor_which_configs_to_read(
     by_name = TwoStageRecommender.load(tmp_path / "model", trust="my_signals")  # one module, as Recommender.load has it
     trusted: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recsys2stage.cli.commands.recommend", lambda **options: trusted.append(options["trust"]))
+        patch.setattr("recsys2stage.cli.recommend.recommend", lambda **options: trusted.append(options["trust"]))
         for model in (loaded, by_name):
             with pytest.raises(FileNotFoundError):  # of recommendations, which nothing wrote
                 model.recommend()

@@ -14,7 +14,7 @@ from worlds import seal
 
 from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
 from recsys2stage.checkpoints import read_checkpoint
-from recsys2stage.cli import commands
+from recsys2stage.cli import export
 from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.ranking.bundle import check_split
 from recsys2stage.ranking.candidates import Candidates
@@ -234,7 +234,7 @@ def test_a_failure_leaves_the_old_artifact_and_nothing_half_made(
     def fail(*arguments: object, **facts: object) -> None:
         raise ValueError("the disk is full, say")
 
-    monkeypatch.setattr(commands, "write_manifest", fail)
+    monkeypatch.setattr(export, "write_manifest", fail)
     of = ("--retriever", trained.retriever, "--data", trained.data, "--output", index)
     refused("the disk is full", "export-index", *of)
     assert [file.name for file in tmp_path.iterdir()] == ["index"]

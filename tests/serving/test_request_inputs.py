@@ -409,7 +409,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from recsys2stage import TwoStageRecommender
-from recsys2stage.cli.commands import evaluate, recommend
+from recsys2stage.cli.evaluate import evaluate
+from recsys2stage.cli.recommend import recommend
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.data.batches import as_history
 from recsys2stage.data.dataset import Dataset

@@ -1,0 +1,106 @@
+"""The command evaluate: both stages and two baselines on the same users, as a report."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import (
+    RUN,
+    atomic_write,
+    write_json,
+)
+from recsys2stage.data.dataset import Dataset, sample_users
+from recsys2stage.data.options import Part, check_least, check_option
+from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
+from recsys2stage.evaluation.evaluate import (
+    beyond_accuracy,
+    describe,
+    num_negatives,
+    protocol_line,
+    rank_users,
+    summarise,
+)
+from recsys2stage.evaluation.plots import write_figures
+from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdown, as_table
+from recsys2stage.ranking.bundle import bundle_manifest, check_split
+from recsys2stage.recommender import Recommender
+from recsys2stage.trust import Trust, trusts
+
+
+@trusts
+def evaluate(
+    bundle: Path = RUN / "bundle",
+    data: Path | None = None,
+    output: Path | None = None,
+    split: Part = "test",
+    protocol: str = "full",
+    users: int | None = None,
+    against: Path | None = None,
+    plots: bool = True,
+    resamples: int = 1000,
+    batch_size: int = 256,
+    seed: int = 0,
+    trust: Trust = None,
+) -> None:
+    """Evaluate both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
+
+    Sampled protocols write report-sampled-100.json, report-sampled-100.md and ranks-sampled-100.parquet, without
+    beyond-accuracy metrics, calibration and figures.
+
+    Args:
+        bundle: folder written by export-bundle, or by export-index (first stage only).
+        data: prepared dataset; None: the one the bundle was made from.
+        output: folder of the report; None: the folder of the bundle.
+        split: which targets to rank. Select models on val, report test once.
+        protocol: full: rank each target among all items, without seen ones unless prepared with repeats: keep; or
+            sampled-100: among 100 (or any other number) of these, sampled at random, not comparable to full.
+        users: number of users, sampled at random; None: all.
+        against: folder of the baseline run's report, to compare both stages with; its targets, users and protocol must
+            be the same. None: no comparison.
+        plots: also write cohorts.png, ceiling.png, learning.png and calibration.png.
+        resamples: number of bootstrap samples of users, and of permutations of each randomisation test.
+        batch_size: users per batch.
+        seed: random seed of sampling, bootstrap and tests.
+        trust: modules outside this package from which the bundle may load classes.
+    """
+    check_option("split", split, Part)
+    check_least("resamples", resamples)
+    negatives = num_negatives(protocol)
+    recommender, output = Recommender.load(bundle), output or bundle.parent
+    dataset = Dataset(data or bundle_manifest(bundle)["parents"]["data"]["path"])
+    check_split(dataset, bundle)
+    recommender.check(dataset)
+    measured = sample_users(dataset.users(split), users, seed)
+    if not len(measured):
+        raise ValueError(
+            f"{dataset.path} has no user with a {split} target; see the counts in its {c.MANIFEST}, or measure on the "
+            f"other targets, split {'val' if split == 'test' else 'test'}"
+        )
+    mark = "" if negatives is None else f"-{protocol}"
+    conditions = describe(dataset, recommender.request_time, split, recommender.next_action, negatives, seed)
+    targets = dataset.targets(measured, split)
+    if against is not None:  # fail before the long evaluation
+        baseline = read_baseline_run(against, mark)
+        differs = check_baseline_run(baseline, conditions, dataset.num_items, measured, targets)
+    outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
+    report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
+    report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
+    report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
+    if against is not None:
+        report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed)
+    line = protocol_line(conditions, len(measured), dataset.num_items)
+    output.mkdir(parents=True, exist_ok=True)
+    with_figures = plots and negatives is None
+    figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
+    with atomic_write(output / f"ranks{mark}.parquet") as temporary:
+        pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
+    with atomic_write(output / f"report{mark}.md") as temporary:
+        temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
+    write_json(output / f"report{mark}.json", report)
+    print(f"\n{line}\n\n{as_table(report)}\n")
+    if against is not None:
+        print(f"{against_text(report, MAIN_METRICS)}\n")
+    files = (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures)
+    print("\n".join([*missing, *(str(output / name) for name in files)]))

@@ -1,0 +1,180 @@
+"""The commands export-index and export-bundle: checkpoints to folders that serve without training data."""
+
+import inspect
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import (
+    DATA,
+    RUN,
+    atomic_write,
+    fingerprint,
+    read_array,
+    read_json,
+    read_manifest,
+    take,
+    verify,
+    write_manifest,
+)
+from recsys2stage.checkpoints import build, read_checkpoint
+from recsys2stage.data.batches import in_chunks
+from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.options import check_least
+from recsys2stage.data.side_tables import user_specs
+from recsys2stage.ranking.bundle import POPULARITY, RERANKER
+from recsys2stage.ranking.reranker import Reranker
+from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
+from recsys2stage.recommender import Recommender
+from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
+from recsys2stage.retrieval.towers import TOWERS, TwoTower
+from recsys2stage.trust import Trust, arguments, trusts
+
+RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
+KEPT = (  # fields copied from the manifest of the index to that of the bundle
+    *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
+    *("repeats", "newest_time", "user_features"),
+)
+
+
+@trusts
+def export_index(
+    retriever: Path = RUN / "retriever/best.ckpt",
+    data: Path = DATA,
+    output: Path | None = None,
+    index: Index | None = None,
+    measured: int = 1000,
+    trust: Trust = None,
+) -> None:
+    """Export a retriever's item vectors as an index that serves without the training data.
+
+    Recall against exact search and latency are measured on validation histories and written to the manifest.
+
+    Args:
+        retriever: checkpoint of a retriever.
+        data: prepared dataset.
+        output: folder to write; None: index, next to the retriever's folder.
+        index: how to search, exactly (Exact) or by a faiss factory string (Faiss); None: Exact.
+        measured: number of users to measure recall and latency on; 0: none.
+        trust: modules outside this package from which the checkpoint may load classes.
+    """
+    check_least("measured", measured, 0)
+    dataset, output = Dataset(data), output or retriever.parent.parent / "index"
+    options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
+    for name, expected in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
+        take(options, name, expected, retriever)
+    if options["num_items"] != dataset.num_items:
+        raise ValueError(
+            f"{retriever} has {options['num_items']} items but {data} has {dataset.num_items}; fit again on {data}"
+        )
+    dataset.check_split(retriever, options["split_hash"])
+    towers = {name: options[name] for name in inspect.signature(TwoTower).parameters if name in options}
+    index = index or Exact()
+    with torch.inference_mode():
+        vectors = build(TwoTower, towers, weights, retriever).all_item_vectors().numpy()
+    index.build(vectors)
+    facts = {
+        "vector_dim": vectors.shape[1],
+        "items": dataset.num_items,
+        "has_time": dataset.has_time,
+        "request_time": options["request_time"],
+        "next_action": options["next_action"],
+        "actions": options["actions"] or [],
+        "split_hash": dataset.manifest["split_hash"],
+        "repeats": dataset.protocol["repeats"],
+        "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
+        "user_features": user_specs(dataset),
+        "towers": towers,
+    }
+    with atomic_write(output, "index") as folder:
+        folder.mkdir()
+        index.save(folder)
+        torch.save(weights, folder / TOWERS)
+        np.save(folder / POPULARITY, dataset.train_counts)
+        (folder / c.ITEM_TABLE).write_bytes((dataset.path / c.ITEM_TABLE).read_bytes())
+        parents = {"retriever": retriever, "data": data}
+        made = {"index": read_json(folder / DESCRIPTION, dict, "recsys export-index"), "measured": measured}
+        write_manifest(folder, "index", made, parents, **facts)
+        users = np.random.default_rng(0).permutation(dataset.users("val"))[:measured]
+        if len(users):
+            recommender = Recommender.load(folder, trust=[type(index).__module__])  # the caller's own class
+            recommender.check(dataset)
+            queries = [
+                recommender.queries(
+                    dataset.histories(users[part], "val", recommender.towers.max_length),
+                    dataset.request_times(users[part], "val"),
+                    dataset.target_action(users[part], "val", recommender.next_action),
+                )
+                for part in in_chunks(len(users), 64)
+            ]
+            k, seen = min(100, dataset.num_items), dataset.filtered_items(users, "val")
+            facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
+            write_manifest(folder, "index", made, parents, **facts)
+    print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
+
+
+@trusts
+def export_bundle(
+    index: Path = RUN / "index",
+    ranker: Path = RUN / "ranker/best.ckpt",
+    output: Path | None = None,
+    candidates: int | None = None,
+    trust: Trust = None,
+) -> None:
+    """Export both stages as one folder for serving, which needs no training data.
+
+    Args:
+        index: folder written by export-index.
+        ranker: checkpoint of a ranker.
+        output: folder to write; None: bundle, next to the index.
+        candidates: number of candidates that the ranker scores per request; None: as in its training.
+        trust: modules outside this package from which the checkpoint may load classes.
+    """
+    if candidates is not None:
+        check_least("candidates", candidates, other="null for the number in the ranker's training")
+    options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
+    reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
+    arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
+    for name in ("vector_dim", "num_candidates", "recent"):
+        take(options, name, int, ranker)
+    output, candidates = output or index.parent / "bundle", candidates or options["num_candidates"]
+    indexed = read_manifest(index, "index", f"recsys export-index --output {index}")
+    for name in KEPT:
+        take(indexed, name, object, index / c.MANIFEST)
+    take(weights, "vectors", torch.Tensor, ranker)
+    verify(index, indexed, f"recsys export-index --output {index}")
+    if options["split_hash"] != indexed["split_hash"]:
+        raise ValueError(
+            f"{ranker} was trained on data with split hash {str(options['split_hash'])[:12]}…, but {index} is of "
+            f"{str(indexed['split_hash'])[:12]}…; mine with this index and fit again"
+        )
+    if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
+        raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
+    with atomic_write(output, "bundle") as folder:
+        folder.mkdir()
+        for file in Path(index).iterdir():
+            if file.name != c.MANIFEST:
+                (folder / file.name).write_bytes(file.read_bytes())
+        torch.save(weights, folder / RERANKER)
+        if options["signals"]:
+            made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
+            mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
+            path, make = mined["path"], f"recsys mine-negatives --output {mined['path']}"
+            if fingerprint(path) != mined["hash"]:
+                raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
+            verify(path, read_manifest(path, "candidates", make), make)
+            shutil.copytree(Path(path) / SIGNALS, folder / SIGNALS)
+        write_manifest(
+            folder,
+            "bundle",
+            options={"candidates": candidates},
+            parents={"index": index, "ranker": ranker, "data": indexed["parents"]["data"]["path"]},
+            candidates=candidates,
+            reranker={"dim": options["vector_dim"], **reranker},
+            recent=options["recent"],
+            **{name: indexed[name] for name in KEPT},
+        )
+    print(f"{output}: both stages, {candidates} candidates")

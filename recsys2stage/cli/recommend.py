@@ -1,0 +1,131 @@
+"""The command recommend: lists for the users of a dataset or a file."""
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from recsys2stage import columns as c
+from recsys2stage.artifacts import (
+    RUN,
+    ParquetStream,
+    atomic_write,
+)
+from recsys2stage.data.batches import in_chunks
+from recsys2stage.data.dataset import Dataset, no_items
+from recsys2stage.data.ids import given_ids, read_id_lines
+from recsys2stage.data.options import Seen
+from recsys2stage.data.request_inputs import as_seconds, format_time
+from recsys2stage.ranking.bundle import bundle_manifest, check_split
+from recsys2stage.recommender import Recommender
+from recsys2stage.serving.requests import DatasetRequests, FileRequests, resolve_target_actions
+from recsys2stage.trust import Trust, trusts
+
+logger = logging.getLogger("recsys2stage")
+
+
+@trusts
+def recommend(
+    bundle: Path = RUN / "bundle",
+    data: Path | None = None,
+    histories: Path | None = None,
+    users: list[str | int] | Path | None = None,
+    output: Path | None = None,
+    k: int = 10,
+    request_time: int | None = None,
+    action: str | None = None,
+    seen: Seen | None = None,
+    batch_size: int = 32,
+    trust: Trust = None,
+) -> None:
+    """Recommend for users of the data, or for histories in a file.
+
+    The Parquet file has the columns user_id, item_id, score, rank and retriever_score.
+
+    Args:
+        bundle: folder written by export-bundle, or by export-index (first stage only).
+        data: prepared dataset with the users; None: the one the bundle was made from.
+        histories: CSV or Parquet with user_id, item_id and, for models with request time, time in seconds; oldest first
+            if there is no time. Optional: rating, action (name of the action type) and the user features of the model.
+            These users need not be in the data.
+        users: user ids: a list, or a text file with one per line, compared as text (0012 is not 12); None: all.
+        output: Parquet file to write; None: recommendations.parquet, next to the bundle.
+        k: number of items per user.
+        request_time: seconds since 1970, no earlier than any user's newest event; None: the log's newest event.
+        action: target action, for models with next_action: one name for all users, a CSV or Parquet file with user_id
+            and action, or a .json of {user_id: action}. None, and for users not in the file: the model's next_action
+            if it is an action, else unknown.
+        seen: keep or filter seen items; None: keep if the data were prepared with repeats: keep, else filter.
+        batch_size: users per batch.
+        trust: modules outside this package from which the bundle may load classes.
+    """
+    recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
+    if isinstance(users, Path):
+        if not users.is_file():
+            raise ValueError(f"--users {users} is not a file; give one with an id per line or a list: --users '[5, 7]'")
+        users = [line for line in read_id_lines(users) if line.strip()]
+    only = None if users is None else given_ids(users)
+    if histories is not None:
+        requests: DatasetRequests | FileRequests = FileRequests(histories, recommender, only)
+    else:
+        dataset = Dataset(data or bundle_manifest(bundle)["parents"]["data"]["path"])
+        check_split(dataset, bundle)
+        requests = DatasetRequests(dataset, recommender, only)
+    if not len(requests.user_ids):
+        raise ValueError("there are no users to recommend for: --users is empty")
+    keep_seen, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
+    request_time, when = time_of_requests(request_time, recommender, requests)
+    target_action = None if action is None else resolve_target_actions(requests.user_ids, action, recommender)
+    with atomic_write(output) as temporary, ParquetStream(temporary) as stream:
+        for part in tqdm(list(in_chunks(len(requests.user_ids), batch_size)), desc="recommend", unit="batch"):
+            history, seen_items = requests.read(part)
+            excluded = no_items(len(history.lengths)) if keep_seen else seen_items
+            times = np.full(len(history.lengths), request_time)
+            actions = None if target_action is None else target_action[part]
+            ranking = recommender.rank(history, excluded, times, k, actions)
+            row, column = np.nonzero(ranking.items > 0)
+            stream.write(
+                {
+                    c.USER_ID: requests.user_ids[part][row],
+                    c.ITEM_ID: item_ids[ranking.items[row, column] - 1],
+                    c.SCORE: ranking.score[row, column],
+                    c.RANK: (column + 1).astype(np.int32),
+                    c.RETRIEVER_SCORE: ranking.retriever_score[row, column],
+                }
+            )
+    print(f"{output}: {k} items for each of {len(requests.user_ids):,} users{when}")
+
+
+def time_of_requests(
+    request_time: int | None, recommender: Recommender, requests: DatasetRequests | FileRequests
+) -> tuple[int, str]:
+    """Request time of all requests in seconds, and a text to print (empty for a model without request time).
+
+    Args:
+        request_time: the user's option; None: the time of the newest event of the log.
+    """
+    timed = recommender.request_time == "target"
+    if request_time is None:
+        if not timed:
+            return 0, ""  # `requests.newest` would read the times of all events
+        if requests.newest > time.time():
+            logger.warning(
+                "the newest event of the log, %s, lies in the future of this machine's clock, and its time is used as "
+                "the time of all requests; pass --request_time",
+                format_time(requests.newest),
+            )
+        return requests.newest, f", as of {format_time(requests.newest)}, the newest event of the log"
+    now = int(as_seconds([request_time], "request_time", recommender.newest_time)[0])
+    late = requests.last_times > now
+    if recommender.has_time and late.any():
+        first = int(late.argmax())
+        raise ValueError(
+            f"request_time is {now}, before the newest event of {int(late.sum()):,} of {len(late):,} users, such as "
+            f"{requests.last_times[first]} of user {requests.user_ids[first]}; give a later time, or --histories with "
+            "only the events before it"
+        )
+    if not timed:
+        logger.warning("the model was trained without request time, so --request_time %s has no effect", now)
+    return now, f", as of {format_time(now)}" if timed else ""
