@@ -50,14 +50,10 @@ def forget(folder: Path, slot: str) -> None:
 
 
 class Metrics:
-    """The metrics of one application.
+    """The metrics of one application; of one of several processes after `share`."""
 
-    Args:
-        workers: whether they are those of one of several processes, see `share`.
-    """
-
-    def __init__(self, workers: bool = False) -> None:
-        self.workers, self.registry = workers, CollectorRegistry()
+    def __init__(self) -> None:
+        self.shared, self.registry = FOLDER in os.environ, CollectorRegistry()
         named: dict[str, Any] = {"namespace": "recsys", "registry": self.registry}
         self.requests = Counter("requests", "Requests by route and status", ["method", "route", "status"], **named)
         self.seconds = Histogram(
@@ -117,7 +113,7 @@ class Metrics:
     def render(self) -> tuple[bytes, str]:
         """The metrics of all workers in Prometheus' text format, and its content type."""
         self.sample()
-        if not self.workers:
+        if not self.shared:
             return generate_latest(self.registry), CONTENT_TYPE_LATEST
         together = CollectorRegistry()
         multiprocess.MultiProcessCollector(together)  # type: ignore[no-untyped-call]
