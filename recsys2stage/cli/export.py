@@ -137,7 +137,7 @@ def export_bundle(
         candidates: number of candidates that the ranker scores per request; None: as in its training.
         with_histories: whether to pack the users' histories into the folder, so that `recsys serve` knows them without
             the prepared data. They are all events of the data, with the users' ids.
-        data: prepared dataset with the histories; None: the one the index was made from.
+        data: prepared dataset with the histories, of the index's split; None: the one the index was made from.
         trust: modules outside this package from which the checkpoint may load classes.
     """
     if candidates is not None:
@@ -161,9 +161,9 @@ def export_bundle(
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
     made_from = data or Path(indexed["parents"]["data"]["path"])
-    histories = Dataset(made_from) if with_histories else None
-    if histories is not None:
-        histories.check_split(index, indexed["split_hash"])
+    dataset = Dataset(made_from) if with_histories or data is not None else None
+    if dataset is not None:
+        dataset.check_split(index, indexed["split_hash"])
     with atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
@@ -178,7 +178,7 @@ def export_bundle(
                 raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
             verify(path, read_manifest(path, "candidates", make), make)
             shutil.copytree(Path(path) / SIGNALS, folder / SIGNALS)
-        packed = {} if histories is None else {HISTORIES: pack(histories, folder)}
+        histories = {HISTORIES: pack(dataset, folder)} if dataset is not None and with_histories else {}
         write_manifest(
             folder,
             "bundle",
@@ -188,7 +188,7 @@ def export_bundle(
             reranker={"dim": options["vector_dim"], **reranker},
             recent=options["recent"],
             **{name: indexed[name] for name in KEPT},
-            **packed,
+            **histories,
         )
-    users = "" if histories is None else f", histories of {histories.num_users:,} users"
+    users = f", histories of {histories[HISTORIES]['users']:,} users" if histories else ""
     print(f"{output}: both stages, {candidates} candidates{users}")
