@@ -22,7 +22,7 @@ from recsys2stage.artifacts import (
 )
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
-from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.options import check_least
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
@@ -38,7 +38,7 @@ from recsys2stage.trust import Trust, arguments, trusts
 RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
 KEPT = (  # fields copied from the manifest of the index to that of the bundle
     *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
-    *("repeats", "newest_time", "user_features"),
+    *("repeats", "newest_time", "user_features", "item_features"),
 )
 
 
@@ -89,6 +89,7 @@ def export_index(
         "repeats": dataset.protocol["repeats"],
         "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
         "user_features": user_specs(dataset),
+        "item_features": feature_specs(dataset.item_features),
         "towers": towers,
     }
     with atomic_write(output, "index") as folder:
