@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from recsys2stage.serving.store import SCHEMA, Event, Store, StoreError
+from recsys2stage.serving.store import Event, Store, StoreError
+from recsys2stage.serving.store_file import SCHEMA
 
 WRITER = """
 import sys
