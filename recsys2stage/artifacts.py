@@ -41,7 +41,7 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # left by a killed run
         owner, pid, state = left.name.rsplit(".", 2)
-        if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not _alive(int(pid)):
+        if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not is_alive(int(pid)):
             if state == "old" and not path.exists():  # killed between the two renames below
                 left.rename(path)
             else:
@@ -72,7 +72,8 @@ def _check_replaceable(path: Path, kind: str) -> None:
         raise ValueError(f"{path} holds {what} and would be lost; name another folder for the new {kind}")
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -12,6 +12,7 @@ from recsys2stage.artifacts import (
     write_json,
 )
 from recsys2stage.data.dataset import Dataset, sample_users
+from recsys2stage.data.locks import locked
 from recsys2stage.data.options import Part, check_least, check_option
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
@@ -84,23 +85,24 @@ def evaluate(
     if against is not None:  # fail before the long evaluation
         baseline = read_baseline_run(against, mark)
         differs = check_baseline_run(baseline, conditions, dataset.num_items, measured, targets)
-    outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
-    report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
-    report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
-    report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
-    if against is not None:
-        report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed)
-    line = protocol_line(conditions, len(measured), dataset.num_items)
-    output.mkdir(parents=True, exist_ok=True)
-    with_figures = plots and negatives is None
-    figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
-    with atomic_write(output / f"ranks{mark}.parquet") as temporary:
-        pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
-    with atomic_write(output / f"report{mark}.md") as temporary:
-        temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
-    write_json(output / f"report{mark}.json", report)
-    print(f"\n{line}\n\n{as_table(report)}\n")
-    if against is not None:
-        print(f"{against_text(report, MAIN_METRICS)}\n")
-    files = (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures)
-    print("\n".join([*missing, *(str(output / name) for name in files)]))
+    with locked(output / f"report{mark}.json"):
+        outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
+        report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
+        report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
+        report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
+        if against is not None:
+            report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed)
+        line = protocol_line(conditions, len(measured), dataset.num_items)
+        output.mkdir(parents=True, exist_ok=True)
+        with_figures = plots and negatives is None
+        figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
+        with atomic_write(output / f"ranks{mark}.parquet") as temporary:
+            pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
+        with atomic_write(output / f"report{mark}.md") as temporary:
+            temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
+        write_json(output / f"report{mark}.json", report)
+        print(f"\n{line}\n\n{as_table(report)}\n")
+        if against is not None:
+            print(f"{against_text(report, MAIN_METRICS)}\n")
+        files = (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures)
+        print("\n".join([*missing, *(str(output / name) for name in files)]))

@@ -23,6 +23,7 @@ from recsys2stage.artifacts import (
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.locks import locked
 from recsys2stage.data.options import check_least
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
@@ -89,7 +90,7 @@ def export_index(
         "user_features": user_specs(dataset),
         "towers": towers,
     }
-    with atomic_write(output, "index") as folder:
+    with locked(output), atomic_write(output, "index") as folder:
         folder.mkdir()
         index.save(folder)
         torch.save(weights, folder / TOWERS)
@@ -153,7 +154,7 @@ def export_bundle(
         )
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
-    with atomic_write(output, "bundle") as folder:
+    with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
             if file.name != c.MANIFEST:

@@ -16,6 +16,7 @@ from recsys2stage.artifacts import (
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, no_items
 from recsys2stage.data.ids import given_ids, read_id_lines
+from recsys2stage.data.locks import locked
 from recsys2stage.data.options import Seen
 from recsys2stage.data.request_inputs import as_seconds, format_time
 from recsys2stage.ranking.bundle import bundle_manifest, check_split
@@ -78,7 +79,7 @@ def recommend(
     keep_seen, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
     request_time, when = time_of_requests(request_time, recommender, requests)
     target_action = None if action is None else resolve_target_actions(requests.user_ids, action, recommender)
-    with atomic_write(output) as temporary, ParquetStream(temporary) as stream:
+    with locked(output), atomic_write(output) as temporary, ParquetStream(temporary) as stream:
         for part in tqdm(list(in_chunks(len(requests.user_ids), batch_size)), desc="recommend", unit="batch"):
             history, seen_items = requests.read(part)
             excluded = no_items(len(history.lengths)) if keep_seen else seen_items

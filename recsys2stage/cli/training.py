@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -31,6 +32,7 @@ from recsys2stage.cli.callbacks import (
     WholeCheckpoints,
     WriteManifest,
 )
+from recsys2stage.data.locks import locked
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
 from recsys2stage.ranking.ranker import Ranker  # noqa: F401
@@ -119,6 +121,12 @@ class RecsysCLI(LightningCLI):
         if options.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=20))  # a step takes milliseconds
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Holds the lock of the output folder during a fit; only the first process of a fit takes it."""
+        writes = subcommand == "fit" and self.trainer.is_global_zero
+        with locked(self.config_init["fit"].output) if writes else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         self._load_weights_only("fit")

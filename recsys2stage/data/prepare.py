@@ -26,6 +26,7 @@ from recsys2stage.data.events import (
     tie_shares,
     withhold_cold_items,
 )
+from recsys2stage.data.locks import locked
 from recsys2stage.data.options import check_least, check_option
 from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
@@ -85,7 +86,7 @@ def prepare(
         "split": split.describe(),
         "item_vectors": {name: asdict(vectors) for name, vectors in item_vectors.items()},
     }
-    with atomic_write(output, "dataset") as folder:
+    with locked(output), atomic_write(output, "dataset") as folder:
         folder.mkdir()
         with source.open() as tables:
             if split.needs_time and not tables.has_time:

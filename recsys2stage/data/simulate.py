@@ -15,6 +15,7 @@ import polars as pl
 from tqdm import tqdm
 
 from recsys2stage.artifacts import atomic_write
+from recsys2stage.data.locks import locked
 from recsys2stage.data.options import check_option
 
 RATINGS, MOVIES, README = "ratings.csv", "movies.csv", "README.txt"
@@ -108,7 +109,7 @@ def simulate(
     lengths = _lengths(counts, int((catalogue.available < FIRST_RATING).sum() * 0.55), rng)
     chunks = np.array_split(np.arange(counts.users), -(-counts.users // USERS_AT_ONCE))
     rated = np.zeros(len(catalogue.release), np.int64)  # number of ratings per movie
-    with atomic_write(output) as temporary:
+    with locked(output), atomic_write(output) as temporary:
         temporary.mkdir(exist_ok=True)
         with (temporary / RATINGS).open("wb") as file:
             file.write(b"userId,movieId,rating,timestamp\n")

@@ -10,6 +10,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, ParquetStream, atomic_write, write_manifest
 from recsys2stage.data.batches import Ragged, in_chunks, padded_indices
 from recsys2stage.data.dataset import At, Dataset, sample_users
+from recsys2stage.data.locks import locked
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -94,7 +95,7 @@ def mine_negatives(
             f"two signals give the value {twice}, expected distinct column names; use each signal class once"
         )
     builder = ListBuilder(dataset, recommender, miner, select, seed)
-    with atomic_write(output, "candidates") as folder:
+    with locked(output), atomic_write(output, "candidates") as folder:
         folder.mkdir()
         width = recommender.vectors.shape[1]
         states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), width))
