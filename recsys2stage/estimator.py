@@ -27,9 +27,9 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
 from recsys2stage.data import sources
-from recsys2stage.data.frames import FrameColumns, Sides, TimeUnit
+from recsys2stage.data.frames import FrameColumns, Sides
 from recsys2stage.data.ids import given_ids
-from recsys2stage.data.options import Part, Seen
+from recsys2stage.data.options import Part, Seen, TimeUnit
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.data.sources.base import Kind

@@ -25,7 +25,7 @@ from recsys2stage.evaluation.evaluate import (
 )
 from recsys2stage.evaluation.plots import write_figures
 from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdown, as_table
-from recsys2stage.ranking.bundle import bundle_manifest, check_split
+from recsys2stage.ranking.bundle import bundle_data, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.trust import Trust, trusts
 
@@ -70,7 +70,7 @@ def evaluate(
     check_least("resamples", resamples)
     negatives = num_negatives(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
-    dataset = Dataset(data or bundle_manifest(bundle)["parents"]["data"]["path"])
+    dataset = Dataset(data or bundle_data(bundle))
     check_split(dataset, bundle)
     recommender.check(dataset)
     measured = sample_users(dataset.users(split), users, seed)

@@ -13,6 +13,7 @@ from recsys2stage.artifacts import (
     RUN,
     atomic_write,
     fingerprint,
+    locate_parent,
     read_array,
     read_json,
     read_manifest,
@@ -24,6 +25,7 @@ from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.locks import locked
+from recsys2stage.data.manifest import source_log
 from recsys2stage.data.options import check_least
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
@@ -88,6 +90,7 @@ def export_index(
         "repeats": dataset.protocol["repeats"],
         "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
         "user_features": user_specs(dataset),
+        "log": source_log(dataset.manifest, data / c.MANIFEST)._asdict(),
         "towers": towers,
     }
     with locked(output), atomic_write(output, "index") as folder:
@@ -163,19 +166,21 @@ def export_bundle(
         if options["signals"]:
             made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
             mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
-            path, make = mined["path"], f"recsys mine-negatives --output {mined['path']}"
+            path = locate_parent(ranker.parent, mined)
+            make = f"recsys mine-negatives --output {path}"
             if fingerprint(path) != mined["hash"]:
                 raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
             verify(path, read_manifest(path, "candidates", make), make)
-            shutil.copytree(Path(path) / SIGNALS, folder / SIGNALS)
+            shutil.copytree(path / SIGNALS, folder / SIGNALS)
         write_manifest(
             folder,
             "bundle",
             options={"candidates": candidates},
-            parents={"index": index, "ranker": ranker, "data": indexed["parents"]["data"]["path"]},
+            parents={"index": index, "ranker": ranker, "data": locate_parent(index, indexed["parents"]["data"])},
             candidates=candidates,
             reranker={"dim": options["vector_dim"], **reranker},
             recent=options["recent"],
+            log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
         )
     print(f"{output}: both stages, {candidates} candidates")

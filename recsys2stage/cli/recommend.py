@@ -19,7 +19,7 @@ from recsys2stage.data.ids import given_ids, read_id_lines
 from recsys2stage.data.locks import locked
 from recsys2stage.data.options import Seen
 from recsys2stage.data.request_inputs import as_seconds, format_time
-from recsys2stage.ranking.bundle import bundle_manifest, check_split
+from recsys2stage.ranking.bundle import bundle_data, bundle_log, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.serving.requests import DatasetRequests, FileRequests, resolve_target_actions
 from recsys2stage.trust import Trust, trusts
@@ -48,16 +48,18 @@ def recommend(
     Args:
         bundle: folder written by export-bundle, or by export-index (first stage only).
         data: prepared dataset with the users; None: the one the bundle was made from.
-        histories: CSV or Parquet with user_id, item_id and, for models with request time, time in seconds; oldest first
-            if there is no time. Optional: rating, action (name of the action type) and the user features of the model.
-            These users need not be in the data.
+        histories: a file with a row for each event: .csv, .tsv, .jsonl or .ndjson (also with .gz), .parquet or .pq,
+            with the columns user_id, item_id and, for models with request time, time (seconds since 1970 or ISO text);
+            oldest first if there is no time. Optional: rating, action (name of the action type) and the user features
+            of the model. The columns may also have the names and the time unit of the log that was prepared. These
+            users need not be in the data.
         users: user ids: a list, or a text file with one per line, compared as text (0012 is not 12); None: all.
         output: Parquet file to write; None: recommendations.parquet, next to the bundle.
         k: number of items per user.
         request_time: seconds since 1970, no earlier than any user's newest event; None: the log's newest event.
-        action: target action, for models with next_action: one name for all users, a CSV or Parquet file with user_id
-            and action, or a .json of {user_id: action}. None, and for users not in the file: the model's next_action
-            if it is an action, else unknown.
+        action: target action, for models with next_action: one name for all users, a file like histories with
+            user_id and action, or a .json of {user_id: action}. None, and for users not in the file: the model's
+            next_action if it is an action, else unknown.
         seen: keep or filter seen items; None: keep if the data were prepared with repeats: keep, else filter.
         batch_size: users per batch.
         trust: modules outside this package from which the bundle may load classes.
@@ -69,16 +71,18 @@ def recommend(
         users = [line for line in read_id_lines(users) if line.strip()]
     only = None if users is None else given_ids(users)
     if histories is not None:
-        requests: DatasetRequests | FileRequests = FileRequests(histories, recommender, only)
+        requests: DatasetRequests | FileRequests = FileRequests(histories, recommender, only, bundle_log(bundle))
     else:
-        dataset = Dataset(data or bundle_manifest(bundle)["parents"]["data"]["path"])
+        dataset = Dataset(data or bundle_data(bundle))
         check_split(dataset, bundle)
         requests = DatasetRequests(dataset, recommender, only)
     if not len(requests.user_ids):
         raise ValueError("there are no users to recommend for: --users is empty")
     keep_seen, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
     request_time, when = time_of_requests(request_time, recommender, requests)
-    target_action = None if action is None else resolve_target_actions(requests.user_ids, action, recommender)
+    target_action = (
+        None if action is None else resolve_target_actions(requests.user_ids, action, recommender, bundle_log(bundle))
+    )
     with locked(output), atomic_write(output) as temporary, ParquetStream(temporary) as stream:
         for part in tqdm(list(in_chunks(len(requests.user_ids), batch_size)), desc="recommend", unit="batch"):
             history, seen_items = requests.read(part)

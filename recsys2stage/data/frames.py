@@ -10,11 +10,11 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.data import ids
 from recsys2stage.data.checks import parse_int, require
+from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.table import iso
 from recsys2stage.data.split import PARTS
 
-TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
 Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
 
 
@@ -74,7 +74,7 @@ class FrameColumns:
             order = self._milliseconds(log[self.time])
             log = log.sort(order, maintain_order=True)
             if self._unit(log[self.time]) != "order":
-                columns.append((order // 1000).alias(c.TIME))
+                columns.append(order.cast(pl.Datetime("ms")).alias(c.TIME))  # a type that needs no unit
         return log.select(columns)
 
     def write(self, log: pl.DataFrame, sides: Sides, folder: Path) -> dict[str, Any]:

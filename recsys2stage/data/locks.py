@@ -32,6 +32,7 @@ def locked(output: str | Path) -> Iterator[None]:
     output = Path(output)
     whole = output.parent.resolve() / output.name if output.name not in ("", "..") else output.resolve()
     lock, own = whole.with_name(f".{whole.name}.running"), _identity()
+    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         _acquire(lock, output, own)
@@ -45,6 +46,9 @@ def locked(output: str | Path) -> Iterator[None]:
     finally:
         if own["pid"] == os.getpid() and _read(lock) == own:  # not in a forked child; not if someone removed the lock
             lock.unlink(missing_ok=True)
+            with suppress(OSError):  # a run that wrote nothing leaves no folder
+                for folder in made:
+                    folder.rmdir()
 
 
 def _identity() -> dict[str, Any]:

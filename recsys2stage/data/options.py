@@ -4,6 +4,8 @@ from typing import Any, Literal, get_args
 
 Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
+Repeats = Literal["first", "last", "keep", "error"]  # events with the same user and item
+TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
 Seen = Literal["keep", "filter"]  # whether seen items may be recommended
 
 

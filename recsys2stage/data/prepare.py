@@ -13,9 +13,8 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, hash_arrays, read_manifest, write_manifest
-from recsys2stage.data.checks import OnBadRows
+from recsys2stage.data.checks import OnBadRows, with_default_columns
 from recsys2stage.data.events import (
-    Repeats,
     TieBreak,
     compute_offsets,
     drop_repeats,
@@ -27,7 +26,8 @@ from recsys2stage.data.events import (
     withhold_cold_items,
 )
 from recsys2stage.data.locks import locked
-from recsys2stage.data.options import check_least, check_option
+from recsys2stage.data.manifest import EVENT_COLUMNS
+from recsys2stage.data.options import Repeats, check_least, check_option
 from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
 from recsys2stage.data.sources.vectors import Vectors
@@ -98,6 +98,7 @@ def prepare(
                     f"item_vectors uses the names {taken}, which other item features have; rename the vectors"
                 )
             counts: dict[str, int] = {}
+            named = with_default_columns(tables.events).columns
             events, bad_events = load_events(tables, min_rating, on_bad_rows, counts)
             events = keep_core(drop_repeats(sort_events(events, tie_break, seed), repeats, counts), core, counts)
             if counts["removed_by_core"]:
@@ -183,6 +184,10 @@ def prepare(
                     "action": events.action is not None,
                 },
                 features={"items": item_features, "users": user_features},
+                log={
+                    "columns": {name: column.name for name, column in named.items() if name in EVENT_COLUMNS},
+                    "time_unit": tables.time_unit if tables.has_time else "order",
+                },
                 actions=events.action_names,
                 max_history=int(np.diff(offsets).max()),
                 split_hash=split_hash(offsets, events.item, train_end, val_end, events.user_ids, events.item_ids),

@@ -125,10 +125,11 @@ def test_of_many_that_find_a_dead_run_s_lock_one_takes_it_over(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_run_leaves_no_lock(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), locked(tmp_path / "index"):
+def test_a_failed_run_leaves_no_lock_and_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(RuntimeError), locked(tmp_path / "runs" / "new" / "one" / "index"):
         raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
 FORK = """

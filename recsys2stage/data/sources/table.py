@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import polars as pl
 
@@ -22,6 +21,7 @@ from recsys2stage.data.checks import (
     time_column,
     typed_rows,
 )
+from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, matches, unpacked
 from recsys2stage.data.sources.quotes import AUTO, check_quote
 from recsys2stage.data.split import PARTS
@@ -93,7 +93,7 @@ class Table(Source):
         user: str = "user_id",
         item: str = "item_id",
         time: str | None = "timestamp",
-        time_unit: Literal["seconds", "milliseconds", "iso", "order"] = "seconds",
+        time_unit: TimeUnit = "seconds",
         rating: str | None = None,
         action: str | None = None,
         items: SideTable | None = None,
@@ -156,6 +156,7 @@ class Table(Source):
                 folders=[] if zipped or files == [self.path] else sorted({file.parent for file in files}),
                 has_time=self.time_unit != "order",
                 ticks=TICKS[self.time_unit],
+                time_unit=self.time_unit,
                 untyped_ids=files[0].suffix not in PARQUET,
             )
 
