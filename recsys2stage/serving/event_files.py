@@ -217,7 +217,7 @@ def _refuse_nulls(parsed: pl.Series, times: pl.Series, path: Path, expected: str
     if bad.any():
         row = int(bad.arg_true()[0])
         raise ValueError(
-            f"{path} has the time {_shown(times[row])} in row {row + 1}, expected {expected}; convert or round the times"
+            f"{path} has the time {_shown(times[row])} in row {row + 1}, expected {expected}; convert or round it"
         )
 
 

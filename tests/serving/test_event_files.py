@@ -8,9 +8,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from pipeline_fixtures import RETRIEVER, TOLD, Run, recsys
+from pipeline_fixtures import TOLD, Run, recsys
 
 from recsys2stage.artifacts import read_manifest
+from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.manifest import SourceLog
 from recsys2stage.ranking.bundle import bundle_log
 from recsys2stage.recommender import Recommender
@@ -45,7 +46,6 @@ def shop(log: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Run:
     recsys("prepare-data", *of, "--output", run.data)
     run.fit_retriever(*TOLD, "--trainer.max_epochs", 1)
     run.export_index()
-    assert RETRIEVER
     return run
 
 
@@ -76,7 +76,7 @@ def write(frame: pl.DataFrame, path: Path) -> Path:
 )
 @pytest.mark.parametrize("naming", ["source", "own"])
 def test_the_log_itself_gives_the_lists_of_the_data_in_every_format(
-    name: str, naming: str, shop: Run, log: pl.DataFrame, expected: pl.DataFrame, tmp_path: Path
+    name: str, naming: str, shop: Run, log: pl.DataFrame, tmp_path: Path
 ) -> None:
     """Also under our own names: the milliseconds decide the order."""
     frame = log.drop("ms")
@@ -88,8 +88,6 @@ def test_the_log_itself_gives_the_lists_of_the_data_in_every_format(
     requests = FileRequests(path, served, source=bundle_log(shop.index))
     assert requests.user_ids.tolist() == sorted({f"u{user}" for user in range(40)})
     order = pl.read_parquet(shop.data / "users.parquet").sort("user_id")["user"].to_numpy()
-    from recsys2stage.data.dataset import Dataset
-
     mine, theirs = requests.read(slice(0, 40))[0], Dataset(shop.data).histories(order, "all", 20)
     assert mine.items.tolist() == theirs.items.tolist()
     assert mine.times.tolist() == theirs.times.tolist()
@@ -215,9 +213,7 @@ def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys2stage.serving.event_files.LARGE", 1 << 20)
     (tmp_path / "h.csv.gz").write_bytes(gzip.compress(b"user_id,item_id\n" + b"1,2\n" * (1 << 20)))
-    with pytest.raises(
-        ValueError, match=r"unpacks from [0-9,]+ to more than [0-9,]+ bytes, expected at most 200 times"
-    ):
+    with pytest.raises(ValueError, match=r"unpacks from [0-9,]+ to more than [0-9,]+ bytes, expected at most 200"):
         read_log(tmp_path / "h.csv.gz")
 
 
@@ -260,7 +256,7 @@ def test_times_are_read_as_whole_seconds(values: list[object], unit: str) -> Non
     ("values", "unit", "message"),
     [
         (
-            [NOON, NOON + 0.5],
+            [float(NOON), NOON + 0.5],
             "seconds",
             r"has the time 1717156800.5 in row 2, expected whole seconds since 1970, or ISO",
         ),
@@ -293,14 +289,13 @@ def test_the_unit_of_the_source_holds_for_its_column_only(tmp_path: Path) -> Non
 def test_users_of_whose_items_none_is_known_are_named(
     shop: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "h.csv").write_text(
-        f"user_id,item_id,time\na,sku-01,{NOON}\nb,SKU-07,{NOON}\nb,SKU-08,{NOON}\nc,9,{NOON}\n"
-    )
+    rows = [f"{row},{NOON}\n" for row in ("a,sku-01", "b,SKU-07", "b,SKU-08", "c,9")]
+    (tmp_path / "h.csv").write_text("".join(["user_id,item_id,time\n", *rows]))
     with caplog.at_level(logging.WARNING, "recsys2stage"):
         FileRequests(tmp_path / "h.csv", Recommender.load(shop.index))
     assert (
-        "the model knows no item of 2 of 3 users, such as 'SKU-07' of user 'b' (known ids look like 'sku-00'); they get "
-        "the most popular items; check their item ids, or leave them out" in caplog.text
+        "the model knows no item of 2 of 3 users, such as 'SKU-07' of user 'b' (known ids look like 'sku-00'); they "
+        "get the most popular items; check their item ids, or leave them out" in caplog.text
     )
     caplog.clear()
     (tmp_path / "h.csv").write_text(f"user_id,item_id,time\na,sku-01,{NOON}\nb,sku-07,{NOON}\nb,SKU-08,{NOON}\n")
