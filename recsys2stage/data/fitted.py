@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from recsys2stage.artifacts import fingerprint
 
@@ -23,7 +23,7 @@ class FittedFolder:
         if self.temporary:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
-    def remember(self) -> Self:
+    def remember(self) -> "FittedFolder":
         """Remembers the manifest, to notice later that the folder holds another model."""
         self.hash = fingerprint(self.path)
         return self
@@ -32,7 +32,7 @@ class FittedFolder:
         """Whether the folder was removed or written anew since `remember`."""
         return fingerprint(self.path) != self.hash
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FittedFolder":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
