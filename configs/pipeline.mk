@@ -99,10 +99,10 @@ help: ## list the targets
 pipeline: stages ## both stages on DATASET (RAW=folder or zip of the raw data)
 	@echo; sed '/^95 %/q' $(RUN)/report.md; echo
 	@[ ! -s $(RUN)/examples.txt ] || { cat $(RUN)/examples.txt; echo; }
-	@echo "Written:"; for path in $(DATA)/ $(FIRST)/{retriever,index}/ $(RUN)/{candidates,ranker,refit,bundle}/ \
+	@echo "written:"; for path in $(DATA)/ $(FIRST)/{retriever,index}/ $(RUN)/{candidates,ranker,refit,bundle}/ \
 		$(RUN)/report.{md,json} $(RUN)/{ranks,recommendations}.parquet $(RUN)/*.png; do \
 		[ ! -e "$$path" ] || echo "  $$path"; done
-	@echo "Next: $(RECSYS) recommend --bundle $(RUN)/bundle --users '[ID, ID]' --output lists.csv"
+	@echo "next: $(RECSYS) recommend --bundle $(RUN)/bundle --users '[ID, ID]' --show 2 --output lists.csv"
 
 stages: $(RUN)/report.json $(RUN)/recommendations.parquet
 
@@ -154,7 +154,8 @@ $(RUN)/report.json: $(RUN)/bundle/manifest.json $(call config,evaluate)
 
 $(RUN)/recommendations.parquet: $(RUN)/bundle/manifest.json $(call config,recommend)
 	$(call stage,lists,recommend for all users,$@)
-	$(recsys) recommend $(call with_config,recommend) $(trust) --bundle $(RUN)/bundle --data $(DATA) --output $@
+	$(recsys) recommend --show 3 $(call with_config,recommend) $(trust) --bundle $(RUN)/bundle --data $(DATA) --output $@ \
+		> $(@D)/examples.txt
 
 clean: ## remove what the pipeline made for DATASET
 	rm -rf $(DATA) $(FIRST) $(RUN)

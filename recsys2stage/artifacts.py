@@ -282,10 +282,16 @@ def hash_arrays(*arrays: np.ndarray) -> str:
 
 
 class ParquetStream:
-    """Writes tables with the same columns one after another to one Parquet file."""
+    """Writes tables with the same columns one after another to one Parquet file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        types: column name -> name of its Arrow type, such as "string" or "float32"; None: those of the first table. A
+            column of objects has no type of its own in a table without rows.
+    """
+
+    def __init__(self, path: Path, types: dict[str, str] | None = None) -> None:
+        self.path, self.types = path, types
         self.writer: Any = None
 
     def __enter__(self) -> "ParquetStream":
@@ -295,7 +301,10 @@ class ParquetStream:
         import pyarrow as pa  # imported here: training writes manifests but needs no Parquet
         import pyarrow.parquet as pq
 
-        arrow = pa.table(table)
+        schema = None if self.writer is None else self.writer.schema
+        if schema is None and self.types is not None:
+            schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in self.types.items()])
+        arrow = pa.table(table, schema=schema)
         self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
         self.writer.write_table(arrow)
 

@@ -13,6 +13,7 @@ from recsys2stage.artifacts import (
 )
 from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.data.options import Part, check_least, check_option
+from recsys2stage.data.summary import print_summary
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
     beyond_accuracy,
@@ -102,5 +103,11 @@ def evaluate(
     print(f"\n{line}\n\n{as_table(report)}\n")
     if against is not None:
         print(f"{against_text(report, MAIN_METRICS)}\n")
-    files = (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures)
-    print("\n".join([*missing, *(str(output / name) for name in files)]))
+    files = [f"report{mark}.json", f"ranks{mark}.parquet", *figures]
+    print_summary(
+        output / f"report{mark}.md",
+        f"{len(measured):,} users, {dataset.num_items:,} items",
+        *missing,
+        *(str(output / name) for name in files),
+        then=f"recsys recommend --bundle {bundle}",
+    )

@@ -25,6 +25,7 @@ from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.options import check_least
 from recsys2stage.data.side_tables import user_specs
+from recsys2stage.data.summary import print_summary
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -113,7 +114,24 @@ def export_index(
             k, seen = min(100, dataset.num_items), dataset.filtered_items(users, "val")
             facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
             write_manifest(folder, "index", made, parents, **facts)
-    print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
+    print_summary(
+        output,
+        f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {type(index).__name__}",
+        *describe_search(facts.get("measured")),
+        then=f"recsys mine-negatives --data {data} --index {output}",
+    )
+
+
+def describe_search(measured: dict[str, int | float] | None) -> list[str]:
+    """The measurements of an index (`retrieval.index.measure`) as lines of text."""
+    if measured is None:
+        return ["recall and latency were not measured"]
+    k = measured["k"]
+    return [
+        f"recall@{k} against exact search {measured[f'recall@{k}']:.4f} on {measured['queries']:,} validation targets",
+        f"one query takes {measured['median_ms']:.2f} ms (median), {measured['p95_ms']:.2f} ms (95th percentile); in a "
+        f"batch {measured['batch_ms']:.3f} ms",
+    ]
 
 
 @trusts
@@ -177,4 +195,8 @@ def export_bundle(
             recent=options["recent"],
             **{name: indexed[name] for name in KEPT},
         )
-    print(f"{output}: both stages, {candidates} candidates")
+    print_summary(
+        output,
+        f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
+        then=f"recsys evaluate --bundle {output}",
+    )

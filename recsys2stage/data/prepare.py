@@ -31,6 +31,7 @@ from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
 from recsys2stage.data.sources.vectors import Vectors
 from recsys2stage.data.split import LeaveOneOut, Marked, Split
+from recsys2stage.data.summary import dataset_summary
 
 log = logging.getLogger("recsys2stage")
 
@@ -186,7 +187,9 @@ def prepare(
                 max_history=int(np.diff(offsets).max()),
                 split_hash=split_hash(offsets, events.item, train_end, val_end, events.user_ids, events.item_ids),
             )
-    return read_manifest(output, "dataset", "recsys prepare-data")
+    manifest = read_manifest(output, "dataset", "recsys prepare-data")
+    dataset_summary(output, manifest)
+    return manifest
 
 
 def split_hash(
