@@ -4,7 +4,7 @@ import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -18,6 +18,7 @@ ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".nd
 TYPES = {"string": pl.String, "int64": pl.Int64, "uint64": pl.UInt64, "int32": pl.Int32, "float32": pl.Float32}
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Writes tables with the same columns, and values of the same types, one after another."""
 
