@@ -1,5 +1,6 @@
 """Artifacts: folders written atomically, each with a manifest.json that records how it was made."""
 
+import errno
 import hashlib
 import json
 import os
@@ -37,7 +38,8 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     path = Path(path)
     if kind is not None:
         _check_replaceable(path, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # left by a killed run
         owner, pid, state = left.name.rsplit(".", 2)
@@ -48,7 +50,8 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
                 _remove(left)
     _remove(temporary)
     try:
-        yield temporary
+        with explained(path):
+            yield temporary
         if path.is_dir():  # a folder cannot be replaced in one step, so the old one is renamed first
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(aside)
@@ -58,6 +61,37 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns errors of the disk in writing an artifact into one sentence.
+
+    Args:
+        path: final path of the artifact.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                f"{path} cannot be written: no space is left on its disk; free some, or choose another output"
+            ) from error
+        inside = error.filename is not None and str(error.filename).startswith(str(path.parent))
+        parents = error.filename is not None and str(path).startswith(str(error.filename))
+        if not (inside or parents) or error.errno not in (
+            errno.EACCES,
+            errno.EROFS,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
+            raise
+        blocked = next((part for part in path.parents if part.exists() and not part.is_dir()), None)
+        why = f"{blocked} is a file" if blocked else f"{error.strerror} ({error.filename})"
+        raise OSError(
+            f"{path} cannot be written: {why}, expected a folder that you may write to; choose another output"
+        ) from error
 
 
 def _check_replaceable(path: Path, kind: str) -> None:

@@ -52,13 +52,13 @@ def check_integer(
     integral = isinstance(value, Integral) and not isinstance(value, bool)
     if integral and low <= value <= high:  # type: ignore[operator]  # an integer
         return
-    bounds = f"at least {low:,}" if high == LARGEST else f"{low:,} to {high:,}"
-    if integral and value > high:  # type: ignore[operator]
-        bounds = f"at most {high:,}"
-    kind = "" if integral else "an integer, "
+    if not integral:
+        bounds = f"an integer, at least {low:,}" if high == LARGEST else f"an integer from {low:,} to {high:,}"
+    else:
+        bounds = f"at least {low:,}" if value < low else f"at most {high:,}"  # type: ignore[operator]
     alternative = f", or {other}" if other else ""
     step = f"set {name} to {low if example is None else example}, for example"
-    raise ValueError(f"{name} is {_shown(value)}, expected {kind}{bounds}{alternative}; {step}")
+    raise ValueError(f"{name} is {_shown(value)}, expected {bounds}{alternative}; {step}")
 
 
 def check_number(

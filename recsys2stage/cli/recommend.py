@@ -16,7 +16,7 @@ from recsys2stage.artifacts import (
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, no_items
 from recsys2stage.data.ids import given_ids, read_id_lines
-from recsys2stage.data.options import Seen
+from recsys2stage.data.options import Seen, check_integer
 from recsys2stage.data.request_inputs import as_seconds, format_time
 from recsys2stage.ranking.bundle import bundle_manifest, check_split
 from recsys2stage.recommender import Recommender
@@ -61,6 +61,8 @@ def recommend(
         batch_size: users per batch.
         trust: modules outside this package from which the bundle may load classes.
     """
+    check_integer("k", k, example=10)
+    check_integer("batch_size", batch_size, example=32)
     recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
     if isinstance(users, Path):
         if not users.is_file():
@@ -75,6 +77,7 @@ def recommend(
         requests = DatasetRequests(dataset, recommender, only)
     if not len(requests.user_ids):
         raise ValueError("there are no users to recommend for: --users is empty")
+    k = min(k, len(recommender.vectors) - 1)
     keep_seen, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
     request_time, when = time_of_requests(request_time, recommender, requests)
     target_action = None if action is None else resolve_target_actions(requests.user_ids, action, recommender)
