@@ -20,6 +20,7 @@ from recsys2stage.columns import MANIFEST
 
 FORMAT = 1  # of artifacts and checkpoints; increase it when older files can no longer be read
 SEALED = ("index", "bundle", "candidates")  # artifacts whose manifests list the checksum of every file
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 MAX_JSON_BYTES = 1 << 26
 RUN = Path("runs/ml-20m")  # default run, as `make pipeline` writes it
 DATA = Path("data/ml-20m")
@@ -77,15 +78,9 @@ def explained(path: Path) -> Iterator[None]:
             raise OSError(
                 f"{path} cannot be written: no space is left on its disk; free some, or choose another output"
             ) from error
-        inside = error.filename is not None and str(error.filename).startswith(str(path.parent))
-        parents = error.filename is not None and str(path).startswith(str(error.filename))
-        if not (inside or parents) or error.errno not in (
-            errno.EACCES,
-            errno.EROFS,
-            errno.EPERM,
-            errno.ENOTDIR,
-            errno.EEXIST,
-        ):
+        named = str(error.filename or "")
+        own = named.startswith(str(path.with_name(f".{path.name}.")))  # the temporary path
+        if error.errno not in UNWRITABLE or not (own or (named and str(path).startswith(named))):
             raise
         blocked = next((part for part in path.parents if part.exists() and not part.is_dir()), None)
         why = f"{blocked} is a file" if blocked else f"{error.strerror} ({error.filename})"
@@ -96,7 +91,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def _check_replaceable(path: Path, kind: str) -> None:
     if path.is_file():
-        raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}")
+        raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}; choose another output")
     if not path.is_dir() or not any(path.iterdir()):
         return
     manifest = path / MANIFEST

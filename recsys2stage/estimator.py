@@ -28,7 +28,7 @@ from recsys2stage.artifacts import atomic_write, read_manifest, take, write_mani
 from recsys2stage.cli import evaluate, export, recommend, training
 from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, TimeUnit, check_arguments
 from recsys2stage.data.ids import given_ids
-from recsys2stage.data.options import Part, Seen, check_integer
+from recsys2stage.data.options import Part, Seen
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.data.sources.base import Kind
@@ -205,7 +205,6 @@ class TwoStageRecommender:
             ValueError: a user id is in neither `fit` nor `histories`, or both users and histories are given.
         """
         model = self.path
-        check_integer("k", k, example=10)
         if users is not None and histories is not None:
             raise ValueError("both users and histories are given; give user ids of the events, or histories")
         with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:

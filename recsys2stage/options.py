@@ -97,7 +97,7 @@ def check_number(
     end = f"to {high}" if high is not None else f"to below {below}" if below is not None else ""
     if start and not end:
         start = start.replace("from", "of at least")
-    bounds = " ".join(part for part in (start, end) if part) or "that is finite"
+    bounds = " ".join(part for part in (start, end.removeprefix("" if start else "to ")) if part) or "that is finite"
     alternative = f", or {other}" if other else ""
     raise ValueError(
         f"{name} is {_shown(value)}, expected {what} {bounds}{alternative}; set {name} to {example}, for example"

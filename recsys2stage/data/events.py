@@ -79,8 +79,9 @@ def load_events(
         kept = frame.filter(pl.col(c.RATING) >= min_rating)
         if kept.is_empty():
             raise ValueError(
-                f"min_rating is {min_rating}, expected at most the highest rating of {tables.events.file}, "
-                f"{frame[c.RATING].max():g}; lower it"
+                f"min_rating is {min_rating}, but no event of {tables.events.file} has a rating of {min_rating} or "
+                "more, "
+                f"expected at most {frame[c.RATING].max():g}; lower it"
             )
         counts["removed_by_rating"] = len(frame) - len(kept)
         frame = kept
@@ -206,7 +207,7 @@ def drop_repeats(events: Events, repeats: Repeats, counts: dict[str, int]) -> Ev
         examples = ", ".join(f"(user {events.user_ids[u]}, item {events.item_ids[i - 1]})" for u, i in first)
         raise ValueError(
             f"{len(twice)} (user, item) pairs have more than one event, {counts['repeats']} extra events; "
-            f"first {examples}; set repeats to first, last or keep"
+            f"first {examples}; choose which to keep: set repeats to first, last or keep"
         )
     order = stable_order(pair)
     ordered = pair[order]

@@ -223,9 +223,7 @@ def check_arguments(params: Mapping[str, Any]) -> None:
     check_integer("max_epochs", params["max_epochs"], other="None for the number in the config", example=20)
     patience = params["early_stopping"]
     if not isinstance(patience, bool):
-        check_integer("early_stopping", patience, other="True or False", example=5)
-        if patience is None:
-            raise ValueError("early_stopping is None, expected True, False or a number of epochs; set it to False")
+        check_integer("early_stopping", patience, example=5)
     check_seed("seed", params["seed"])
     if isinstance(params["overlays"], str | Path):
         overlay = str(params["overlays"])

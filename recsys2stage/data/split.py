@@ -104,7 +104,7 @@ class GlobalTime(Split):
 
     def __init__(self, val: float | int = 0.1, test: float | int = 0.1):
         for name, value in (("val", val), ("test", test)):
-            check_number(name, value, above=0, below=YEAR_2100, example=0.1, what="a share or a time in seconds")
+            check_number(name, value, below=YEAR_2100, example=0.1, what="a share or a time in seconds")
         shares = 0 < val < 1 and 0 < test < 1 and val + test < 1
         if not shares and not 1 <= val < test:
             raise ValueError(

@@ -145,6 +145,7 @@ def csv_rows(
     for file in files:
         layout = detect_layout(file, separator, quote, header is None)
         header_names = header or read_header(file, separator, layout.quote)
+        _check_separator(header_names, columns, separator, shown[file])
         require((column.name for column in columns.values()), header_names, shown[file])
         header_names = [  # as polars renames duplicate columns
             f"{name}_duplicated_{header_names[:index].count(name) - 1}" if name in header_names[:index] else name
@@ -172,6 +173,19 @@ def csv_rows(
         text.append(raw.filter(~blank).select(*own, LINE, SURPLUS, pl.lit(shown[file]).alias(FILE)))
     name = shown[files[0]] + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
     return Rows(pl.concat(typed), name, columns, pl.concat(text))
+
+
+def _check_separator(header: Sequence[str], columns: dict[str, Column], separator: str, file: str) -> None:
+    """Raises a ValueError if the columns are those of another separator."""
+    if len(header) > 1 or header[:1] == [next(iter(columns.values())).name]:
+        return
+    wanted = {column.name for column in columns.values()}
+    for other in ",;\t|":
+        if header and other != separator and wanted & set(header[0].split(other)):
+            raise ValueError(
+                f"{file} has one column {header[0]!r}, expected columns separated by {separator!r}; set separator to "
+                f"{other!r}"
+            )
 
 
 def read_header(file: Path, separator: str, quote: str | None = '"') -> list[str]:

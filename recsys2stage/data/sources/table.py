@@ -189,8 +189,8 @@ class Table(Source):
             if not files:
                 inside = _members(self.path) if zipped else [file for file in _names(folder) if file[0] not in "._"]
                 raise FileNotFoundError(
-                    f"{self.path} has no file of events, expected {' or '.join(events)}, and has "
-                    f"{', '.join(inside[:10]) or 'no file'}; name the file of events as source.member"
+                    f"{self.path} has no file {' or '.join(events)}, expected one of events among "
+                    f"{', '.join(inside[:10]) or 'its files, and it has none'}; name it as source.member"
                 )
             if zipped and len(files) > 1 and not self.member:
                 inside = ", ".join(str(file.relative_to(folder)) for file in files)
