@@ -26,8 +26,7 @@ from tqdm import tqdm
 from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
-from recsys2stage.data import sources
-from recsys2stage.data.frames import FrameColumns, Sides, TimeUnit
+from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, TimeUnit, check_arguments
 from recsys2stage.data.ids import given_ids
 from recsys2stage.data.options import Part, Seen
 from recsys2stage.data.prepare import prepare
@@ -156,6 +155,7 @@ class TwoStageRecommender:
         Raises:
             ValueError: a column is missing, a row is invalid, or no user has a validation target.
         """
+        check_arguments(self.get_params())
         self._fitted, self._pandas = None, type(events).__module__.partition(".")[0] == "pandas"
         log = self._frames.mark_parts(events, validation)
         sides = self._frames.sides(items, users)
@@ -312,7 +312,7 @@ class TwoStageRecommender:
     def _prepare(self, log: pl.DataFrame, sides: Sides, frames: Path, output: Path) -> None:
         options = self._frames.write(log, sides, frames)
         split = {"split": {"class_path": class_path(Marked)}} if "part" in options else {}
-        source = {"class_path": class_path(sources.Table), "init_args": options}
+        source = {"class_path": class_path(FrameTable), "init_args": options}
         self._run(prepare, "prepare", source=source, output=output, **split)
         manifest = read_manifest(output, "dataset", "recsys prepare-data")
         if not manifest["counts"]["val_users"]:

@@ -23,7 +23,7 @@ from recsys2stage.artifacts import (
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import check_least
+from recsys2stage.data.options import check_integer
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
@@ -62,7 +62,7 @@ def export_index(
         measured: number of users to measure recall and latency on; 0: none.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    check_least("measured", measured, 0)
+    check_integer("measured", measured, 0, example=1000)
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
     for name, expected in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
@@ -151,8 +151,8 @@ def export_bundle(
         candidates: number of candidates that the ranker scores per request; None: as in its training.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    if candidates is not None:
-        check_least("candidates", candidates, other="null for the number in the ranker's training")
+    other = "null for the number in the ranker's training"
+    check_integer("candidates", candidates, other=other, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
@@ -162,6 +162,7 @@ def export_bundle(
     indexed = read_manifest(index, "index", f"recsys export-index --output {index}")
     for name in KEPT:
         take(indexed, name, object, index / c.MANIFEST)
+    candidates = min(candidates, take(indexed, "items", int, index / c.MANIFEST))
     take(weights, "vectors", torch.Tensor, ranker)
     verify(index, indexed, f"recsys export-index --output {index}")
     if options["split_hash"] != indexed["split_hash"]:

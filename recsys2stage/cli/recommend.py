@@ -11,7 +11,7 @@ from recsys2stage.cli.examples import examples
 from recsys2stage.data.batches import Padded, in_chunks
 from recsys2stage.data.dataset import Dataset, no_items
 from recsys2stage.data.ids import given_ids, read_id_lines
-from recsys2stage.data.options import Seen, check_least
+from recsys2stage.data.options import Seen, check_integer
 from recsys2stage.data.request_inputs import as_seconds, format_time
 from recsys2stage.data.summary import print_summary, progress
 from recsys2stage.ranking.beyond import Recommendations
@@ -62,6 +62,9 @@ def recommend(
         show: number of users whose newest events and recommendations are printed.
         trust: modules outside this package from which the bundle may load classes.
     """
+    check_integer("k", k, example=10)
+    check_integer("batch_size", batch_size, example=32)
+    check_integer("show", show, 0)
     recommender, output = Recommender.load(bundle), output or bundle.parent / "recommendations.parquet"
     if isinstance(users, Path):
         if not users.is_file():
@@ -76,8 +79,8 @@ def recommend(
         requests = DatasetRequests(dataset, recommender, only)
     if not len(requests.user_ids):
         raise ValueError("there are no users to recommend for: --users is empty")
+    k = min(k, len(recommender.vectors) - 1)
     keep_seen = recommender.seen_rule(seen) == "keep"
-    check_least("show", show, 0)
     request_time, when = time_of_requests(request_time, recommender, requests)
     target_action = None if action is None else resolve_target_actions(requests.user_ids, action, recommender)
 

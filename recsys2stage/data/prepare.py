@@ -26,7 +26,7 @@ from recsys2stage.data.events import (
     tie_shares,
     withhold_cold_items,
 )
-from recsys2stage.data.options import check_least, check_option
+from recsys2stage.data.options import check_integer, check_number, check_option, check_seed
 from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
 from recsys2stage.data.sources.vectors import Vectors
@@ -76,9 +76,11 @@ def prepare(
     check_option("tie_break", tie_break, TieBreak)
     check_option("repeats", repeats, Repeats)
     check_option("on_bad_rows", on_bad_rows, OnBadRows)
-    check_least("core", core, 0)
-    if not 0 <= cold_items < 1:
-        raise ValueError(f"cold_items is {cold_items}, expected a share of the items: at least 0 and below 1")
+    other = "null for all ratings"
+    check_number("min_rating", min_rating, other=other, example=4)
+    check_integer("core", core, 0, example=5)
+    check_number("cold_items", cold_items, low=0, below=1, example=0.05, what="a share of the items")
+    check_seed("seed", seed)
     item_vectors = item_vectors or {}
     options = {
         **locals(),
@@ -95,7 +97,9 @@ def prepare(
                 )
             if taken := sorted(item_vectors.keys() & tables.item_features.keys()):
                 raise ValueError(
-                    f"item_vectors uses the names {taken}, which other item features have; rename the vectors"
+                    f"item_vectors uses the names {taken}, which other item features have, expected new ones; rename "
+                    "the "
+                    "vectors"
                 )
             counts: dict[str, int] = {}
             events, bad_events = load_events(tables, min_rating, on_bad_rows, counts)

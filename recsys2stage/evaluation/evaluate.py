@@ -45,7 +45,10 @@ def num_negatives(protocol: str) -> int | None:
         return None
     if sampled := re.fullmatch(r"sampled-([1-9]\d*)", protocol):
         return int(sampled[1])
-    raise ValueError(f"protocol is {protocol!r}, expected full or sampled-N with N from 1 on, such as sampled-100")
+    raise ValueError(
+        f"protocol is {protocol!r}, expected full or sampled-N with N from 1 on; set protocol to sampled-100, for "
+        "example"
+    )
 
 
 class RankingResult(NamedTuple):
