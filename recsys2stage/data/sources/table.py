@@ -23,6 +23,7 @@ from recsys2stage.data.checks import (
     typed_rows,
 )
 from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, matches, unpacked
+from recsys2stage.data.sources.questions import check_answered
 from recsys2stage.data.sources.quotes import AUTO, check_quote
 from recsys2stage.data.split import PARTS
 
@@ -56,6 +57,7 @@ class SideTable:
         columns: feature name -> feature column.
         title: column with the display title.
         quote: quote character of this file, as in `Table`.
+        separator: column separator of this file; None: that of the events.
     """
 
     path: str
@@ -63,6 +65,7 @@ class SideTable:
     columns: dict[str, Feature] = field(default_factory=dict)
     title: str | None = None
     quote: str | None = AUTO
+    separator: str | None = None
 
 
 class Table(Source):
@@ -106,10 +109,11 @@ class Table(Source):
     ):
         if time is None and time_unit != "order":
             raise ValueError(f"time_unit is {time_unit!r} but time is null; without times set time_unit: order")
-        if len(separator) != 1 or not separator.isascii():
-            raise ValueError(f"separator is {separator!r}, expected one ASCII character")
-        for one in (quote, *(side.quote for side in (items, users) if side is not None)):
-            check_quote(one, separator)
+        sides = [(side.quote, side.separator or separator) for side in (items, users) if side is not None]
+        for one, between in ((quote, separator), *sides):
+            if len(between) != 1 or not between.isascii():
+                raise ValueError(f"separator is {between!r}, expected one ASCII character")
+            check_quote(one, between)
         self.path = path
         self.user = user
         self.item = item
@@ -127,6 +131,9 @@ class Table(Source):
 
     @contextmanager
     def open(self) -> Iterator[Tables]:
+        options = {"path": self.path, "user": self.user, "item": self.item, "time": self.time}
+        ids = {f"{name}.id": side.id for name, side in (("items", self.items), ("users", self.users)) if side}
+        check_answered(options | ids, self.path, self.separator)
         sides = [side.path for side in (self.items, self.users) if side is not None]
         events = [self.member] if self.member else [f"*{suffix}" for suffix in DELIMITED + PARQUET]
         globbed = sorted(Path(name) for name in glob.glob(str(self.path))) if not self.path.exists() else []
@@ -202,9 +209,11 @@ class Table(Source):
             else:
                 columns[name] = Column(raw, "", empty_to_null, required=False)
         kinds = {name: feature.kind for name, feature in side.columns.items()}
-        return found, self._rows(found, columns, side.quote), kinds
+        return found, self._rows(found, columns, side.quote, side.separator), kinds
 
-    def _rows(self, files: Sequence[Path], columns: dict[str, Column], quote: str | None) -> Rows:
+    def _rows(
+        self, files: Sequence[Path], columns: dict[str, Column], quote: str | None, between: str | None = None
+    ) -> Rows:
         suffixes = {file.suffix for file in files}
         if suffixes <= set(PARQUET):
             return parquet_rows(files, columns)
@@ -212,7 +221,7 @@ class Table(Source):
             raise ValueError(
                 f"the shards have several file types: {', '.join(sorted(suffixes))}; select one with a glob: path/*.csv"
             )
-        separator = "\t" if suffixes <= {".tsv", ".tab"} else self.separator
+        separator = "\t" if suffixes <= {".tsv", ".tab"} else between or self.separator
         return csv_rows(files, columns, separator, quote=quote)
 
 
