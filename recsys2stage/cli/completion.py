@@ -66,10 +66,8 @@ def name_positional(argv: list[str]) -> None:
 @cache
 def options() -> dict[str, dict[str, tuple[str, ...]]]:
     """Command -> option without its dashes -> the values it takes, () if they are not known."""
-    tree = ast.parse((PACKAGE / "cli/commands.py").read_text(encoding="utf-8"))
-    modules = {
-        alias.name: node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
+    tree = _parse("recsys2stage.cli.commands")
+    modules = _imports(tree)
     table = next(
         node.value for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
     )
@@ -92,27 +90,45 @@ def options() -> dict[str, dict[str, tuple[str, ...]]]:
     return commands
 
 
-def _arguments(module: str, function: str) -> dict[str, tuple[str, ...]]:
-    path = PACKAGE.parent / f"{module.replace('.', '/')}.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    literals = {
-        target.id: _literal(node.value)
+def _parse(module: str) -> ast.Module:
+    return ast.parse((PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+
+
+def _imports(tree: ast.Module) -> dict[str, str]:
+    """Name -> the module of this package that it is imported from."""
+    return {
+        alias.name: node.module
         for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name)
+        for alias in node.names
+        if node.module
     }
+
+
+def _arguments(module: str, function: str) -> dict[str, tuple[str, ...]]:
+    """Arguments of a function and the values they take: true and false, those of a Literal, or () if unknown."""
+    tree = _parse(module)
+    modules = _imports(tree)
     definition = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     found = {}
     for argument in (*definition.args.args, *definition.args.kwonlyargs):
-        names = (
-            [node.id for node in ast.walk(argument.annotation) if isinstance(node, ast.Name)]
-            if argument.annotation
-            else []
-        )
-        values = _literal(argument.annotation) or next((literals[name] for name in names if literals.get(name)), ())
-        found[argument.arg] = ("true", "false") if "bool" in names else values
+        annotation = argument.annotation
+        names = [node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)] if annotation else []
+        known = ("true", "false") if "bool" in names else _literal(annotation)
+        for name in names if not known else ():
+            known = known or _alias(tree, name) or (_alias(_parse(modules[name]), name) if name in modules else ())
+        found[argument.arg] = known
     return found
+
+
+def _alias(tree: ast.Module, name: str) -> tuple[str, ...]:
+    """The values of `name = Literal[...]` in a module."""
+    values = (node.value for node in tree.body if isinstance(node, ast.Assign) and _targets(node) == [name])
+    return next((_literal(value) for value in values), ())
+
+
+def _targets(node: ast.Assign) -> list[str]:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)]
 
 
 def _literal(node: ast.AST | None) -> tuple[str, ...]:

@@ -63,6 +63,7 @@ def init(
         ValueError: the folder is not empty, the template is unknown, or the events are no table. Nothing is written.
     """
     template = template or (TABLE if events else DEMO)
+    template = TABLE if template == STARTER else template  # its configs
     shipped = shipped_configs()
     templates = [TABLE, *(other for other in datasets(shipped) if other != STARTER)]
     if template not in templates:
