@@ -26,6 +26,7 @@ from tqdm import tqdm
 from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
+from recsys2stage.cli.configs import resolve_path
 from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, TimeUnit, check_arguments
 from recsys2stage.data.ids import given_ids
 from recsys2stage.data.options import Part, Seen
@@ -356,14 +357,6 @@ class TwoStageRecommender:
             return None
         path = resolve_path(self.config, "configs") / f"{stage}.yaml"
         return path if path.is_file() else None
-
-
-def resolve_path(name: str | Path, folder: str, suffix: str = "") -> Path:
-    """Resolves a path, or the name of a file or folder in a folder of configs."""
-    for path in (Path(name), Path(folder) / f"{name}{suffix}"):
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"{name} does not exist, nor does {path}; give a path, or a name from {folder}")
 
 
 def class_path(cls: type) -> str:

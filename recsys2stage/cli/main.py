@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from recsys2stage.cli.commands import COMMANDS
+from recsys2stage.cli.completion import answer, name_positional
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage.data import ids, sources, split  # noqa: F401
@@ -47,8 +48,11 @@ TRAINING: dict[str, Any] = {"fit": fit, "validate": validate, "test": test}
 
 
 def main() -> None:
+    if answer(sys.argv[1:]):
+        return
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     os.environ.setdefault(HINTS, "1")
+    name_positional(sys.argv)
     step_out_of_configs(sys.argv)
     sys.path.insert(0, os.getcwd())  # user classes in configs, relative to the working directory
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
