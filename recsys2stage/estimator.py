@@ -27,12 +27,13 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
 from recsys2stage.cli.configs import resolve_path
-from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, TimeUnit, check_arguments
+from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, check_arguments
 from recsys2stage.data.ids import given_ids
 from recsys2stage.data.options import Part, Seen
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.data.sources.base import Kind
+from recsys2stage.data.sources.table import TimeUnit
 from recsys2stage.data.split import Marked
 from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.ranking.bundle import bundle_manifest

@@ -81,7 +81,7 @@ def load_events(
             raise ValueError(
                 f"min_rating is {min_rating}, but no event of {tables.events.file} has a rating of {min_rating} or "
                 "more, "
-                f"expected at most {frame[c.RATING].max():g}; lower it"
+                f"expected at most {float(frame[c.RATING].max()):g}; lower it"  # type: ignore[arg-type]  # a number
             )
         counts["removed_by_rating"] = len(frame) - len(kept)
         frame = kept

@@ -24,7 +24,14 @@ Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
 class FrameTable(Table):
     """A `Table` of the Parquet files that `FrameColumns.write` makes. Its errors name the data frames."""
 
-    def _rows(self, files: Sequence[Path], columns: dict[str, Column], quote: str | None, unpack: Unpacker) -> Rows:
+    def _rows(
+        self,
+        files: Sequence[Path],
+        columns: dict[str, Column],
+        quote: str | None,
+        unpack: Unpacker,
+        between: str | None = None,
+    ) -> Rows:
         rows = typed_tables(files, columns, [FRAMES[file.stem] for file in files])
         return replace(rows, advice=ADVICE)
 

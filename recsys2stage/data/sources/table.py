@@ -12,9 +12,8 @@ from typing import Literal
 
 import polars as pl
 
-from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID
+from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID, YEAR_2100
 from recsys2stage.data.checks import (
-    YEAR_2100,
     Column,
     Rows,
     empty_to_null,
@@ -200,8 +199,8 @@ class Table(Source):
                     f"{', '.join(inside[:10]) or 'its files, and it has none'}; name it as source.member"
                 )
             if zipped and len(files) > 1 and not self.member:
-                inside = ", ".join(str(file.relative_to(folder)) for file in files)
-                raise ValueError(f"{self.path} holds several tables: {inside}; choose the events with member")
+                tables = ", ".join(str(file.relative_to(folder)) for file in files)
+                raise ValueError(f"{self.path} holds several tables: {tables}; choose the events with member")
             unpack = Unpacker(Path(copies), names)
             item_file, items, item_features = self._side(self.items, ITEM_ID, folder, unpack)
             user_file, users, user_features = self._side(self.users, USER_ID, folder, unpack)
