@@ -1,5 +1,6 @@
 """Artifacts: folders written atomically, each with a manifest.json that records how it was made."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from recsys2stage.columns import MANIFEST
 
 FORMAT = 1  # of artifacts and checkpoints; increase it when older files can no longer be read
 SEALED = ("index", "bundle", "candidates")  # artifacts whose manifests list the checksum of every file
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 MAX_JSON_BYTES = 1 << 26
 RUN = Path("runs/ml-20m")  # default run, as `make pipeline` writes it
 DATA = Path("data/ml-20m")
@@ -37,7 +39,8 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     path = Path(path)
     if kind is not None:
         _check_replaceable(path, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # left by a killed run
         owner, pid, state = left.name.rsplit(".", 2)
@@ -48,7 +51,8 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
                 _remove(left)
     _remove(temporary)
     try:
-        yield temporary
+        with explained(path):
+            yield temporary
         if path.is_dir():  # a folder cannot be replaced in one step, so the old one is renamed first
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(aside)
@@ -60,9 +64,34 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         _remove(temporary)
 
 
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns errors of the disk in writing an artifact into one sentence.
+
+    Args:
+        path: final path of the artifact.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                f"{path} cannot be written: no space is left on its disk; free some, or choose another output"
+            ) from error
+        named = str(error.filename or "")
+        own = named.startswith(str(path.with_name(f".{path.name}.")))  # the temporary path
+        if error.errno not in UNWRITABLE or not (own or (named and str(path).startswith(named))):
+            raise
+        blocked = next((part for part in path.parents if part.exists() and not part.is_dir()), None)
+        why = f"{blocked} is a file" if blocked else f"{error.strerror} ({error.filename})"
+        raise OSError(
+            f"{path} cannot be written: {why}, expected a folder that you may write to; choose another output"
+        ) from error
+
+
 def _check_replaceable(path: Path, kind: str) -> None:
     if path.is_file():
-        raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}")
+        raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}; choose another output")
     if not path.is_dir() or not any(path.iterdir()):
         return
     manifest = path / MANIFEST
@@ -331,10 +360,16 @@ def hash_arrays(*arrays: np.ndarray) -> str:
 
 
 class ParquetStream:
-    """Writes tables with the same columns one after another to one Parquet file."""
+    """Writes tables with the same columns one after another to one Parquet file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        types: column name -> name of its Arrow type, such as "string" or "float32"; None: those of the first table. A
+            column of objects has no type of its own in a table without rows.
+    """
+
+    def __init__(self, path: Path, types: dict[str, str] | None = None) -> None:
+        self.path, self.types = path, types
         self.writer: Any = None
 
     def __enter__(self) -> "ParquetStream":
@@ -344,7 +379,10 @@ class ParquetStream:
         import pyarrow as pa  # imported here: training writes manifests but needs no Parquet
         import pyarrow.parquet as pq
 
-        arrow = pa.table(table)
+        schema = None if self.writer is None else self.writer.schema
+        if schema is None and self.types is not None:
+            schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in self.types.items()])
+        arrow = pa.table(table, schema=schema)
         self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
         self.writer.write_table(arrow)
 

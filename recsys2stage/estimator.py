@@ -22,10 +22,10 @@ from jsonargparse import ArgumentParser
 from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
+from recsys2stage.cli.configs import resolve_path
 from recsys2stage.cli.quiet import quiet
-from recsys2stage.data import sources
 from recsys2stage.data.fitted import FittedFolder
-from recsys2stage.data.frames import FrameColumns, Sides
+from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, check_arguments
 from recsys2stage.data.ids import given_ids
 from recsys2stage.data.locks import locked
 from recsys2stage.data.options import Part, Seen, TimeUnit
@@ -176,6 +176,7 @@ class TwoStageRecommender:
         Raises:
             ValueError: a column is missing, a row is invalid, or no user has a validation target.
         """
+        check_arguments(self.get_params())
         self._fitted, self._holder, self._pandas = None, None, type(events).__module__.partition(".")[0] == "pandas"
         log = self._frames.mark_parts(events, validation)
         sides = self._frames.sides(items, users)
@@ -326,7 +327,7 @@ class TwoStageRecommender:
     def _prepare(self, log: pl.DataFrame, sides: Sides, frames: Path, output: Path) -> None:
         options = self._frames.write(log, sides, frames)
         split = {"split": {"class_path": class_path(Marked)}} if "part" in options else {}
-        source = {"class_path": class_path(sources.Table), "init_args": options}
+        source = {"class_path": class_path(FrameTable), "init_args": options}
         self._run(prepare, "prepare", source=source, output=output, **split)
         manifest = read_manifest(output, "dataset", "recsys prepare-data")
         if not manifest["counts"]["val_users"]:
@@ -370,14 +371,6 @@ class TwoStageRecommender:
             return None
         path = resolve_path(self.config, "configs") / f"{stage}.yaml"
         return path if path.is_file() else None
-
-
-def resolve_path(name: str | Path, folder: str, suffix: str = "") -> Path:
-    """Resolves a path, or the name of a file or folder in a folder of configs."""
-    for path in (Path(name), Path(folder) / f"{name}{suffix}"):
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"{name} does not exist, nor does {path}; give a path, or a name from {folder}")
 
 
 def class_path(cls: type) -> str:

@@ -13,7 +13,8 @@ from recsys2stage.artifacts import (
 )
 from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.data.locks import locked
-from recsys2stage.data.options import Part, check_least, check_option
+from recsys2stage.data.options import Part, check_integer, check_option, check_seed
+from recsys2stage.data.summary import print_summary
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
     beyond_accuracy,
@@ -28,6 +29,8 @@ from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdo
 from recsys2stage.ranking.bundle import bundle_data, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.trust import Trust, trusts
+
+MAX_RESAMPLES = 1_000_000  # their means are kept in memory
 
 
 @trusts
@@ -67,7 +70,10 @@ def evaluate(
         trust: modules outside this package from which the bundle may load classes.
     """
     check_option("split", split, Part)
-    check_least("resamples", resamples)
+    check_integer("users", users, other="null for all", example=1000)
+    check_integer("resamples", resamples, 1, MAX_RESAMPLES, example=1000)
+    check_integer("batch_size", batch_size, example=256)
+    check_seed("seed", seed)
     negatives = num_negatives(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
     dataset = Dataset(data or bundle_data(bundle))
@@ -104,5 +110,11 @@ def evaluate(
         print(f"\n{line}\n\n{as_table(report)}\n")
         if against is not None:
             print(f"{against_text(report, MAIN_METRICS)}\n")
-        files = (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures)
-        print("\n".join([*missing, *(str(output / name) for name in files)]))
+        files = [f"report{mark}.json", f"ranks{mark}.parquet", *figures]
+        print_summary(
+            output / f"report{mark}.md",
+            f"{len(measured):,} users, {dataset.num_items:,} items",
+            *missing,
+            *(str(output / name) for name in files),
+            then=f"recsys recommend --bundle {bundle}",
+        )

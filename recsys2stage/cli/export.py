@@ -26,8 +26,9 @@ from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import source_log
-from recsys2stage.data.options import check_least
+from recsys2stage.data.options import check_integer
 from recsys2stage.data.side_tables import user_specs
+from recsys2stage.data.summary import print_summary
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -64,7 +65,7 @@ def export_index(
         measured: number of users to measure recall and latency on; 0: none.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    check_least("measured", measured, 0)
+    check_integer("measured", measured, 0, example=1000)
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
     for name, expected in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
@@ -117,7 +118,24 @@ def export_index(
             k, seen = min(100, dataset.num_items), dataset.filtered_items(users, "val")
             facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
             write_manifest(folder, "index", made, parents, **facts)
-    print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
+    print_summary(
+        output,
+        f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {type(index).__name__}",
+        *describe_search(facts.get("measured")),
+        then=f"recsys mine-negatives --data {data} --index {output}",
+    )
+
+
+def describe_search(measured: dict[str, int | float] | None) -> list[str]:
+    """The measurements of an index (`retrieval.index.measure`) as lines of text."""
+    if measured is None:
+        return ["recall and latency were not measured"]
+    k = measured["k"]
+    return [
+        f"recall@{k} against exact search {measured[f'recall@{k}']:.4f} on {measured['queries']:,} validation targets",
+        f"one query takes {measured['median_ms']:.2f} ms (median), {measured['p95_ms']:.2f} ms (95th percentile); in a "
+        f"batch {measured['batch_ms']:.3f} ms",
+    ]
 
 
 @trusts
@@ -137,8 +155,8 @@ def export_bundle(
         candidates: number of candidates that the ranker scores per request; None: as in its training.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    if candidates is not None:
-        check_least("candidates", candidates, other="null for the number in the ranker's training")
+    other = "null for the number in the ranker's training"
+    check_integer("candidates", candidates, other=other, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
@@ -148,6 +166,7 @@ def export_bundle(
     indexed = read_manifest(index, "index", f"recsys export-index --output {index}")
     for name in KEPT:
         take(indexed, name, object, index / c.MANIFEST)
+    candidates = min(candidates, take(indexed, "items", int, index / c.MANIFEST))
     take(weights, "vectors", torch.Tensor, ranker)
     verify(index, indexed, f"recsys export-index --output {index}")
     if options["split_hash"] != indexed["split_hash"]:
@@ -183,4 +202,8 @@ def export_bundle(
             log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
         )
-    print(f"{output}: both stages, {candidates} candidates")
+    print_summary(
+        output,
+        f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
+        then=f"recsys evaluate --bundle {output}",
+    )

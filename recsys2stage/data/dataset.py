@@ -202,7 +202,7 @@ class Dataset:
         return [{**feature, "values": self._feature(owner, feature)} for feature in self.manifest["features"][owner]]
 
     def _feature(self, owner: str, feature: dict[str, Any]) -> np.ndarray:
-        name, kind = f"{owner}.{feature['name']}", feature["kind"]
+        name, kind = feature_stem(owner, feature["name"]), feature["kind"]
         if kind in ("numeric", "vector"):
             return np.array(read_array(self.path / f"{name}.values.npy"))
         codes = np.array(read_array(self.path / f"{name}.codes.npy"))
@@ -258,6 +258,16 @@ def sample_users(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     if count is None or count >= len(users):
         return users
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
+
+
+def feature_stem(owner: str, name: str) -> str:
+    """Beginning of the file names of a feature. A slash, which no file name can hold, is written as %2F.
+
+    Args:
+        owner: items or users.
+        name: of the feature.
+    """
+    return f"{owner}.{name.replace('/', '%2F')}"
 
 
 def feature_specs(features: list[dict[str, Any]]) -> list[dict[str, Any]]:

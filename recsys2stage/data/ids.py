@@ -84,11 +84,11 @@ def ids_from_objects(name: str, values: Iterable[Any]) -> pl.Series:
 
 def given_ids(values: Iterable[Any]) -> list[str]:
     """Ids passed as an argument, as text. Rejects missing ids and a single string in place of a list."""
-    if isinstance(values, (str, bytes)):
-        raise ValueError(f"ids is {values!r}, expected a list of ids: [{values!r}]")
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"ids is {values!r}, expected a list of ids; write [{values!r}]")
     texts = [as_text(value) for value in values]
     if None in texts:
-        raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing; leave it out")
+        raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing, expected an id; leave it out")
     return [text for text in texts if text is not None]
 
 
@@ -183,11 +183,14 @@ def _scalars(node: yaml.SequenceNode) -> list[str]:
 
 
 def read_id_lines(path: Path) -> list[str]:
-    """Ids of a text file, one per line. Splits at newlines only; splitlines() would split within ids."""
+    """Ids of a text file, one per line. Splits at line ends only (LF, CRLF, CR); splitlines() would split within "
+    "ids."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it with iconv") from error
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 

@@ -13,7 +13,8 @@ from recsys2stage.artifacts import find_parent, fingerprint, read_array, read_ma
 from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data.batches import padded_indices, recent_events
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.options import RequestTime, check_least
+from recsys2stage.data.options import RequestTime, check_integer
+from recsys2stage.options import MAX_LENGTH
 from recsys2stage.ranking.bundle import MAX_CANDIDATES
 from recsys2stage.ranking.lists import STATES, CandidateLists, concatenate_lists, read_candidates
 from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
@@ -60,9 +61,8 @@ class Candidates(ArrayModule):
         refit: Path | None = None,
     ) -> None:
         super().__init__()
-        check_least("batch_size", batch_size)
-        if recent < 0:
-            raise ValueError(f"recent is {recent}, expected 0 for no event, or more")
+        check_integer("batch_size", batch_size, example=128)
+        check_integer("recent", recent, 0, MAX_LENGTH, example=20)  # 0: no event
         self.path, self.batch_size, self.recent = Path(path), batch_size, recent
         self.folds, self.refit = folds or [], refit
         self.manifest = read_mined_manifest(self.path)

@@ -1,9 +1,7 @@
 """Files of events for requests: CSV, TSV, JSON lines and Parquet, with our column names or the log's own."""
 
-import gzip
 import json
 import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +10,17 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.data import ids
-from recsys2stage.data.checks import NO_TEXT, YEAR_2100, parse_int
+from recsys2stage.data.checks import NO_TEXT, parse_int
 from recsys2stage.data.event_times import YEAR_1980
 from recsys2stage.data.manifest import EVENT_COLUMNS, SourceLog
 from recsys2stage.data.request_inputs import as_seconds
+from recsys2stage.data.sources.plain import PACKED, Unpacker, original_names, plain_suffix
 from recsys2stage.data.sources.quotes import detect_layout
 from recsys2stage.data.sources.table import iso
 
 OWN = SourceLog({}, "seconds")  # only our own column names
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 JSON_LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
-PACKED = ".gz"  # of all but Parquet
-LARGE, MOST_GROWTH = 1 << 30, 200  # bytes; a larger file that grows more than this when unpacked is refused
 EXPECTED = "one of .csv, .tsv, .jsonl, .ndjson (also with .gz), .parquet and .pq"
 ORDER = "_order"  # column: times at the resolution of the file, to sort by
 
@@ -58,7 +55,7 @@ def read_events(path: Path, text: Sequence[str] = (), source: SourceLog = OWN) -
         if suffix in PARQUET:
             log = pl.read_parquet(path)
         else:
-            with _unpacked(path) as file:
+            with _plain(path) as file:
                 log = _read_text(file, path, suffix, [*text, *_text_columns(source)])
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}{_bad_line(path, suffix)}") from error
@@ -75,34 +72,18 @@ def read_events(path: Path, text: Sequence[str] = (), source: SourceLog = OWN) -
 
 def _suffix(path: Path) -> str:
     """The ending that tells the format, in lower case and without .gz."""
-    name = path.name.lower()
-    packed = name.endswith(PACKED)
-    suffix = Path(name.removesuffix(PACKED)).suffix
+    suffix, packed = plain_suffix(path), path.name.lower().endswith(PACKED)
     if suffix not in (*SEPARATORS, *JSON_LINES, *PARQUET) or (packed and suffix in PARQUET):
         raise ValueError(f"{path} has the ending {path.suffix!r}, expected {EXPECTED}; convert or rename it")
     return suffix
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[Path]:
-    """The file itself, or a temporary file with the content of a .gz."""
-    if not path.name.lower().endswith(PACKED):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="recsys-") as folder:
-        plain, most = Path(folder) / "events", max(LARGE, MOST_GROWTH * path.stat().st_size)
-        try:
-            with gzip.open(path) as packed, plain.open("wb") as file:
-                while block := packed.read(1 << 24):
-                    file.write(block)
-                    if file.tell() > most:
-                        raise ValueError(
-                            f"{path} unpacks from {path.stat().st_size:,} to more than {most:,} bytes, expected at "
-                            f"most {MOST_GROWTH} times its size; unpack it yourself"
-                        )
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a complete gzip file ({error}); pack it again") from error
-        yield plain
+def _plain(path: Path) -> Iterator[Path]:
+    """The text file itself, or a temporary copy without .gz; errors name the file."""
+    names: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="recsys-") as folder, original_names(names):
+        yield Unpacker(Path(folder), names)([path])[0]
 
 
 def _text_columns(source: SourceLog) -> list[str]:
@@ -132,7 +113,7 @@ def _bad_line(path: Path, suffix: str) -> str:
     """The first line of a JSON lines file that is not a JSON object, as the end of a message."""
     if suffix not in JSON_LINES:
         return ""
-    with _unpacked(path) as file, file.open("rb") as lines:
+    with _plain(path) as file, file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 fits = not line.strip() or isinstance(json.loads(line), dict)
@@ -204,7 +185,7 @@ def read_times(times: pl.Series, unit: str, path: Path, newest: int | None) -> t
         )
     if unit != "milliseconds":
         return whole, whole
-    if recent and YEAR_1980 <= latest <= YEAR_2100:
+    if recent and YEAR_1980 <= latest <= c.YEAR_2100:
         raise ValueError(
             f"{path}, column time, holds {latest}, expected milliseconds since 1970, as the data were prepared; "
             "it looks like seconds: multiply by 1000"

@@ -399,6 +399,7 @@ def test_a_bundle_of_an_older_version_is_refused(trained: Run, tmp_path: Path) -
 def test_numbers_that_count_are_refused_below_the_least(trained: Run, tmp_path: Path) -> None:
     """Mining with batches of -5 users wrote empty lists, a bundle of -5 candidates failed only when it served."""
     out, bundle = ("--output", tmp_path / "out"), ("--bundle", trained.bundle)
+    lists = ("--output", tmp_path / "lists.csv")
     exported = ("--retriever", trained.retriever, "--data", trained.data)
     mined = ("--data", trained.data, "--index", trained.index)
     packed = ("--index", trained.index, "--ranker", trained.ranker)
@@ -407,7 +408,7 @@ def test_numbers_that_count_are_refused_below_the_least(trained: Run, tmp_path: 
         refused(f"batch_size {least}", "mine-negatives", *mined, *out, "--batch_size", wrong)
         refused(f"users {least}, or null for all", "mine-negatives", *mined, *out, "--users", wrong)
         refused(f"candidates {least}, or null for the number", "export-bundle", *packed, *out, "--candidates", wrong)
-        refused(f"batch_size {least}", "recommend", *bundle, *out, "--batch_size", wrong)
+        refused(f"batch_size {least}", "recommend", *bundle, *lists, "--batch_size", wrong)
         refused(f"batch_size {least}", "evaluate", *bundle, *out, "--batch_size", wrong)
         refused(f"users {least}, or null for all", "evaluate", *bundle, *out, "--users", wrong)
         refused(f"resamples {least}", "evaluate", *bundle, *out, "--resamples", wrong)

@@ -193,7 +193,7 @@ def test_another_ending_is_refused(name: str, tmp_path: Path) -> None:
         ("h.ndjson", b"user_id,item_id\n1,2\n", "line 1 is b'user_id,item_id.n', expected a JSON object"),
         ("h.jsonl", b"\xff\xfe{}", "line 1 is .*, expected a JSON object"),
         ("h.pq", b"PAR1", "cannot be read"),
-        ("h.csv.gz", b"user_id,item_id\n", "is not a complete gzip file .*; pack it again"),
+        ("h.csv.gz", b"user_id,item_id\n", "is not a complete gzip file .*; make or download it again"),
         ("h.csv.gz", gzip.compress(b"user_id,item_id\n1,2\n" * 99)[:-9], "is not a complete gzip file"),
         ("h.csv", b"", "cannot be read: empty CSV"),
     ],
@@ -211,9 +211,9 @@ def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys2stage.serving.event_files.LARGE", 1 << 20)
+    monkeypatch.setattr("recsys2stage.data.sources.plain.LARGE", 1 << 20)
     (tmp_path / "h.csv.gz").write_bytes(gzip.compress(b"user_id,item_id\n" + b"1,2\n" * (1 << 20)))
-    with pytest.raises(ValueError, match=r"unpacks from [0-9,]+ to more than [0-9,]+ bytes, expected at most 200"):
+    with pytest.raises(ValueError, match=r"h.csv.gz unpacks from [0-9,]+ to over [0-9,]+ bytes, expected at most 200"):
         read_log(tmp_path / "h.csv.gz")
 
 

@@ -149,7 +149,7 @@ def _dat_events(file: Path, columns: dict[str, Column]) -> Rows:
     # polars has no two-character separators; splitting "::" at ":" gives empty columns in between
     header = ["userId", "_1", "movieId", "_2", "rating", "_3", "timestamp"]
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty (0 bytes)")
+        raise ValueError(f"{file} is empty (0 bytes), expected rows of ratings; download it again")
     return csv_rows([file], columns, ":", header, quote=None)
 
 
