@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
+from recsys2stage.artifacts import atomic_write, make_folder, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
 from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, TimeUnit, check_arguments
 from recsys2stage.data.ids import given_ids
@@ -305,7 +305,7 @@ class TwoStageRecommender:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             return folder
         folder = Path(self.folder).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / c.MANIFEST).unlink(missing_ok=True)  # an unfinished fit leaves no valid model
         return folder
 
