@@ -89,6 +89,12 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """Creates a folder for artifacts, if it is missing; the error of one that cannot be made is a sentence."""
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def _check_replaceable(path: Path, kind: str) -> None:
     if path.is_file():
         raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}; choose another output")

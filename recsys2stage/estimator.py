@@ -184,7 +184,7 @@ class TwoStageRecommender:
         folder = holder.path
         paths = {stage: folder / stage for stage in ("data", "retriever", "index", "candidates", "ranker", "bundle")}
         with nullcontext() if holder.temporary else locked(folder), quiet(self.verbose):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             (folder / c.MANIFEST).unlink(missing_ok=True)  # an unfinished fit leaves no valid model
             self._prepare(log, sides, folder / "frames", paths["data"])
             self._train("retriever", paths["data"], paths["retriever"], self.overlays)

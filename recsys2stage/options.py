@@ -94,10 +94,11 @@ def check_number(
         if inside and (above is None or number > above) and (below is None or number < below):
             return
     start = f"from {low}" if low is not None else f"above {above}" if above is not None else ""
-    end = f"to {high}" if high is not None else f"to below {below}" if below is not None else ""
-    if start and not end:
-        start = start.replace("from", "of at least")
-    bounds = " ".join(part for part in (start, end.removeprefix("" if start else "to ")) if part) or "that is finite"
+    end = f"at most {high}" if high is not None else f"below {below}" if below is not None else ""
+    if low is not None:
+        bounds = f"{start} to {end.removeprefix('at most ')}" if end else f"of at least {low}"
+    else:
+        bounds = " and ".join(part for part in (start, end) if part) or "that is finite"
     alternative = f", or {other}" if other else ""
     raise ValueError(
         f"{name} is {_shown(value)}, expected {what} {bounds}{alternative}; set {name} to {example}, for example"

@@ -367,12 +367,12 @@ def _error_message(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) ->
         )
     if len(parts) > MOST_PARTS:
         parts[MOST_PARTS:] = [f"and {len(parts) - MOST_PARTS} more files or columns"]
-    hint = _time_hint(columns[TIME], bad) if TIME in columns else ""
+    hint = _time_hint(columns[TIME], bad, rows.advice == ADVICE) if TIME in columns else ""
     return "; ".join(parts) + "." + hint + " " + rows.advice
 
 
-def _time_hint(column: Column, bad: pl.DataFrame) -> str:
-    """What most probably is wrong with the times: their unit, fractions of a second, or text."""
+def _time_hint(column: Column, bad: pl.DataFrame, of_file: bool) -> str:
+    """What most probably is wrong with the times of a file or frame: their unit, fractions of a second, or text."""
     reasons = bad.filter(pl.col("column") == column.name)["reason"]
     if column.high != YEAR_2100 or not len(reasons):
         return ""
@@ -385,6 +385,7 @@ def _time_hint(column: Column, bad: pl.DataFrame) -> str:
     times = late.str.extract(r"^(\d+)").cast(pl.Int64, strict=False).drop_nulls()
     for factor, unit in ((10**3, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds")):
         if len(times) and ((times > YEAR_2100) & (times // factor).is_between(1, YEAR_2100)).all():
-            advice = "set time_unit: milliseconds (of a Table) or divide" if unit == "milliseconds" else "divide"
+            option = f"time_unit: milliseconds{' (of a Table)' if of_file else ''}"
+            advice = f"set {option} or divide" if unit == "milliseconds" else "divide"
             return f" The times look like {unit}: {advice} them by {factor}."
     return ""

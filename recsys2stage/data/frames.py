@@ -213,7 +213,14 @@ def as_polars(frame: Any, id_columns: Sequence[str] = (), name: str = "the frame
         if objects and not isinstance(frame, Mapping):
             rest = pl.DataFrame(frame.drop(columns=list(objects)))
             frame = {column: objects[column] if column in objects else rest[column] for column in names}
-        frame = pl.DataFrame({**frame, **objects} if isinstance(frame, Mapping) else frame)
+        try:
+            frame = pl.DataFrame({**frame, **objects} if isinstance(frame, Mapping) else frame)
+        except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is a {type(frame).__name__} that polars cannot read ({str(error).splitlines()[0]}), expected "
+                "a "
+                "polars or pandas frame; pass one"
+            ) from error
     for own in dict.fromkeys(id_columns):
         if own in frame.columns:
             column = frame[own]

@@ -64,13 +64,18 @@ def as_text(value: Any) -> str | None:
     if value is None or kind in ("NAType", "NaTType"):
         return None
     if isinstance(value, (bytes, bytearray)) or kind in ("bool", "bool_"):
-        raise ValueError(f"{value!r} is not an id; expected an integer, a string or an object with its own str()")
+        raise ValueError(
+            f"{value!r} is not an id, expected an integer, a string or an object with its own str(); convert it"
+        )
     if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, numbers.Integral):
         if math.isnan(value):
             return None
         bound = math.inf if isinstance(value, Decimal) else WHOLE[pl.Float32 if kind == "float32" else pl.Float64]
         if not math.isfinite(value) or value != math.floor(value) or abs(float(value)) > bound:
-            raise ValueError(f"{value!r} is not an id; floats are ids only if they are integers within ±{bound}")
+            raise ValueError(
+                f"{value!r} is not an id, expected an integer: floats are ids only if integers within ±{bound}; "
+                "convert it"
+            )
         return str(math.floor(value))
     return str(value)
 
@@ -117,7 +122,10 @@ def parse_ids(ids: pl.Series, where: str | Path) -> pl.Series:
         bad &= ids.is_not_nan()
     if bad.any():
         row = bad.arg_true()[0]
-        raise ValueError(f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {expected_id(ids.dtype)}")
+        raise ValueError(
+            f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {expected_id(ids.dtype)}; convert the "
+            "column"
+        )
     return narrow_ids(parsed) if parsed.dtype in (pl.Int128, pl.UInt128) else parsed
 
 

@@ -15,7 +15,7 @@ from recsys2stage.data.summary import config_option, print_summary, progress
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
-from recsys2stage.ranking.signals.base import Signal, save_signals, specify
+from recsys2stage.ranking.signals.base import Proposer, Signal, save_signals, specify
 from recsys2stage.recommender import Recommender, load_recommender
 from recsys2stage.trust import Trust, trusts
 
@@ -156,6 +156,8 @@ def mine_negatives(
 
 def fit_signal(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool) -> bool:
     """Fits a signal; returns False, with a warning, if the dataset lacks what it needs and `strict` is False."""
+    if isinstance(signal, Proposer):
+        signal.candidates = min(signal.candidates, dataset.num_items)
     try:
         signal.fit(dataset, vectors)
     except ValueError as error:

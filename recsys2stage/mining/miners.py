@@ -81,9 +81,10 @@ class _Sampled(Miner):
         self.count = count
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
-        sampled = self.sample((len(request.target), 2 * self.count + 8), request.counts, rng)
+        count = min(self.count, len(request.counts) - 1)  # at most the catalogue
+        sampled = self.sample((len(request.target), 2 * count + 8), request.counts, rng)
         sampled = np.where(request.is_excluded(sampled), NONE, sampled)
-        first = np.argsort(sampled == NONE, axis=1, kind="stable")[:, : self.count]
+        first = np.argsort(sampled == NONE, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(sampled, first, axis=1)
 
     @abstractmethod

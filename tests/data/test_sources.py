@@ -167,7 +167,10 @@ def test_movielens_says_what_is_missing_or_ambiguous(tmp_path: Path) -> None:
     with MovieLens(raw, archive="ml-1m").open() as tables:
         assert tables.events.file.endswith("ratings.dat")
     (raw / "ml-20m" / "movies.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no movies\.csv next to it"), MovieLens(raw / "ml-20m").open():
+    with (
+        pytest.raises(FileNotFoundError, match=r"no movies\.csv, expected it in the same folder"),
+        MovieLens(raw / "ml-20m").open(),
+    ):
         pass
 
 

@@ -57,7 +57,9 @@ class MovieLens(Source):
             legacy = ratings.suffix == ".dat"
             movies, users = ratings.with_name("movies" + ratings.suffix), ratings.with_name("users.dat")
             if not movies.is_file():
-                raise FileNotFoundError(f"{path} has {ratings.name} but no {movies.name} next to it")
+                raise FileNotFoundError(
+                    f"{path} has {ratings.name} but no {movies.name}, expected it in the same folder; put it there"
+                )
             columns = EVENTS | RATING_ACTIONS if self.rating_actions else EVENTS
             features: dict[str, Kind] = {"genres": "multi", "decade": "categorical"}
             with_users = legacy and self.user_features and users.is_file()
