@@ -380,10 +380,10 @@ def test_a_list_by_popularity_says_so(recommender: Recommender, caplog: pytest.L
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"k": 0}, "k is 0, expected at least 1, an integer; give"),
-        ({"k": 2.5}, "k is 2.5, expected at least 1, an integer; give"),
-        ({"k": True}, "k is True, expected at least 1, an integer; give"),
-        ({"k": "3"}, "k is '3', expected at least 1, an integer; give"),
+        ({"k": 0}, "k is 0, expected at least 1; set k to 10"),
+        ({"k": 2.5}, "k is 2.5, expected an integer, at least 1; set k to 10"),
+        ({"k": True}, "k is True, expected an integer, at least 1; set k to 10"),
+        ({"k": "3"}, "k is '3', expected an integer, at least 1; set k to 10"),
         ({"times": 1_710_000_000}, "times is 1710000000, expected a sequence of seconds, .*; put it in a list"),
         ({"times": "now"}, "times is the text 'now', expected a sequence of seconds"),
         ({"ratings": 5}, "ratings is 5, expected a sequence of numbers, .*; put it in a list"),

@@ -319,7 +319,7 @@ def test_wrong_input_ends_in_one_readable_line(
     [
         (["--data.path", "nowhere"], "nowhere/manifest.json does not exist"),
         (["--data.path", "nowhere", "--data.prepare", "none.yaml"], "none.yaml does not exist"),
-        (["--data.max_length", "0"], "must be at least 1"),
+        (["--data.max_length", "0"], "max_length is 0, expected at least 1"),
         (["--model.encoder.heads", "3"], "dim 16 is not a multiple of heads 3"),
         (["--model.encoder.time", "RequestGap"], "request_time is 'none'"),
         (["--model.loss", "InfoNCE", "--model.loss.temperature", "0"], "temperature is 0"),
