@@ -31,6 +31,7 @@ from recsys2stage.cli.callbacks import (
     WholeCheckpoints,
     WriteManifest,
 )
+from recsys2stage.cli.parser import ClearErrors, check_ignored, explained
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
 from recsys2stage.ranking.ranker import Ranker  # noqa: F401
@@ -45,6 +46,10 @@ from recsys2stage.trust import Trust, arguments, trusting
 RESUME = "recsys fit, without --ckpt_path"
 
 logger = logging.getLogger("recsys2stage")
+
+
+class TrainingParser(ClearErrors, LightningArgumentParser):
+    """Lightning's parser, with errors of one sentence."""
 
 
 class RecsysCLI(LightningCLI):
@@ -83,6 +88,10 @@ class RecsysCLI(LightningCLI):
             *("max_length", "request_time", "next_action", "user_features", "actions"),
         ):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        check_ignored(parser)
 
     def _parse_ckpt_path(self) -> None:
         """Takes the hyperparameters of the checkpoint, as Lightning does, but checks their classes first."""
@@ -216,13 +225,24 @@ def train(verb: str, options: list[str] | None = None) -> None:
 
     Args:
         verb: fit, validate or test.
-        options: its command-line options; None: those of sys.argv, where errors end the process.
+        options: its command-line options; None: those of sys.argv.
+
+    Raises:
+        UsageError: for options or configs that cannot be parsed.
     """
-    with warnings.catch_warnings():
+
+    class OneVerb(RecsysCLI):
+        """With the parser of one verb, as that of each takes a while to build."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {verb: LightningCLI.subcommands()[verb]}
+
+    with warnings.catch_warnings(), explained():
         for message in IGNORED:
             warnings.filterwarnings("ignore", message)
         try:
-            RecsysCLI(
+            OneVerb(
                 LightningModule,
                 LightningDataModule,
                 subclass_mode_model=True,
@@ -235,7 +255,7 @@ def train(verb: str, options: list[str] | None = None) -> None:
                 },
                 save_config_callback=SaveConfigCallback if verb == "fit" else None,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={} if options is None else {"exit_on_error": False, verb: {"exit_on_error": False}},
+                parser_class=TrainingParser,
                 args=None if options is None else [verb, *options],
             )
         except SIGTERMException:  # its exit status would be 0, as after a complete fit
