@@ -1,5 +1,6 @@
 """Classes and options as a parser knows them: families of a type hint, names, and the options of a class."""
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -26,8 +27,13 @@ LISTED = {  # base class -> family of `recsys list`
 }
 
 
-def families(hint: Any) -> list[type]:
-    """The base classes that a type hint accepts: of instances, of factories, and of the members of a list."""
+def families(hint: Any, direct: bool = False) -> list[type]:
+    """The base classes that a type hint accepts: of instances, of factories, and of the members of a list.
+
+    Args:
+        hint: the type hint.
+        direct: without those of the members of a list.
+    """
     found: list[type] = []
     for part in members(hint):
         origin, arguments = get_origin(part), get_args(part)
@@ -39,7 +45,7 @@ def families(hint: Any) -> list[type]:
                 found.append(part)
         elif is_factory(part):
             found += families(arguments[-1])
-        elif is_sequence(part) and arguments:
+        elif is_sequence(part) and arguments and not direct:
             found += families(arguments[0])
     return list(dict.fromkeys(found))
 
@@ -178,7 +184,7 @@ def fits(hint: Any, value: Any) -> bool:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
-        parser.parse_object({"value": value})
+        parser.parse_object({"value": copy.deepcopy(value)})  # which it may change
     except Exception:  # whatever a type's own parsing raises
         return False
     return True

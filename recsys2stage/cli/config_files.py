@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 from recsys2stage.cli.messages import MOST_NAMES, UsageError, choices, nearest, shown
 
@@ -35,7 +36,7 @@ def load_config(path: str, option: str, verb: str) -> Mapping[Any, Any]:
         files = sorted(one.name for one in file.glob("*.y*ml"))[:MOST_NAMES]
         raise UsageError(f"{name} is a folder, {INSTEAD}; give a file{f' of it: {choices(files)}' if files else ''}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = get_loader("yaml")(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 text ({error.reason}), {INSTEAD}; convert it") from error
     except OSError as error:

@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 from argparse import Action
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,8 +33,10 @@ from recsys2stage.cli.classes import (
 from recsys2stage.cli.config_files import INSTEAD, load_config, structured
 from recsys2stage.cli.messages import (
     MOST_NAMES,
+    Place,
     UsageError,
     article,
+    capital,
     choices,
     members,
     nearest,
@@ -51,20 +52,6 @@ EXAMPLE = dict.fromkeys(("fit", "validate", "test"), "configs/NAME/retriever.yam
     "prepare-data": "configs/NAME/prepare.yaml"
 }
 Path_ = tuple[str, ...]  # of an option, without init_args
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value was given: a dotted key of a file, or an option of the command line (file "")."""
-
-    file: str
-    key: str
-
-    def child(self, name: object) -> "Place":
-        return Place(self.file, f"{self.key}.{name}" if self.key else str(name))
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.key}" if self.file else self.key
 
 
 class IgnoredError(UsageError):
@@ -94,6 +81,9 @@ class Diagnosis:
         rest = list(words)
         while rest:
             name, equals, value = rest.pop(0).partition("=")
+            if name.startswith("-") and not name.startswith("--") and name not in flags:
+                known = [option.lstrip("-") for option in flags if option.startswith("--")]
+                raise UsageError(unknown(f"{name} is not an option", name[1:], known, self.help, "--", listed=False))
             if not name.startswith("-"):
                 raise UsageError(
                     f"{shown(name + equals + value)} follows no option, expected --option VALUE, a list as one word "
@@ -180,16 +170,17 @@ class Diagnosis:
             of = group or f"recsys {self.verb}"
             if deeper and nearest(key[depth], level) is None:
                 dotted = f"{dashes}{'.'.join(deeper[0])}"
-                raise UsageError(f"{at} is not an option of {of}; did you mean {dotted}? {_capital(step)}")
+                raise UsageError(f"{at} is not an option of {of}; did you mean {dotted}? {capital(step)}")
         raise UsageError(unknown(f"{at} is not an option of {of}", key[depth], level, step, dashes, listed=False))
 
     def _class_help(self, path: Path_) -> str:
         """The command that describes the options of the class in force at a path."""
-        if any(part.isdigit() for part in path):
-            return self.help
-        outer = [(path[:length], self.classes.get(path[:length])) for length in range(1, len(path))]
-        named = [f"--{'.'.join(key)} {owner[0].__name__}" for key, owner in outer if owner is not None]
-        return f"see: recsys {' '.join([self.verb, *named])} --{'.'.join(path)}.help {self.classes[path][0].__name__}"
+        steps = [(path[:length], self.classes.get(path[:length])) for length in range(1, len(path) + 1)]
+        named = [
+            (".".join(part for part in key if not part.isdigit()), owner[0].__name__) for key, owner in steps if owner
+        ]
+        outer = [f"--{key} {name}" for key, name in named[:-1]]
+        return f"see: recsys {' '.join([self.verb, *outer])} --{named[-1][0]}.help {named[-1][1]}"
 
     def _option(self, action: Action, rest: Path_, value: Any, at: Place, path: Path_) -> None:
         if path in self.links and getattr(action, "source", None) is None:
@@ -228,9 +219,10 @@ class Diagnosis:
                 return  # a key of a mapping
             raise UsageError(f"{at} is not an option, expected {option} to be {type_words(hint)}; {self.help}")
         names = class_names(bases)
+        having = [name for name in names if rest[0] in options(class_parser(find_class(name, bases)[0]))]
         raise UsageError(
             f"{at} is given without a class, expected {option} to name one of {', '.join(names[:MOST_NAMES])}; write "
-            f"{option} {names[0]} before it"
+            f"{option} {(having or names)[0]} before it"
         )
 
     def _parser_at(self, path: Path_) -> ArgumentParser:
@@ -244,6 +236,11 @@ class Diagnosis:
         bases = families(hint)
         if not bases:
             self._leaf(hint, value, at)
+        elif value is not None and not isinstance(value, list) and not families(hint, direct=True):
+            raise UsageError(
+                f"{at} is {shown(value)}, expected a list of {' or '.join(_nouns(bases))}, each a name, or {CLASS} and "
+                f"{INIT}; {self._step(bases)}"
+            )
         elif isinstance(value, Mapping):
             self._described(bases, value, at, path)
         elif isinstance(value, list):
@@ -280,7 +277,7 @@ class Diagnosis:
             near = None if known else nearest(loose, (CLASS, INIT))
             if near is not None:
                 raise UsageError(
-                    f"{at.child(loose)} is not a key of a class; did you mean {near}? {_capital(self.help)}"
+                    f"{at.child(loose)} is not a key of a class; did you mean {near}? {capital(self.help)}"
                 )
             if path not in self.classes:
                 names = ", ".join(class_names(bases)[:MOST_NAMES])
@@ -307,7 +304,7 @@ class Diagnosis:
         if not isinstance(name, str):
             raise UsageError(f"{at} is {shown(name)}, expected the name of {_an(bases)}; {step}")
         kind, reason = find_class(name, bases)
-        if kind is None:
+        if kind is None or (family_of(kind) is None and "." not in name):
             why = f" ({reason})" if reason else ""
             given = f"{at} is {shown(name)}, which is no {choices(_nouns(bases))}{why}"
             raise UsageError(unknown(given, name.rpartition(".")[2], names, step))
@@ -333,10 +330,10 @@ class Diagnosis:
         for part in members(hint):
             self._inside(part, value, at)
         names = [str(one) for part in members(hint) if get_origin(part) is Literal for one in get_args(part)]
+        quotes = " as YAML reads it (quotes keep no, off, yes and on)" if isinstance(value, bool) else ""
         if names and isinstance(value, str | bool):
-            quotes = " as YAML reads it (quotes keep no, off, yes and on)" if isinstance(value, bool) else ""
             raise UsageError(unknown(f"{at} is {shown(value)}{quotes}", str(value), names, self.help))
-        raise UsageError(f"{at} is {shown(value)}, expected {type_words(hint)}; {self.help}")
+        raise UsageError(f"{at} is {shown(value)}{quotes}, expected {type_words(hint)}; {self.help}")
 
     def _inside(self, hint: Any, value: Any, at: Place) -> None:
         """Raises for the first wrong part of a list, a mapping or a dataclass."""
@@ -386,10 +383,6 @@ class Diagnosis:
                         f"{at if at.file else f'--{dotted}'} names {kind.__name__} without {name}, expected "
                         f"{type_words(getattr(action, '_typehint', str))}; set {key}"
                     )
-
-
-def _capital(step: str) -> str:
-    return step[0].upper() + step[1:]
 
 
 def _nouns(bases: list[type]) -> list[str]:

@@ -1,10 +1,12 @@
 """Words of error messages: nearest names, types in words, lists, and the line of a parser's text that tells most."""
 
+import dataclasses
 import difflib
 import inspect
 import os
 import types
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -27,6 +29,20 @@ class UsageError(Exception):
 
     Not a ValueError: jsonargparse would catch and wrap it.
     """
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was given: a dotted key of a file, or an option of the command line (file "")."""
+
+    file: str
+    key: str
+
+    def child(self, name: object) -> "Place":
+        return Place(self.file, f"{self.key}.{name}" if self.key else str(name))
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key}" if self.file else self.key
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -62,13 +78,17 @@ def unknown(given: str, name: str, names: Collection[str], step: str, prefix: st
     question = f"{given}; did you mean {prefix}{near}?"
     if listed and len(names) <= MOST_NAMES:
         return f"{question} E{expected[1:]}; {step}"
-    return f"{question} {step[0].upper()}{step[1:]}"
+    return f"{question} {capital(step)}"
 
 
 def shown(value: Any) -> str:
     """A value in a message, shortened."""
     text = repr(value)
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+
+
+def capital(clause: str) -> str:
+    return clause[0].upper() + clause[1:]
 
 
 def article(noun: str) -> str:
@@ -98,6 +118,9 @@ def _one_type(hint: Any, many: bool) -> str:
         return f"{WORDS[origin][many]} of {type_words(of, many=True)}"
     if hint in WORDS:
         return WORDS[hint][many]
+    if dataclasses.is_dataclass(hint):
+        fields = ", ".join(field.name for field in dataclasses.fields(hint))
+        return f"{WORDS[dict][many]} with {fields}"
     if inspect.isclass(hint) and issubclass(hint, PurePath):
         return "paths" if many else "a path"
     if getattr(origin, "__name__", "") == "Callable":
