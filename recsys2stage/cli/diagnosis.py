@@ -54,8 +54,8 @@ EXAMPLE = dict.fromkeys(("fit", "validate", "test"), "configs/NAME/retriever.yam
 Path_ = tuple[str, ...]  # of an option, without init_args
 
 
-class IgnoredError(UsageError):
-    """An option that the parser accepts and that has no effect."""
+class AcceptedError(UsageError):
+    """A fault that parsers accept: an option without effect, or a class that cannot be built."""
 
 
 class Diagnosis:
@@ -150,7 +150,7 @@ class Diagnosis:
         elif value is not None and not (isinstance(value, str) and Path(value).is_file()):
             group = f"{'.'.join(key)}."
             names = [name.removeprefix(group) for name in known if name.startswith(group)]
-            raise IgnoredError(f"{at} is {shown(value)}, expected a mapping of options ({names[0]}, …); {self.help}")
+            raise AcceptedError(f"{at} is {shown(value)}, expected a mapping of options ({names[0]}, …); {self.help}")
 
     def _check_known(self, parser: ArgumentParser, key: Path_, at: Place, path: Path_) -> None:
         """Raises unless a key is that of an option, of a group of options, or of an option of a class."""
@@ -184,7 +184,7 @@ class Diagnosis:
 
     def _option(self, action: Action, rest: Path_, value: Any, at: Place, path: Path_) -> None:
         if path in self.links and getattr(action, "source", None) is None:
-            raise IgnoredError(f"{at} is {shown(value)}, expected to be unset, as it is set by the data; leave it out")
+            raise AcceptedError(f"{at} is {shown(value)}, expected to be unset, as it is set by the data; leave it out")
         source = getattr(action, "source", None)
         if source is not None:  # a link
             follows = choices([str(name) for name, _ in source])
@@ -304,17 +304,18 @@ class Diagnosis:
         if not isinstance(name, str):
             raise UsageError(f"{at} is {shown(name)}, expected the name of {_an(bases)}; {step}")
         kind, reason = find_class(name, bases)
-        if kind is None or (family_of(kind) is None and "." not in name):
+        fitting = kind is not None and issubclass(kind, tuple(bases))
+        if kind is None or not (fitting or family_of(kind) or "." in name):
             why = f" ({reason})" if reason else ""
             given = f"{at} is {shown(name)}, which is no {choices(_nouns(bases))}{why}"
             raise UsageError(unknown(given, name.rpartition(".")[2], names, step))
         other = family_of(kind)
-        if not issubclass(kind, tuple(bases)):
+        if not fitting:
             what = "another class" if other is None else article(other.__name__)
             names = names[:MOST_NAMES]
             raise UsageError(f"{at} is {shown(name)}, {what}, expected {_an(bases)}, such as {choices(names)}; {step}")
         if inspect.isabstract(kind):
-            raise UsageError(f"{at} is {shown(name)}, an abstract class, expected {choices(names)}; {step}")
+            raise AcceptedError(f"{at} is {shown(name)}, an abstract class, expected {choices(names)}; {step}")
         return kind
 
     def _step(self, bases: list[type]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 MOST_NAMES = 14  # longest list of names that a message shows
 MOST_CHARACTERS = 80  # longest value that a message shows in full
+INTERRUPTED = 130  # exit status of a program that Ctrl-C ends
 WORDS = {
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
@@ -142,6 +143,12 @@ def informative_line(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines()]
     told = [line for line in lines if line and not line.startswith(frames)] or ["the command line cannot be parsed"]
     return f"{told[0].removesuffix('.')}; RECSYS_DEBUG=1 shows the whole error"
+
+
+def first_sentences(text: str, most: int = 300) -> str:
+    """The first sentences of another library's message, on one line and without its final period."""
+    line = " ".join(text.split())
+    return (line if len(line) <= most else f"{line[: most - 1]}…").removesuffix(".")
 
 
 def debugging() -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from recsys2stage.cli.diagnosis import Diagnosis, IgnoredError
+from recsys2stage.cli.diagnosis import AcceptedError, Diagnosis
 from recsys2stage.cli.messages import UsageError, debugging, informative_line, unknown
 
 
@@ -60,8 +60,8 @@ def explained() -> Iterator[None]:
         raise UsageError(refused.explain()) from refused
 
 
-def check_ignored(parser: ArgumentParser) -> None:
-    """Raises a UsageError if options that the parser has accepted would have no effect.
+def check_accepted(parser: ArgumentParser) -> None:
+    """Raises a UsageError for what a parser accepts though it has no effect or cannot work.
 
     Args:
         parser: a parser of verbs, after it has parsed a command line.
@@ -69,7 +69,7 @@ def check_ignored(parser: ArgumentParser) -> None:
     words, verbs = _words(parser), _verbs(parser)
     try:
         Diagnosis(verbs[words[0]], words[0], values=False).words(words[1:])
-    except IgnoredError:
+    except AcceptedError:
         raise
     except UsageError:  # the parser knows better
         pass
