@@ -45,9 +45,9 @@ def check_options(verb: str, options: Any) -> None:
         value = options.get(name)
         if value is None or isinstance(value, bool) or value >= least or (unlimited and value == -1):
             continue
+        if unlimited and value == 0:  # a fit without steps is refused as such
+            continue
         other = ", or -1 for no limit" if unlimited else ""
-        if name in ("trainer.max_epochs", "trainer.max_steps") and value == 0:
-            other += ", as a fit of none would take no step"
         raise ValueError(f"{name} is {value}, expected at least {least}{other}; set --{name}, or {step}")
     for part in SHARES:
         name, value = f"trainer.limit_{part}_batches", options.get(f"trainer.limit_{part}_batches")

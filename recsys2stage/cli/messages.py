@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import types
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -149,6 +150,13 @@ def first_sentences(text: str, most: int = 300) -> str:
     """The first sentences of another library's message, on one line and without its final period."""
     line = " ".join(text.split())
     return (line if len(line) <= most else f"{line[: most - 1]}…").removesuffix(".")
+
+
+def without_dashes(text: str) -> str:
+    """A message with the names of arguments instead of options: users for --users; commands stay as they are."""
+    clauses = re.split(r"(recsys [a-z]+[^;,]*|make: [^;,)]*)", text)  # the odd ones are commands
+    clauses[::2] = [re.sub(r"(?<![\w-])--([a-z]\w*)", r"\1", clause) for clause in clauses[::2]]
+    return "".join(clauses)
 
 
 def debugging() -> bool:

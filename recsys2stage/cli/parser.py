@@ -1,14 +1,16 @@
 """A parser whose refusals become one sentence: what was given and where, what is expected, and what to do next."""
 
-from argparse import _SubParsersAction
-from collections.abc import Collection, Iterator, Sequence
+from argparse import ArgumentError, _SubParsersAction
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from recsys2stage.cli.config_files import load_config
 from recsys2stage.cli.diagnosis import AcceptedError, Diagnosis
-from recsys2stage.cli.messages import UsageError, debugging, informative_line, unknown
+from recsys2stage.cli.messages import UsageError, debugging, informative_line, unknown, without_dashes
 
 
 class Refused(Exception):
@@ -58,6 +60,49 @@ def explained() -> Iterator[None]:
         yield
     except Refused as refused:
         raise UsageError(refused.explain()) from refused
+
+
+def parse_config(command: Callable[..., Any], verb: str, config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a command from its config, if there is one, and given ones, which override it.
+
+    Args:
+        command: the function of the verb.
+        verb: its name, for the error.
+        config: YAML file.
+        given: arguments by name.
+
+    Raises:
+        UsageError: a value of the config is wrong.
+    """
+    content = {} if config is None else dict(load_config(str(config), "", verb))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(command)
+    try:
+        parsed = parser.parse_object({**content, **given})
+    except ArgumentError as error:
+        own = {name: value for name, value in content.items() if name not in given}
+        Diagnosis(parser, verb).mapping(own, str(config))
+        Diagnosis(parser, verb).mapping(given, "")
+        raise UsageError(f"{config or verb}: {informative_line(str(error))}") from error
+    return dict(parser.instantiate(parsed).as_dict())
+
+
+@contextmanager
+def python_errors() -> Iterator[None]:
+    """Context for commands that Python code calls: their errors are ValueErrors that name arguments, not options.
+
+    Raises:
+        ValueError: for options or configs that cannot be parsed, and for errors that name options.
+    """
+    try:
+        yield
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        if (plain := without_dashes(text)) == text:
+            raise
+        raise type(error)(plain) from error
 
 
 def check_accepted(parser: ArgumentParser) -> None:

@@ -287,6 +287,8 @@ def train(verb: str, options: list[str] | None = None) -> None:
             raise ValueError(f"{first_sentences(str(error))}; see: recsys {verb} --help") from error
         except SystemExit as end:
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends with 1, as after an error
+                if options is not None:
+                    raise KeyboardInterrupt from None
                 raise SystemExit(INTERRUPTED) from None
             raise
         except SIGTERMException:  # its exit status would be 0, as after a complete fit
