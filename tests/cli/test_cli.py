@@ -183,7 +183,7 @@ def test_without_a_checkpoint_the_best_is_measured(
     def measured(*words: object) -> float:
         recsys(*options, *words)
         line = next(line for line in capsys.readouterr().out.splitlines() if "/ndcg@10 " in line)
-        return float(line.split()[-1])
+        return float(line.strip(" │┃").split()[-1])  # in a table, if rich is installed
 
     best = measured("--output", tmp_path / "retriever")
     named = measured("--output", tmp_path / "elsewhere", "--ckpt_path", trained.retriever)
