@@ -160,7 +160,7 @@ def export_bundle(
         candidates: number of candidates that the ranker scores per request; None: as in its training.
         with_histories: whether to pack the users' histories into the folder, so that `recsys serve` knows them without
             the prepared data. They are all events of the data, with the users' ids.
-        data: prepared dataset with the histories; None: the one the index was made from.
+        data: prepared dataset with the histories, of the index's split; None: the one the index was made from.
         trust: modules outside this package from which the checkpoint may load classes.
     """
     other = "null for the number in the ranker's training"
@@ -185,9 +185,9 @@ def export_bundle(
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
     made_from = data or locate_parent(index, indexed["parents"]["data"])
-    histories = Dataset(made_from) if with_histories else None
-    if histories is not None:
-        histories.check_split(index, indexed["split_hash"])
+    dataset = Dataset(made_from) if with_histories or data is not None else None
+    if dataset is not None:
+        dataset.check_split(index, indexed["split_hash"])
     with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
@@ -203,7 +203,7 @@ def export_bundle(
                 raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
             verify(path, read_manifest(path, "candidates", make), make)
             shutil.copytree(path / SIGNALS, folder / SIGNALS)
-        packed = {} if histories is None else {HISTORIES: pack(histories, folder)}
+        histories = {HISTORIES: pack(dataset, folder)} if dataset is not None and with_histories else {}
         write_manifest(
             folder,
             "bundle",
@@ -214,12 +214,12 @@ def export_bundle(
             recent=options["recent"],
             log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
-            **packed,
+            **histories,
         )
-    packed_users = () if histories is None else (f"histories of {histories.num_users:,} users",)
+    packed = (f"histories of {histories[HISTORIES]['users']:,} users",) if histories else ()
     print_summary(
         output,
         f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
-        *packed_users,
+        *packed,
         then=f"recsys evaluate --bundle {output}",
     )

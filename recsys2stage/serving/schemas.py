@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recsys2stage.columns import YEAR_2100
 
-
 MAX_ID = 1_024  # characters of an id
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]

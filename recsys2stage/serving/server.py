@@ -93,17 +93,23 @@ class Supervisor:
             ValueError: if the first worker cannot load the bundle.
         """
         with self._signals() as wakes:
-            while not self.ends:
-                self._balance()
-                self._listen(wakes)
-                if self.first_error:
-                    break
-                if self.reload or self._link_changed():
-                    self.reload = False
-                    self._try(self._release())
+            while not self.ends and not self.first_error:
+                self.step(wakes)
             self._stop(wakes)
         if self.first_error:
             raise ValueError(self.first_error)
+
+    def step(self, wakes: socket.socket) -> None:
+        """Starts and ends what is to be started and ended, then waits for what happens, at most a second.
+
+        Args:
+            wakes: gets readable when a signal arrives.
+        """
+        if self.reload or self._link_changed():
+            self.reload = False
+            self._try(self._release())
+        self._balance()
+        self._listen(wakes)
 
     def _announce(self) -> None:
         host, port = self.listener.getsockname()[:2]
@@ -312,6 +318,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: if the address is taken or is none of this machine.
     """
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -319,6 +326,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise ValueError(
             f"cannot listen on {host}:{port} ({error.strerror or error}), expected a free port of this machine; choose "
             "another with --port"
