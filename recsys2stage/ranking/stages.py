@@ -12,7 +12,7 @@ import torch
 from recsys2stage import columns as c
 from recsys2stage.data.batches import Padded, Ragged, as_history, recent_events
 from recsys2stage.data.catalogue import Catalogue
-from recsys2stage.data.options import RequestTime, Seen, check_least, check_option
+from recsys2stage.data.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.ranking.beyond import Recommendations, RetrievedItems, beyond
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import Proposer, Requests, Signal
@@ -73,7 +73,7 @@ class Stages:
     ) -> None:
         check_option("request_time", request_time, RequestTime)
         check_option("seen", seen, Seen)
-        check_least("candidates", candidates)
+        check_integer("candidates", candidates, example=200)
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
         self.catalogue, self.popularity = Catalogue(catalogue, actions), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
@@ -274,8 +274,7 @@ class Stages:
 
     def list_length(self, k: int) -> int:
         """The number of items of a list: k, checked, and no more than there are."""
-        if isinstance(k, bool | np.bool_) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"k is {k!r}, expected at least 1, an integer; give the number of items, such as k=10")
+        check_integer("k", k, example=10)
         return min(int(k), len(self.vectors) - 1)
 
     def order(
