@@ -174,7 +174,7 @@ def test_reloads_and_kills_lose_nothing(trained: Run, tmp_path: Path) -> None:
     assert load.bundles == set(expected), "both bundles answered"
     assert load.sent >= REQUESTS
     unexplained = [one for one in load.broken if not any(one[0] - 0.5 <= kill <= one[1] for kill in load.kills)]
-    assert unexplained == [], "only requests in the hands of a killed worker may break"
+    assert unexplained == [], f"only requests in the hands of a killed worker may break; kills at {load.kills}"
     assert len(load.broken) <= KILLS * len(threads)
     with Store(tmp_path / "store.sqlite") as store:
         for user, items in load.accepted.items():
