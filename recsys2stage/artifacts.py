@@ -44,7 +44,7 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # left by a killed run
         owner, pid, state = left.name.rsplit(".", 2)
-        if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not _alive(int(pid)):
+        if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not is_alive(int(pid)):
             if state == "old" and not path.exists():  # killed between the two renames below
                 left.rename(path)
             else:
@@ -107,7 +107,8 @@ def _check_replaceable(path: Path, kind: str) -> None:
         raise ValueError(f"{path} holds {what} and would be lost; name another folder for the new {kind}")
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -135,7 +136,7 @@ def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: di
     Args:
         kind: what the artifact is: dataset, retriever, index, candidates, ranker, bundle, ...
         options: arguments that it was made with.
-        parents: name -> folder of each input artifact; their fingerprints are recorded.
+        parents: name -> path of each input; recorded with its path, absolute and relative to `folder`, and its hash.
         facts: counts, hashes and measurements.
     """
     manifest = {
@@ -144,7 +145,10 @@ def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: di
         "command": " ".join(sys.argv),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "options": options,
-        "parents": {name: {"path": str(path), "hash": fingerprint(path)} for name, path in parents.items()},
+        "parents": {
+            name: {"path": str(Path(path).absolute()), "relative": _relative(path, folder), "hash": fingerprint(path)}
+            for name, path in parents.items()
+        },
         "versions": {"recsys2stage": __version__, "python": platform.python_version(), "numpy": np.__version__},
         **facts,
         **({"files": checksums(folder)} if kind in SEALED else {}),
@@ -175,7 +179,52 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
 
 
 def _is_parent(parent: dict[str, Any]) -> bool:
-    return isinstance(parent.get("path"), str) and isinstance(parent.get("hash"), str | None)
+    path, others = parent.get("path"), (parent.get("relative"), parent.get("hash"))
+    return isinstance(path, str) and "\0" not in path and all(isinstance(other, str | None) for other in others)
+
+
+def _relative(path: str | Path, folder: str | Path) -> str:
+    """Path relative to a folder. Symbolic links are followed in the parents of both, but not at their own names."""
+    target, base = ((Path(one).parent.resolve() / Path(one).name) for one in (path, folder))
+    return Path(os.path.relpath(target, base)).as_posix()
+
+
+def locate_parent(folder: str | Path, parent: dict[str, Any]) -> Path:
+    """Path of a parent: where it was, or at the same place relative to `folder`, for folders moved together.
+
+    Args:
+        folder: the artifact.
+        parent: path, relative path and hash, from the manifest of `folder`.
+
+    Returns:
+        The first path with the recorded hash, else the first one that exists, else the absolute one.
+    """
+    paths, moved = [Path(parent["path"])], parent.get("relative")
+    if moved is not None and "\0" not in moved:
+        paths.append(Path(os.path.normpath(Path(folder).resolve() / moved)))
+    same = [path for path in paths if parent.get("hash") and fingerprint(path) == parent["hash"]]
+    return [*same, *(path for path in paths if path.exists()), paths[0]][0]
+
+
+def find_parent(folder: str | Path, manifest: dict[str, Any], name: str, advice: str) -> Path:
+    """Path of a parent that exists; see `locate_parent`.
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        name: of the parent, such as "data".
+        advice: what to do if it is missing, for the error.
+
+    Raises:
+        FileNotFoundError: if it is missing, with the paths that were tried.
+    """
+    parent = take(take(manifest, "parents", dict, Path(folder) / MANIFEST), name, dict, Path(folder) / MANIFEST)
+    path = locate_parent(folder, parent)
+    if not path.exists():
+        moved = parent.get("relative")
+        tried = f"{path}" + ("" if moved is None else f" or {os.path.normpath(Path(folder).resolve() / moved)}")
+        raise FileNotFoundError(f"the {name} of {folder} does not exist, expected at {tried}; {advice}")
+    return path
 
 
 def check_format(path: Path, number: Any, versions: Any, make: str) -> None:
@@ -317,10 +366,16 @@ def hash_arrays(*arrays: np.ndarray) -> str:
 
 
 class ParquetStream:
-    """Writes tables with the same columns one after another to one Parquet file."""
+    """Writes tables with the same columns one after another to one Parquet file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        types: column name -> name of its Arrow type, such as "string" or "float32"; None: those of the first table. A
+            column of objects has no type of its own in a table without rows.
+    """
+
+    def __init__(self, path: Path, types: dict[str, str] | None = None) -> None:
+        self.path, self.types = path, types
         self.writer: Any = None
 
     def __enter__(self) -> "ParquetStream":
@@ -330,7 +385,10 @@ class ParquetStream:
         import pyarrow as pa  # imported here: training writes manifests but needs no Parquet
         import pyarrow.parquet as pq
 
-        arrow = pa.table(table)
+        schema = None if self.writer is None else self.writer.schema
+        if schema is None and self.types is not None:
+            schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in self.types.items()])
+        arrow = pa.table(table, schema=schema)
         self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
         self.writer.write_table(arrow)
 

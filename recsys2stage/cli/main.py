@@ -13,9 +13,11 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from recsys2stage.cli.commands import COMMANDS
+from recsys2stage.cli.completion import answer, name_positional
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage.data import ids, sources, split  # noqa: F401
+from recsys2stage.data.summary import HINTS
 from recsys2stage.mining import miners  # noqa: F401
 from recsys2stage.ranking import signals  # noqa: F401
 from recsys2stage.retrieval import index  # noqa: F401
@@ -46,7 +48,11 @@ TRAINING: dict[str, Any] = {"fit": fit, "validate": validate, "test": test}
 
 
 def main() -> None:
+    if answer(sys.argv[1:]):
+        return
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    os.environ.setdefault(HINTS, "1")
+    name_positional(sys.argv)
     step_out_of_configs(sys.argv)
     sys.path.insert(0, os.getcwd())  # user classes in configs, relative to the working directory
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -57,6 +63,9 @@ def main() -> None:
             if verb == "recommend":
                 keep_ids_as_written(sys.argv)
             auto_cli(TRAINING | COMMANDS, as_positional=False, prog="recsys", description=__doc__)
+    except KeyboardInterrupt:  # what was being written is removed; a fit prints its own line
+        print(f"\nrecsys {verb}: interrupted, nothing is written", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, FileNotFoundError, OSError) as error:  # user errors; RECSYS_DEBUG=1 shows the traceback
         if os.environ.get("RECSYS_DEBUG"):
             raise

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -31,6 +32,9 @@ from recsys2stage.cli.callbacks import (
     WholeCheckpoints,
     WriteManifest,
 )
+from recsys2stage.cli.progress import FitLines, quiet_lightning
+from recsys2stage.data.locks import locked
+from recsys2stage.data.summary import on_terminal
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
 from recsys2stage.ranking.ranker import Ranker  # noqa: F401
@@ -116,9 +120,22 @@ class RecsysCLI(LightningCLI):
             kwargs["accelerator"] = "cpu"
         elif options.trainer.precision is None and not options.trainer.plugins and computes_in_bf16(accelerator):
             kwargs["precision"] = "bf16-mixed"
-        if options.trainer.enable_progress_bar is not False:
+        bar = options.trainer.enable_progress_bar
+        enabled = bar is not False
+        if bar is None:
+            bar = kwargs["enable_progress_bar"] = on_terminal()
+        if bar:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=20))  # a step takes milliseconds
+        self.trainer_defaults["callbacks"].append(FitLines(str(self.subcommand), bar, enabled))
+        if options.trainer.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False  # FitLines prints the number of parameters
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Holds the lock of the output folder during a fit; only the first process of a fit takes it."""
+        writes = subcommand == "fit" and self.trainer.is_global_zero
+        with locked(self.config_init["fit"].output) if writes else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         self._load_weights_only("fit")
@@ -206,6 +223,7 @@ IGNORED = (
     ".*exists and is not empty",  # log/ is written before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
     ".*smaller than the logging interval",  # metrics are logged once per epoch
+    ".*does not have many workers",  # batches are gathers, workers would only copy them
     ".*GPU available but not used",  # another accelerator was chosen
     ".*args parameter is intended to run from within Python",  # as with `options` below
 )
@@ -218,7 +236,7 @@ def train(verb: str, options: list[str] | None = None) -> None:
         verb: fit, validate or test.
         options: its command-line options; None: those of sys.argv, where errors end the process.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_lightning():
         for message in IGNORED:
             warnings.filterwarnings("ignore", message)
         try:

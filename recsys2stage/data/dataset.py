@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_array, read_manifest, take
+from recsys2stage.artifacts import read_array, read_manifest
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indices, spans
+from recsys2stage.data.manifest import check_dataset_manifest
 from recsys2stage.data.options import Part, RequestTime, Seen, check_least, check_option
 
-REQUIRED = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
 At = Part | Literal["all"] | np.ndarray  # the val or test target, after the last event, or (B,) indices of targets
 
 
@@ -30,8 +30,8 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
-        for name, kind in REQUIRED.items():
-            take(self.manifest, name, kind, self.path / c.MANIFEST)
+        check_dataset_manifest(self.manifest, self.path / c.MANIFEST)
+        read_array(self.path / c.ITEM_COLD, np.bool_, (self.num_items + 1,))  # so that the count of items is true
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
         self.offsets = self._load(c.USER_OFFSETS)

@@ -14,10 +14,10 @@ from recsys2stage.data import ids as id_rule
 from recsys2stage.data.checks import OnBadRows, read
 from recsys2stage.data.event_times import check_times, warn_isolated_newest
 from recsys2stage.data.hashing import splitmix64
+from recsys2stage.data.options import Repeats
 from recsys2stage.data.sources.base import Tables
 
 TieBreak = Literal["file_order", "item_id", "hash"]
-Repeats = Literal["first", "last", "keep", "error"]
 
 
 @dataclass
@@ -81,7 +81,7 @@ def load_events(
             raise ValueError(
                 f"min_rating is {min_rating}, but no event of {tables.events.file} has a rating of {min_rating} or "
                 "more, "
-                f"expected at most {frame[c.RATING].max():g}; lower it"
+                f"expected at most {float(frame[c.RATING].max()):g}; lower it"  # type: ignore[arg-type]  # a number
             )
         counts["removed_by_rating"] = len(frame) - len(kept)
         frame = kept

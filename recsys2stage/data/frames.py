@@ -10,9 +10,10 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.data import ids
 from recsys2stage.data.checks import Column, Rows, parse_int, require
+from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.plain import Unpacker
-from recsys2stage.data.sources.table import Table, TimeUnit, check_columns, iso, typed_tables
+from recsys2stage.data.sources.table import Table, check_columns, iso, typed_tables
 from recsys2stage.data.split import PARTS
 from recsys2stage.options import check_integer, check_option, check_seed
 
@@ -24,7 +25,14 @@ Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
 class FrameTable(Table):
     """A `Table` of the Parquet files that `FrameColumns.write` makes. Its errors name the data frames."""
 
-    def _rows(self, files: Sequence[Path], columns: dict[str, Column], quote: str | None, unpack: Unpacker) -> Rows:
+    def _rows(
+        self,
+        files: Sequence[Path],
+        columns: dict[str, Column],
+        quote: str | None,
+        unpack: Unpacker,
+        between: str | None = None,
+    ) -> Rows:
         rows = typed_tables(files, columns, [FRAMES[file.stem] for file in files])
         return replace(rows, advice=ADVICE)
 
@@ -102,7 +110,7 @@ class FrameColumns:
             order = self._milliseconds(log[self.time])
             log = log.sort(order, maintain_order=True)
             if self._unit(log[self.time]) != "order":
-                columns.append((order // 1000).alias(c.TIME))
+                columns.append(order.cast(pl.Datetime("ms")).alias(c.TIME))  # a type that needs no unit
         return log.select(columns)
 
     def write(self, log: pl.DataFrame, sides: Sides, folder: Path) -> dict[str, Any]:

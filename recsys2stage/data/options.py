@@ -9,6 +9,8 @@ from recsys2stage.options import check_seed as check_seed
 
 Part = Literal["val", "test"]
 RequestTime = Literal["none", "last_event", "target"]
+Repeats = Literal["first", "last", "keep", "error"]  # events with the same user and item
+TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
 Seen = Literal["keep", "filter"]  # whether seen items may be recommended
 
 

@@ -12,11 +12,13 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from recsys2stage.artifacts import atomic_write
+from recsys2stage.data.locks import locked
 from recsys2stage.data.options import check_integer, check_option, check_seed
+from recsys2stage.data.summary import print_summary, progress
 
+DEMO = Path("data/raw/demo")  # where configs/demo reads it
 RATINGS, MOVIES, README = "ratings.csv", "movies.csv", "README.txt"
 MARK = "SIMULATED DATA"  # first line of the README: only folders with it are overwritten
 GENRE_COUNTS = {  # number of MovieLens-20M movies per genre
@@ -77,7 +79,7 @@ SIZES = {"demo": Counts(3_000, 900, 135_000, 10), "ml-20m": Counts(138_493, 26_7
 
 
 def simulate(
-    output: Path = Path("data/raw/demo"),
+    output: Path = DEMO,
     size: Size = "demo",
     users: int | None = None,
     items: int | None = None,
@@ -113,11 +115,11 @@ def simulate(
     lengths = _lengths(counts, int((catalogue.available < FIRST_RATING).sum() * 0.55), rng)
     chunks = np.array_split(np.arange(counts.users), -(-counts.users // USERS_AT_ONCE))
     rated = np.zeros(len(catalogue.release), np.int64)  # number of ratings per movie
-    with atomic_write(output) as temporary:
+    with locked(output), atomic_write(output) as temporary:
         temporary.mkdir(exist_ok=True)
         with (temporary / RATINGS).open("wb") as file:
             file.write(b"userId,movieId,rating,timestamp\n")
-            for chunk in tqdm(chunks, desc="simulate", unit=f" x {len(chunks[0]):,} users", disable=None):
+            for chunk in progress(chunks, "simulate", f" x {len(chunks[0]):,} users"):
                 simulated = _events(catalogue, lengths[chunk], rng)
                 if chunk is chunks[-1]:
                     _rate_unrated(catalogue, simulated, rated, rng)
@@ -125,7 +127,14 @@ def simulate(
                 _write_ratings(file, catalogue, simulated, int(chunk[0]) + 1, rng)
         _write_movies(temporary / MOVIES, catalogue, rng)
         (temporary / README).write_text(_readme(counts, size, seed), encoding="utf-8")
-    print(f"{output}: {counts.users:,} users, {counts.items:,} rated movies, {counts.events:,} ratings, all simulated")
+    demo = Path("configs/demo/prepare.yaml")
+    print_summary(
+        output,
+        f"{counts.users:,} users, {counts.items:,} rated movies, {counts.events:,} ratings, all simulated",
+        then=f"recsys prepare-data --config {demo}"
+        if output == DEMO and demo.is_file()
+        else f"recsys prepare-data --source MovieLens --source.path {output} --output data/{output.name}",
+    )
 
 
 class Catalogue:

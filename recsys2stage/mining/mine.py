@@ -4,13 +4,14 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, ParquetStream, atomic_write, write_manifest
 from recsys2stage.data.batches import Ragged, in_chunks, padded_indices
 from recsys2stage.data.dataset import At, Dataset, sample_users
+from recsys2stage.data.locks import locked
 from recsys2stage.data.options import check_integer, check_number, check_seed
+from recsys2stage.data.summary import config_option, print_summary, progress
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -109,12 +110,12 @@ def mine_negatives(
             f"two signals give the value {twice}, expected distinct column names; use each signal class once"
         )
     builder = ListBuilder(dataset, recommender, miner, select, seed)
-    with atomic_write(output, "candidates") as folder:
+    with locked(output), atomic_write(output, "candidates") as folder:
         folder.mkdir()
         width = recommender.vectors.shape[1]
         states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), width))
         with ParquetStream(folder / CANDIDATES) as rows, ParquetStream(folder / REQUESTS) as requests:
-            for part in tqdm(list(in_chunks(len(mined), batch_size)), desc="mine", unit="batch"):
+            for part in progress(list(in_chunks(len(mined), batch_size)), "mine"):
                 states[part], table, request = builder.build(mined[part], ends[part])
                 table[c.REQUEST] += part.start
                 rows.write(table)
@@ -140,10 +141,16 @@ def mine_negatives(
             split_hash=dataset.manifest["split_hash"],
             counts=counts,
         )
-    print(
-        f"{output}: {counts['rows']:,} rows in {counts['lists']:,} lists of {counts['users']:,} users "
-        f"({counts['train_lists']:,} training and {counts['select_lists']:,} validation lists); "
-        f"in {counts['target_outside_candidates']:,} lists the target is not among the {k} candidates"
+    inside = counts["lists"] - counts["target_outside_candidates"]
+    print_summary(
+        output,
+        f"{counts['lists']:,} lists of {counts['users']:,} users, {counts['rows']:,} rows",
+        f"{counts['train_lists']:,} training lists, whose target is among the candidates, and "
+        f"{counts['select_lists']:,} validation lists",
+        f"the target is among the {k} candidates in {inside / counts['lists']:.1%} of the lists, an upper bound of the "
+        "ranker's hit rate",
+        then=f"recsys fit {config_option('ranker', output.parent.name)} --data.init_args.path {output} "
+        f"--output {output.parent / 'ranker'}",
     )
 
 

@@ -12,7 +12,7 @@ from recsys2stage import columns as c
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, SideTable, Table
 from recsys2stage.data.sources.quotes import detect_layout
-from recsys2stage.serving.requests import read_log
+from recsys2stage.serving.event_files import read_log
 
 HEADER = ["user_id", "item_id", "note", "timestamp"]
 NOW = 1_600_000_000

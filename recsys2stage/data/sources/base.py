@@ -15,6 +15,7 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage.data.checks import FILE, LINE, SURPLUS, Column, Rows, require
+from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.quotes import AUTO, detect_layout
 from recsys2stage.trust import class_name
 
@@ -39,6 +40,7 @@ class Tables:
         folders: folders of shards: a file added there would be read too.
         has_time: False if `time` only gives the order of events.
         ticks: units of `time` per second.
+        time_unit: how the source writes times: seconds or milliseconds since 1970, iso text, or order.
         untyped_ids: the file format has no types (CSV), so ids are integers if all of them are plain integers.
     """
 
@@ -51,6 +53,7 @@ class Tables:
     folders: list[Path] = field(default_factory=list)
     has_time: bool = True
     ticks: int = 1
+    time_unit: TimeUnit = "seconds"
     untyped_ids: bool = False
 
 

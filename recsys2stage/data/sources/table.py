@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import polars as pl
 
-from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID
+from recsys2stage.columns import ACTION, ITEM_ID, PART, RATING, TIME, TITLE, USER_ID, YEAR_2100
 from recsys2stage.data.checks import (
-    YEAR_2100,
     Column,
     Rows,
     empty_to_null,
@@ -25,8 +23,10 @@ from recsys2stage.data.checks import (
     time_column,
     typed_rows,
 )
+from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, matches, unpacked
 from recsys2stage.data.sources.plain import PACKED, Unpacker, original_names, plain_suffix
+from recsys2stage.data.sources.questions import OPEN, check_answered
 from recsys2stage.data.sources.quotes import AUTO, check_quote
 from recsys2stage.data.split import PARTS
 from recsys2stage.options import check_number, check_option
@@ -34,7 +34,6 @@ from recsys2stage.options import check_number, check_option
 DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
 ENDINGS = (*DELIMITED, *PARQUET, *(f"{suffix}{PACKED}" for suffix in DELIMITED))
 MAX_FLOAT32 = 3.4e38  # numeric features are stored as float32
-TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
 TICKS = {"seconds": 1, "milliseconds": 1000, "iso": 1000, "order": 1}
 
 
@@ -71,6 +70,7 @@ class SideTable:
         columns: feature name -> feature column.
         title: column with the display title.
         quote: quote character of this file, as in `Table`.
+        separator: column separator of this file; None: that of the events.
     """
 
     path: str
@@ -78,6 +78,7 @@ class SideTable:
     columns: dict[str, Feature] = field(default_factory=dict)
     title: str | None = None
     quote: str | None = AUTO
+    separator: str | None = None
 
     def __post_init__(self) -> None:
         for name, feature in self.columns.items():
@@ -132,8 +133,6 @@ class Table(Source):
             raise ValueError(f"time_unit is {time_unit!r} but time is null; without times set time_unit: order")
         check_option("time_unit", time_unit, TimeUnit)
         check_columns({"user": user, "item": item, "time": time, "rating": rating, "action": action, "part": part})
-        if len(separator) != 1 or not separator.isascii():
-            raise ValueError(f"separator is {separator!r}, expected one ASCII character; set it to ',', for example")
         if rating_range is not None:
             for bound in rating_range:
                 check_number("rating_range", bound, example=5)
@@ -142,8 +141,11 @@ class Table(Source):
                     f"rating_range is {list(rating_range)}, expected the smallest and the largest valid rating; set "
                     "rating_range to [1, 5], for example"
                 )
-        for one in (quote, *(side.quote for side in (items, users) if side is not None)):
-            check_quote(one, separator)
+        sides = [(side.quote, side.separator or separator) for side in (items, users) if side is not None]
+        for one, between in ((quote, separator), *sides):
+            if len(between) != 1 or not between.isascii():
+                raise ValueError(f"separator is {between!r}, expected one ASCII character; set it to ',', for example")
+            check_quote(one, between)
         self.path = Path(path)
         self.user = user
         self.item = item
@@ -161,6 +163,9 @@ class Table(Source):
 
     @contextmanager
     def open(self) -> Iterator[Tables]:
+        options = {"path": self.path, "user": self.user, "item": self.item, "time": self.time}
+        ids = {f"{name}.id": side.id for name, side in (("items", self.items), ("users", self.users)) if side}
+        check_answered(options | ids, self.path, self.separator)
         sides = [side.path for side in (self.items, self.users) if side is not None]
         events = [self.member] if self.member else [f"*{suffix}" for suffix in ENDINGS]
         globbed = sorted(Path(name) for name in glob.glob(str(self.path))) if not self.path.exists() else []
@@ -193,8 +198,8 @@ class Table(Source):
                     f"{', '.join(inside[:10]) or 'its files, and it has none'}; name it as source.member"
                 )
             if zipped and len(files) > 1 and not self.member:
-                inside = ", ".join(str(file.relative_to(folder)) for file in files)
-                raise ValueError(f"{self.path} holds several tables: {inside}; choose the events with member")
+                tables = ", ".join(str(file.relative_to(folder)) for file in files)
+                raise ValueError(f"{self.path} holds several tables: {tables}; choose the events with member")
             unpack = Unpacker(Path(copies), names)
             item_file, items, item_features = self._side(self.items, ITEM_ID, folder, unpack)
             user_file, users, user_features = self._side(self.users, USER_ID, folder, unpack)
@@ -208,6 +213,7 @@ class Table(Source):
                 folders=[] if zipped or files == [self.path] else sorted({file.parent for file in files}),
                 has_time=self.time_unit != "order",
                 ticks=TICKS[self.time_unit],
+                time_unit=self.time_unit,
                 untyped_ids=plain_suffix(files[0]) not in PARQUET,
             )
 
@@ -260,9 +266,16 @@ class Table(Source):
             else:
                 columns[name] = Column(raw, "", empty_to_null, required=False)
         kinds = {name: feature.kind for name, feature in side.columns.items()}
-        return found, self._rows(found, columns, side.quote, unpack), kinds
+        return found, self._rows(found, columns, side.quote, unpack, side.separator), kinds
 
-    def _rows(self, files: Sequence[Path], columns: dict[str, Column], quote: str | None, unpack: Unpacker) -> Rows:
+    def _rows(
+        self,
+        files: Sequence[Path],
+        columns: dict[str, Column],
+        quote: str | None,
+        unpack: Unpacker,
+        between: str | None = None,
+    ) -> Rows:
         suffixes = {plain_suffix(file) for file in files}
         if suffixes <= set(PARQUET):
             return typed_tables(files, columns, [str(file) for file in files])
@@ -272,7 +285,7 @@ class Table(Source):
                 "glob: "
                 "path/*.csv"
             )
-        separator = "\t" if suffixes <= {".tsv", ".tab"} else self.separator
+        separator = "\t" if suffixes <= {".tsv", ".tab"} else between or self.separator
         return csv_rows(unpack(files), columns, separator, quote=quote, names=unpack.names)
 
 
@@ -290,6 +303,8 @@ def check_columns(columns: Mapping[str, object]) -> None:
             raise ValueError(
                 f"{option} is {column!r}, expected the name of a column; set {option} to the column of the {option}"
             )
+        if column == OPEN:  # asked when the source is opened
+            continue
         if column in given:
             raise ValueError(
                 f"{given[column]} and {option} are both {column!r}, expected different columns; correct one of them"
