@@ -20,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
+from recsys2stage.artifacts import atomic_write, make_folder, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
 from recsys2stage.cli.configs import resolve_path
 from recsys2stage.cli.quiet import quiet

@@ -388,7 +388,7 @@ def test_a_newest_event_in_the_future_of_the_clock_is_named(
     served: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "h.csv").write_text(f"user_id,item_id,time,side,age\n1,5,{10**9},on,20\n2,6,{4 * 10**9},on,20\n")
-    recsys("recommend", "--bundle", served.index, "--histories", tmp_path / "h.csv", "--output", tmp_path / "o")
+    recsys("recommend", "--bundle", served.index, "--histories", tmp_path / "h.csv", "--output", tmp_path / "o.parquet")
     assert "the newest event of the log, 2096-10-02 07:06:40 UTC (4000000000), lies in the future" in caplog.text
 
 
