@@ -21,6 +21,15 @@ from recsys2stage.columns import MANIFEST
 FORMAT = 1  # of artifacts and checkpoints; increase it when older files can no longer be read
 SEALED = ("index", "bundle", "candidates")  # artifacts whose manifests list the checksum of every file
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+MADE_BY = {  # kind of artifact -> verb that writes it
+    "dataset": "recsys prepare-data",
+    "retriever": "recsys fit",
+    "index": "recsys export-index",
+    "candidates": "recsys mine-negatives",
+    "ranker": "recsys fit",
+    "bundle": "recsys export-bundle",
+    "model": "TwoStageRecommender.save",
+}
 MAX_JSON_BYTES = 1 << 26
 RUN = Path("runs/ml-20m")  # default run, as `make pipeline` writes it
 DATA = Path("data/ml-20m")
@@ -103,7 +112,7 @@ def _check_replaceable(path: Path, kind: str) -> None:
     manifest = path / MANIFEST
     held = read_json(manifest, dict, "remove it").get("kind") if manifest.is_file() else None
     if held != kind:
-        what = "other things" if held is None else f"a {held}"
+        what = "other things" if held is None else with_article(held)
         raise ValueError(f"{path} holds {what} and would be lost; name another folder for the new {kind}")
 
 
@@ -168,7 +177,10 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist, so there is no {kind} in {folder}; run: {make}")
     manifest = read_json(path, dict, make)
     if manifest.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {manifest.get('kind')!r}, expected a {kind!r}; run: {make}")
+        raise ValueError(
+            f"{folder} holds {with_article(manifest.get('kind'))}, expected {with_article(kind)}; give the folder that "
+            f"{MADE_BY.get(kind, make)} wrote"
+        )
     check_format(path, manifest.get("format"), manifest.get("versions"), make)
     parents = manifest.get("parents")
     if not (isinstance(parents, dict) and all(isinstance(p, dict) and _is_parent(p) for p in parents.values())):
@@ -176,6 +188,13 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
     if kind in SEALED and "data" not in parents:
         raise ValueError(f"{path} has no parent 'data', expected the dataset it was made from; run: {make}")
     return manifest
+
+
+def with_article(kind: Any) -> str:
+    """A kind of artifact as a noun with its article."""
+    if kind not in MADE_BY:
+        return f"an artifact of kind {kind!r}"
+    return kind if kind == "candidates" else f"{'an' if kind == 'index' else 'a'} {kind}"
 
 
 def _is_parent(parent: dict[str, Any]) -> bool:
@@ -363,35 +382,3 @@ def hash_arrays(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-class ParquetStream:
-    """Writes tables with the same columns one after another to one Parquet file.
-
-    Args:
-        path: the file.
-        types: column name -> name of its Arrow type, such as "string" or "float32"; None: those of the first table. A
-            column of objects has no type of its own in a table without rows.
-    """
-
-    def __init__(self, path: Path, types: dict[str, str] | None = None) -> None:
-        self.path, self.types = path, types
-        self.writer: Any = None
-
-    def __enter__(self) -> "ParquetStream":
-        return self
-
-    def write(self, table: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa  # imported here: training writes manifests but needs no Parquet
-        import pyarrow.parquet as pq
-
-        schema = None if self.writer is None else self.writer.schema
-        if schema is None and self.types is not None:
-            schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in self.types.items()])
-        arrow = pa.table(table, schema=schema)
-        self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
-        self.writer.write_table(arrow)
-
-    def __exit__(self, *error: object) -> None:
-        if self.writer:
-            self.writer.close()

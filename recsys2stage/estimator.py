@@ -9,20 +9,18 @@ import inspect
 import json
 import shutil
 import tempfile
-from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
-from jsonargparse import ArgumentParser
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, make_folder, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
 from recsys2stage.cli.configs import resolve_path
+from recsys2stage.cli.parser import parse_config, python_errors
 from recsys2stage.cli.quiet import quiet
 from recsys2stage.data.fitted import FittedFolder
 from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, check_arguments
@@ -41,6 +39,7 @@ DEFAULTS = {  # options of a fit without a config
     "retriever": ["--model=Retriever", "--data=Histories", "--trainer.max_epochs=60", "--trainer.gradient_clip_val=1"],
     "ranker": ["--model=Ranker", "--data=Candidates", "--trainer.max_epochs=30"],
 }
+VERBS = {"prepare": "prepare-data", "index": "export-index", "mine": "mine-negatives", "bundle": "export-bundle"}
 NEVER = 1_000_000  # early-stopping patience that no fit reaches
 
 
@@ -231,7 +230,7 @@ class TwoStageRecommender:
         model = self.path
         if users is not None and histories is not None:
             raise ValueError("both users and histories are given; give user ids of the events, or histories")
-        with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
+        with quiet(self.verbose), python_errors(), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
                 manifest = model / "bundle" / c.MANIFEST
@@ -265,7 +264,7 @@ class TwoStageRecommender:
             protocol: full, or sampled-N (N sampled negatives), which is not comparable to any other protocol.
         """
         model = self.path
-        with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
+        with quiet(self.verbose), python_errors(), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             evaluate.evaluate(
                 bundle=model / "bundle",
                 data=model / "data",
@@ -349,18 +348,14 @@ class TwoStageRecommender:
         if not self.verbose:
             options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
         options.append("--trainer.devices=1")  # more processes would run the caller's script again
-        with config_errors(config):
+        with python_errors():
             training.train("fit", options)
 
     def _run(self, command: Callable[..., Any], stage: str, **options: Any) -> None:
         """Runs a command with the options of the stage's config, overridden by `options`."""
         config = self._config(stage)
-        configured = {} if config is None else yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_function_arguments(command)
-        with config_errors(config):
-            parsed = parser.parse_object({**configured, **options})
-            command(**parser.instantiate(parsed).as_dict())
+        with python_errors():
+            command(**parse_config(command, VERBS[stage], config, options))
 
     def _config(self, stage: str) -> Path | None:
         """The YAML file of a stage, if there is one."""
@@ -375,12 +370,3 @@ class TwoStageRecommender:
 
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-@contextmanager
-def config_errors(config: Path | None) -> Iterator[None]:
-    """Turns parser errors into a ValueError with the path of the config."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise ValueError(f"{config or 'the default options'}: {error}") from error

@@ -172,7 +172,7 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_kind_says_which(tmp_path: Path) -> None:
     write_manifest(tmp_path, "index", {}, {})
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds a 'index', expected a 'dataset'; run: {MAKE}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds an index, expected a dataset; .* prepare-data wrote"):
         read_manifest(tmp_path, "dataset", MAKE)
 
 

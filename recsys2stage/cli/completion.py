@@ -75,14 +75,9 @@ def options() -> dict[str, dict[str, tuple[str, ...]]]:
         verb: dict.fromkeys(TRAINING, ()) for verb in ("fit", "validate", "test")
     }
     for key, value in zip(table.keys, table.values, strict=True):
-        assert isinstance(key, ast.Constant)
-        assert isinstance(value, ast.Name)
-        commands[str(key.value)] = {
-            **_arguments(modules[value.id], value.id),
-            "config": (),
-            "print_config": (),
-            "help": (),
-        }
+        if isinstance(key, ast.Constant):
+            own = _arguments(modules[value.id], value.id) if isinstance(value, ast.Name) and value.id in modules else {}
+            commands[str(key.value)] = {**own, "config": (), "print_config": (), "help": ()}
     commands["list"]["kind"] = KINDS
     shipped = configs.shipped_configs()
     names = [name for name in configs.datasets(shipped) if name != configs.STARTER]
@@ -109,9 +104,9 @@ def _arguments(module: str, function: str) -> dict[str, tuple[str, ...]]:
     """Arguments of a function and the values they take: true and false, those of a Literal, or () if unknown."""
     tree = _parse(module)
     modules = _imports(tree)
-    definition = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    defined = [node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
     found = {}
-    for argument in (*definition.args.args, *definition.args.kwonlyargs):
+    for argument in (argument for arguments in defined for argument in (*arguments.args, *arguments.kwonlyargs)):
         annotation = argument.annotation
         names = [node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)] if annotation else []
         known = ("true", "false") if "bool" in names else _literal(annotation)

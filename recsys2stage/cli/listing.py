@@ -94,7 +94,7 @@ def list_parts(kind: str | None = None) -> None:
     if kind not in KINDS:
         near = get_close_matches(kind, KINDS, 1)
         question = f"; did you mean {near[0]}?" if near else "; choose one of them"
-        raise ValueError(f"kind is {kind!r}, expected {', '.join(KINDS)}{question}")
+        raise ValueError(f"kind is {kind!r}, expected {', '.join([*KINDS][:-1])} or {[*KINDS][-1]}{question}")
     what, groups = KINDS[kind]
     print(f"{what}\n")
     for title, lines in groups().items():

@@ -81,7 +81,8 @@ class FitLines(Callback):
             self.printed = self.started
         if self._due():
             values = [f"{name} {float(value):.4f}" for name, value in trainer.progress_bar_metrics.items()]
-            self._print(": ".join([f"epoch {trainer.current_epoch + 1} of {_at_most(trainer)}", *values]))
+            of = "" if (trainer.max_epochs or 0) < 1 else f" of {trainer.max_epochs}"
+            self._print(": ".join([f"epoch {trainer.current_epoch + 1}{of}", *values]))
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -126,6 +127,8 @@ def print_fit(trainer: Trainer, pl_module: LightningModule, best: Path, manifest
     epoch, score = best_epoch(best), manifest["best"]
     which = "the last weights" if score is None else f"{manifest['monitor']} {score:.4f}"
     of = f"{manifest['epochs']} epochs" if epoch is None else f"epoch {epoch + 1} of {manifest['epochs']}"
+    if best.is_relative_to(Path.cwd()):  # Lightning made it absolute
+        best = best.relative_to(Path.cwd())
     print_summary(
         best,
         f"{which}, {of}, {manifest['steps']:,} steps, {manifest['seconds']:,.0f} s",

@@ -15,6 +15,8 @@ from recsys2stage.ranking.bundle import bundle_manifest
 COLOURS = {"retriever": "C0", "ranker": "C1"}
 MONITORED, LOSS = "val/ndcg@10", "train/loss"  # columns of a log
 FIRST_STAGE = "val/retriever_ndcg@10"  # in the ranker's log: the retriever on the same lists
+SAME_USERS = "retriever, users of the ranker"
+LEGEND = ["retriever", "ranker", SAME_USERS, "training loss"]  # of the learning curves
 FIGURES = {  # file name -> title
     "cohorts.png": "NDCG@10 by cohort",
     "ceiling.png": "Share of users whose target is among the first K candidates",
@@ -100,26 +102,30 @@ def calibration_figure(calibration: dict[str, Any]) -> Figure:
     ax.set_ylim(0, end)
     ax.set_xlabel("mean probability of the first item")
     ax.set_ylabel("share of users whose target it is")
-    ax.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
 def learning_figure(fits: Sequence[Curves]) -> Figure:
-    """Training loss and validation NDCG@10 by step, a panel for each stage."""
-    figure, axes = new_figure(5 * len(fits), 3.6, 1, len(fits))
+    """Training loss and validation NDCG@10 by step, a panel for each stage; the legend is above the panels."""
+    figure, axes = new_figure(5 * len(fits), 3.9, 1, len(fits))
+    lines: dict[str, Any] = {}  # label -> line, once for all panels
     for ax, (stage, columns) in zip(axes, fits, strict=True):
         if LOSS in columns:
             other = ax.twinx()
-            other.plot(*columns[LOSS], color="0.6", linestyle=":", marker=".")
-            other.set_ylabel("training loss (dotted)")
-        for column, colour, label in ((MONITORED, COLOURS[stage], stage), (FIRST_STAGE, "C0", "retriever, same users")):
+            (lines["training loss"],) = other.plot(*columns[LOSS], color="0.6", linestyle=":", marker=".")
+            other.set_ylabel("training loss")
+        for column, colour, style, label in (
+            (MONITORED, COLOURS[stage], "-", stage),
+            (FIRST_STAGE, COLOURS["retriever"], "--", SAME_USERS),
+        ):
             if column in columns:
-                ax.plot(*columns[column], color=colour, label=label, marker=".")
-        if ax.lines:
-            ax.legend()
+                (lines[label],) = ax.plot(*columns[column], color=colour, linestyle=style, marker=".")
         ax.set_title(stage)
         ax.set_xlabel("step")
         ax.set_ylabel("validation NDCG@10")
+    labels = sorted(lines, key=LEGEND.index)
+    figure.legend([lines[label] for label in labels], labels, loc="outside upper center", ncols=2 * len(fits))
     return figure
 
 

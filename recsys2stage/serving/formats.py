@@ -10,8 +10,9 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import ParquetStream, atomic_write
+from recsys2stage.artifacts import atomic_write
 from recsys2stage.data.catalogue import Catalogue
+from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.ranking.beyond import Recommendations
 
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")

@@ -12,10 +12,11 @@ import torch
 from pipeline_fixtures import K, Run, recsys
 from worlds import seal
 
-from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
+from recsys2stage.artifacts import fingerprint, read_manifest
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.cli import export
 from recsys2stage.data.dataset import Dataset, sample_users
+from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.ranking.bundle import check_split
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender

@@ -450,7 +450,7 @@ for call in (
     lambda: prepare(table, folder / "out", tie_break="random"),
     lambda: prepare(table, folder / "out", on_bad_rows="ignore"),
     lambda: served.recommend([1], seen="no", times=[10**9]),
-    lambda: recommend(index, data, output=folder / "out", seen="no"),
+    lambda: recommend(index, data, output=folder / "out.parquet", seen="no"),
     lambda: model.recommend(users=[1], seen="no"),
     lambda: simulate(folder / "out", size="ml-1m"),
 ):
