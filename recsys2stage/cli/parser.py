@@ -143,7 +143,7 @@ def spoken_by_first_process(parent: int, patience: float = 10.0) -> bool:
         patience: seconds to wait.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if "LOCAL_RANK" in os.environ:  # Lightning sets it where it starts further processes
             _mark(os.getpid()).touch()
             atexit.register(_mark(os.getpid()).unlink, missing_ok=True)
         return False

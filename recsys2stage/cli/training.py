@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -42,6 +43,9 @@ from recsys2stage.cli.checkpoint_checks import (
 from recsys2stage.cli.fit_checks import check_monitors, check_options, check_output
 from recsys2stage.cli.messages import INTERRUPTED, first_sentences
 from recsys2stage.cli.parser import ClearErrors, check_accepted, explained
+from recsys2stage.cli.progress import FitLines, quiet_lightning
+from recsys2stage.data.locks import locked
+from recsys2stage.data.summary import on_terminal
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
 from recsys2stage.ranking.ranker import Ranker  # noqa: F401
@@ -139,9 +143,22 @@ class RecsysCLI(LightningCLI):
             kwargs["accelerator"] = "cpu"
         elif options.trainer.precision is None and not options.trainer.plugins and computes_in_bf16(accelerator):
             kwargs["precision"] = "bf16-mixed"
-        if options.trainer.enable_progress_bar is not False:
+        bar = options.trainer.enable_progress_bar
+        enabled = bar is not False
+        if bar is None:
+            bar = kwargs["enable_progress_bar"] = on_terminal()
+        if bar:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=20))  # a step takes milliseconds
+        self.trainer_defaults["callbacks"].append(FitLines(str(self.subcommand), bar, enabled))
+        if options.trainer.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False  # FitLines prints the number of parameters
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Holds the lock of the output folder during a fit; only the first process of a fit takes it."""
+        writes = subcommand == "fit" and self.trainer.is_global_zero
+        with locked(self.config_init["fit"].output) if writes else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         self._load_weights_only("fit")
@@ -240,6 +257,7 @@ IGNORED = (
     ".*exists and is not empty",  # log/ is written before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
     ".*smaller than the logging interval",  # metrics are logged once per epoch
+    ".*does not have many workers",  # batches are gathers, workers would only copy them
     ".*GPU available but not used",  # another accelerator was chosen
     ".*args parameter is intended to run from within Python",  # as with `options` below
 )
@@ -263,7 +281,7 @@ def train(verb: str, options: list[str] | None = None) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {verb: LightningCLI.subcommands()[verb]}
 
-    with warnings.catch_warnings(), explained():
+    with warnings.catch_warnings(), explained(), quiet_lightning():
         for message in IGNORED:
             warnings.filterwarnings("ignore", message)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recsys2stage import columns as c
-from recsys2stage.data.checks import YEAR_2100
+from recsys2stage.columns import YEAR_2100
 
 logger = logging.getLogger("recsys2stage")
 

@@ -118,7 +118,7 @@ def test_every_item_of_a_band_has_its_chance(world: World, rng: np.random.Genera
 
 @pytest.mark.parametrize("options", [{"skip_top": -1}, {"last": 0}, {"skip_top": 5, "last": 5}])
 def test_an_empty_band_is_an_error(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="expected 0 <= skip_top < last"):
+    with pytest.raises(ValueError, match=r"expected 0 <= skip_top < last|expected at least"):
         RankBand(**options)
 
 
@@ -493,7 +493,7 @@ def test_only_the_newest_targets_may_be_mined(told: Informed, tmp_path: Path) ->
     assert len(both) == len(table) > 0
     for name in told.names:
         np.testing.assert_allclose(both[name], both[f"{name}_right"], rtol=1e-4, atol=1e-4, err_msg=name)
-    with pytest.raises(SystemExit, match="targets is 0, expected at least 1 of each user"):
+    with pytest.raises(SystemExit, match="targets is 0, expected at least 1"):
         recsys("mine-negatives", *of, "--targets", 0)
 
 
