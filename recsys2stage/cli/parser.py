@@ -145,7 +145,7 @@ def spoken_by_first_process(parent: int, patience: float = 10.0) -> bool:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         if "LOCAL_RANK" in os.environ:  # Lightning sets it where it starts further processes
             _mark(os.getpid()).touch()
-            atexit.register(_mark(os.getpid()).unlink, missing_ok=True)
+            atexit.register(_remove_mark, os.getpid())
         return False
     end = time.monotonic() + patience
     while time.monotonic() < end:
@@ -157,6 +157,11 @@ def spoken_by_first_process(parent: int, patience: float = 10.0) -> bool:
 
 def _mark(process: int) -> Path:
     return Path(tempfile.gettempdir()) / f"recsys-{process}-ended"
+
+
+def _remove_mark(process: int) -> None:
+    time.sleep(1)  # the others look for it
+    _mark(process).unlink(missing_ok=True)
 
 
 def check_verb(words: Sequence[str], verbs: Collection[str]) -> None:
