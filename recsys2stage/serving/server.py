@@ -26,7 +26,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from recsys2stage.artifacts import fingerprint
+from recsys2stage.artifacts import fingerprint, is_alive
 from recsys2stage.ranking.bundle import bundle_manifest
 from recsys2stage.serving import monitoring
 from recsys2stage.serving.settings import Settings
@@ -35,6 +35,7 @@ from recsys2stage.serving.worker import END, FAILED, READY, REPLACE, work
 
 BACKLOG = 1_024  # connections that wait to be accepted
 START = 600.0  # seconds that a worker has to get ready
+METRICS = "recsys-metrics"  # prefix of a temporary folder
 LONGEST_WAIT = 10.0  # seconds between attempts to start a worker that fails
 
 logger = logging.getLogger("recsys2stage.serving")
@@ -335,6 +336,15 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def metrics_folder() -> Path:
+    """Makes a temporary folder; removes those of services that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{METRICS}-*-*"):
+        pid = left.name.split("-")[-2]
+        if pid.isdigit() and not is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{METRICS}-{os.getpid()}-"))
+
+
 def run(settings: Settings) -> None:
     """Serves a bundle until SIGTERM or SIGINT; SIGHUP loads the bundle anew.
 
@@ -345,7 +355,7 @@ def run(settings: Settings) -> None:
     Store(settings.store_path).close()
     listener = bind(settings.host, settings.port)
     monitoring.configure_logging()
-    folder = Path(tempfile.mkdtemp(prefix="recsys-metrics-"))
+    folder = metrics_folder()
     gc.collect()
     gc.freeze()  # what was imported stays shared with the workers
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # loading a model on the meta device imports its 800 modules: here once, for all workers
 import uvicorn
 from fastapi import FastAPI
 

@@ -59,9 +59,12 @@ class Service:
         raise AssertionError(self.log.read_text())
 
     def metric(self, name: str) -> float:
-        with self.client() as client:
-            lines = client.get("/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+        for _ in range(20):
+            with contextlib.suppress(httpx.TransportError), self.client() as client:  # a worker may just be killed
+                lines = client.get("/metrics").text.splitlines()
+                return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
 
     def kill(self) -> None:
         """Kills all processes at once."""

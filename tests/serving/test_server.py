@@ -46,15 +46,17 @@ def test_what_was_accepted_before_a_kill_is_known_after_it(trained: Run, tmp_pat
         assert service.end() == 0
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert {line["route"] for line in lines if line["message"] == "request"} == {
-        *("/v1/recommend", "/v1/events", "/v1/users/{user_id}")
+        *("/v1/recommend", "/v1/events", "/v1/users/{user_id:path}")
     }
-    assert not list(Path("/tmp").glob(f"recsys-metrics-*-{os.getpid()}"))
     with Store(tmp_path / "store.sqlite") as store:
         kept = store._read("SELECT request_id, user_id FROM impressions", ())
     assert ("1",) in {row[1:] for row in kept}, "those that wait are written at the end"
 
 
 # --- 2,000 requests through 20 reloads and 5 kills
+
+RELOADS, KILLS, REQUESTS = 20, 5, 2_000
+PATIENCE = 300  # seconds for a reload, also on a busy machine
 
 
 class Load:
@@ -143,37 +145,37 @@ def test_reloads_and_kills_lose_nothing(trained: Run, tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         try:
-            for reload in range(20):
+            for reload in range(RELOADS):
                 if reload % 2:
                     service.process.send_signal(signal.SIGHUP)
                 else:
                     (tmp_path / "next").symlink_to("b" if os.readlink(link) == "a" else "a")
                     os.replace(tmp_path / "next", link)
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + PATIENCE
                 while service.metric("recsys_reloads_total") <= reload:
                     assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-                    time.sleep(0.05)
-                if reload % 4 == 3:  # while workers are being replaced
+                    time.sleep(0.2)
+                if reload % (RELOADS // KILLS) == 1:  # while workers are being replaced
                     victim = random.Random(reload).choice(service.workers())
                     load.kills.append(time.monotonic())
                     os.kill(victim, signal.SIGKILL)
-            deadline = time.monotonic() + 120
-            while load.sent < 2_000 and time.monotonic() < deadline:
+            deadline = time.monotonic() + PATIENCE
+            while load.sent < REQUESTS and time.monotonic() < deadline:
                 time.sleep(0.1)
         finally:
             load.stop.set()
             for thread in threads:
                 thread.join(timeout=60)
         service.wait_for_workers(2)
-        assert service.metric('recsys_reloads_total{outcome="accepted"}') == 20
+        assert service.metric('recsys_reloads_total{outcome="accepted"}') == RELOADS
         assert service.metric('recsys_reloads_total{outcome="refused"}') == 0
         assert service.end() == 0
     assert load.wrong == []
     assert load.bundles == set(expected), "both bundles answered"
-    assert load.sent >= 2_000
+    assert load.sent >= REQUESTS
     unexplained = [one for one in load.broken if not any(one[0] - 0.5 <= kill <= one[1] for kill in load.kills)]
     assert unexplained == [], "only requests in the hands of a killed worker may break"
-    assert len(load.broken) <= 5 * len(threads)
+    assert len(load.broken) <= KILLS * len(threads)
     with Store(tmp_path / "store.sqlite") as store:
         for user, items in load.accepted.items():
             assert items
