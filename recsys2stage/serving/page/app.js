@@ -18,6 +18,7 @@ class Page {
     this.asked = null; // the body of the request that is shown
     this.running = null; // the AbortController of the request under way
     this.timer = null;
+    this.summary = ""; // of the answer that is shown
     this.who = new Who(this);
     this.options = new Options(this);
     this.results = new Results({ add: (id) => this.who.add(id), exclude: (id) => this.options.exclude(id) });
@@ -88,7 +89,7 @@ class Page {
       this.asked = null;
       this.clearError();
       this.results.clear();
-      byId("status").textContent = "";
+      this.summarise("");
       return;
     }
     this.asked = requestBody(this.state, this.info);
@@ -100,10 +101,10 @@ class Page {
       const stages = timings(headers);
       this.clearError();
       this.results.show(data, stages, elapsed, { info: this.info, diversity });
-      byId("status").textContent = summary(data, stages);
+      this.summarise(summary(data, stages));
     } catch (error) {
       if (error.name === "AbortError") return; // another request took its place
-      byId("status").textContent = "";
+      this.summarise("");
       this.failed(error, () => this.ask());
     }
     if (running === this.running) byId("lists").removeAttribute("aria-busy");
@@ -120,7 +121,8 @@ class Page {
       return;
     }
     const known = error.errors?.filter((one) => one.detail) ?? [];
-    const retry = again && el("button", { type: "button", onclick: () => again() }, "Try again");
+    const passing = !(error.status >= 400 && error.status < 500) || error.status === 429; // the same request may succeed later
+    const retry = again && passing && el("button", { type: "button", onclick: () => again() }, "Try again");
     byId("error").replaceChildren(
       el("h3", {}, error.message || "The page failed"),
       ...(error.detail ? [el("p", {}, error.detail)] : []),
@@ -148,9 +150,21 @@ class Page {
     byId("jump").hidden = !(this.complete && this.away);
   }
 
+  /** Says something for a while in place of the summary. */
+  say(text) {
+    byId("status").textContent = text;
+    clearTimeout(this.saying);
+    this.saying = setTimeout(() => (byId("status").textContent = this.summary), 2500);
+  }
+
+  summarise(text) {
+    clearTimeout(this.saying);
+    byId("status").textContent = this.summary = text;
+  }
+
   async copy(what, text) {
     if (await copy(text)) {
-      byId("status").textContent = `Copied the ${what}`;
+      this.say(`Copied the ${what}`);
       return;
     }
     byId("copy-heading").textContent = `Copy the ${what}`;

@@ -23,16 +23,19 @@ export function svg(tag, attributes = {}) {
 }
 
 /**
- * Replaces the children of a node. Keyboard focus inside stays on the control with the same data-key; if that is gone,
- * it goes to `fallback`.
+ * Replaces the children of a node. Keyboard focus inside stays on the control with the same data-key ("kind id"); if
+ * that is gone, it goes to the control of its kind that took its place, else to `fallback`.
  */
 export function fill(node, children, fallback = null) {
   const focused = node.contains(document.activeElement) ? document.activeElement : null;
-  const key = focused?.dataset.key;
+  const key = focused?.dataset.key ?? "";
+  const alike = () => [...node.querySelectorAll("[data-key]")].filter((other) => other.dataset.key.split(" ")[0] === key.split(" ")[0]);
+  const at = alike().indexOf(focused);
   node.replaceChildren(...children);
   if (!focused) return;
-  const same = key && [...node.querySelectorAll("[data-key]")].find((other) => other.dataset.key === key);
-  (same && !same.disabled ? same : fallback)?.focus();
+  const now = alike();
+  const next = now.find((other) => other.dataset.key === key) ?? now[Math.min(at, now.length - 1)];
+  (next && !next.disabled ? next : fallback)?.focus();
 }
 
 /** A number with a true minus sign; scores need few digits, but small ones more. */

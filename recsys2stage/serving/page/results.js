@@ -120,8 +120,9 @@ export class Results {
     const box = canvas.getBoundingClientRect();
     if (byId("lists").hidden || box.width === 0) return;
     const middle = (list) => new Map([...byId(list).children].map((row) => {
-      const rank = row.querySelector(".rank"); // its offset, unlike its box, knows nothing of a transform under way
-      return [row.dataset.id, rank.offsetTop + rank.offsetHeight / 2];
+      // offsets, for a box would include the transform of a row on its way
+      const inset = row.clientTop + parseFloat(getComputedStyle(row).paddingTop);
+      return [row.dataset.id, row.offsetTop + inset + row.querySelector(".rank").offsetHeight / 2];
     }));
     const [left, right] = [middle("retrieved"), middle("final")];
     const bottom = box.height - 2;

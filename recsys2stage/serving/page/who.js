@@ -171,8 +171,6 @@ export class Who {
   remove(n) {
     this.page.state.history.splice(n, 1);
     this.edited();
-    const rows = byId("history").children;
-    (rows[Math.min(n, rows.length - 1)]?.querySelector("[data-key^=remove]") ?? byId("search")).focus();
   }
 
   /** Swaps an event with its neighbour; the times stay where they are, so that they ascend. */
