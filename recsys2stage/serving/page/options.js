@@ -31,7 +31,7 @@ export class Options {
       changed(100);
     });
     byId("time").addEventListener("change", (event) => {
-      const seconds = Date.parse(`${event.target.value}Z`) / 1000;
+      const seconds = Math.floor(Date.parse(`${event.target.value}Z`) / 1000);
       page.state.time = Number.isFinite(seconds) ? seconds : null;
       changed();
     });
@@ -62,7 +62,7 @@ export class Options {
     byId("time-row").hidden = !info.has_time;
     byId("action-row").hidden = info.next_action === "none" || !info.actions?.length;
     byId("action").replaceChildren(
-      el("option", { value: "" }, "the model's default"),
+      el("option", { value: "" }, "default"),
       ...(info.actions ?? []).map((name) => el("option", { value: name }, name)),
     );
     byId("filters-box").hidden = !info.features?.length;
@@ -107,7 +107,9 @@ export class Options {
   range(feature, n) {
     const { state } = this.page;
     const end = (name, label, hint) => {
-      const input = el("input", { type: "number", step: "any", placeholder: hint ?? "", "aria-label": `${feature.name}, ${label}`, oninput: () => {
+      const all = feature.count ?? values.length; // the service lists the first; it knows the others, too
+    const takes = (value) => value !== "" && (all > values.length || values.includes(value));
+    const input = el("input", { type: "number", step: "any", placeholder: hint ?? "", "aria-label": `${feature.name}, ${label}`, oninput: () => {
         const filter = { min: null, max: null, ...state.filters[feature.name] };
         filter[name] = input.value === "" ? null : Number(input.value);
         if (filter.min === null && filter.max === null) delete state.filters[feature.name];
@@ -136,7 +138,7 @@ export class Options {
       this.changed();
     };
     mode.addEventListener("change", () => chosen().length && set(chosen()));
-    const body = values.length <= CHIPS ? this.boxes(values, chosen, set) : this.typed(feature, values, chosen, set, n);
+    const body = values.length <= CHIPS && values.length === (feature.count ?? values.length) ? this.boxes(values, chosen, set) : this.typed(feature, values, chosen, set, n);
     return el("fieldset", { id: `filter-${n}` }, el("legend", {}, feature.name), mode, body);
   }
 
@@ -156,14 +158,16 @@ export class Options {
       set(chosen().filter((other) => other !== value));
       render();
     })), input);
+    const all = feature.count ?? values.length; // the service lists the first; it knows the others, too
+    const takes = (value) => value !== "" && (all > values.length || values.includes(value));
     const input = el("input", {
-      list: list.id, autocomplete: "off", "aria-label": `Add a value of ${feature.name}`, placeholder: `one of ${count(values.length)}`,
+      list: list.id, autocomplete: "off", "aria-label": `Add a value of ${feature.name}`, placeholder: `one of ${count(all)}`,
       oninput: (event) => {
         const typed = input.value.toLowerCase();
         list.replaceChildren(...values.filter((value) => value.toLowerCase().includes(typed)).slice(0, CHIPS).map((value) => el("option", { value })));
         if (event.inputType !== "insertText" && values.includes(input.value)) add(); // taken from the suggestions
       },
-      onchange: () => values.includes(input.value) && add(),
+      onchange: () => takes(input.value) && add(),
     });
     const add = () => {
       if (!chosen().includes(input.value)) set([...chosen(), input.value]);

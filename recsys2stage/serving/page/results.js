@@ -34,7 +34,8 @@ export class Results {
    * @param {{info: object, diversity: number}} context
    */
   show(answer, stages, elapsed, { info, diversity }) {
-    const { items, retrieved = [] } = answer;
+    const { items } = answer;
+    const retrieved = answer.retrieved ?? [];
     remember([...retrieved, ...items].map(({ item_id, title }) => ({ item_id, title })));
     const two = info.stages.length > 1;
     this.items = items;
@@ -44,7 +45,9 @@ export class Results {
     byId("lists").classList.toggle("single", this.retrieved.length === 0);
     byId("retrieved-box").hidden = byId("lines").hidden = false;
     byId("final-heading").textContent = (two ? "Ranker" : "Retriever") + (diversity > 0 ? ", diversified" : "");
-    byId("final-caption").textContent = two ? "the final list, by the last stage's score" : "by the nearest vectors";
+    byId("final-caption").textContent = answer.fallback
+      ? `by ${answer.fallback}, for nothing is known of the user`
+      : two ? "the final list, by the last stage's score" : "by the nearest vectors";
     byId("retrieved-caption").textContent = `its first ${retrieved.length}, by its own score`;
     const place = new Map(items.map((item) => [item.item_id, item.rank]));
     this.place = new Map(this.retrieved.map((item) => [item.item_id, item.rank]));
@@ -111,7 +114,7 @@ export class Results {
       bar.style.width = `${(Math.abs(reason.effect) / widest) * 50}%`;
       return el("li", {}, el("span", { class: "signal" }, reason.signal), el("span", { class: "track", "aria-hidden": "true" }, bar), effect(reason.effect));
     });
-    return [scores, el("p", { class: "caption" }, "What each signal adds to the score, compared with its mean"), el("ul", { class: "bars" }, ...bars)];
+    return [scores, el("p", { class: "caption" }, "What each signal adds to the score, against its mean over the candidates"), el("ul", { class: "bars" }, ...bars)];
   }
 
   /** Draws the lines between the lists where their rows are now. */

@@ -11,7 +11,7 @@ export const initial = () => ({
   user: "",
   /** @type {Event[]} oldest first */
   history: [],
-  gap: 86400, // seconds between events without a time
+  gap: 86400, // whole seconds between events without a time
   k: 10,
   diversity: 0,
   time: null, // seconds; null: left to the service
@@ -72,7 +72,7 @@ export function fromHash(hash) {
     rating: ratings[n] ?? null,
     action: actions[n] || null,
   }));
-  state.gap = within(finite(words.get("gap")), 1, 1e9, state.gap);
+  state.gap = Math.round(within(finite(words.get("gap")), 1, 1e9, state.gap));
   state.k = Math.round(within(finite(words.get("k")), 1, 1e6, state.k));
   state.diversity = within(finite(words.get("diversity")), 0, 1, state.diversity);
   state.time = finite(words.get("time"));
