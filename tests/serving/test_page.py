@@ -23,12 +23,11 @@ from recsys2stage.serving.app import create_app
 from recsys2stage.serving.settings import Settings
 from worlds import seal
 
-import recsys2stage.serving
+from recsys2stage.serving.page_files import FOLDER as FILES
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Route
 
-FILES = Path(recsys2stage.serving.__file__).parent / "page"
 HOSTILE = '<img src=x onerror="document.title=1">'
 AT = os.environ.get("RECSYS_PAGE_AT")  # a running service, whose screenshot goes into the docs
 SCREENSHOT = Path(__file__).parent.parent.parent / "docs" / "page.png"
@@ -174,17 +173,18 @@ def test_the_files_name_no_other_host_and_carry_no_inline_code() -> None:
 
 
 def test_the_page_and_its_files_are_served_with_their_types(service: str) -> None:
-    index = httpx.get(service)
-    assert (index.status_code, index.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert "content-security-policy" in index.headers
-    types = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+    types = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
     for path in FILES.iterdir():
-        if path.suffix in types:
-            answer = httpx.get(f"{service}static/{path.name}")
-            assert answer.status_code == 200
-            assert answer.headers["content-type"].startswith(types[path.suffix])
-    assert httpx.get(f"{service}static/../app.py").status_code == 404
-    assert httpx.get(f"{service}static/%2e%2e/app.py").status_code == 404
+        answer = httpx.get(f"{service}static/{path.name}")
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith(types[path.suffix])
+        assert "script-src 'self'" in answer.headers["content-security-policy"]
+        assert httpx.get(str(answer.url), headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
+    assert httpx.get(service).content == (FILES / "index.html").read_bytes()
+    assert httpx.head(service).status_code == 200
+    for outside in ("app.py", "../page_files.py", "%2e%2e/page_files.py", "..%2fpage_files.py", ""):
+        assert httpx.get(f"{service}static/{outside}").status_code == 404
+    assert "/" not in httpx.get(f"{service}openapi.json").json()["paths"]
 
 
 # what a person does
@@ -285,6 +285,10 @@ def test_a_known_user_and_the_same_events_as_a_history(page: "Page", service: st
     assert page.locator("#history li").count() == events["total"]
     assert shown(page, "final") == final
     page.get_by_label("a known user").check()
+    wait_for_answer(page)
+    page.locator("#final .acts button").first.click()  # one event more, after those of the user
+    until(page, f"document.querySelectorAll('#history li').length === {events['total'] + 1}")
+    page.get_by_label("a known user").check()
     page.click("#random")
     until(page, f"!location.hash.startsWith('#u={user}&') && /^#u=./.test(location.hash)")
 
@@ -320,6 +324,32 @@ def test_filters_hold_and_a_link_shares_the_view(page: "Page", service: str) -> 
     until(page, f"document.querySelector('#history .title').textContent === {json.dumps(titles[0])}")
     assert texts(page, "#history .title") == titles
     assert page.locator("#filters .chip input:checked").count() == 1
+
+
+def test_a_feature_of_many_classes_is_typed(page: "Page") -> None:
+    names = [f"class {number}" for number in range(200)]
+    features = [
+        {"name": "a.b", "kind": "categorical", "values": names, "count": 1000},
+        {"name": "price", "kind": "numeric", "min": 0.5, "max": 9.5},
+    ]
+    page.route("**/v1/info", lambda route: route.fulfill(json=route.fetch().json() | {"features": features}))
+    page.route("**/v1/recommend", lambda route: refuse(route, 422, "Wrong", "no such feature"))
+    page.reload()
+    page.wait_for_selector("#hits li")
+    page.locator("#filters-box summary").click()
+    page.get_by_label("Add a value of a.b").press_sequentially("class 17")
+    assert page.locator("#filters datalist option").count() == 11  # 17 and 170 to 179
+    page.keyboard.press("Enter")
+    page.get_by_label("Add a value of a.b").fill("class 700")  # known to the service, though not listed
+    page.keyboard.press("Enter")
+    page.get_by_label("price, at most").fill("2.5")
+    page.select_option("[aria-label='How a.b is filtered']", "none")
+    page.locator("#hits button").nth(1).click()
+    page.wait_for_selector("#error p")
+    filters = json.loads(page.evaluate(REQUEST))["filters"]
+    assert filters == {"a.b": {"none": ["class 17", "class 700"]}, "price": {"max": 2.5}}
+    page.get_by_label("Remove class 17", exact=True).click()
+    until(page, "!location.hash.includes('class+17')")
 
 
 def test_the_request_time_is_sent_as_given(page: "Page") -> None:

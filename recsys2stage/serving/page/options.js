@@ -107,9 +107,7 @@ export class Options {
   range(feature, n) {
     const { state } = this.page;
     const end = (name, label, hint) => {
-      const all = feature.count ?? values.length; // the service lists the first; it knows the others, too
-    const takes = (value) => value !== "" && (all > values.length || values.includes(value));
-    const input = el("input", { type: "number", step: "any", placeholder: hint ?? "", "aria-label": `${feature.name}, ${label}`, oninput: () => {
+      const input = el("input", { type: "number", step: "any", placeholder: hint ?? "", "aria-label": `${feature.name}, ${label}`, oninput: () => {
         const filter = { min: null, max: null, ...state.filters[feature.name] };
         filter[name] = input.value === "" ? null : Number(input.value);
         if (filter.min === null && filter.max === null) delete state.filters[feature.name];
