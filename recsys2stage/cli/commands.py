@@ -5,6 +5,7 @@ from typing import Any
 from recsys2stage.cli.evaluate import evaluate
 from recsys2stage.cli.export import export_bundle, export_index
 from recsys2stage.cli.recommend import recommend
+from recsys2stage.cli.serve import export_log, serve
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.simulate import simulate
 from recsys2stage.mining.mine import mine_negatives
@@ -17,4 +18,6 @@ COMMANDS: dict[str, Any] = {
     "export-bundle": export_bundle,
     "recommend": recommend,
     "evaluate": evaluate,
+    "serve": serve,
+    "export-log": export_log,
 }

@@ -20,6 +20,7 @@ from recsys2stage.data.options import Seen
 from recsys2stage.data.request_inputs import as_seconds, format_time
 from recsys2stage.ranking.bundle import bundle_manifest, check_split
 from recsys2stage.recommender import Recommender
+from recsys2stage.serving.item_files import read_allowed_items
 from recsys2stage.serving.requests import DatasetRequests, FileRequests, resolve_target_actions
 from recsys2stage.trust import Trust, trusts
 
@@ -37,6 +38,8 @@ def recommend(
     request_time: int | None = None,
     action: str | None = None,
     seen: Seen | None = None,
+    exclude: Path | None = None,
+    allow: Path | None = None,
     batch_size: int = 32,
     trust: Trust = None,
 ) -> None:
@@ -58,6 +61,9 @@ def recommend(
             and action, or a .json of {user_id: action}. None, and for users not in the file: the model's next_action
             if it is an action, else unknown.
         seen: keep or filter seen items; None: keep if the data were prepared with repeats: keep, else filter.
+        exclude: text file of item ids that are not recommended, one per line, compared as text; None: none.
+        allow: text file of the only item ids that may be recommended; None: all. Where fewer than k are left, a user
+            gets fewer.
         batch_size: users per batch.
         trust: modules outside this package from which the bundle may load classes.
     """
@@ -77,6 +83,7 @@ def recommend(
         raise ValueError("there are no users to recommend for: --users is empty")
     keep_seen, item_ids = recommender.seen_rule(seen) == "keep", recommender.catalogue.items[c.ITEM_ID].to_numpy()
     request_time, when = time_of_requests(request_time, recommender, requests)
+    allowed = read_allowed_items(recommender, allow, exclude)
     target_action = None if action is None else resolve_target_actions(requests.user_ids, action, recommender)
     with atomic_write(output) as temporary, ParquetStream(temporary) as stream:
         for part in tqdm(list(in_chunks(len(requests.user_ids), batch_size)), desc="recommend", unit="batch"):
@@ -84,7 +91,7 @@ def recommend(
             excluded = no_items(len(history.lengths)) if keep_seen else seen_items
             times = np.full(len(history.lengths), request_time)
             actions = None if target_action is None else target_action[part]
-            ranking = recommender.rank(history, excluded, times, k, actions)
+            ranking = recommender.rank(history, excluded, times, k, actions, allowed)
             row, column = np.nonzero(ranking.items > 0)
             stream.write(
                 {
