@@ -19,11 +19,11 @@ import polars as pl
 import pytest
 import uvicorn
 from pipeline_fixtures import Run
-from recsys2stage.serving.app import create_app
-from recsys2stage.serving.settings import Settings
 from worlds import seal
 
+from recsys2stage.serving.app import create_app
 from recsys2stage.serving.page_files import FOLDER as FILES
+from recsys2stage.serving.settings import Settings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Route
