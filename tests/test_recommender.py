@@ -260,6 +260,7 @@ def test_users_never_seen_are_served(
     same_lists(ann, as_frame(recommender.recommend([items[3], items[8]], k=7), ann))
     bob = out.filter(pl.col("user_id") == "bob")  # of whom nothing is known
     assert bob["item_id"].to_list() == [row["item_id"] for row in recommender.recommend([], k=7)]
+    assert bob["retriever_score"].null_count() == 7
     (tmp_path / "users.txt").write_text("ann lee\nzoë\n")
     some = ("--users", tmp_path / "users.txt")
     recsys(

@@ -1,5 +1,9 @@
 """A parser whose refusals become one sentence: what was given and where, what is expected, and what to do next."""
 
+import atexit
+import os
+import tempfile
+import time
 from argparse import ArgumentError, _SubParsersAction
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,6 +130,38 @@ def _words(parser: ArgumentParser) -> list[str]:
 
 def _verbs(parser: ArgumentParser) -> dict[str, ArgumentParser]:
     return next((dict(one.choices) for one in parser._actions if isinstance(one, _SubParsersAction)), {})
+
+
+def spoken_by_first_process(parent: int, patience: float = 10.0) -> bool:
+    """Whether the first process of a fit ends with the same error as this one, and so prints it.
+
+    Lightning starts further processes as children of the first, which leaves a mark when it ends with an error. They
+    wait for its mark or its end; if it goes on, the error is of this process alone.
+
+    Args:
+        parent: id of the parent at the start.
+        patience: seconds to wait.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        if "LOCAL_RANK" in os.environ:  # Lightning sets it where it starts further processes
+            _mark(os.getpid()).touch()
+            atexit.register(_remove_mark, os.getpid())
+        return False
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        if os.getppid() != parent or _mark(parent).exists():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _mark(process: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"recsys-{process}-ended"
+
+
+def _remove_mark(process: int) -> None:
+    time.sleep(1)  # the others look for it
+    _mark(process).unlink(missing_ok=True)
 
 
 def check_verb(words: Sequence[str], verbs: Collection[str]) -> None:

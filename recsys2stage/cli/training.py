@@ -303,11 +303,11 @@ def train(verb: str, options: list[str] | None = None) -> None:
             )
         except MisconfigurationException as error:
             raise ValueError(f"{first_sentences(str(error))}; see: recsys {verb} --help") from error
+        except SIGTERMException:  # its exit status would be 0, as after a complete fit
+            sys.exit(f"recsys {verb}: ended by SIGTERM; resume a fit with --ckpt_path OUTPUT/last.ckpt")
         except SystemExit as end:
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends with 1, as after an error
                 if options is not None:
                     raise KeyboardInterrupt from None
                 raise SystemExit(INTERRUPTED) from None
             raise
-        except SIGTERMException:  # its exit status would be 0, as after a complete fit
-            sys.exit(f"recsys {verb}: ended by SIGTERM; resume a fit with --ckpt_path OUTPUT/last.ckpt")
