@@ -13,7 +13,7 @@ include configs/pipeline.mk
 
 # tests that compare computed floats, for test-portable
 NUMERIC := tests/retrieval $(patsubst %,tests/ranking/test_%.py,list_losses reranker scorers) tests/evaluation/test_evaluate.py \
-	$(patsubst %,tests/test_%.py,devices estimator features metrics precision recommender)
+	$(patsubst %,tests/test_%.py,devices estimator metrics precision recommender)
 
 .PHONY: setup demo serve results test test-portable test-slow lint format
 

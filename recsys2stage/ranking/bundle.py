@@ -20,8 +20,8 @@ from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.data.catalogue import read_catalogue
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.manifest import SourceLog, source_log
-from recsys2stage.data.options import Repeats, RequestTime
 from recsys2stage.data.request_inputs import check_user_specs
+from recsys2stage.options import Repeats, RequestTime
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import MAX_CANDIDATES, load_signals
