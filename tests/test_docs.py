@@ -109,7 +109,7 @@ def workspace(raw: Path, informed: Run, tmp_path_factory: pytest.TempPathFactory
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
     shutil.copytree(folder / "configs/ml-1m", folder / "configs/mine")  # as the README says to begin
     shutil.copytree(raw, folder / "data/raw/demo")
-    for dataset in ("ml-1m", "demo", "mine"):
+    for dataset in ("ml-1m", "demo"):
         (folder / "runs" / dataset).mkdir(parents=True)
         (folder / "runs" / dataset / "bundle").symlink_to(informed.bundle)
         (folder / "data" / dataset).symlink_to(informed.data)

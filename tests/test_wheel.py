@@ -14,6 +14,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from recsys2stage.data.simulate import simulate
+
 ROOT = Path(__file__).parent.parent
 PURELIB = Path(sysconfig.get_path("purelib"))
 
@@ -111,8 +113,7 @@ def test_the_demo_runs_in_a_project_of_the_wheel(installed: Path, tmp_path: Path
     run(recsys, "init", "demo-project", "--template", "demo", cwd=tmp_path)
     project = tmp_path / "demo-project"
     shrink(project, "demo")
-    size = ("--users", 60, "--items", 50, "--events", 800)
-    run(recsys, "simulate", "--output", "data/raw/demo", *size, cwd=project)
+    simulate(project / "data/raw/demo", users=60, items=50, events=800)  # a smaller log than that of make
     run("make", "pipeline", cwd=project)
     report = json.loads((project / "runs/demo/report.json").read_text())
     assert report["users"] == 60

@@ -303,9 +303,9 @@ VERBS = [
     Row("no-ratings", prepared(min_rating=4), "min_rating is 4", "has no ratings", "leave min_rating out"),
     Row("seed", prepared(seed=-1), "seed is -1", "at least 0", "set seed"),
     Row("repeats", prepared(repeats="frist"), "'frist'", "first, last, keep or error", "did you mean 'first'"),
-    Row("output-in-file", to(lambda f: f / "events.csv" / "data"), "events.csv/data", "a folder", "another output"),
+    Row("output-in-file", to(lambda f: f / "events.csv" / "data"), "events.csv", "a folder", "another output"),
     Row("output-is-file", to(lambda f: f / "events.csv"), "is a file", "name of a folder", "choose another"),
-    Row("output-read-only", to(lambda _: Path("/proc/none/data")), "/proc/none", "may write", "another output"),
+    Row("output-read-only", to(lambda _: Path("/proc/none/data")), "/proc", "a folder", "another output"),
 ]
 DATA = [
     Row("empty", prepared(""), r"events.csv is empty \(0 bytes\)", "a line of column names", "write it again"),
@@ -372,7 +372,7 @@ ESTIMATOR = [
     Row("fit-seed", fit(seed="a"), "seed is 'a'", "an integer", "set seed"),
     Row("fit-overlays", fit(overlays="hstu"), "overlays is 'hstu'", "a list", r"write \['hstu'\]"),
     Row("fit-config", fit(config="nope"), "nope does not exist", "configs/nope", "give a path"),
-    Row("fit-folder", fit(folder="/proc/none"), "/proc/none", "may write", "another output"),
+    Row("fit-folder", fit(folder="/proc/none"), "/proc", "a folder", "another output"),
     Row("fit-items", fit(items={"item_id": ["x"], "c": [1]}), "the frame of items.*'x'", "like 'i0'", "correct the id"),
     Row("fit-time", fit(frame(timestamp=NOW + 0.5)), f"the frame of events.*{NOW}.5", "not seconds", "round them"),
     Row(

@@ -19,6 +19,7 @@ from recsys2stage.ranking.beyond import Recommendations
 from recsys2stage.ranking.bundle import bundle_data, bundle_log, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.serving.formats import ListWriter
+from recsys2stage.serving.item_files import read_allowed_items
 from recsys2stage.serving.requests import DatasetRequests, FileRequests, resolve_target_actions
 from recsys2stage.trust import Trust, trusts
 
@@ -36,6 +37,8 @@ def recommend(
     request_time: int | None = None,
     action: str | None = None,
     seen: Seen | None = None,
+    exclude: Path | None = None,
+    allow: Path | None = None,
     batch_size: int = 32,
     show: int = 0,
     trust: Trust = None,
@@ -61,6 +64,9 @@ def recommend(
             user_id and action, or a .json of {user_id: action}. None, and for users not in the file: the model's
             next_action if it is an action, else unknown.
         seen: keep or filter seen items; None: keep if the data were prepared with repeats: keep, else filter.
+        exclude: text file of item ids that are not recommended, one per line, compared as text; None: none.
+        allow: text file of the only item ids that may be recommended; None: all. Where fewer than k are left, a user
+            gets fewer.
         batch_size: users per batch.
         show: number of users whose newest events and recommendations are printed.
         trust: modules outside this package from which the bundle may load classes.
@@ -85,6 +91,7 @@ def recommend(
     k = min(k, len(recommender.vectors) - 1)
     keep_seen = recommender.seen_rule(seen) == "keep"
     request_time, when = time_of_requests(request_time, recommender, requests)
+    allowed = read_allowed_items(recommender, allow, exclude)
     target_action = (
         None if action is None else resolve_target_actions(requests.user_ids, action, recommender, bundle_log(bundle))
     )
@@ -95,7 +102,7 @@ def recommend(
         excluded = no_items(len(history.lengths)) if keep_seen else seen_items
         times = np.full(len(history.lengths), request_time)
         actions = None if target_action is None else target_action[part]
-        return history, recommender.rank(history, excluded, times, k, actions)
+        return history, recommender.rank(history, excluded, times, k, actions, allowed)
 
     with locked(output), ListWriter.open(output, requests.user_ids, recommender.catalogue) as writer:
         for part in progress(list(in_chunks(len(requests.user_ids), batch_size)), "recommend"):

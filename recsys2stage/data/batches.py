@@ -47,6 +47,11 @@ class Padded(NamedTuple):
     actions: np.ndarray | None = None  # (B, L) int64
     user: tuple[np.ndarray, ...] | None = None  # (B, P) of each declared user feature
 
+    def take(self, rows: slice) -> "Padded":
+        """Selects users."""
+        fields = {name: field[rows] for name, field in self._asdict().items() if isinstance(field, np.ndarray)}
+        return self._replace(**fields, user=None if self.user is None else tuple(values[rows] for values in self.user))
+
 
 def left_aligned(
     items: np.ndarray,

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from recsys2stage.artifacts import is_alive
+from recsys2stage.artifacts import explained, is_alive
 
 PATIENCE = 1.0  # seconds to wait for the content of a lock file that another process has just created
 
@@ -28,19 +28,15 @@ def locked(output: str | Path) -> Iterator[None]:
 
     Raises:
         ValueError: if another run holds the lock, with its process, host and start.
+        OSError: if the folder of the output cannot be written.
     """
     output = Path(output)
     whole = output.parent.resolve() / output.name if output.name not in ("", "..") else output.resolve()
     lock, own = whole.with_name(f".{whole.name}.running"), _identity()
     made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
-    try:
+    with explained(whole):
         lock.parent.mkdir(parents=True, exist_ok=True)
         _acquire(lock, output, own)
-    except OSError as error:
-        raise ValueError(
-            f"{lock.parent} cannot be written ({error.strerror or error}), expected a folder for {output.name} and its "
-            "lock; choose another output, or change the permissions"
-        ) from error
     try:
         yield
     finally:

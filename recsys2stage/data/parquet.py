@@ -12,7 +12,7 @@ class ParquetStream:
     Args:
         path: the file.
         types: column name -> name of its Arrow type, such as "string" or "float32"; None: those of the first table. A
-            column of objects has no type of its own in a table without rows.
+            column of objects has no type of its own in a table without rows. With types, NaN is written as null.
     """
 
     def __init__(self, path: Path, types: dict[str, str] | None = None) -> None:
@@ -29,7 +29,13 @@ class ParquetStream:
         schema = None if self.writer is None else self.writer.schema
         if schema is None and self.types is not None:
             schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in self.types.items()])
-        arrow = pa.table(table, schema=schema)
+        columns = {
+            name: pa.array(
+                values, None if schema is None else schema.field(name).type, from_pandas=self.types is not None
+            )
+            for name, values in table.items()
+        }
+        arrow = pa.table(columns, schema=schema)
         self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
         self.writer.write_table(arrow)
 

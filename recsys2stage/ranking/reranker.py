@@ -105,6 +105,13 @@ class Reranker(nn.Module):
             masked: True where IDs are masked.
             cold: True for candidates to treat as cold, in addition to the cold items; None: no others.
         """
+        base, inputs = self.scorer_inputs(batch, masked, cold)
+        return base + self.scorer(inputs)
+
+    def scorer_inputs(
+        self, batch: CandidateBatch, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
+    ) -> tuple[Float[Tensor, "B C"], RankerInputs]:
+        """The base logits, and what the scorer reads; arguments as in `forward`."""
         cold = self.cold[batch.items] if cold is None else cold | self.cold[batch.items]
         scored = ~masked if self.scores_cold else ~(masked | cold)
         masked, real = masked | cold, batch.items != PAD
@@ -131,7 +138,7 @@ class Reranker(nn.Module):
             ages=batch.ages,
             real=torch.zeros_like(recent_real) if "recent" in self.without else recent_real,
         )
-        return base + self.scorer(inputs)
+        return base, inputs
 
     @property
     def reads_ages(self) -> bool:

@@ -129,8 +129,13 @@ def _rename(log: pl.DataFrame, chosen: Mapping[str, str]) -> pl.DataFrame:
     columns = {name: pl.col(column) for name, column in chosen.items()}
     if c.ACTION in chosen and chosen[c.ACTION] == chosen.get(c.RATING):  # an action that is a rating: "4.0"
         columns[c.ACTION] = columns[c.RATING].cast(pl.Float32, strict=False).cast(pl.String)
-    others = [name for name in log.columns if name not in chosen.values() and name not in EVENT_COLUMNS]
-    return log.select(*others, **columns)
+    selected: list[pl.Expr] = []
+    for column in log.columns:  # in the order of the file
+        names = [name for name, of in chosen.items() if of == column]
+        selected += [columns[name].alias(name) for name in names]
+        if not names and column not in EVENT_COLUMNS:
+            selected.append(pl.col(column))
+    return log.select(selected)
 
 
 def _choose(columns: Sequence[str], source: SourceLog) -> dict[str, str]:

@@ -113,7 +113,7 @@ class _TextStream:
         self.types = pl.Schema({name: TYPES[kind] for name, kind in types.items()})
 
     def write(self, table: dict[str, np.ndarray]) -> None:
-        frame = pl.DataFrame(table, schema_overrides=self.types).cast(self.types)
+        frame = pl.DataFrame(table, schema_overrides=self.types, nan_to_null=True).cast(self.types)
         if self.csv:
             frame.write_csv(self.file, include_header=self.header)
             self.header = False

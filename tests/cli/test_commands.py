@@ -120,9 +120,9 @@ def test_mining_refuses_what_cannot_be(trained: Run, alien: Run, tmp_path: Path)
     of = ("--data", trained.data, "--index", trained.index)
     refused("select is 1.0, expected a share", "mine-negatives", *of, *out, "--select", 1.0)
     refused("k is 0, expected at least 1", "mine-negatives", *of, *out, "--k", 0)
-    told = ("--users", 5, "--select", 0.9)
+    told = ("--users", 5, "--select", 0.999)
     refused(
-        "select is 0.9, so all 5 mined users validate the ranker.* or raise users", "mine-negatives", *of, *out, *told
+        "select is 0.999, so all 5 mined users validate the ranker.* or raise users", "mine-negatives", *of, *out, *told
     )
     told = ("--users", 5, "--select", 0.01)
     refused("none of the 5 mined users validates the ranker.*; raise select", "mine-negatives", *of, *out, *told)

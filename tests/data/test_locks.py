@@ -58,7 +58,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after_it(tmp_path
         first.communicate("")
         assert first.returncode == 0
     assert taken(output)
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
@@ -157,8 +157,8 @@ def test_the_lock_lies_next_to_the_artifact(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
-    message = r"runs cannot be written \(.*\), expected a folder for index and its lock"
-    with pytest.raises(ValueError, match=message), locked(tmp_path / "runs" / "index"):
+    message = r"index cannot be written: .*runs is a file, expected a folder that you may write to; choose another"
+    with pytest.raises(OSError, match=message), locked(tmp_path / "runs" / "index"):
         pass
 
 
