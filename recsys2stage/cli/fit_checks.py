@@ -51,7 +51,7 @@ def check_options(verb: str, options: Any) -> None:
         raise ValueError(f"{name} is {value}, expected at least {least}{other}; set --{name}, or {step}")
     for part in SHARES:
         name, value = f"trainer.limit_{part}_batches", options.get(f"trainer.limit_{part}_batches")
-        if isinstance(value, float | int) and (value < 0 or (isinstance(value, float) and value > 1)):
+        if isinstance(value, float | int) and (value < 0 or (value > 1 and value % 1)):
             raise ValueError(
                 f"{name} is {value}, expected a whole number of batches, or a share from 0.0 to 1.0; set --{name}, "
                 f"or {step}"
