@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import polars as pl
 import pytest
@@ -20,8 +21,8 @@ from worlds import cycle_world, forks_world
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import RequestTime
 from recsys2stage.evaluation.evaluate import rank_users
+from recsys2stage.options import RequestTime
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Encoder, Transformer
@@ -259,6 +260,7 @@ def test_users_never_seen_are_served(
     same_lists(ann, as_frame(recommender.recommend([items[3], items[8]], k=7), ann))
     bob = out.filter(pl.col("user_id") == "bob")  # of whom nothing is known
     assert bob["item_id"].to_list() == [row["item_id"] for row in recommender.recommend([], k=7)]
+    assert bob["retriever_score"].null_count() == 7
     (tmp_path / "users.txt").write_text("ann lee\nzoë\n")
     some = ("--users", tmp_path / "users.txt")
     recsys(
@@ -355,6 +357,91 @@ def test_what_is_excluded_is_not_recommended(recommender: Recommender) -> None:
         first = [row["item_id"] for row in recommender.recommend(history, k=10)]
         then = [row["item_id"] for row in recommender.recommend(history, k=8, exclude=[first[0], first[3]])]
         assert then == [item for item in first if item not in (first[0], first[3])]
+
+
+def test_where_filters_leave_n_items_min_k_n_are_recommended(recommender: Recommender, told: Recommender) -> None:
+    """By the last stage among the candidates, and by popularity for a new user."""
+    for served in (recommender, told):
+        ids = [str(one) for one in served.catalogue.items["item_id"]]
+        history, rng = ids[10:16], np.random.default_rng(0)
+        times = {"times": [10**9 + place for place in range(6)]} if served is told else {}
+        for count in (0, 1, 7, 60, len(ids)):
+            allow, exclude = rng.permutation(ids)[:count].tolist(), rng.permutation(ids)[:9].tolist()
+            for past, now in ((history, times), ([], {})):
+                eligible = set(allow) - set(exclude) - set(past)
+                for k in (3, 50, 10**6):
+                    rows = served.recommend(past, k=k, allow=allow, exclude=exclude, **now)
+                    got = [str(row["item_id"]) for row in rows]
+                    assert len(got) == len(set(got)) == min(k, len(eligible))
+                    assert set(got) <= eligible
+                    assert not past or [row["score"] for row in rows] == sorted(row["score"] for row in rows)[::-1]
+
+
+def test_a_list_by_popularity_says_so(recommender: Recommender, caplog: pytest.LogCaptureFixture) -> None:
+    assert {row["retriever_score"] for row in recommender.recommend([])} == {None}
+    assert not caplog.records
+    assert {row["retriever_score"] for row in recommender.recommend(["x7", "x8"])} == {None}
+    example = str(recommender.catalogue.items["item_id"][0])
+    assert f"none of the 2 item ids of the history, for example 'x7'; expected ids such as '{example}'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": 0}, "k is 0, expected at least 1; set k to 10"),
+        ({"k": 2.5}, "k is 2.5, expected an integer, at least 1; set k to 10"),
+        ({"k": True}, "k is True, expected an integer, at least 1; set k to 10"),
+        ({"k": "3"}, "k is '3', expected an integer, at least 1; set k to 10"),
+        ({"times": 1_710_000_000}, "times is 1710000000, expected a sequence of seconds, .*; put it in a list"),
+        ({"times": "now"}, "times is the text 'now', expected a sequence of seconds"),
+        ({"ratings": 5}, "ratings is 5, expected a sequence of numbers, .*; put it in a list"),
+        ({"ratings": ["good"]}, "ratings holds 'good', expected finite numbers, or None"),
+        ({"ratings": [float("inf")]}, "ratings holds inf, expected finite numbers, or None"),
+        ({"actions": [5]}, "actions holds 5, expected names"),
+        ({"exclude": 5}, "exclude is 5, expected a sequence of item ids; put it in a list"),
+        ({"allow": "12"}, r"allow is the text '12', expected a sequence of item ids: \['12'\]"),
+        ({"allow": ["x"]}, "none of the 1 allowed item ids, for example 'x'; expected ids such as '1'"),
+        ({"history": {1}}, r"history is the set \{1\}, expected a sequence .*; list them oldest first"),
+        ({"history": {"a": 1}}, "history is {'a': 1}, expected a sequence"),
+        ({"history": [[1, 2]]}, r"history holds \[1, 2\], expected a flat sequence"),
+        ({"history": None}, "history is None, expected a sequence"),
+        ({"user": "old"}, "user is 'old', expected features by name"),
+        ({"request_time": "now"}, "request_time holds 'now', expected whole seconds since 1970; convert"),
+    ],
+)
+def test_wrong_arguments_say_what_is_expected(
+    given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which refuses them first, in tests only
+    recommend: Any = untrained([1, 2, 3]).recommend
+    with pytest.raises(ValueError, match=message) as error:
+        recommend(**({"history": [1]} | given))
+    assert str(error.value).count("\n") < 3
+
+
+def test_files_of_allowed_and_excluded_items(trained: Run, everybody: pl.DataFrame, tmp_path: Path) -> None:
+    ids = everybody["item_id"].unique().sort().cast(pl.String).to_list()
+    allow, exclude = ids[::2], ids[::6]
+    (tmp_path / "allow.txt").write_text("\n".join(allow))
+    (tmp_path / "exclude.txt").write_text("\n".join([*exclude, "", "nowhere"]))
+    files = ("--allow", tmp_path / "allow.txt", "--exclude", tmp_path / "exclude.txt")
+    some = ("--bundle", trained.bundle, "--output", tmp_path / "out.parquet", "--users", "[1, 2, 3]", "--k", 200)
+    recsys("recommend", *some)
+    free = pl.read_parquet(tmp_path / "out.parquet")
+    recsys("recommend", *some, *files)
+    out = pl.read_parquet(tmp_path / "out.parquet")
+    text = pl.col("item_id").cast(pl.String)
+    expected = free.filter(text.is_in(allow) & ~text.is_in(exclude))
+    assert sorted(out.select("user_id", "item_id").rows()) == sorted(expected.select("user_id", "item_id").rows())
+    for path, message in (("none.txt", "is not a file"), ("empty.txt", "holds no ids; expected ids such as '")):
+        (tmp_path / "empty.txt").write_text("\n")
+        with pytest.raises(SystemExit, match=message):
+            recsys("recommend", *some, "--allow", tmp_path / path)
+    (tmp_path / "foreign.txt").write_text("x\ny\n")
+    with pytest.raises(SystemExit, match="holds 2 ids, for example 'x', all unknown to the model; expected ids such"):
+        recsys("recommend", *some, "--exclude", tmp_path / "foreign.txt")
+    with pytest.raises(SystemExit, match=r"leave none of \d+ items, expected at least 1; name other ids"):
+        recsys("recommend", *some, "--allow", tmp_path / "allow.txt", "--exclude", tmp_path / "allow.txt")
 
 
 def test_items_come_with_their_titles_where_there_are_any(recommender: Recommender) -> None:

@@ -4,12 +4,17 @@ from typing import Any
 
 from recsys2stage.cli.evaluate import evaluate
 from recsys2stage.cli.export import export_bundle, export_index
+from recsys2stage.cli.listing import list_parts
+from recsys2stage.cli.project import init
 from recsys2stage.cli.recommend import recommend
+from recsys2stage.cli.serve import export_log, serve
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.simulate import simulate
 from recsys2stage.mining.mine import mine_negatives
 
 COMMANDS: dict[str, Any] = {
+    "init": init,
+    "list": list_parts,
     "simulate": simulate,
     "prepare-data": prepare,
     "export-index": export_index,
@@ -17,4 +22,6 @@ COMMANDS: dict[str, Any] = {
     "export-bundle": export_bundle,
     "recommend": recommend,
     "evaluate": evaluate,
+    "serve": serve,
+    "export-log": export_log,
 }

@@ -13,6 +13,7 @@ from recsys2stage.artifacts import (
     RUN,
     atomic_write,
     fingerprint,
+    locate_parent,
     read_array,
     read_json,
     read_manifest,
@@ -22,22 +23,26 @@ from recsys2stage.artifacts import (
 )
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
-from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import check_least
+from recsys2stage.data.dataset import Dataset, feature_specs
+from recsys2stage.data.locks import locked
+from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
+from recsys2stage.options import check_integer
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
+from recsys2stage.serving.packed import FOLDER as HISTORIES
+from recsys2stage.serving.packed import pack
 from recsys2stage.trust import Trust, arguments, trusts
 
 RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
 KEPT = (  # fields copied from the manifest of the index to that of the bundle
     *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
-    *("repeats", "newest_time", "user_features"),
+    *("repeats", "newest_time", "user_features", "item_features"),
 )
 
 
@@ -62,7 +67,7 @@ def export_index(
         measured: number of users to measure recall and latency on; 0: none.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    check_least("measured", measured, 0)
+    check_integer("measured", measured, 0, example=1000)
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
     for name, expected in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
@@ -88,9 +93,11 @@ def export_index(
         "repeats": dataset.protocol["repeats"],
         "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
         "user_features": user_specs(dataset),
+        "item_features": feature_specs(dataset.item_features),
+        "log": source_log(dataset.manifest, data / c.MANIFEST)._asdict(),
         "towers": towers,
     }
-    with atomic_write(output, "index") as folder:
+    with locked(output), atomic_write(output, "index") as folder:
         folder.mkdir()
         index.save(folder)
         torch.save(weights, folder / TOWERS)
@@ -140,6 +147,8 @@ def export_bundle(
     ranker: Path = RUN / "ranker/best.ckpt",
     output: Path | None = None,
     candidates: int | None = None,
+    with_histories: bool = False,
+    data: Path | None = None,
     trust: Trust = None,
 ) -> None:
     """Export both stages as one folder for serving, which needs no training data.
@@ -149,10 +158,13 @@ def export_bundle(
         ranker: checkpoint of a ranker.
         output: folder to write; None: bundle, next to the index.
         candidates: number of candidates that the ranker scores per request; None: as in its training.
+        with_histories: whether to pack the users' histories into the folder, so that `recsys serve` knows them without
+            the prepared data. They are all events of the data, with the users' ids.
+        data: prepared dataset with the histories, of the index's split; None: the one the index was made from.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    if candidates is not None:
-        check_least("candidates", candidates, other="null for the number in the ranker's training")
+    other = "null for the number in the ranker's training"
+    check_integer("candidates", candidates, other=other, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
@@ -162,6 +174,7 @@ def export_bundle(
     indexed = read_manifest(index, "index", f"recsys export-index --output {index}")
     for name in KEPT:
         take(indexed, name, object, index / c.MANIFEST)
+    candidates = min(candidates, take(indexed, "items", int, index / c.MANIFEST))
     take(weights, "vectors", torch.Tensor, ranker)
     verify(index, indexed, f"recsys export-index --output {index}")
     if options["split_hash"] != indexed["split_hash"]:
@@ -171,7 +184,11 @@ def export_bundle(
         )
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
-    with atomic_write(output, "bundle") as folder:
+    made_from = data or locate_parent(index, indexed["parents"]["data"])
+    dataset = Dataset(made_from) if with_histories or data is not None else None
+    if dataset is not None:
+        dataset.check_split(index, indexed["split_hash"])
+    with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
             if file.name != c.MANIFEST:
@@ -180,23 +197,29 @@ def export_bundle(
         if options["signals"]:
             made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
             mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
-            path, make = mined["path"], f"recsys mine-negatives --output {mined['path']}"
+            path = locate_parent(ranker.parent, mined)
+            make = f"recsys mine-negatives --output {path}"
             if fingerprint(path) != mined["hash"]:
                 raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
             verify(path, read_manifest(path, "candidates", make), make)
-            shutil.copytree(Path(path) / SIGNALS, folder / SIGNALS)
+            shutil.copytree(path / SIGNALS, folder / SIGNALS)
+        histories = {HISTORIES: pack(dataset, folder)} if dataset is not None and with_histories else {}
         write_manifest(
             folder,
             "bundle",
-            options={"candidates": candidates},
-            parents={"index": index, "ranker": ranker, "data": indexed["parents"]["data"]["path"]},
+            options={"candidates": candidates, "with_histories": with_histories},
+            parents={"index": index, "ranker": ranker, "data": made_from},
             candidates=candidates,
             reranker={"dim": options["vector_dim"], **reranker},
             recent=options["recent"],
+            log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
+            **histories,
         )
+    packed = (f"histories of {histories[HISTORIES]['users']:,} users",) if histories else ()
     print_summary(
         output,
         f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
+        *packed,
         then=f"recsys evaluate --bundle {output}",
     )

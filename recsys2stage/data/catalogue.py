@@ -49,14 +49,18 @@ class Catalogue:
         return dict(zip(self.items[c.ITEM_ID].cast(pl.String), self.items[c.ITEM], strict=True))
 
     def rows(self, ranking: Iterable[np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Recommendations as dictionaries, one list per request."""
+        """Recommendations as dictionaries, one list per request; retriever_score is None for a list by popularity."""
         ids = self.items[c.ITEM_ID].to_list()
         titles = self.items[c.TITLE].to_list() if c.TITLE in self.items.columns else None
         return [
             [
                 {"item_id": ids[item - 1]}
                 | ({"title": titles[item - 1]} if titles else {})
-                | {"score": float(score), "rank": rank, "retriever_score": float(retriever_score)}
+                | {
+                    "score": float(score),
+                    "rank": rank,
+                    "retriever_score": None if np.isnan(retriever_score) else float(retriever_score),
+                }
                 for rank, (item, score, retriever_score) in enumerate(zip(*row, strict=True), start=1)
                 if item > 0
             ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys2stage.artifacts import atomic_write, fingerprint, read_manifest
+from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
 from recsys2stage.evaluation.compare import STAGES
 from recsys2stage.evaluation.report import TITLES, metric_title
 from recsys2stage.ranking.bundle import bundle_manifest
@@ -139,9 +139,10 @@ def learning_curves(bundle: Path) -> tuple[list[Curves], list[str]]:
         bundle: a bundle, or an index for the first stage alone.
     """
     manifest = bundle_manifest(bundle)
-    parents = dict(manifest["parents"])
+    parents = _located(bundle, manifest)
     if "index" in parents and is_unchanged(parents["index"]):
-        parents = read_manifest(parents["index"]["path"], "index", "recsys export-index")["parents"] | parents
+        index = Path(parents["index"]["path"])
+        parents = _located(index, read_manifest(index, "index", "recsys export-index")) | parents
     fits, missing = [], []
     for stage in STAGES if "ranker" in parents else STAGES[:1]:
         parent = parents.get(stage)
@@ -157,9 +158,15 @@ def learning_curves(bundle: Path) -> tuple[list[Curves], list[str]]:
     return fits, missing
 
 
+def _located(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parents in a manifest, each with the path where it is now."""
+    parents = manifest["parents"]
+    return {name: parent | {"path": str(locate_parent(folder, parent))} for name, parent in parents.items()}
+
+
 def is_unchanged(parent: dict[str, Any]) -> bool:
     """Whether a parent recorded in a manifest still exists with the same content."""
-    return parent["hash"] is not None and fingerprint(parent["path"]) == parent["hash"]
+    return parent.get("hash") is not None and fingerprint(parent["path"]) == parent["hash"]
 
 
 def read_log(log: Path) -> dict[str, Curve]:

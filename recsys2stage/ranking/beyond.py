@@ -25,7 +25,13 @@ class Recommendations(NamedTuple):
 
 
 def beyond(
-    queries: np.ndarray, vectors: np.ndarray, excluded: Ragged, ranked: Recommendations, count: int, scale: float | None
+    queries: np.ndarray,
+    vectors: np.ndarray,
+    excluded: Ragged,
+    ranked: Recommendations,
+    count: int,
+    scale: float | None,
+    allowed: np.ndarray | None = None,
 ) -> Recommendations:
     """The retriever's best items that are neither excluded nor candidates, to append after the candidates.
 
@@ -39,10 +45,13 @@ def beyond(
         ranked: all candidates, ranked.
         count: maximum number of items.
         scale: the ranker's scale of the retriever's score; None: no ranker.
+        allowed: (V,) or (B, V) bool, items that may be recommended; None: all.
     """
     own = queries @ vectors.T  # (B, V + 1)
     rows, columns = np.nonzero(ranked.items > 0)
     own[:, c.PAD] = own[excluded.rows, excluded.values] = own[rows, ranked.items[rows, columns]] = -np.inf
+    if allowed is not None:
+        own[:, 1:][~np.broadcast_to(allowed, own[:, 1:].shape)] = -np.inf
     items = np.argsort(-own, axis=1, kind="stable")[:, :count]
     own = np.take_along_axis(own, items, axis=1)
     real = own > -np.inf

@@ -10,8 +10,9 @@ import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import ParquetStream, atomic_write
+from recsys2stage.artifacts import atomic_write
 from recsys2stage.data.catalogue import Catalogue
+from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.ranking.beyond import Recommendations
 
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
@@ -114,7 +115,7 @@ class _TextStream:
     def write(self, table: dict[str, np.ndarray]) -> None:
         # an array of objects that begins with None has no type for polars
         plain = {name: values.tolist() if values.dtype == object else values for name, values in table.items()}
-        frame = pl.DataFrame(plain, schema_overrides=self.types).cast(self.types)
+        frame = pl.DataFrame(plain, schema_overrides=self.types, nan_to_null=True).cast(self.types)
         if self.csv:
             frame.write_csv(self.file, include_header=self.header)
             self.header = False

@@ -32,7 +32,7 @@ from recsys2stage.retrieval.retriever import Retriever
 
 VERBS = {
     *("simulate", "prepare-data", "fit", "validate", "test", "export-index"),
-    *("mine-negatives", "export-bundle", "recommend", "evaluate"),
+    *("mine-negatives", "export-bundle", "recommend", "evaluate", "init", "list"),
 }
 RECSYS = Path(sys.executable).with_name("recsys")
 
@@ -183,7 +183,7 @@ def test_without_a_checkpoint_the_best_is_measured(
     def measured(*words: object) -> float:
         recsys(*options, *words)
         line = next(line for line in capsys.readouterr().out.splitlines() if "/ndcg@10 " in line)
-        return float(line.split()[-1])
+        return float(line.strip(" │┃").split()[-1])  # in a table, if rich is installed
 
     best = measured("--output", tmp_path / "retriever")
     named = measured("--output", tmp_path / "elsewhere", "--ckpt_path", trained.retriever)
@@ -319,7 +319,7 @@ def test_wrong_input_ends_in_one_readable_line(
     [
         (["--data.path", "nowhere"], "nowhere/manifest.json does not exist"),
         (["--data.path", "nowhere", "--data.prepare", "none.yaml"], "none.yaml does not exist"),
-        (["--data.max_length", "0"], "must be at least 1"),
+        (["--data.max_length", "0"], "max_length is 0, expected at least 1"),
         (["--model.encoder.heads", "3"], "dim 16 is not a multiple of heads 3"),
         (["--model.encoder.time", "RequestGap"], "request_time is 'none'"),
         (["--model.loss", "InfoNCE", "--model.loss.temperature", "0"], "temperature is 0"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recsys2stage.retrieval import index as index_module
 from recsys2stage.retrieval.index import Approximate, Exact, Exclude, Faiss, Index, measure
+from recsys2stage.retrieval.index import rows as index_rows
 from recsys2stage.trust import trusting
 
 MEMBERS: dict[str, Callable[[], Index]] = {
@@ -117,6 +117,40 @@ def test_never_an_excluded_item_nor_fewer_than_can_be(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("shared", [True, False], ids=["one mask", "a mask each"])
+def test_a_mask_that_leaves_n_items_gives_k_or_n_of_them(name: str, shared: bool) -> None:
+    """The best by definition where the index is exact, and as many, with true scores, where it is not."""
+    count = 300
+    vectors = normal(0, count, 16)
+    index, rng = built(name, vectors), np.random.default_rng(4)
+    for trial in range(8):
+        queries, k = normal(200 + trial, 9, 16), int(rng.choice([1, 10, count + 5]))
+        shares = np.full(9, rng.choice([0.01, 0.3, 1])) if shared else rng.choice([0, 0.01, 0.1, 0.5, 1], 9)
+        masks = rng.random((9, count)) < shares[:, None]
+        masks = np.tile(masks[:1], (9, 1)) if shared else masks
+        lists = [(rng.permutation(count)[: rng.choice([0, 5, 200])] + 1).tolist() for _ in queries]
+        scores, items = index.search(queries, k, excluded(lists), masks[0] if shared else masks)
+        for row, own in enumerate(lists):
+            eligible = set((1 + np.flatnonzero(masks[row])).tolist()) - set(own)
+            wanted = min(k, len(eligible))
+            got = items[row, :wanted]
+            assert set(got.tolist()) <= eligible
+            assert len(set(got.tolist())) == wanted
+            assert (items[row, wanted:] == -1).all()
+            np.testing.assert_allclose(scores[row, :wanted], vectors[got - 1] @ queries[row], rtol=1e-4, atol=1e-5)
+            if name in ("exact", "flat"):
+                others = [item for item in range(1, count + 1) if item not in eligible]
+                assert got.tolist() == expected(vectors, queries[row], k, others).tolist()
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"allowed has the shape \(29,\), expected \(30,\) for all queries or \(2, 30\)"
+    ):
+        built("exact", normal(0, 30, 4)).search(normal(1, 2, 4), 3, allowed=np.ones(29, bool))
+
+
+@pytest.mark.parametrize("name", MEMBERS)
 def test_no_exclusions_and_empty_exclusions_are_the_same(name: str) -> None:
     index = built(name, normal(0, 300, 16))
     queries = normal(1, 9, 16)
@@ -154,7 +188,7 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     queries = normal(1, 50, 16)
     exclude = excluded([list(range(1, 1 + 3 * row)) for row in range(50)])
     whole = index.search(queries, 10, exclude)
-    monkeypatch.setattr(index_module, "CELLS", 1000)
+    monkeypatch.setattr(index_rows, "CELLS", 1000)
     parts = index.search(queries, 10, exclude)
     np.testing.assert_array_equal(parts[1], whole[1])
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
@@ -256,8 +290,9 @@ def test_measure() -> None:
 
 def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
     index = built("exact", normal(0, 30, 4))
-    with pytest.raises(ValueError, match="k is 0"):
-        index.search(normal(1, 2, 4), 0)
+    for k, expected in ((0, "at least 1"), (-3, "at least 1"), (True, "an integer")):
+        with pytest.raises(ValueError, match=f"k is {k}, expected {expected}.*set k to 10"):
+            index.search(normal(1, 2, 4), k)
     with pytest.raises(ValueError, match="queries have shape"):
         index.search(normal(1, 2, 5), 3)
     with pytest.raises(ValueError, match="not finite"):
@@ -283,6 +318,7 @@ def test_what_cannot_be_answered_says_why(tmp_path: Path) -> None:
         ("PQ4", None, "cannot be trained on 50 item vectors"),
         ("Nonsense", None, r"cannot build 'Nonsense' for vectors of width 16 \(could not parse .*Nonsense\)"),
         ("PQ7", None, "multiple"),
+        ("IDMap,HNSW8", None, "is 'IDMap,HNSW8', expected one without IDMap, .*; use 'HNSW8'"),
         ("HNSW8,PQ4x4", None, "only for L2 distance"),
         ("Flat", {"efSearch": 4}, "does not accept the parameters 'efSearch=4'"),
         ("IVF4,Flat", "many", "expected, for example, nprobe=16"),
