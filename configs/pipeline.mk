@@ -100,13 +100,14 @@ pipeline: stages ## both stages on DATASET (RAW=folder or zip of the raw data)
 	@echo; sed '/^95 %/q' $(RUN)/report.md; echo
 	@[ ! -s $(RUN)/examples.txt ] || { cat $(RUN)/examples.txt; echo; }
 	@echo "written:"; for path in $(DATA)/ $(FIRST)/{retriever,index}/ $(RUN)/{candidates,ranker,refit,bundle}/ \
-		$(RUN)/report.{md,json} $(RUN)/{ranks,recommendations}.parquet $(RUN)/*.png; do \
+		$(RUN)/report.{md,json} $(RUN)/{ranks,recommendations}.parquet $(RUN)/{examples.txt,*.png}; do \
 		[ ! -e "$$path" ] || echo "  $$path"; done
 	@echo "next: $(RECSYS) recommend --bundle $(RUN)/bundle --users '[ID, ID]' --show 2 --output lists.csv"
 
-stages: $(RUN)/report.json $(RUN)/recommendations.parquet
+required := $(patsubst %,$(CONFIG)/%.yaml,prepare retriever ranker)
+stages: $(required) $(RUN)/report.json $(RUN)/recommendations.parquet# a missing config is found before anything is trained
 
-$(CONFIG)/prepare.yaml $(CONFIG)/retriever.yaml $(CONFIG)/ranker.yaml:
+$(required):
 	@echo "$@ does not exist, expected $(CONFIG)/{prepare,retriever,ranker}.yaml; copy it from another folder of \
 	configs/ and change its paths" >&2; exit 1
 

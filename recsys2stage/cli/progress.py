@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from recsys2stage.data.summary import HINTS, print_hint, print_summary
 
-EVERY = 60.0  # seconds between two lines of a log
+EVERY = 120.0  # seconds between two lines of a log
 
 
 @contextmanager

@@ -55,7 +55,12 @@ def test_every_command_ends_with_its_path_its_counts_and_the_next_command(
     index, ranker = ("--index", trained.index), ("--ranker", trained.ranker)
     lists = tmp_path / "lists.csv"
     said = {  # verb -> its options, its output, what its counts say, the next verb
-        "simulate": (("--users", 30, "--items", 40), tmp_path / "raw", "30 users, 40 rated movies", "prepare-data"),
+        "simulate": (
+            ("--users", 30, "--items", 40, "--events", 330),
+            tmp_path / "raw",
+            "30 users, 40 rated movies",
+            "prepare-data",
+        ),
         "prepare-data": (("--source", "MovieLens", "--source.path", raw), tmp_path / "data", "4,500 events", "fit"),
         "export-index": (
             ("--retriever", trained.retriever, *of["data"]),
