@@ -13,9 +13,9 @@ include configs/pipeline.mk
 
 # tests that compare computed floats, for test-portable
 NUMERIC := tests/retrieval $(patsubst %,tests/ranking/test_%.py,list_losses reranker scorers) tests/evaluation/test_evaluate.py \
-	$(patsubst %,tests/test_%.py,devices estimator features metrics precision recommender)
+	$(patsubst %,tests/test_%.py,devices estimator metrics precision recommender)
 
-.PHONY: setup demo results test test-portable test-slow lint format
+.PHONY: setup demo serve results test test-portable test-slow lint format
 
 setup: .venv/ready ## install the package and its tools into .venv
 
@@ -26,6 +26,9 @@ setup: .venv/ready ## install the package and its tools into .venv
 
 demo: ## the whole pipeline on a simulated log, in a few minutes
 	@$(MAKE) --no-print-directory pipeline DATASET=demo
+
+serve: demo ## the demo's recommendations as a service with a page, at http://127.0.0.1:8000/ (PORT=)
+	$(RECSYS) serve --bundle runs/demo/bundle --data data/demo --port $(or $(PORT),8000)
 
 results: ## the headline of DATASET: seeds 0, 1 and 2 (SEEDS), each beside the next one's retriever (PAIR= for none)
 	@for seed in $(SEEDS); do $(MAKE) --no-print-directory SEED=$$seed $(NAME)-seed$$seed/index/manifest.json; done

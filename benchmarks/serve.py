@@ -101,6 +101,7 @@ class Service:
         command = [sys.executable, "-m", "recsys2stage.cli.main", "serve", "--bundle", str(options.bundle)]
         command += ["--store", str(store), "--port", "0", "--workers", str(options.workers), "--log_requests", "false"]
         command += ["--torch_threads", str(options.torch_threads), "--queue", "1000"]
+        command += ["--keep_alive", "3600"]  # connections that wait for a higher rate stay open
         command += ["--data", str(options.data)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout

@@ -26,12 +26,12 @@ from recsys2stage.data.fitted import FittedFolder
 from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, check_arguments
 from recsys2stage.data.ids import given_ids
 from recsys2stage.data.locks import locked
-from recsys2stage.data.options import Part, Seen, TimeUnit
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.split import Marked
 from recsys2stage.mining.mine import mine_negatives
+from recsys2stage.options import Part, Seen, TimeUnit
 from recsys2stage.ranking.bundle import bundle_manifest
 
 KIND = "model"  # artifact kind in the manifest

@@ -1,10 +1,19 @@
-"""Checks of option values. Each error is one sentence: the value given, what was expected, and the next step."""
+"""Options that several stages share, and checks of option values.
+
+Each error is one sentence: the value given, what was expected, and the next step.
+"""
 
 import difflib
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+
+Part = Literal["val", "test"]
+RequestTime = Literal["none", "last_event", "target"]
+Repeats = Literal["first", "last", "keep", "error"]  # events with the same user and item
+TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
+Seen = Literal["keep", "filter"]  # whether seen items may be recommended
 
 LARGEST = 2**31 - 1  # integer without another upper bound
 MAX_SEED = 2**32 - 1  # that `seed_everything` accepts

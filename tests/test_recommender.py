@@ -21,8 +21,8 @@ from worlds import cycle_world, forks_world
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import RequestTime
 from recsys2stage.evaluation.evaluate import rank_users
+from recsys2stage.options import RequestTime
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Encoder, Transformer

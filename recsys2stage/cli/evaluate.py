@@ -13,7 +13,6 @@ from recsys2stage.artifacts import (
 )
 from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.data.locks import locked
-from recsys2stage.data.options import Part, check_integer, check_option, check_seed
 from recsys2stage.data.summary import print_summary
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
@@ -26,6 +25,7 @@ from recsys2stage.evaluation.evaluate import (
 )
 from recsys2stage.evaluation.plots import write_figures
 from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdown, as_table
+from recsys2stage.options import Part, check_integer, check_option, check_seed
 from recsys2stage.ranking.bundle import bundle_data, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.trust import Trust, trusts

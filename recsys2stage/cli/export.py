@@ -26,9 +26,9 @@ from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import source_log
-from recsys2stage.data.options import check_integer
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
+from recsys2stage.options import check_integer
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS

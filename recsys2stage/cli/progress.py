@@ -82,7 +82,7 @@ class FitLines(Callback):
         if self._due():
             values = [f"{name} {float(value):.4f}" for name, value in trainer.progress_bar_metrics.items()]
             of = "" if (trainer.max_epochs or 0) < 1 else f" of {trainer.max_epochs}"
-            self._print(": ".join([f"epoch {trainer.current_epoch + 1}{of}", *values]))
+            self._print(f"epoch {trainer.current_epoch + 1}{of}: {', '.join(values) or 'no metrics'}")
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

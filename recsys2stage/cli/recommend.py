@@ -12,9 +12,9 @@ from recsys2stage.data.batches import Padded, in_chunks
 from recsys2stage.data.dataset import Dataset, no_items
 from recsys2stage.data.ids import given_ids, read_id_lines
 from recsys2stage.data.locks import locked
-from recsys2stage.data.options import Seen, check_integer
 from recsys2stage.data.request_inputs import as_seconds, format_time
 from recsys2stage.data.summary import print_summary, progress
+from recsys2stage.options import Seen, check_integer
 from recsys2stage.ranking.beyond import Recommendations
 from recsys2stage.ranking.bundle import bundle_data, bundle_log, check_split
 from recsys2stage.recommender import Recommender

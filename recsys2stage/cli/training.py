@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -128,8 +128,10 @@ class RecsysCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config[str(self.subcommand)]
-        if options.trainer.logger is None:
-            kwargs["logger"] = CSVLogger(options.output, name="log")
+        given = self.config_init[str(self.subcommand)].trainer.logger
+        loggers = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+        if given in (None, True) or (loggers and not any(isinstance(one, CSVLogger) for one in loggers)):
+            kwargs["logger"] = [CSVLogger(options.output, name="log"), *loggers]  # the figures of a report read it
         if options.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = options.output  # for config.yaml if there is no logger
         accelerator = options.trainer.accelerator

@@ -10,7 +10,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indices, spans
 from recsys2stage.data.manifest import check_dataset_manifest
-from recsys2stage.data.options import Part, RequestTime, Seen, check_least, check_option
+from recsys2stage.options import Part, RequestTime, Seen, check_integer, check_option
 
 At = Part | Literal["all"] | np.ndarray  # the val or test target, after the last event, or (B,) indices of targets
 
@@ -254,7 +254,7 @@ class Dataset:
 def sample_users(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """A random sample of `count` users, or all users, ascending."""
     if count is not None:
-        check_least("users", count, other="null for all")
+        check_integer("users", count, other="null for all")
     if count is None or count >= len(users):
         return users
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))

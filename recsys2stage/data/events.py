@@ -14,8 +14,8 @@ from recsys2stage.data import ids as id_rule
 from recsys2stage.data.checks import OnBadRows, read
 from recsys2stage.data.event_times import check_times, warn_isolated_newest
 from recsys2stage.data.hashing import splitmix64
-from recsys2stage.data.options import Repeats
 from recsys2stage.data.sources.base import Tables
+from recsys2stage.options import Repeats
 
 TieBreak = Literal["file_order", "item_id", "hash"]
 

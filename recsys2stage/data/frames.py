@@ -10,12 +10,11 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.data import ids
 from recsys2stage.data.checks import Column, Rows, parse_int, require
-from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.plain import Unpacker
 from recsys2stage.data.sources.table import Table, check_columns, iso, typed_tables
 from recsys2stage.data.split import PARTS
-from recsys2stage.options import check_integer, check_option, check_seed
+from recsys2stage.options import TimeUnit, check_integer, check_option, check_seed
 
 FRAMES = {"events": "the frame of events", "items": "the frame of items", "users": "the frame of users"}
 ADVICE = "Correct these rows of the frame, or leave them out."

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import take
-from recsys2stage.data.options import Repeats, TimeUnit
+from recsys2stage.options import Repeats, TimeUnit
 
 MAKE = "make it again: recsys prepare-data"
 REQUIRED = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}

@@ -27,12 +27,12 @@ from recsys2stage.data.events import (
 )
 from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import EVENT_COLUMNS
-from recsys2stage.data.options import Repeats, check_integer, check_number, check_option, check_seed
 from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
 from recsys2stage.data.sources.vectors import Vectors
 from recsys2stage.data.split import LeaveOneOut, Marked, Split
 from recsys2stage.data.summary import dataset_summary
+from recsys2stage.options import Repeats, check_integer, check_number, check_option, check_seed
 
 log = logging.getLogger("recsys2stage")
 

@@ -13,10 +13,10 @@ import polars as pl
 from recsys2stage.columns import YEAR_2100
 from recsys2stage.data.checks import parse_float, parse_int
 from recsys2stage.data.event_times import YEAR_1980
-from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.raw_table import RawTable
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.table import iso
+from recsys2stage.options import TimeUnit
 
 
 def _names(text: str) -> list[str]:

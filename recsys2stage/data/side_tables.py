@@ -13,9 +13,9 @@ from recsys2stage.data import ids as ids_rule
 from recsys2stage.data.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
 from recsys2stage.data.dataset import Dataset, feature_specs, feature_stem
 from recsys2stage.data.events import encode_categories
-from recsys2stage.data.options import check_option
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.vectors import Vectors
+from recsys2stage.options import check_option
 
 log = logging.getLogger("recsys2stage")
 

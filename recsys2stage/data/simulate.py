@@ -15,8 +15,8 @@ import polars as pl
 
 from recsys2stage.artifacts import atomic_write
 from recsys2stage.data.locks import locked
-from recsys2stage.data.options import check_integer, check_option, check_seed
 from recsys2stage.data.summary import print_summary, progress
+from recsys2stage.options import check_integer, check_option, check_seed
 
 DEMO = Path("data/raw/demo")  # where configs/demo reads it
 RATINGS, MOVIES, README = "ratings.csv", "movies.csv", "README.txt"

@@ -9,7 +9,6 @@ import torch
 from recsys2stage import columns as c
 from recsys2stage.data.batches import Ragged, in_chunks
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import Part, RequestTime
 from recsys2stage.data.summary import progress
 from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.cohorts import cohorts
@@ -23,6 +22,7 @@ from recsys2stage.metrics import (
     compute_rank,
     interval,
 )
+from recsys2stage.options import Part, RequestTime
 from recsys2stage.recommender import Recommender
 
 TOP = 10  # length of the lists that the beyond-accuracy metrics measure

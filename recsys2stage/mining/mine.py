@@ -10,10 +10,10 @@ from recsys2stage.artifacts import DATA, RUN, atomic_write, write_manifest
 from recsys2stage.data.batches import Ragged, in_chunks, padded_indices
 from recsys2stage.data.dataset import At, Dataset, sample_users
 from recsys2stage.data.locks import locked
-from recsys2stage.data.options import check_integer, check_number, check_seed
 from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.data.summary import config_option, print_summary, progress
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
+from recsys2stage.options import check_integer, check_number, check_seed
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Proposer, Signal, save_signals, specify

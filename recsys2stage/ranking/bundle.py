@@ -20,18 +20,18 @@ from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.data.catalogue import read_catalogue
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.manifest import SourceLog, source_log
-from recsys2stage.data.options import Repeats, RequestTime
 from recsys2stage.data.request_inputs import check_user_specs
+from recsys2stage.options import Repeats, RequestTime
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
-from recsys2stage.ranking.signals.base import load_signals
+from recsys2stage.ranking.signals.base import MAX_CANDIDATES, load_signals
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.trust import trusting
 
 RERANKER, POPULARITY = "reranker.pt", "popularity.npy"  # files of an exported folder
 SPEC = ("name", "kind", "size")  # of a user feature: must be equal in model and data
-MAX_CANDIDATES = MAX_RECENT = 1 << 20  # per request, in an exported folder
+MAX_RECENT = 1 << 20  # events that the second stage reads
 
 
 def kind_of(path: str | Path) -> str:

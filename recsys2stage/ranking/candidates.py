@@ -13,10 +13,9 @@ from recsys2stage.artifacts import find_parent, fingerprint, read_array, read_ma
 from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data.batches import padded_indices, recent_events
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.options import RequestTime, check_integer
-from recsys2stage.options import MAX_LENGTH
-from recsys2stage.ranking.bundle import MAX_CANDIDATES
+from recsys2stage.options import MAX_LENGTH, RequestTime, check_integer
 from recsys2stage.ranking.lists import STATES, CandidateLists, concatenate_lists, read_candidates
+from recsys2stage.ranking.signals.base import MAX_CANDIDATES
 from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
 from recsys2stage.retrieval.index import VECTORS
 from recsys2stage.shapes import CandidateBatch

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
-from recsys2stage.features import FeatureTable
 from recsys2stage.options import MAX_WIDTH, check_integer
 from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
+from recsys2stage.retrieval.features import FeatureTable
 from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 

@@ -12,7 +12,7 @@ import torch
 from recsys2stage import columns as c
 from recsys2stage.data.batches import Padded, Ragged, as_history, in_chunks, recent_events
 from recsys2stage.data.catalogue import Catalogue
-from recsys2stage.data.options import RequestTime, Seen, check_integer, check_option
+from recsys2stage.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.ranking.beyond import Recommendations, RetrievedItems, beyond
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import Proposer, Requests, Signal

@@ -18,8 +18,7 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.data.batches import as_history, windows
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.options import Part, RequestTime, check_integer, check_option
-from recsys2stage.options import MAX_LENGTH
+from recsys2stage.options import MAX_LENGTH, Part, RequestTime, check_integer, check_option
 from recsys2stage.shapes import History
 
 

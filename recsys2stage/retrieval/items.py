@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
-from recsys2stage.features import FeatureTable
 from recsys2stage.options import MAX_WIDTH, check_integer, check_integers, check_number
 from recsys2stage.retrieval.encoders.layers import Dropout
+from recsys2stage.retrieval.features import FeatureTable
 
 
 class ItemTable(nn.Module):

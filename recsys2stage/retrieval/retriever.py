@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.metrics import RankMetrics, compute_rank
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
+from recsys2stage.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
 from recsys2stage.retrieval.encoders.layers import without_autocast
 from recsys2stage.retrieval.histories import Histories, Queries

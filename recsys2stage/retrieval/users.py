@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys2stage.features import FeatureEncoder
 from recsys2stage.options import MAX_WIDTH, check_integer
 from recsys2stage.retrieval.encoders.layers import Dropout
+from recsys2stage.retrieval.features import FeatureEncoder
 from recsys2stage.shapes import Embedded
 
 

@@ -4,7 +4,7 @@ import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -108,12 +108,14 @@ class ListWriter:
 
 
 class _TextStream:
-    def __init__(self, file: IO[bytes], types: dict[str, str], csv: bool) -> None:
+    def __init__(self, file: Any, types: dict[str, str], csv: bool) -> None:
         self.file, self.csv, self.header = file, csv, True
         self.types = pl.Schema({name: TYPES[kind] for name, kind in types.items()})
 
     def write(self, table: dict[str, np.ndarray]) -> None:
-        frame = pl.DataFrame(table, schema_overrides=self.types, nan_to_null=True).cast(self.types)
+        # an array of objects that begins with None has no type for polars
+        plain = {name: values.tolist() if values.dtype == object else values for name, values in table.items()}
+        frame = pl.DataFrame(plain, schema_overrides=self.types, nan_to_null=True).cast(self.types)
         if self.csv:
             frame.write_csv(self.file, include_header=self.header)
             self.header = False
@@ -122,13 +124,13 @@ class _TextStream:
 
 
 @contextmanager
-def _open_text(path: Path, ending: str) -> Iterator[IO[bytes]]:
+def _open_text(path: Path, ending: str) -> Iterator[Any]:
     with path.open("wb") as file:
         if not ending.endswith(".gz"):
             yield file
             return
         with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:  # the same bytes each time
-            yield packed  # type: ignore[misc]  # a binary file
+            yield packed
 
 
 def _id_type(ids: np.ndarray) -> str:

@@ -32,7 +32,7 @@ from recsys2stage.retrieval.retriever import Retriever
 
 VERBS = {
     *("simulate", "prepare-data", "fit", "validate", "test", "export-index"),
-    *("mine-negatives", "export-bundle", "recommend", "evaluate"),
+    *("mine-negatives", "export-bundle", "recommend", "evaluate", "init", "list"),
 }
 RECSYS = Path(sys.executable).with_name("recsys")
 

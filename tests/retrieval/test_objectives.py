@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recsys2stage.columns import MASK, PAD
 from recsys2stage.data.batches import Padded, as_history
-from recsys2stage.data.options import RequestTime
+from recsys2stage.options import RequestTime
 from recsys2stage.retrieval.encoders import BERT4Rec, Encoder, Transformer
 from recsys2stage.retrieval.objectives import Cloze, NextItem, Objective
 from recsys2stage.retrieval.retriever import Retriever

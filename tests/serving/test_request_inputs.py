@@ -18,11 +18,11 @@ from worlds import directions_world
 
 from recsys2stage import TwoStageRecommender
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import check_option
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import as_seconds, check_ascending, encode_users
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.sources import Feature, SideTable, Table
+from recsys2stage.options import check_option
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.ranking.signals import Demographics
@@ -396,7 +396,7 @@ def test_a_newest_event_in_the_future_of_the_clock_is_named(
 
 
 def test_an_option_is_one_of_its_words() -> None:
-    from recsys2stage.data.options import Part
+    from recsys2stage.options import Part
 
     check_option("split", "val", Part)
     for wrong in ("validation", None, 3, ["val"]):

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage.data.checks import FILE, LINE, SURPLUS, Column, Rows, require
-from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.quotes import AUTO, detect_layout
+from recsys2stage.options import TimeUnit
 from recsys2stage.trust import class_name
 
 LARGE = 1 << 30  # bytes: smaller archives are not checked for their compression ratio

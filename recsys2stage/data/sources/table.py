@@ -23,13 +23,12 @@ from recsys2stage.data.checks import (
     time_column,
     typed_rows,
 )
-from recsys2stage.data.options import TimeUnit
 from recsys2stage.data.sources.base import Kind, Source, Tables, csv_rows, matches, unpacked
 from recsys2stage.data.sources.plain import PACKED, Unpacker, original_names, plain_suffix
 from recsys2stage.data.sources.questions import OPEN, check_answered
 from recsys2stage.data.sources.quotes import AUTO, check_quote
 from recsys2stage.data.split import PARTS
-from recsys2stage.options import check_number, check_option
+from recsys2stage.options import TimeUnit, check_number, check_option
 
 DELIMITED, PARQUET = (".csv", ".tsv", ".tab", ".txt"), (".parquet", ".pq")
 ENDINGS = (*DELIMITED, *PARQUET, *(f"{suffix}{PACKED}" for suffix in DELIMITED))
