@@ -49,7 +49,8 @@ class Settings:
         max_k: most items that a request may ask for, offset included.
         max_list: most entries of a list in a request: history, exclude, allow, shown, items.
         max_batch: most requests of /v1/recommend/batch, and most events of /v1/events.
-        cached_events: most events of users with new events that a worker holds in memory.
+        cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
+            counts as 32 events more.
         log_requests: whether each request is logged.
     """
 

@@ -15,7 +15,7 @@ from recsys2stage.artifacts import read_manifest
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.recommender import Recommender
-from recsys2stage.serving.histories import Histories, UserEvents
+from recsys2stage.serving.histories import USER_COST, Histories, UserEvents
 from recsys2stage.serving.packed import KnownUsers, load_known_users, pack
 from recsys2stage.serving.store import Event, Store
 
@@ -236,14 +236,14 @@ def test_users_are_listed_page_by_page(store: Store) -> None:
 
 
 def test_memory_is_bounded_by_events(store: Store) -> None:
-    histories = Histories(store, None, CATALOGUE, cached=10)
+    histories = Histories(store, None, CATALOGUE, cached=3 * (3 + USER_COST) + 2)
     for user in range(20):
         store.append([Event(f"u{user}", "a", time) for time in range(3)])
         histories.events(f"u{user}")
-        assert histories.cached_events <= 10
+        assert histories.cached_users <= 3
     assert (histories.cached_users, histories.cached_events) == (3, 9)
-    store.append([Event("long", "a", time) for time in range(11)])
-    assert len(facts(histories.events("long"))) == 11, "a history beyond the limit is served, but not held"
+    store.append([Event("long", "a", time) for time in range(200)])
+    assert len(facts(histories.events("long"))) == 200, "a history beyond the limit is served, but not held"
     assert histories.cached_events == 9
     histories.delete("u19")
     assert (histories.cached_users, histories.cached_events) == (2, 6)

@@ -64,7 +64,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
         ({"port": -1}, "port is -1, expected at least 0"),
         ({"workers": 0}, "workers is 0, expected at least 1"),
         ({"queue": 0}, "queue is 0"),
-        ({"max_body": 5}, "max_body is 5, expected at least 1024"),
+        ({"max_body": 5}, "max_body is 5, expected at least 1,?024"),
         ({"timeout": 0.0}, "timeout is 0.0, expected seconds above 0"),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"keep_alive": 1e9}, "keep_alive is 1000000000.0"),
@@ -99,6 +99,8 @@ def test_every_option_of_the_command_reaches_the_settings(monkeypatch: pytest.Mo
     ]
     recsys("serve")
     assert seen[1] == Settings(Path("runs/ml-20m/bundle"))
+    recsys("serve", "--cors", "https://shop.example")
+    assert seen[2].cors == ("https://shop.example",)
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
