@@ -102,7 +102,7 @@ pipeline: stages ## both stages on DATASET (RAW=folder or zip of the raw data)
 	@echo "written:"; for path in $(DATA)/ $(FIRST)/{retriever,index}/ $(RUN)/{candidates,ranker,refit,bundle}/ \
 		$(RUN)/report.{md,json} $(RUN)/{ranks,recommendations}.parquet $(RUN)/{examples.txt,*.png}; do \
 		[ ! -e "$$path" ] || echo "  $$path"; done
-	@echo "next: $(RECSYS) recommend --bundle $(RUN)/bundle --users '[ID, ID]' --show 2 --output lists.csv"
+	@echo "next: $(RECSYS) serve --bundle $(RUN)/bundle --data $(DATA)"
 
 required := $(patsubst %,$(CONFIG)/%.yaml,prepare retriever ranker)
 stages: $(required) $(RUN)/report.json $(RUN)/recommendations.parquet# a missing config is found before anything is trained

@@ -111,7 +111,7 @@ def recommend(
         output,
         f"{writer.rows:,} rows, {k} items for each of {len(requests.user_ids):,} users{when}",
         *(examples(requests.user_ids, recommender.catalogue, show, rank) if show else ()),
-        then=f"recsys recommend --bundle {bundle} --users '[ID, ID]' --show 2 --output lists.csv",
+        then=f"recsys serve --bundle {bundle}",
     )
 
 

@@ -69,7 +69,7 @@ def test_every_command_ends_with_its_path_its_counts_and_the_next_command(
         "mine-negatives": ((*of["data"], *index, "--k", K), tmp_path / "mined", "150 lists of 150 users", "fit"),
         "export-bundle": ((*index, *ranker), tmp_path / "bundle", f"both stages, {K} candidates", "evaluate"),
         "evaluate": ((*of["bundle"], "--resamples", 5), tmp_path, "150 users, 120 items", "recommend"),
-        "recommend": (of["bundle"], lists, "1,500 rows, 10 items for each of 150 users", "recommend"),
+        "recommend": (of["bundle"], lists, "1,500 rows, 10 items for each of 150 users", "serve"),
     }
     for verb, (words, output, counts, following) in said.items():
         capsys.readouterr()
