@@ -101,7 +101,8 @@ def test_what_computes_knows_nothing_of_lightning_files_or_configs() -> None:
     """So it can be tested, and served, with bare arrays."""
     computes = (
         "metrics retrieval/features retrieval/losses retrieval/encoders retrieval/towers retrieval/items "
-        "retrieval/users retrieval/inputs retrieval/objectives mining/miners ranking/losses ranking/scorers ranking/reranker"
+        "retrieval/users retrieval/inputs retrieval/objectives mining/miners ranking/losses ranking/scorers "
+        "ranking/reranker"
     )
     for name in computes.split():
         folder = PACKAGE / name
