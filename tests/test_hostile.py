@@ -209,23 +209,23 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "an array larger than its file": (giant_array("index.npy"), "index.npy cannot be read as an array"),
     "a table larger than its file": (giant_array("signals/0.keys.npy"), "0.keys.npy cannot be read as an array"),
     "more items than weights": (
-        in_manifest("towers", "num_items", value=10**12),
-        r"one TwoTower \(.* has shape \(121, 16\), expected \(1000000000001, 16\)\)",
+        in_manifest("towers", "num_items", value=10**9),
+        r"one TwoTower \(.* has shape \(121, 16\), expected \(1000000001, 16\)\)",
     ),
     "more items than weights, in a model that looks at its numbers": (
         lambda folder, canary: (
             (
-                in_manifest("towers", "num_items", value=10**12)(folder, canary),
+                in_manifest("towers", "num_items", value=10**9)(folder, canary),
                 in_manifest("towers", "encoder", "init_args", "time", value={"class_path": "LogSpaced"})(
                     folder, canary
                 ),
             )
         ),
-        r"one TwoTower \(num_items is 1,000,000,000,000, but no weights have more than 121 rows",
+        r"one TwoTower \(num_items is 1,000,000,000, but no weights have more than 121 rows",
     ),
     "places without end": (
         in_manifest("towers", "max_length", value=10**12),
-        r"one TwoTower \(.* would take [0-9,]+ bytes, expected at most|one TwoTower \(.* has shape",
+        r"one TwoTower \(max_length is 1000000000000, expected at most",
     ),
     "weights cut short": (
         lambda folder, canary: os.truncate(folder / "reranker.pt", 9_999),
