@@ -3,21 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
-from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, Response
-from starlette.staticfiles import StaticFiles
+from fastapi import FastAPI
 
 from recsys2stage import __version__
 from recsys2stage.serving.middleware import install
 from recsys2stage.serving.monitoring import Metrics
-from recsys2stage.serving.problems import Problem, add_handlers
+from recsys2stage.serving.page_files import add_page
+from recsys2stage.serving.problems import add_handlers
 from recsys2stage.serving.routes import router
 from recsys2stage.serving.service import Service
 from recsys2stage.serving.settings import Settings
-
-PAGE = Path(__file__).parent / "page"  # static files
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -46,18 +42,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = metrics
     add_handlers(app)
     app.include_router(router)
-    app.get("/", include_in_schema=False)(page)
-    if PAGE.is_dir():
-        app.mount("/static", StaticFiles(directory=PAGE), name="static")
+    add_page(app)
     install(app, settings, metrics)
     return app
-
-
-async def page(request: Request) -> Response:
-    """The page."""
-    index = PAGE / "index.html"
-    if not index.is_file():
-        raise Problem(
-            404, "no-page", "this installation has no page, expected index.html; use the routes of /openapi.json"
-        )
-    return FileResponse(index, headers={"Cache-Control": "no-cache"})

@@ -174,7 +174,12 @@ class ItemFeatures:
         return mask
 
     def search(
-        self, text: str, conditions: Mapping[str, Filter], limit: int, offset: int
+        self,
+        text: str,
+        conditions: Mapping[str, Filter],
+        limit: int,
+        offset: int,
+        among: np.ndarray | None = None,
     ) -> tuple[int, list[dict[str, Any]]]:
         """A page of the items whose title (or id, without a title) contains every word, the most popular first.
 
@@ -183,12 +188,17 @@ class ItemFeatures:
             conditions: filters on features.
             limit: most items of the page.
             offset: number of items to skip.
+            among: numbers of the items to search, 1..V, others are skipped; None: all.
 
         Returns:
             The number of all such items, and the page.
         """
         found = self.mask(conditions)
         found = np.ones(self.count, dtype=bool) if found is None else found
+        if among is not None:
+            named = np.zeros(self.count + 1, dtype=bool)
+            named[among] = True
+            found &= named[1:]
         for word in text.lower().split():
             found &= self._words.str.contains(word, literal=True).to_numpy()
         rows = self.order[found[self.order]]

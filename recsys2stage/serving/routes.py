@@ -98,20 +98,20 @@ async def items(
     q: Annotated[str, Query(max_length=MAX_ID, description="Words that the title must contain, in any case.")] = "",
     limit: Limit = 20,
     offset: Offset = 0,
+    item_id: Annotated[
+        list[str] | None, Query(max_length=1_000, description="Only these; unknown ones are skipped.")
+    ] = None,
 ) -> Response:
     """Search items by title and features, the most popular first.
 
     Further parameters are item features: a class (several: all of them), or a number or range such as 10..20.
     """
-    features = service_of(request).engine.features
-    if clash := [name for name in features.kinds if name in ("q", "limit", "offset")]:
-        features_named = [name for name in features.kinds if name not in clash]
-    else:
-        features_named = list(features.kinds)
-    named = [name for name in request.query_params if name not in ("q", "limit", "offset")]
-    check_query(request, ["q", "limit", "offset", *features_named])
+    engine, own = service_of(request).engine, ("q", "limit", "offset", "item_id")
+    features, named = engine.features, [name for name in request.query_params if name not in own]
+    check_query(request, [*own, *(name for name in features.kinds if name not in own)])
     conditions = {name: features.condition(name, request.query_params.getlist(name)) for name in named}
-    total, found = await asyncio.to_thread(features.search, q, conditions, limit, offset)
+    among = None if item_id is None else engine.recommender.catalogue.numbers(item_id)
+    total, found = await asyncio.to_thread(features.search, q, conditions, limit, offset, among)
     return json_response({"total": total, "items": found})
 
 

@@ -376,3 +376,14 @@ def test_the_examples_of_the_documentation_are_answered(client: TestClient, cata
             assert answer.status_code in (200, 202), (path, answer.text)
             tried += 1
     assert tried >= 6
+
+
+def test_items_are_looked_up_by_id(client: TestClient, catalogue: pl.DataFrame) -> None:
+    ids, titles = catalogue["item_id"].cast(pl.String).to_list(), catalogue["title"].to_list()
+    found = client.get("/v1/items", params={"item_id": [ids[7], "nowhere", ids[3], ids[7]]}).json()
+    assert found["total"] == 2
+    assert {item["item_id"]: item["title"] for item in found["items"]} == {ids[3]: titles[3], ids[7]: titles[7]}
+    word = titles[3].split()[0]
+    both = client.get("/v1/items", params={"item_id": [ids[3], ids[7]], "q": word}).json()
+    assert ids[3] in [item["item_id"] for item in both["items"]]
+    assert client.get("/v1/items", params={"item_id": "nowhere"}).json() == {"total": 0, "items": []}

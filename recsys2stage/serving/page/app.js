@@ -10,6 +10,7 @@ import { fromHash, isComplete, requestBody, toHash } from "./state.js";
 import { Who } from "./who.js";
 
 const ROUTE = "v1/recommend";
+const HEADINGS = { 422: "The service refused this request", 429: "The service is busy", 504: "The service took too long" };
 
 class Page {
   constructor() {
@@ -120,11 +121,11 @@ class Page {
       byId("key").focus();
       return;
     }
-    const known = error.errors?.filter((one) => one.detail) ?? [];
+    const known = error.errors?.filter((one) => one.detail && !error.detail.includes(one.detail)) ?? [];
     const passing = !(error.status >= 400 && error.status < 500) || error.status === 429; // the same request may succeed later
     const retry = again && passing && el("button", { type: "button", onclick: () => again() }, "Try again");
     byId("error").replaceChildren(
-      el("h3", {}, error.message || "The page failed"),
+      el("h3", {}, HEADINGS[error.status] ?? error.message),
       ...(error.detail ? [el("p", {}, error.detail)] : []),
       ...(known.length ? [el("ul", {}, ...known.map((one) => el("li", {}, one.field ? el("code", {}, one.field) : "", one.field ? ": " : "", one.detail)))] : []),
       ...(error.retryAfter ? [el("p", {}, `The service asks to wait ${error.retryAfter} s.`)] : []),

@@ -47,7 +47,7 @@ export class Results {
     byId("final-heading").textContent = (two ? "Ranker" : "Retriever") + (diversity > 0 ? ", diversified" : "");
     byId("final-caption").textContent = answer.fallback
       ? `by ${answer.fallback}, for nothing is known of the user`
-      : two ? "the final list, by the last stage's score" : "by the nearest vectors";
+      : `the final list, by ${two ? "the last stage's score" : "the nearest vectors"}${diversity > 0 ? " and unlike the items above" : ""}`;
     byId("retrieved-caption").textContent = `its first ${retrieved.length}, by its own score`;
     const place = new Map(items.map((item) => [item.item_id, item.rank]));
     this.place = new Map(this.retrieved.map((item) => [item.item_id, item.rank]));
@@ -129,7 +129,6 @@ export class Results {
     }));
     const [left, right] = [middle("retrieved"), middle("final")];
     const bottom = box.height - 2;
-    canvas.setAttribute("viewBox", `0 0 ${box.width} ${box.height}`);
     canvas.replaceChildren(...this.lines.map(({ id, kind }) => {
       const from = left.get(id) ?? bottom;
       const to = right.get(id) ?? bottom;
