@@ -702,8 +702,8 @@ def test_a_screenshot_shows_both_lists(browser: "Browser", request: pytest.Fixtu
         page.goto("/")
         page.wait_for_selector("#hits li")
         click_history(page, 1, 4, 2, 7)
-        page.locator("#final > li").nth(2).hover()
-        page.wait_for_timeout(200)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(400)
         picture = page.screenshot(path=SCREENSHOT if AT else tmp_path / "page.png")
         assert picture.startswith(b"\x89PNG")
         assert len(picture) > 20_000
