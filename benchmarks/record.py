@@ -14,6 +14,7 @@ from typing import Any
 
 from tables import ROOT, commit
 
+from recsys2stage.artifacts import locate_parent
 from recsys2stage.columns import MANIFEST
 
 
@@ -25,7 +26,7 @@ def ancestors(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifests: dict[str, dict[str, Any]] = {}
     for parent in manifest["parents"].values():
-        source = Path(parent["path"])
+        source = locate_parent(folder, parent)
         manifests |= ancestors(source if source.is_dir() else source.parent)
     return manifests | {str(folder): manifest}
 

@@ -1,5 +1,6 @@
 """Artifacts: folders written atomically, each with a manifest.json that records how it was made."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,16 @@ from recsys2stage.columns import MANIFEST
 
 FORMAT = 1  # of artifacts and checkpoints; increase it when older files can no longer be read
 SEALED = ("index", "bundle", "candidates")  # artifacts whose manifests list the checksum of every file
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+MADE_BY = {  # kind of artifact -> verb that writes it
+    "dataset": "recsys prepare-data",
+    "retriever": "recsys fit",
+    "index": "recsys export-index",
+    "candidates": "recsys mine-negatives",
+    "ranker": "recsys fit",
+    "bundle": "recsys export-bundle",
+    "model": "TwoStageRecommender.save",
+}
 MAX_JSON_BYTES = 1 << 26
 RUN = Path("runs/ml-20m")  # default run, as `make pipeline` writes it
 DATA = Path("data/ml-20m")
@@ -37,18 +48,20 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     path = Path(path)
     if kind is not None:
         _check_replaceable(path, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for left in path.parent.glob(f".{path.name}.*.*"):  # left by a killed run
         owner, pid, state = left.name.rsplit(".", 2)
-        if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not _alive(int(pid)):
+        if owner == f".{path.name}" and pid.isdigit() and state in ("partial", "old") and not is_alive(int(pid)):
             if state == "old" and not path.exists():  # killed between the two renames below
                 left.rename(path)
             else:
                 _remove(left)
     _remove(temporary)
     try:
-        yield temporary
+        with explained(path):
+            yield temporary
         if path.is_dir():  # a folder cannot be replaced in one step, so the old one is renamed first
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(aside)
@@ -60,19 +73,51 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
         _remove(temporary)
 
 
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns errors of the disk in writing an artifact into one sentence.
+
+    Args:
+        path: final path of the artifact.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                f"{path} cannot be written: no space is left on its disk; free some, or choose another output"
+            ) from error
+        named = str(error.filename or "")
+        own = named.startswith(str(path.with_name(f".{path.name}.")))  # the temporary path
+        if error.errno not in UNWRITABLE or not (own or (named and str(path).startswith(named))):
+            raise
+        blocked = next((part for part in path.parents if part.exists() and not part.is_dir()), None)
+        why = f"{blocked} is a file" if blocked else f"{error.strerror} ({error.filename})"
+        raise OSError(
+            f"{path} cannot be written: {why}, expected a folder that you may write to; choose another output"
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder for artifacts, if it is missing; the error of one that cannot be made is a sentence."""
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def _check_replaceable(path: Path, kind: str) -> None:
     if path.is_file():
-        raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}")
+        raise ValueError(f"{path} is a file, expected the name of a folder for a new {kind}; choose another output")
     if not path.is_dir() or not any(path.iterdir()):
         return
     manifest = path / MANIFEST
     held = read_json(manifest, dict, "remove it").get("kind") if manifest.is_file() else None
     if held != kind:
-        what = "other things" if held is None else f"a {held}"
+        what = "other things" if held is None else with_article(held)
         raise ValueError(f"{path} holds {what} and would be lost; name another folder for the new {kind}")
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -100,7 +145,7 @@ def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: di
     Args:
         kind: what the artifact is: dataset, retriever, index, candidates, ranker, bundle, ...
         options: arguments that it was made with.
-        parents: name -> folder of each input artifact; their fingerprints are recorded.
+        parents: name -> path of each input; recorded with its path, absolute and relative to `folder`, and its hash.
         facts: counts, hashes and measurements.
     """
     manifest = {
@@ -109,7 +154,10 @@ def write_manifest(folder: Path, kind: str, options: dict[str, Any], parents: di
         "command": " ".join(sys.argv),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "options": options,
-        "parents": {name: {"path": str(path), "hash": fingerprint(path)} for name, path in parents.items()},
+        "parents": {
+            name: {"path": str(Path(path).absolute()), "relative": _relative(path, folder), "hash": fingerprint(path)}
+            for name, path in parents.items()
+        },
         "versions": {"recsys2stage": __version__, "python": platform.python_version(), "numpy": np.__version__},
         **facts,
         **({"files": checksums(folder)} if kind in SEALED else {}),
@@ -129,7 +177,10 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist, so there is no {kind} in {folder}; run: {make}")
     manifest = read_json(path, dict, make)
     if manifest.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {manifest.get('kind')!r}, expected a {kind!r}; run: {make}")
+        raise ValueError(
+            f"{folder} holds {with_article(manifest.get('kind'))}, expected {with_article(kind)}; give the folder that "
+            f"{MADE_BY.get(kind, make)} wrote"
+        )
     check_format(path, manifest.get("format"), manifest.get("versions"), make)
     parents = manifest.get("parents")
     if not (isinstance(parents, dict) and all(isinstance(p, dict) and _is_parent(p) for p in parents.values())):
@@ -139,8 +190,60 @@ def read_manifest(folder: str | Path, kind: str, make: str) -> dict[str, Any]:
     return manifest
 
 
+def with_article(kind: Any) -> str:
+    """A kind of artifact as a noun with its article."""
+    if kind not in MADE_BY:
+        return f"an artifact of kind {kind!r}"
+    return kind if kind == "candidates" else f"{'an' if kind == 'index' else 'a'} {kind}"
+
+
 def _is_parent(parent: dict[str, Any]) -> bool:
-    return isinstance(parent.get("path"), str) and isinstance(parent.get("hash"), str | None)
+    path, others = parent.get("path"), (parent.get("relative"), parent.get("hash"))
+    return isinstance(path, str) and "\0" not in path and all(isinstance(other, str | None) for other in others)
+
+
+def _relative(path: str | Path, folder: str | Path) -> str:
+    """Path relative to a folder. Symbolic links are followed in the parents of both, but not at their own names."""
+    target, base = ((Path(one).parent.resolve() / Path(one).name) for one in (path, folder))
+    return Path(os.path.relpath(target, base)).as_posix()
+
+
+def locate_parent(folder: str | Path, parent: dict[str, Any]) -> Path:
+    """Path of a parent: where it was, or at the same place relative to `folder`, for folders moved together.
+
+    Args:
+        folder: the artifact.
+        parent: path, relative path and hash, from the manifest of `folder`.
+
+    Returns:
+        The first path with the recorded hash, else the first one that exists, else the absolute one.
+    """
+    paths, moved = [Path(parent["path"])], parent.get("relative")
+    if moved is not None and "\0" not in moved:
+        paths.append(Path(os.path.normpath(Path(folder).resolve() / moved)))
+    same = [path for path in paths if parent.get("hash") and fingerprint(path) == parent["hash"]]
+    return [*same, *(path for path in paths if path.exists()), paths[0]][0]
+
+
+def find_parent(folder: str | Path, manifest: dict[str, Any], name: str, advice: str) -> Path:
+    """Path of a parent that exists; see `locate_parent`.
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        name: of the parent, such as "data".
+        advice: what to do if it is missing, for the error.
+
+    Raises:
+        FileNotFoundError: if it is missing, with the paths that were tried.
+    """
+    parent = take(take(manifest, "parents", dict, Path(folder) / MANIFEST), name, dict, Path(folder) / MANIFEST)
+    path = locate_parent(folder, parent)
+    if not path.exists():
+        moved = parent.get("relative")
+        tried = f"{path}" + ("" if moved is None else f" or {os.path.normpath(Path(folder).resolve() / moved)}")
+        raise FileNotFoundError(f"the {name} of {folder} does not exist, expected at {tried}; {advice}")
+    return path
 
 
 def check_format(path: Path, number: Any, versions: Any, make: str) -> None:
@@ -279,26 +382,3 @@ def hash_arrays(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-class ParquetStream:
-    """Writes tables with the same columns one after another to one Parquet file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.writer: Any = None
-
-    def __enter__(self) -> "ParquetStream":
-        return self
-
-    def write(self, table: dict[str, np.ndarray]) -> None:
-        import pyarrow as pa  # imported here: training writes manifests but needs no Parquet
-        import pyarrow.parquet as pq
-
-        arrow = pa.table(table)
-        self.writer = self.writer or pq.ParquetWriter(self.path, arrow.schema, compression="zstd")
-        self.writer.write_table(arrow)
-
-    def __exit__(self, *error: object) -> None:
-        if self.writer:
-            self.writer.close()

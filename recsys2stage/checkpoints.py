@@ -12,6 +12,7 @@ from recsys2stage.artifacts import FORMAT, check_format, take
 from recsys2stage.trust import arguments, shorten_class_paths
 
 OPTIONS, SPLIT, VERSIONS = "hyper_parameters", "split_hash", "versions"  # keys of a checkpoint
+KINDS = {"towers": "retriever", "reranker": "ranker"}  # submodule -> model that has it
 MAX_BUFFER_BYTES = 1 << 30  # largest buffer that is not in the state_dict
 
 
@@ -37,8 +38,10 @@ def load_checkpoint(path: str | Path, make: str) -> dict[str, Any]:
         make: command that makes such a checkpoint, for the error.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a checkpoint; give a file of it: {path / 'best.ckpt'}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run: {make}")
+        raise FileNotFoundError(f"{path} does not exist, expected a checkpoint; give its path, or run: {make}")
     checkpoint = load_tensors(path, path, make)
     check_format(path, checkpoint.get("format"), checkpoint.get(VERSIONS), make)
     take(checkpoint, OPTIONS, dict, path)
@@ -89,8 +92,23 @@ def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], d
         if isinstance(name, str) and name.startswith(f"{part}.")
     }
     if not weights:
-        raise ValueError(f"{path} holds no {part}; expected a checkpoint made by: {make}")
+        check_kind(checkpoint, part, path, f"give such a checkpoint, or run: {make}")
     return {**checkpoint[OPTIONS], SPLIT: checkpoint[SPLIT]}, weights
+
+
+def check_kind(checkpoint: dict[str, Any], part: str, path: str | Path, step: str) -> None:
+    """Raises a ValueError unless a checkpoint has the weights of a submodule, which tells retrievers from rankers.
+
+    Args:
+        checkpoint: as loaded.
+        part: submodule, of KINDS.
+        path: the file, for the error.
+        step: what to do next, for the error.
+    """
+    parts = {name.partition(".")[0] for name in checkpoint["state_dict"] if isinstance(name, str) and "." in name}
+    if part not in parts:
+        other = next((f"that of a {kind}" for name, kind in KINDS.items() if name in parts), "of no such model")
+        raise ValueError(f"{path} holds no {part}: the checkpoint is {other}, expected that of a {KINDS[part]}; {step}")
 
 
 def build(kind: type, options: Any, weights: dict[str, torch.Tensor], where: str | Path) -> Any:

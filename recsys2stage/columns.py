@@ -14,6 +14,8 @@ USER, ITEM, SCORE, RANK = "user", "item", "score", "rank"
 REQUEST, PLACE, ROWS = "request", "place", "rows"  # a mined list, event index of its target, its length
 LABEL, RETRIEVER_SCORE, RETRIEVER_RANK, ORIGIN, FOLD = "label", "retriever_score", "retriever_rank", "origin", "fold"
 
+YEAR_2100 = 4_102_444_800  # seconds since 1970; the latest valid time
+
 MANIFEST = "manifest.json"  # in every artifact: its kind, options, parents and versions
 
 # files of a prepared dataset; E events sorted by user and time, U users, V items

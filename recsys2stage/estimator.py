@@ -4,37 +4,34 @@ model = TwoStageRecommender.from_config("configs/ml-1m", max_epochs=20).fit(even
 model.recommend(users=[1, 2], k=10)
 """
 
-import functools
+import difflib
 import inspect
-import io
 import json
-import logging
 import shutil
 import tempfile
-import weakref
-from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
-from jsonargparse import ArgumentParser
-from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import atomic_write, read_manifest, take, write_manifest
+from recsys2stage.artifacts import atomic_write, make_folder, read_manifest, take, write_manifest
 from recsys2stage.cli import evaluate, export, recommend, training
-from recsys2stage.data import sources
-from recsys2stage.data.frames import FrameColumns, Sides, TimeUnit
+from recsys2stage.cli.configs import resolve_path
+from recsys2stage.cli.parser import parse_config, python_errors
+from recsys2stage.cli.quiet import quiet
+from recsys2stage.data.fitted import FittedFolder
+from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, check_arguments
 from recsys2stage.data.ids import given_ids
-from recsys2stage.data.options import Part, Seen
+from recsys2stage.data.locks import locked
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.split import Marked
 from recsys2stage.mining.mine import mine_negatives
+from recsys2stage.options import Part, Seen, TimeUnit
 from recsys2stage.ranking.bundle import bundle_manifest
 
 KIND = "model"  # artifact kind in the manifest
@@ -42,6 +39,7 @@ DEFAULTS = {  # options of a fit without a config
     "retriever": ["--model=Retriever", "--data=Histories", "--trainer.max_epochs=60", "--trainer.gradient_clip_val=1"],
     "ranker": ["--model=Ranker", "--data=Candidates", "--trainer.max_epochs=30"],
 }
+VERBS = {"prepare": "prepare-data", "index": "export-index", "mine": "mine-negatives", "bundle": "export-bundle"}
 NEVER = 1_000_000  # early-stopping patience that no fit reaches
 
 
@@ -67,7 +65,8 @@ class TwoStageRecommender:
         early_stopping: True: as configured; an integer: patience in epochs without a better NDCG@10; False: none. The
             weights of the best epoch are kept in any case.
         seed: random seed of both fits, mining and bootstrap.
-        folder: output folder; None: a temporary folder, deleted with the object.
+        folder: output folder; None: a temporary folder, deleted with the object and its copies. Only a model with a
+            folder of its own, or a loaded one, can be pickled.
         user: column of the user id.
         item: column of the item id.
         time: column of the time; None: no times, rows are in chronological order.
@@ -123,6 +122,7 @@ class TwoStageRecommender:
         self.verbose = verbose
         self.trust = trust
         self._fitted: Path | None = None
+        self._holder: FittedFolder | None = None  # shared with copies
         self._pandas = False
 
     @classmethod
@@ -134,15 +134,34 @@ class TwoStageRecommender:
         """Constructor arguments, as in scikit-learn; `deep` has no effect."""
         return {name: getattr(self, name) for name in list(inspect.signature(type(self)).parameters)}
 
+    def set_params(self, **params: Any) -> "TwoStageRecommender":
+        """Sets constructor arguments, as in scikit-learn; those of the stages take effect at the next `fit`."""
+        known = self.get_params()
+        for name in params:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"set_params got {name!r}, expected one of {', '.join(known)}{hint}")
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
     @property
     def path(self) -> Path:
         """Folder of the fitted model: data/, bundle/ and, unless it was loaded, the artifacts of all other stages."""
         if self._fitted is None:
             raise NotFittedError("this model is not fitted; call fit(events), or TwoStageRecommender.load(path)")
+        if self._holder is not None and self._holder.is_changed():
+            raise NotFittedError(
+                f"{self._fitted} no longer holds this model: it was removed or written anew; call fit(events), or "
+                "TwoStageRecommender.load(path) for the one that is there"
+            )
         return self._fitted
 
     def fit(self, events: Any, items: Any = None, users: Any = None, validation: Any = None) -> "TwoStageRecommender":
         """Fits both stages.
+
+        Copies of the model keep the state they had; a copy of a fitted model shares its folder.
 
         Args:
             events: one row per event, in any order (chronological if there is no time column).
@@ -156,12 +175,16 @@ class TwoStageRecommender:
         Raises:
             ValueError: a column is missing, a row is invalid, or no user has a validation target.
         """
-        self._fitted, self._pandas = None, type(events).__module__.partition(".")[0] == "pandas"
+        check_arguments(self.get_params())
+        self._fitted, self._holder, self._pandas = None, None, type(events).__module__.partition(".")[0] == "pandas"
         log = self._frames.mark_parts(events, validation)
         sides = self._frames.sides(items, users)
-        folder = self._new_folder()
+        holder = FittedFolder(self.folder)
+        folder = holder.path
         paths = {stage: folder / stage for stage in ("data", "retriever", "index", "candidates", "ranker", "bundle")}
-        with quiet(self.verbose):
+        with nullcontext() if holder.temporary else locked(folder), quiet(self.verbose):
+            make_folder(folder)
+            (folder / c.MANIFEST).unlink(missing_ok=True)  # an unfinished fit leaves no valid model
             self._prepare(log, sides, folder / "frames", paths["data"])
             self._train("retriever", paths["data"], paths["retriever"], self.overlays)
             inputs = {"retriever": paths["retriever"] / "best.ckpt", "data": paths["data"], "trust": self._trust}
@@ -171,9 +194,9 @@ class TwoStageRecommender:
             self._train("ranker", paths["candidates"], paths["ranker"])
             inputs = {"index": paths["index"], "ranker": paths["ranker"] / "best.ckpt", "trust": self._trust}
             self._run(export.export_bundle, "bundle", **inputs, output=paths["bundle"])
-        parents = {"bundle": paths["bundle"], "data": paths["data"]}
-        write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
-        self._fitted = folder
+            parents = {"bundle": paths["bundle"], "data": paths["data"]}
+            write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
+        self._fitted, self._holder = folder, holder.remember()
         return self
 
     def recommend(
@@ -207,7 +230,7 @@ class TwoStageRecommender:
         model = self.path
         if users is not None and histories is not None:
             raise ValueError("both users and histories are given; give user ids of the events, or histories")
-        with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
+        with quiet(self.verbose), python_errors(), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             output, log = Path(folder) / "recommendations.parquet", Path(folder) / "histories.parquet"
             if histories is not None:
                 manifest = model / "bundle" / c.MANIFEST
@@ -241,7 +264,7 @@ class TwoStageRecommender:
             protocol: full, or sampled-N (N sampled negatives), which is not comparable to any other protocol.
         """
         model = self.path
-        with quiet(self.verbose), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
+        with quiet(self.verbose), python_errors(), tempfile.TemporaryDirectory(prefix="recsys2stage-") as folder:
             evaluate.evaluate(
                 bundle=model / "bundle",
                 data=model / "data",
@@ -258,7 +281,7 @@ class TwoStageRecommender:
     def save(self, path: str | Path) -> None:
         """Writes a folder for `load` and for commands with --bundle and --data; replaces a model saved there."""
         model = self.path
-        with atomic_write(path, KIND) as folder:
+        with locked(path), atomic_write(path, KIND) as folder:
             folder.mkdir()
             for part in ("data", "bundle"):
                 shutil.copytree(model / part, folder / part)
@@ -279,7 +302,8 @@ class TwoStageRecommender:
         if unknown := options.keys() - inspect.signature(cls).parameters.keys():
             raise ValueError(f"{path} has unknown arguments {', '.join(sorted(unknown))}; run: {make}")
         model = cls(**options | reset)
-        model._fitted, model._pandas = Path(path).resolve(), take(manifest, "pandas", bool, path)
+        model._holder, model._pandas = FittedFolder(path).remember(), take(manifest, "pandas", bool, path)
+        model._fitted = model._holder.path
         return model
 
     @property
@@ -299,20 +323,10 @@ class TwoStageRecommender:
     def _trust(self) -> list[str]:
         return [self.trust] if isinstance(self.trust, str) else list(self.trust or ())
 
-    def _new_folder(self) -> Path:
-        if self.folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="recsys2stage-"))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            return folder
-        folder = Path(self.folder).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / c.MANIFEST).unlink(missing_ok=True)  # an unfinished fit leaves no valid model
-        return folder
-
     def _prepare(self, log: pl.DataFrame, sides: Sides, frames: Path, output: Path) -> None:
         options = self._frames.write(log, sides, frames)
         split = {"split": {"class_path": class_path(Marked)}} if "part" in options else {}
-        source = {"class_path": class_path(sources.Table), "init_args": options}
+        source = {"class_path": class_path(FrameTable), "init_args": options}
         self._run(prepare, "prepare", source=source, output=output, **split)
         manifest = read_manifest(output, "dataset", "recsys prepare-data")
         if not manifest["counts"]["val_users"]:
@@ -334,18 +348,14 @@ class TwoStageRecommender:
         if not self.verbose:
             options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
         options.append("--trainer.devices=1")  # more processes would run the caller's script again
-        with config_errors(config):
+        with python_errors():
             training.train("fit", options)
 
     def _run(self, command: Callable[..., Any], stage: str, **options: Any) -> None:
         """Runs a command with the options of the stage's config, overridden by `options`."""
         config = self._config(stage)
-        configured = {} if config is None else yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_function_arguments(command)
-        with config_errors(config):
-            parsed = parser.parse_object({**configured, **options})
-            command(**parser.instantiate(parsed).as_dict())
+        with python_errors():
+            command(**parse_config(command, VERBS[stage], config, options))
 
     def _config(self, stage: str) -> Path | None:
         """The YAML file of a stage, if there is one."""
@@ -358,43 +368,5 @@ class TwoStageRecommender:
         return path if path.is_file() else None
 
 
-def resolve_path(name: str | Path, folder: str, suffix: str = "") -> Path:
-    """Resolves a path, or the name of a file or folder in a folder of configs."""
-    for path in (Path(name), Path(folder) / f"{name}{suffix}"):
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"{name} does not exist, nor does {path}; give a path, or a name from {folder}")
-
-
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-@contextmanager
-def config_errors(config: Path | None) -> Iterator[None]:
-    """Turns parser errors into a ValueError with the path of the config."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise ValueError(f"{config or 'the default options'}: {error}") from error
-
-
-@contextmanager
-def quiet(verbose: bool) -> Iterator[None]:
-    """Silences prints, progress bars and Lightning's messages below warnings, unless verbose."""
-    if verbose:
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    original = tqdm.__init__
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        tqdm.__init__ = functools.partialmethod(original, disable=True)  # TQDM_DISABLE is read only at import
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tqdm.__init__ = original
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

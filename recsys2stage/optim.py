@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from recsys2stage import __version__
 from recsys2stage.artifacts import check_format
 from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, add_metadata, load_checkpoint
+from recsys2stage.options import check_integer, check_number, is_number
 from recsys2stage.trust import arguments, trusting
 
 
@@ -35,6 +36,13 @@ class RecsysAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.0,
     ) -> None:
+        check_number("lr", lr, low=0, high=1e3, example=1e-3)
+        check_number("weight_decay", weight_decay, low=0, high=1e3, example=0.01)
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not (pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)):
+            raise ValueError(
+                f"betas is {betas!r}, expected two numbers from 0 to below 1; set betas to [0.9, 0.98], for example"
+            )
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         # a fused step can unscale float16 gradients itself, and Lightning then refuses to clip them; with this flag off
         # they are unscaled before the step, as for any other optimiser; bf16 needs no scaling
@@ -93,6 +101,12 @@ class RecsysModule(LightningModule):
             )
 
 
+def check_schedule(warmup: int, final: float) -> None:
+    """Raises a ValueError for an invalid schedule of the learning rate; arguments as in `with_schedule`."""
+    check_integer("warmup_steps", warmup, 0, example=100)
+    check_number("final_lr", final, low=0, high=1, example=0.1, what="a share of the learning rate,")
+
+
 def with_schedule(
     optimizer: Optimizer, warmup: int, final: float = 1.0, progress: Callable[[], float] = lambda: 0.0
 ) -> OptimizerLRSchedulerConfig:
@@ -104,8 +118,7 @@ def with_schedule(
         final: final share of the learning rate (Loshchilov & Hutter 2017, without restarts); 1: no decay.
         progress: returns the share of the run that is done, from 0 to 1.
     """
-    if not 0 <= final <= 1:
-        raise ValueError(f"final_lr is {final}, expected a share of the learning rate, from 0 to 1")
+    check_schedule(warmup, final)
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / max(warmup, 1)) * (final + (1 - final) * (1 + math.cos(math.pi * progress())) / 2)

@@ -14,8 +14,8 @@ import numpy as np
 from recsys2stage import columns as c
 from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import Seen, check_option
 from recsys2stage.data.request_inputs import encode_users, request_seconds
+from recsys2stage.options import Seen, check_option
 from recsys2stage.ranking.beyond import Recommendations as Recommendations
 from recsys2stage.ranking.beyond import RetrievedItems as RetrievedItems
 from recsys2stage.ranking.bundle import SPEC, check_split, read_bundle

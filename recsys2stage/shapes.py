@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from recsys2stage.options import MAX_LAYERS, MAX_LENGTH, MAX_WIDTH, check_integer
+
 Similarity = Literal["cosine", "dot"]  # of a query vector and an item vector
 Items = Int[Tensor, "B L"]  # item numbers, 0 after the end of the history
 Times = Int[Tensor, "B L"]  # seconds
@@ -69,5 +71,9 @@ class Shape:
     causal: bool = True  # whether a position sees only itself and earlier positions
 
     def __post_init__(self) -> None:
+        check_integer("dim", self.dim, 1, MAX_WIDTH, example=64)
+        check_integer("max_length", self.max_length, 1, MAX_LENGTH + 2, example=200)  # with masked event and user
+        check_integer("heads", self.heads, 1, self.dim, example=2)
+        check_integer("layers", self.layers, 1, MAX_LAYERS, example=2)
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}; change one of them")

@@ -2,14 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from recsys2stage.artifacts import atomic_write, fingerprint, hash_arrays, read_manifest, write_json, write_manifest
+from recsys2stage.artifacts import (
+    atomic_write,
+    find_parent,
+    fingerprint,
+    hash_arrays,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 
 MAKE = "recsys make-it"
 
@@ -105,9 +115,54 @@ def test_a_manifest_says_what_made_it_from_what(tmp_path: Path) -> None:
     manifest = read_manifest(child, "index", MAKE)
     assert manifest["items"] == 7
     assert manifest["options"] == {"k": 1}
-    assert manifest["parents"] == {"data": {"path": str(parent), "hash": fingerprint(parent)}}
+    entry = {"path": str(parent), "relative": "../parent", "hash": fingerprint(parent)}
+    assert manifest["parents"] == {"data": entry}
     assert manifest["versions"].keys() == {"recsys2stage", "python", "numpy"}
     assert manifest["command"] == " ".join(sys.argv)
+
+
+def test_the_paths_of_parents_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So they hold in any working folder; and the relative one is that of the final place of the artifact."""
+    write_manifest(tmp_path, "dataset", {}, {})
+    monkeypatch.chdir(tmp_path.parent)
+    with atomic_write(Path("runs") / "index", "index") as folder:
+        folder.mkdir()
+        write_manifest(folder, "index", {}, {"data": Path(tmp_path.name)})
+    parent = read_manifest("runs/index", "index", MAKE)["parents"]["data"]
+    assert (parent["path"], parent["relative"]) == (str(tmp_path), f"../../{tmp_path.name}")
+    shutil.rmtree("runs")
+
+
+def related(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A dataset and an index made from it, with the manifest of the index."""
+    for name, parents in (("data", {}), ("index", {"data": folder / "data"})):
+        (folder / name).mkdir(parents=True)
+        write_manifest(folder / name, "dataset" if name == "data" else name, {"of": str(folder)}, parents)
+    return folder / "index", read_manifest(folder / "index", "index", MAKE)
+
+
+def test_a_parent_that_was_moved_together_with_its_child_is_found(tmp_path: Path) -> None:
+    index, manifest = related(tmp_path / "here")
+    assert find_parent(index, manifest, "data", "") == tmp_path / "here" / "data"
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert find_parent(tmp_path / "there/index", manifest, "data", "") == tmp_path / "there" / "data"
+    (tmp_path / "link").symlink_to(tmp_path / "there/index")
+    assert find_parent(tmp_path / "link", manifest, "data", "") == tmp_path / "there" / "data"
+    (tmp_path / "here" / "data").mkdir(parents=True)  # other data where the old ones were
+    write_manifest(tmp_path / "here" / "data", "dataset", {"of": "others"}, {})
+    assert find_parent(tmp_path / "there/index", manifest, "data", "") == tmp_path / "there" / "data"
+
+
+def test_a_parent_that_is_nowhere_is_named_with_the_places_that_were_tried(tmp_path: Path) -> None:
+    index, manifest = related(tmp_path / "here")
+    shutil.move(index, tmp_path / "index")
+    shutil.move(tmp_path / "here", tmp_path / "gone")
+    message = rf"the data of .*index does not exist, expected at {tmp_path}/here/data or {tmp_path}/data; pass --data"
+    with pytest.raises(FileNotFoundError, match=message):
+        find_parent(tmp_path / "index", manifest, "data", "pass --data")
+    del manifest["parents"]["data"]["relative"]  # as earlier versions wrote it
+    with pytest.raises(FileNotFoundError, match=rf"expected at {tmp_path}/here/data; pass --data"):
+        find_parent(tmp_path / "index", manifest, "data", "pass --data")
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
@@ -117,7 +172,7 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_kind_says_which(tmp_path: Path) -> None:
     write_manifest(tmp_path, "index", {}, {})
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds a 'index', expected a 'dataset'; run: {MAKE}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds an index, expected a dataset; .* prepare-data wrote"):
         read_manifest(tmp_path, "dataset", MAKE)
 
 

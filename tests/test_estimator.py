@@ -1,8 +1,9 @@
 """The estimator is the verbs, run on frames: the same numbers, and habits that one expects of an estimator."""
 
+import copy
 import gc
-import importlib.util
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from closeness import same_lists
 from pipeline_fixtures import RANKER, RETRIEVER, K, Run, recsys
 
 from recsys2stage import TwoStageRecommender
-from recsys2stage.artifacts import read_manifest
+from recsys2stage.artifacts import read_manifest, write_manifest
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.fitted import FittedFolder
 from recsys2stage.data.frames import as_polars, infer_kind
+from recsys2stage.data.locks import locked
 from recsys2stage.estimator import NotFittedError
 from recsys2stage.recommender import Recommender
 
@@ -34,7 +37,8 @@ KINDS: dict[str, Callable[[pl.DataFrame], Any]] = {
     "lazy": pl.DataFrame.lazy,
     "arrow": pl.DataFrame.to_arrow,
     "columns": lambda frame: frame.to_dict(as_series=False),
-} | ({"pandas": pl.DataFrame.to_pandas} if importlib.util.find_spec("pandas") else {})
+    "pandas": pl.DataFrame.to_pandas,
+}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +156,7 @@ def test_features_follow_the_types_of_the_columns(fitted: TwoStageRecommender, i
         assert [infer_kind(pl.Series("x", [], dtype)) for dtype in dtypes] == [kind] * len(dtypes)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ("polars", "pandas") if kind in KINDS])
+@pytest.mark.parametrize("kind", ["polars", "pandas"])
 def test_quiet_and_of_the_kind_of_its_events_and_gone_with_its_folder(
     kind: str, configs: Path, events: pl.DataFrame, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,6 +344,89 @@ def test_arguments_are_attributes_and_parameters() -> None:
     assert params["config"] == model.config == "configs/ml-1m-plain"
     assert (model.max_epochs, model.overlays, model.user) == (3, ["hstu"], "user_id")
     assert TwoStageRecommender(**params).get_params() == params
+
+
+def test_parameters_are_set_by_name() -> None:
+    """As scikit-learn's clone and searches use them."""
+    model = TwoStageRecommender(overlays=["hstu"])
+    assert model.set_params(max_epochs=3, seed=7) is model
+    assert (model.max_epochs, model.seed, model.overlays) == (3, 7, ["hstu"])
+    clone = type(model)(**{name: copy.deepcopy(value) for name, value in model.get_params(deep=False).items()})
+    assert clone.get_params() == model.get_params()
+    with pytest.raises(ValueError, match=r"set_params got 'max_epoch', expected .*; did you mean 'max_epochs'"):
+        model.set_params(seed=8, max_epoch=4)
+    assert model.seed == 7
+
+
+def test_an_unfitted_model_is_copied_and_pickled() -> None:
+    model = TwoStageRecommender("demo", max_epochs=3)
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.get_params() == model.get_params()
+        with pytest.raises(NotFittedError):
+            other.recommend()
+
+
+def stand_in(folder: Path | None, trained: Run) -> TwoStageRecommender:
+    """A model as `fit` leaves it, with the artifacts of a run."""
+    model = TwoStageRecommender(folder=folder, user="userId", item="movieId")
+    holder = FittedFolder(folder)
+    for name in ("data", "bundle"):
+        shutil.copytree(trained.folder / name, holder.path / name)
+    parents = {name: holder.path / name for name in ("data", "bundle")}
+    write_manifest(holder.path, "model", model.get_params(), parents, pandas=False)
+    model._fitted, model._holder = holder.path, holder.remember()
+    return model
+
+
+def test_copies_of_a_fitted_model_share_its_temporary_folder(trained: Run) -> None:
+    model = stand_in(None, trained)
+    folder, expected = model.path, model.recommend(users=[1, 2], k=3)
+    copies = [copy.deepcopy(model), copy.copy(model)]
+    del model
+    gc.collect()
+    for one in copies:
+        assert one.path == folder
+        assert one.recommend(users=[1, 2], k=3).equals(expected)
+    del one
+    copies.pop()
+    gc.collect()
+    assert folder.exists()
+    copies.pop()
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_model_in_a_temporary_folder_is_not_pickled_and_a_saved_one_is(trained: Run, tmp_path: Path) -> None:
+    model = stand_in(None, trained)
+    with pytest.raises(TypeError, match=r"the temporary folder .* cannot be pickled; .* save\(path\), then load"):
+        pickle.dumps(model)
+    expected = model.recommend(users=[1, 2], k=3)
+    model.save(tmp_path / "saved")
+    for one in (TwoStageRecommender.load(tmp_path / "saved"), stand_in(tmp_path / "own", trained)):
+        other = pickle.loads(pickle.dumps(one))
+        assert other.get_params() == one.get_params()
+        assert other.recommend(users=[1, 2], k=3)["movieId"].to_list() == expected["movieId"].to_list()
+
+
+@pytest.mark.parametrize("change", ["removed", "another fit"])
+def test_a_folder_that_no_longer_holds_the_model_is_not_served(change: str, trained: Run, tmp_path: Path) -> None:
+    """A copy that was fitted again into the same folder would answer for this one."""
+    model = stand_in(tmp_path / "own", trained)
+    other = copy.deepcopy(model)
+    if change == "removed":
+        shutil.rmtree(tmp_path / "own")
+    else:
+        write_manifest(tmp_path / "own", "model", {"seed": 1}, {}, pandas=False)
+    for one in (model, other):
+        with pytest.raises(NotFittedError, match=r"own no longer holds this model: it was removed or written anew"):
+            one.recommend(users=[1])
+
+
+def test_two_fits_into_one_folder_at_once_are_refused(configs: Path, events: pl.DataFrame, tmp_path: Path) -> None:
+    model = TwoStageRecommender(configs, **COLUMNS, folder=tmp_path / "own")
+    with locked(tmp_path / "own"), pytest.raises(ValueError, match="own is being written by process"):
+        model.fit(events)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["path", "recommend", "evaluate", "save"])

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import shutil
 import sys
 import zipfile
@@ -208,23 +209,23 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "an array larger than its file": (giant_array("index.npy"), "index.npy cannot be read as an array"),
     "a table larger than its file": (giant_array("signals/0.keys.npy"), "0.keys.npy cannot be read as an array"),
     "more items than weights": (
-        in_manifest("towers", "num_items", value=10**12),
-        r"one TwoTower \(.* has shape \(121, 16\), expected \(1000000000001, 16\)\)",
+        in_manifest("towers", "num_items", value=10**9),
+        r"one TwoTower \(.* has shape \(121, 16\), expected \(1000000001, 16\)\)",
     ),
     "more items than weights, in a model that looks at its numbers": (
         lambda folder, canary: (
             (
-                in_manifest("towers", "num_items", value=10**12)(folder, canary),
+                in_manifest("towers", "num_items", value=10**9)(folder, canary),
                 in_manifest("towers", "encoder", "init_args", "time", value={"class_path": "LogSpaced"})(
                     folder, canary
                 ),
             )
         ),
-        r"one TwoTower \(num_items is 1,000,000,000,000, but no weights have more than 121 rows",
+        r"one TwoTower \(num_items is 1,000,000,000, but no weights have more than 121 rows",
     ),
     "places without end": (
         in_manifest("towers", "max_length", value=10**12),
-        r"one TwoTower \(.* would take [0-9,]+ bytes, expected at most|one TwoTower \(.* has shape",
+        r"one TwoTower \(max_length is 1000000000000, expected at most",
     ),
     "weights cut short": (
         lambda folder, canary: os.truncate(folder / "reranker.pt", 9_999),
@@ -488,6 +489,75 @@ def test_hostile_lists_are_refused(name: str, trained: Run, canary: Path, tmp_pa
     with pytest.raises(ValueError, match=message):
         Candidates(lists).setup("fit")
     assert not canary.exists()
+
+
+LIST_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
+    (("options", "k"), True, "has the k True, expected an integer from 1 to"),
+    (("options", "k"), 10**13, "has the k 10000000000000, expected an integer from 1 to 1,048,576"),
+    (("options", "k"), None, "has the k None"),
+    (("options", "signals"), {"Session": 1}, "has the option signals {'Session': 1}, expected a list"),
+    (("vector_dim",), -16, "has the vector_dim -16"),
+    (("max_length",), 0, "has the max_length 0, expected an integer from 1"),
+    (("signals",), ["Session.age"], "has the signal 'Session.age', expected a name and the flags"),
+    (("signals",), [{"name": "Session.age", "by_id": 1, "counted": False}], "expected a name and the flags"),
+    (("signals",), [{"name": ["a"], "by_id": True, "counted": False}], "expected a name and the flags"),
+    (("request_time",), "now", "has the request_time 'now', expected one of none, last_event, target"),
+    (("scores_cold",), "yes", "has the scores_cold 'yes', expected true or false"),
+    (("parents",), {"data": {"path": "x", "hash": None}}, "has the parents data, expected data and index"),
+    (("parents", "index", "path"), "a\0b", "expected a path and a hash of each"),
+    (("parents", "data", "relative"), 3, "expected a path and a hash of each"),
+]
+
+
+@pytest.mark.parametrize(("keys", "value", "message"), LIST_VALUES)
+def test_nested_values_in_the_manifest_of_lists_are_checked(
+    keys: tuple[str | int, ...], value: Any, message: str, trained: Run, tmp_path: Path
+) -> None:
+    lists = shutil.copytree(trained.candidates, tmp_path / "candidates")
+    edited(lists / "manifest.json", *keys, value=value)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        Candidates(lists)
+    assert "recsys mine-negatives" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+FEATURE = {"name": "genres", "kind": "multi", "size": 9}
+DATA_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
+    (("counts", "items"), "120", "counts, has the items '120', expected int"),
+    (("counts", "items"), 0, "has 0 items, expected at least 1"),
+    (("counts", "items"), 10**12, "items.cold.npy has shape (121,) and type bool, expected (1000000000001,)"),
+    (("counts", "val_users"), -1, "has the count val_users -1, expected 0 or more"),
+    (("counts",), {}, "counts, has no events, expected int"),
+    (("protocol", "repeats"), ["keep"], "has the repeats ['keep'], expected one of first, last, keep, error"),
+    (("protocol", "split"), None, "protocol, has the split None, expected str"),
+    (("has", "rating"), 1, "has, has the rating 1, expected bool"),
+    (("has",), {"time": True}, "has, has no rating, expected bool"),
+    (("actions",), [1, 2], "has the actions [1, 2], expected names"),
+    (("features", "items"), {}, "features, has the items {}, expected list"),
+    (("features",), {"items": []}, "features, has no users, expected list"),
+    (("features", "items", 0), "genres", "has the feature 'genres' of items, expected a name, a kind"),
+    (("features", "items", 0), FEATURE | {"kind": "text"}, "of items, expected a name, a kind of categorical"),
+    (("features", "items", 0), FEATURE | {"size": True}, "of items, expected a name, a kind"),
+    (("features", "items", 0), FEATURE | {"size": 0}, "and a size of at least 1"),
+    (("features", "items", 0), FEATURE | {"name": "/../../etc"}, "of items, expected a name"),
+    (("features", "items", 0), FEATURE | {"name": 7}, "of items, expected a name"),
+    (("log",), [], "has the log [], expected columns by name and a time unit of seconds, milliseconds, iso, order"),
+    (("log", "columns", "user_id"), 5, "expected columns by name"),
+    (("log", "time_unit"), "days", "expected columns by name and a time unit"),
+    (("split_hash",), 5, "has the split_hash 5, expected str"),
+]
+
+
+@pytest.mark.parametrize(("keys", "value", "message"), DATA_VALUES)
+def test_nested_values_in_the_manifest_of_a_dataset_are_checked(
+    keys: tuple[str | int, ...], value: Any, message: str, trained: Run, tmp_path: Path
+) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    edited(data / "manifest.json", *keys, value=value)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        Dataset(data)
+    assert "again" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hostile_second_retriever_starts_nothing(ragged: Path, canary: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pipeline_fixtures import Run, recsys
 from worlds import Event, write_movielens
 
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import Part
 from recsys2stage.evaluation.baselines import Markov, Popularity
+from recsys2stage.options import Part
 
 USERS, ITEMS = 90, 40
 DAY = 86_400

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -23,6 +24,9 @@ case $verb in
     *) mkdir -p "$output"; touch "$output/manifest.json" ;;
 esac
 """
+
+
+SLOW = "    fit) trap 'exit 130' INT; echo started > started; while :; do sleep 0.05; done ;;\n    simulate)"
 
 
 class Project:
@@ -188,3 +192,96 @@ def test_every_verb_that_loads_artifacts_gets_trust(project: Project) -> None:
     without = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "SEED=1")
     assert verbs(without) == ALL
     assert not any("--trust" in call for call in without)
+
+
+def test_each_stage_has_a_number_and_a_path_and_no_shell_is_shown(project: Project) -> None:
+    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
+    stages = [line for line in project.said.splitlines() if line.startswith("[")]
+    assert stages[0] == "[1/8] prepare the data: data/ml-1m"
+    assert stages[4] == "[5/8] train the ranker: runs/ml-1m/ranker"
+    assert stages[-1] == "[8/8] recommend for all users: runs/ml-1m/recommendations.parquet"
+    assert len(stages) == 8
+    assert not any(word in project.said for word in ("--config", "trap", "echo", "RECSYS_HINTS"))
+    ended = project.said.split("written:\n")[1].splitlines()
+    for path in ("data/ml-1m/", "runs/ml-1m/retriever/", "runs/ml-1m/bundle/", "runs/ml-1m/report.md"):
+        assert f"  {path}" in ended
+    assert ended[-1].startswith("next: ")
+    project.touch("configs/ml-1m/ranker.yaml")
+    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
+    assert [line[:5] for line in project.said.splitlines() if line.startswith("[")] == [
+        f"[{n}/8]" for n in (5, 6, 7, 8)
+    ]
+    project.make("demo")
+    assert "[1/9] simulate a log: data/raw/demo" in project.said
+    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "REFIT=1")
+    assert "[6/9] train the ranker on all lists: runs/ml-1m/refit" in project.said
+
+
+def test_two_jobs_and_a_dry_run_are_the_same_pipeline(project: Project) -> None:
+    assert project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "--dry-run") == []
+    assert "[8/8] recommend" in project.said
+    assert "prepare-data --config configs/ml-1m/prepare.yaml" in project.said
+    assert sorted(verbs(project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "-j2"))) == sorted(
+        ["prepare-data", *ALL]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("DATASET=ml1m",),
+            "there is no folder configs/ml1m with configs, expected one of: amazon-beauty demo .*; did you mean ml-1m",
+        ),
+        (
+            ("DATASET=nope",),
+            "DATASET=nope: there is no folder configs/nope with configs, expected one of: amazon-beauty",
+        ),
+        (("DATASET=it's",), "DATASET=it's: there is no folder configs/it's"),
+        (("DATASET=ml-1m demo",), "DATASET=ml-1m demo has 2 words, expected one of: amazon-beauty"),
+        (("pipeline", "WITH=hstuu"), r"configs/with/hstuu.yaml does not exist; WITH takes bce .*; did you mean hstu\?"),
+        (("pipeline", "OTHER=gone"), "OTHER=gone has no manifest.json, expected the folder of another run's index"),
+    ],
+)
+def test_a_wrong_name_gets_one_line_with_the_nearest(project: Project, words: tuple[str, ...], message: str) -> None:
+    assert project.make(*words) == []
+    assert re.search(message, project.said)
+    assert len(project.said.splitlines()) == 1
+
+
+def test_a_missing_config_is_named(project: Project) -> None:
+    (project.folder / "configs/ml-1m/ranker.yaml").unlink()
+    assert project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip") == [], "before anything is trained"
+    assert (
+        "configs/ml-1m/ranker.yaml does not exist, expected configs/ml-1m/{prepare,retriever,ranker}.yaml"
+        in project.said
+    )
+
+
+def test_interrupted_it_says_that_the_same_command_goes_on(project: Project) -> None:
+    recsys = project.folder / ".venv/bin/recsys"
+    recsys.write_text(STAND_IN.replace("    simulate)", SLOW))
+    words = ["make", "pipeline", "DATASET=ml-1m", "RAW=raw.zip"]
+    done = subprocess.Popen(
+        words, cwd=project.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    for _ in range(600):
+        if (project.folder / "started").exists():
+            break
+        time.sleep(0.05)
+    os.killpg(done.pid, signal.SIGINT)  # as Ctrl-C does
+    said, _ = done.communicate(timeout=30)
+    assert said.count("Interrupted. The same command goes on where it stopped.") == 1
+    assert done.returncode != 0
+    recsys.write_text(STAND_IN)
+    assert verbs(project.make(*words[1:])) == ALL
+
+
+def test_a_project_without_a_checkout_has_the_same_rules(project: Project) -> None:
+    (project.folder / "Makefile").write_text(
+        "DATASET ?= ml-1m\nRECSYS := .venv/bin/recsys\nREADY :=\ninclude configs/pipeline.mk\n"
+    )
+    (project.folder / ".venv/ready").unlink()
+    assert verbs(project.make("pipeline", "RAW=raw.zip")) == ["prepare-data", *ALL]
+    project.make()
+    assert [line.split()[0] for line in project.said.splitlines()] == ["help", "pipeline", "clean"]

@@ -72,7 +72,7 @@ def test_make_demo_prints_its_table_and_touching_one_config_redoes_only_what_dep
         command = ["make", "--assume-old=.venv/ready", *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        return done.stdout + done.stderr
 
     shown = make("demo")
     report = json.loads((tmp_path / "runs/demo/report.json").read_text())
@@ -87,7 +87,13 @@ def test_make_demo_prints_its_table_and_touching_one_config_redoes_only_what_dep
     ]
     assert any("runs/demo/report.json" in line for line in lines[head + 7 :])
 
-    assert "recsys" not in make("demo", "--dry-run").replace("# recsys", "")
+    figures = ("cohorts.png", "ceiling.png", "learning.png", "calibration.png")
+    assert all(f"  runs/demo/{name}" in lines for name in figures)
+    assert len([line for line in lines if "newest events last: " in line]) == 3
+    assert lines[-1].startswith("next: ")
+    assert len(lines) < 100
+    assert not any(word in shown for word in ("GPU", "TPU", "Tip", "--config", "trap "))
+    assert "trap " not in make("demo", "--dry-run"), "nothing is left to do"
     (tmp_path / "configs/demo/ranker.yaml").touch()
     again = make("demo", "--dry-run")
     assert "runs/demo/ranker" in again

@@ -21,8 +21,8 @@ from worlds import cycle_world, forks_world
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import RequestTime
 from recsys2stage.evaluation.evaluate import rank_users
+from recsys2stage.options import RequestTime
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Encoder, Transformer
@@ -33,7 +33,7 @@ from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.serving.requests import DatasetRequests, FileRequests, read_target_actions
 from recsys2stage.trust import arguments, factory
 
-COLUMNS = ["user_id", "item_id", "score", "rank", "retriever_score"]
+COLUMNS = ["user_id", "item_id", "title", "score", "rank", "retriever_score"]
 KINDS = ["buy", "look"]
 
 
@@ -248,11 +248,11 @@ def test_users_never_seen_are_served(
         "--histories",
         tmp_path / "new.csv",
         "--output",
-        tmp_path / "o",
+        tmp_path / "o.parquet",
         "--k",
         7,
     )
-    out = pl.read_parquet(tmp_path / "o")
+    out = pl.read_parquet(tmp_path / "o.parquet")
     assert out["user_id"].unique().sort().to_list() == ["ann lee", "bob", "zoë"]
     assert out.group_by("user_id").len()["len"].unique().to_list() == [7]
     assert "skipping 2 of 5 events, of items the model does not know" in caplog.text
@@ -260,12 +260,20 @@ def test_users_never_seen_are_served(
     same_lists(ann, as_frame(recommender.recommend([items[3], items[8]], k=7), ann))
     bob = out.filter(pl.col("user_id") == "bob")  # of whom nothing is known
     assert bob["item_id"].to_list() == [row["item_id"] for row in recommender.recommend([], k=7)]
+    assert bob["retriever_score"].null_count() == 7
     (tmp_path / "users.txt").write_text("ann lee\nzoë\n")
     some = ("--users", tmp_path / "users.txt")
     recsys(
-        "recommend", "--bundle", trained.bundle, "--histories", tmp_path / "new.csv", "--output", tmp_path / "o", *some
+        "recommend",
+        "--bundle",
+        trained.bundle,
+        "--histories",
+        tmp_path / "new.csv",
+        "--output",
+        tmp_path / "o.parquet",
+        *some,
     )
-    assert pl.read_parquet(tmp_path / "o")["user_id"].unique().sort().to_list() == ["ann lee", "zoë"]
+    assert pl.read_parquet(tmp_path / "o.parquet")["user_id"].unique().sort().to_list() == ["ann lee", "zoë"]
 
 
 def test_ids_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
@@ -380,10 +388,10 @@ def test_a_list_by_popularity_says_so(recommender: Recommender, caplog: pytest.L
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"k": 0}, "k is 0, expected at least 1, an integer; give"),
-        ({"k": 2.5}, "k is 2.5, expected at least 1, an integer; give"),
-        ({"k": True}, "k is True, expected at least 1, an integer; give"),
-        ({"k": "3"}, "k is '3', expected at least 1, an integer; give"),
+        ({"k": 0}, "k is 0, expected at least 1; set k to 10"),
+        ({"k": 2.5}, "k is 2.5, expected an integer, at least 1; set k to 10"),
+        ({"k": True}, "k is True, expected an integer, at least 1; set k to 10"),
+        ({"k": "3"}, "k is '3', expected an integer, at least 1; set k to 10"),
         ({"times": 1_710_000_000}, "times is 1710000000, expected a sequence of seconds, .*; put it in a list"),
         ({"times": "now"}, "times is the text 'now', expected a sequence of seconds"),
         ({"ratings": 5}, "ratings is 5, expected a sequence of numbers, .*; put it in a list"),
@@ -527,7 +535,7 @@ def share_taken(best: dict[int, int], forks: Run, step: int) -> float:
 
 
 def test_everybody_is_asked_for_one_action(forks: Run, tmp_path: Path) -> None:
-    look, buy = (best_of_each(forks, tmp_path / "out", "--action", kind) for kind in ("look", "buy"))
+    look, buy = (best_of_each(forks, tmp_path / "out.parquet", "--action", kind) for kind in ("look", "buy"))
     assert len(look) == len(buy) == 300
     assert share_taken(look, forks, 1) > 0.9
     assert share_taken(buy, forks, 7) > 0.9
@@ -543,7 +551,7 @@ def test_each_user_is_asked_for_an_action_of_a_file(
     forks: Run, tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In whatever order they stand there; whoever is missing, for an unknown one."""
-    path, out = tmp_path / f"asked.{suffix}", tmp_path / "out"
+    path, out = tmp_path / f"asked.{suffix}", tmp_path / "out.parquet"
     asked = {user: KINDS[user % 2] for user in range(299, 9, -1)} | {-5: "buy"}
     table = pl.DataFrame({"user_id": list(asked), "action": list(asked.values())})
     table = pl.concat([table, pl.DataFrame({"user_id": [9], "action": [None]})], how="vertical_relaxed")
@@ -563,7 +571,7 @@ def test_each_user_is_asked_for_an_action_of_a_file(
 def test_where_nobody_says_the_kind_is_unknown_and_that_is_said_once(
     forks: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    best_of_each(forks, tmp_path / "out")
+    best_of_each(forks, tmp_path / "out.parquet")
     assert caplog.text.count("no target action given, using 'unknown'") == len(caplog.records) == 1
     served = Recommender.load(forks.index)
     assert served.recommend([5], k=1)[0]["item_id"] in (6, 12)
@@ -618,7 +626,7 @@ def test_a_json_of_actions_is_read_as_the_same_csv_is(tmp_path: Path) -> None:
 def test_an_action_that_cannot_be_asked_for_says_why(forks: Run, trained: Run, tmp_path: Path) -> None:
     def refused(message: str, bundle: Path, action: object) -> None:
         with pytest.raises(SystemExit, match=message):
-            recsys("recommend", "--bundle", bundle, "--output", tmp_path / "out", "--action", action)
+            recsys("recommend", "--bundle", bundle, "--output", tmp_path / "out.parquet", "--action", action)
 
     refused("the target action is 'sell', expected a file or one of the model's actions buy, look", forks.index, "sell")
     (tmp_path / "asked.csv").write_text("user_id,action\n1,look\n2,sell\n")
@@ -632,7 +640,7 @@ def test_an_action_that_cannot_be_asked_for_says_why(forks: Run, trained: Run, t
     (tmp_path / "cut.json").write_text('{"1": "lo')
     refused(r"cut\.json cannot be read", forks.index, tmp_path / "cut.json")
     refused("this model has no target action", trained.bundle, "look")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.parquet").exists()
     with pytest.raises(ValueError, match="the target action is 'sell', expected one of buy, look"):
         Recommender.load(forks.index).recommend([5], action="sell")
     with pytest.raises(ValueError, match="this model has no target action"):
@@ -776,10 +784,10 @@ def test_with_signals_a_file_and_python_give_what_the_data_give(
     ties = rated.group_by("user_id").agg(pl.col("time").is_duplicated().any())
     clear = ties.filter(~pl.col("time"))["user_id"].to_list()
     rated.sample(fraction=1, shuffle=True, seed=0).write_csv(tmp_path / "histories.csv")
-    of = ("--bundle", informed.bundle, "--output", tmp_path / "out", "--batch_size", 13)
+    of = ("--bundle", informed.bundle, "--output", tmp_path / "out.parquet", "--batch_size", 13)
     recsys("recommend", *of, "--histories", tmp_path / "histories.csv")
     one, other = (
-        table.filter(pl.col("user_id").is_in(clear)) for table in (pl.read_parquet(tmp_path / "out"), advised)
+        table.filter(pl.col("user_id").is_in(clear)) for table in (pl.read_parquet(tmp_path / "out.parquet"), advised)
     )
     assert len(one) > 100
     same_lists(one, other, rounding=1e-4)  # the scale of a signal multiplies its rounding
@@ -796,8 +804,10 @@ def test_with_signals_a_file_and_python_give_what_the_data_give(
 
 
 def test_with_signals_all_items_can_be_asked_for(informed: Run, log: pl.DataFrame, tmp_path: Path) -> None:
-    recsys("recommend", "--bundle", informed.bundle, "--output", tmp_path / "all", "--k", 500, "--users", "[3, 7]")
-    table = pl.read_parquet(tmp_path / "all")
+    recsys(
+        "recommend", "--bundle", informed.bundle, "--output", tmp_path / "all.parquet", "--k", 500, "--users", "[3, 7]"
+    )
+    table = pl.read_parquet(tmp_path / "all.parquet")
     for user in (3, 7):
         rows, met = (own.filter(pl.col("user_id") == user)["item_id"].to_list() for own in (table, log))
         assert sorted(rows + list(set(met))) == sorted(log["item_id"].unique().to_list())
@@ -810,9 +820,18 @@ def test_signals_of_users_never_seen(
     items, now = rated["item_id"].unique().sort().to_list(), int(rated["time"].max())  # type: ignore[arg-type]
     rows = [("ann", items[3], now - 900), ("ann", items[8], now - 60), ("bob", 10**9, now), ("zoë", items[1], now - 5)]
     pl.DataFrame(rows, schema=["user_id", "item_id", "time"], orient="row").write_csv(tmp_path / "new.csv")
-    of = ("--bundle", informed.bundle, "--histories", tmp_path / "new.csv", "--output", tmp_path / "o", "--k", 7)
+    of = (
+        "--bundle",
+        informed.bundle,
+        "--histories",
+        tmp_path / "new.csv",
+        "--output",
+        tmp_path / "o.parquet",
+        "--k",
+        7,
+    )
     recsys("recommend", *of, "--request_time", now)
-    out = pl.read_parquet(tmp_path / "o")
+    out = pl.read_parquet(tmp_path / "o.parquet")
     assert "has no column rating, which the model reads" in caplog.text
     bob = out.filter(pl.col("user_id") == "bob")
     best = np.argsort(-told.popularity[1:], kind="stable")[:7]
@@ -930,7 +949,9 @@ def test_a_checkpoint_is_read_by_part(trained: Run, tmp_path: Path) -> None:
     options, weights = read_checkpoint(trained.retriever, "towers", "make")
     assert options["dim"] == 16
     assert all(not name.startswith("towers.") for name in weights)
-    with pytest.raises(ValueError, match=r"holds no reranker; expected a checkpoint made by: make"):
+    with pytest.raises(
+        ValueError, match=r"holds no reranker: .* expected that of a ranker; give such a checkpoint, or run: make"
+    ):
         read_checkpoint(trained.retriever, "reranker", "make")
     with pytest.raises(FileNotFoundError, match="run: make"):
         read_checkpoint(tmp_path / "none.ckpt", "towers", "make")

@@ -15,6 +15,7 @@ from torch import Tensor
 from recsys2stage import __version__
 from recsys2stage.artifacts import atomic_write, write_manifest
 from recsys2stage.checkpoints import add_metadata
+from recsys2stage.cli.progress import print_fit
 from recsys2stage.columns import MANIFEST
 from recsys2stage.retrieval.histories import seed
 
@@ -247,15 +248,19 @@ class WriteManifest(Callback):
                 "(trainer.limit_val_batches, trainer.check_val_every_n_epoch), or keep the last weights with "
                 "--checkpoint.monitor null"
             )
+        facts: dict[str, Any] = {
+            "monitor": checkpoint.monitor,
+            "best": None if score is None else float(score),
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "seconds": round(self.seconds + time.monotonic() - self.started, 1),
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+        }
         write_manifest(
             folder,
             type(pl_module).__name__.lower(),
             options={"config": str(Path(str(log)) / "config.yaml"), "seed": seed()},
             parents=getattr(trainer.datamodule, "parents", {}),  # type: ignore[attr-defined]  # set outside Trainer.__init__
-            monitor=checkpoint.monitor,
-            best=None if score is None else float(score),
-            epochs=trainer.current_epoch,
-            steps=trainer.global_step,
-            seconds=round(self.seconds + time.monotonic() - self.started, 1),
-            parameters=sum(p.numel() for p in pl_module.parameters()),
+            **facts,
         )
+        print_fit(trainer, pl_module, folder / BEST, facts)

@@ -4,6 +4,8 @@ from typing import Any
 
 from recsys2stage.cli.evaluate import evaluate
 from recsys2stage.cli.export import export_bundle, export_index
+from recsys2stage.cli.listing import list_parts
+from recsys2stage.cli.project import init
 from recsys2stage.cli.recommend import recommend
 from recsys2stage.cli.serve import export_log, serve
 from recsys2stage.data.prepare import prepare
@@ -11,6 +13,8 @@ from recsys2stage.data.simulate import simulate
 from recsys2stage.mining.mine import mine_negatives
 
 COMMANDS: dict[str, Any] = {
+    "init": init,
+    "list": list_parts,
     "simulate": simulate,
     "prepare-data": prepare,
     "export-index": export_index,

@@ -12,7 +12,8 @@ from recsys2stage.artifacts import (
     write_json,
 )
 from recsys2stage.data.dataset import Dataset, sample_users
-from recsys2stage.data.options import Part, check_least, check_option
+from recsys2stage.data.locks import locked
+from recsys2stage.data.summary import print_summary
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
     beyond_accuracy,
@@ -24,9 +25,12 @@ from recsys2stage.evaluation.evaluate import (
 )
 from recsys2stage.evaluation.plots import write_figures
 from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdown, as_table
-from recsys2stage.ranking.bundle import bundle_manifest, check_split
+from recsys2stage.options import Part, check_integer, check_option, check_seed
+from recsys2stage.ranking.bundle import bundle_data, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.trust import Trust, trusts
+
+MAX_RESAMPLES = 1_000_000  # their means are kept in memory
 
 
 @trusts
@@ -66,10 +70,13 @@ def evaluate(
         trust: modules outside this package from which the bundle may load classes.
     """
     check_option("split", split, Part)
-    check_least("resamples", resamples)
+    check_integer("users", users, other="null for all", example=1000)
+    check_integer("resamples", resamples, 1, MAX_RESAMPLES, example=1000)
+    check_integer("batch_size", batch_size, example=256)
+    check_seed("seed", seed)
     negatives = num_negatives(protocol)
     recommender, output = Recommender.load(bundle), output or bundle.parent
-    dataset = Dataset(data or bundle_manifest(bundle)["parents"]["data"]["path"])
+    dataset = Dataset(data or bundle_data(bundle))
     check_split(dataset, bundle)
     recommender.check(dataset)
     measured = sample_users(dataset.users(split), users, seed)
@@ -84,23 +91,30 @@ def evaluate(
     if against is not None:  # fail before the long evaluation
         baseline = read_baseline_run(against, mark)
         differs = check_baseline_run(baseline, conditions, dataset.num_items, measured, targets)
-    outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
-    report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
-    report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
-    report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
-    if against is not None:
-        report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed)
-    line = protocol_line(conditions, len(measured), dataset.num_items)
-    output.mkdir(parents=True, exist_ok=True)
-    with_figures = plots and negatives is None
-    figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
-    with atomic_write(output / f"ranks{mark}.parquet") as temporary:
-        pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
-    with atomic_write(output / f"report{mark}.md") as temporary:
-        temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
-    write_json(output / f"report{mark}.json", report)
-    print(f"\n{line}\n\n{as_table(report)}\n")
-    if against is not None:
-        print(f"{against_text(report, MAIN_METRICS)}\n")
-    files = (f"report{mark}.json", f"report{mark}.md", f"ranks{mark}.parquet", *figures)
-    print("\n".join([*missing, *(str(output / name) for name in files)]))
+    with locked(output / f"report{mark}.json"):
+        outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
+        report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
+        report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
+        report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
+        if against is not None:
+            report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed)
+        line = protocol_line(conditions, len(measured), dataset.num_items)
+        output.mkdir(parents=True, exist_ok=True)
+        with_figures = plots and negatives is None
+        figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
+        with atomic_write(output / f"ranks{mark}.parquet") as temporary:
+            pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
+        with atomic_write(output / f"report{mark}.md") as temporary:
+            temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
+        write_json(output / f"report{mark}.json", report)
+        print(f"\n{line}\n\n{as_table(report)}\n")
+        if against is not None:
+            print(f"{against_text(report, MAIN_METRICS)}\n")
+        files = [f"report{mark}.json", f"ranks{mark}.parquet", *figures]
+        print_summary(
+            output / f"report{mark}.md",
+            f"{len(measured):,} users, {dataset.num_items:,} items",
+            *missing,
+            *(str(output / name) for name in files),
+            then=f"recsys recommend --bundle {bundle}",
+        )

@@ -13,6 +13,7 @@ from recsys2stage.artifacts import (
     RUN,
     atomic_write,
     fingerprint,
+    locate_parent,
     read_array,
     read_json,
     read_manifest,
@@ -23,8 +24,11 @@ from recsys2stage.artifacts import (
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.options import check_least
+from recsys2stage.data.locks import locked
+from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
+from recsys2stage.data.summary import print_summary
+from recsys2stage.options import check_integer
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -63,7 +67,7 @@ def export_index(
         measured: number of users to measure recall and latency on; 0: none.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    check_least("measured", measured, 0)
+    check_integer("measured", measured, 0, example=1000)
     dataset, output = Dataset(data), output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
     for name, expected in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
@@ -90,9 +94,10 @@ def export_index(
         "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
         "user_features": user_specs(dataset),
         "item_features": feature_specs(dataset.item_features),
+        "log": source_log(dataset.manifest, data / c.MANIFEST)._asdict(),
         "towers": towers,
     }
-    with atomic_write(output, "index") as folder:
+    with locked(output), atomic_write(output, "index") as folder:
         folder.mkdir()
         index.save(folder)
         torch.save(weights, folder / TOWERS)
@@ -116,7 +121,24 @@ def export_index(
             k, seen = min(100, dataset.num_items), dataset.filtered_items(users, "val")
             facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
             write_manifest(folder, "index", made, parents, **facts)
-    print(f"{output}: {dataset.num_items:,} items, {facts.get('measured', 'not measured')}")
+    print_summary(
+        output,
+        f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {type(index).__name__}",
+        *describe_search(facts.get("measured")),
+        then=f"recsys mine-negatives --data {data} --index {output}",
+    )
+
+
+def describe_search(measured: dict[str, int | float] | None) -> list[str]:
+    """The measurements of an index (`retrieval.index.measure`) as lines of text."""
+    if measured is None:
+        return ["recall and latency were not measured"]
+    k = measured["k"]
+    return [
+        f"recall@{k} against exact search {measured[f'recall@{k}']:.4f} on {measured['queries']:,} validation targets",
+        f"one query takes {measured['median_ms']:.2f} ms (median), {measured['p95_ms']:.2f} ms (95th percentile); in a "
+        f"batch {measured['batch_ms']:.3f} ms",
+    ]
 
 
 @trusts
@@ -138,11 +160,11 @@ def export_bundle(
         candidates: number of candidates that the ranker scores per request; None: as in its training.
         with_histories: whether to pack the users' histories into the folder, so that `recsys serve` knows them without
             the prepared data. They are all events of the data, with the users' ids.
-        data: prepared dataset with the histories; None: the one the index was made from.
+        data: prepared dataset with the histories, of the index's split; None: the one the index was made from.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    if candidates is not None:
-        check_least("candidates", candidates, other="null for the number in the ranker's training")
+    other = "null for the number in the ranker's training"
+    check_integer("candidates", candidates, other=other, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
@@ -152,6 +174,7 @@ def export_bundle(
     indexed = read_manifest(index, "index", f"recsys export-index --output {index}")
     for name in KEPT:
         take(indexed, name, object, index / c.MANIFEST)
+    candidates = min(candidates, take(indexed, "items", int, index / c.MANIFEST))
     take(weights, "vectors", torch.Tensor, ranker)
     verify(index, indexed, f"recsys export-index --output {index}")
     if options["split_hash"] != indexed["split_hash"]:
@@ -161,11 +184,11 @@ def export_bundle(
         )
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
-    made_from = data or Path(indexed["parents"]["data"]["path"])
-    histories = Dataset(made_from) if with_histories else None
-    if histories is not None:
-        histories.check_split(index, indexed["split_hash"])
-    with atomic_write(output, "bundle") as folder:
+    made_from = data or locate_parent(index, indexed["parents"]["data"])
+    dataset = Dataset(made_from) if with_histories or data is not None else None
+    if dataset is not None:
+        dataset.check_split(index, indexed["split_hash"])
+    with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
             if file.name != c.MANIFEST:
@@ -174,12 +197,13 @@ def export_bundle(
         if options["signals"]:
             made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
             mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
-            path, make = mined["path"], f"recsys mine-negatives --output {mined['path']}"
+            path = locate_parent(ranker.parent, mined)
+            make = f"recsys mine-negatives --output {path}"
             if fingerprint(path) != mined["hash"]:
                 raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
             verify(path, read_manifest(path, "candidates", make), make)
-            shutil.copytree(Path(path) / SIGNALS, folder / SIGNALS)
-        packed = {} if histories is None else {HISTORIES: pack(histories, folder)}
+            shutil.copytree(path / SIGNALS, folder / SIGNALS)
+        histories = {HISTORIES: pack(dataset, folder)} if dataset is not None and with_histories else {}
         write_manifest(
             folder,
             "bundle",
@@ -188,8 +212,14 @@ def export_bundle(
             candidates=candidates,
             reranker={"dim": options["vector_dim"], **reranker},
             recent=options["recent"],
+            log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
-            **packed,
+            **histories,
         )
-    users = "" if histories is None else f", histories of {histories.num_users:,} users"
-    print(f"{output}: both stages, {candidates} candidates{users}")
+    packed = (f"histories of {histories[HISTORIES]['users']:,} users",) if histories else ()
+    print_summary(
+        output,
+        f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
+        *packed,
+        then=f"recsys evaluate --bundle {output}",
+    )

@@ -13,9 +13,13 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from recsys2stage.cli.commands import COMMANDS
+from recsys2stage.cli.completion import answer, name_positional
+from recsys2stage.cli.messages import INTERRUPTED, UsageError, debugging, plain_message
+from recsys2stage.cli.parser import ClearErrors, check_verb, explained, spoken_by_first_process
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage.data import ids, sources, split  # noqa: F401
+from recsys2stage.data.summary import HINTS
 from recsys2stage.mining import miners  # noqa: F401
 from recsys2stage.ranking import signals  # noqa: F401
 from recsys2stage.retrieval import index  # noqa: F401
@@ -46,28 +50,40 @@ TRAINING: dict[str, Any] = {"fit": fit, "validate": validate, "test": test}
 
 
 def main() -> None:
+    if answer(sys.argv[1:]):
+        return
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    os.environ.setdefault(HINTS, "1")
+    name_positional(sys.argv)
     step_out_of_configs(sys.argv)
     sys.path.insert(0, os.getcwd())  # user classes in configs, relative to the working directory
-    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    verb, parent = sys.argv[1] if len(sys.argv) > 1 else "", os.getppid()
+    program = f"recsys {verb}" if verb in TRAINING | COMMANDS else "recsys"
     try:
+        check_verb(sys.argv[1:], TRAINING | COMMANDS)
         if verb in TRAINING:
             TRAINING[verb]()
         else:
             if verb == "recommend":
                 keep_ids_as_written(sys.argv)
-            auto_cli(TRAINING | COMMANDS, as_positional=False, prog="recsys", description=__doc__)
+            with explained():
+                auto_cli(
+                    TRAINING | COMMANDS,
+                    as_positional=False,
+                    prog="recsys",
+                    description=__doc__,
+                    parser_class=ClearErrors,
+                )
+    except KeyboardInterrupt:  # what was being written is removed; a fit prints its own line
+        print(f"\n{program}: interrupted, nothing is written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except UsageError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, FileNotFoundError, OSError) as error:  # user errors; RECSYS_DEBUG=1 shows the traceback
-        if os.environ.get("RECSYS_DEBUG"):
+        if debugging():
             raise
-        sys.exit(f"recsys {verb}: {plain_message(error)}")
-
-
-def plain_message(error: BaseException) -> BaseException:
-    """The error of a class in the config, without the list of types that jsonargparse wraps around it."""
-    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__:
-        error = error.__cause__
-    return error
+        sys.exit(1 if spoken_by_first_process(parent) else f"{program}: {plain_message(error)}")
 
 
 def keep_ids_as_written(argv: list[str]) -> None:

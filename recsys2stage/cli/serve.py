@@ -20,7 +20,7 @@ def serve(
     port: int = Settings.port,
     workers: int = Settings.workers,
     api_keys: Path | None = None,
-    cors: list[str] | None = None,
+    cors: list[str] | str | None = None,
     torch_threads: int = Settings.torch_threads,
     batch_size: int = Settings.batch_size,
     queue: int = Settings.queue,
@@ -60,15 +60,17 @@ def serve(
         max_k: most items that a request may ask for, offset included.
         max_list: most entries of a list in a request.
         max_batch: most requests of a batch, and most events of one request.
-        cached_events: most events of users with new events that a worker holds in memory.
+        cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
+            counts as 32 events more.
         log_requests: whether each request is logged.
         trust: modules outside this package from which the bundle may load classes.
     """
     options = dict(locals())
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(f"serve needs {', '.join(missing)}, which is not installed: pip install 'recsys2stage[serve]'")
-    trusted = [trust] if isinstance(trust, str) else trust or []
-    settings = Settings(**options | {"cors": tuple(cors or ()), "trust": tuple(trusted)})
+    lists = {"cors": cors, "trust": trust}
+    several = {name: (given,) if isinstance(given, str) else tuple(given or ()) for name, given in lists.items()}
+    settings = Settings(**options | several)
     from recsys2stage.serving.server import run  # of the extra
 
     run(settings)

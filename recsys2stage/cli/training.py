@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -31,6 +33,19 @@ from recsys2stage.cli.callbacks import (
     WholeCheckpoints,
     WriteManifest,
 )
+from recsys2stage.cli.checkpoint_checks import (
+    FROM_DATA,
+    check_model,
+    check_same_data,
+    check_same_options,
+    check_weights,
+)
+from recsys2stage.cli.fit_checks import check_monitors, check_options, check_output
+from recsys2stage.cli.messages import INTERRUPTED, first_sentences
+from recsys2stage.cli.parser import ClearErrors, check_accepted, explained
+from recsys2stage.cli.progress import FitLines, quiet_lightning
+from recsys2stage.data.locks import locked
+from recsys2stage.data.summary import on_terminal
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
 from recsys2stage.ranking.ranker import Ranker  # noqa: F401
@@ -45,6 +60,10 @@ from recsys2stage.trust import Trust, arguments, trusting
 RESUME = "recsys fit, without --ckpt_path"
 
 logger = logging.getLogger("recsys2stage")
+
+
+class TrainingParser(ClearErrors, LightningArgumentParser):
+    """Lightning's parser, with errors of one sentence."""
 
 
 class RecsysCLI(LightningCLI):
@@ -78,11 +97,14 @@ class RecsysCLI(LightningCLI):
         for name in ("checkpoint", "last"):
             parser.link_arguments("output", f"{name}.dirpath", compute_fn=str)
         # from the data module to the model; skipped for models without such an argument
-        for name in (
-            *("num_items", "features", "vector_dim", "num_candidates", "signals", "scores_cold", "recent"),
-            *("max_length", "request_time", "next_action", "user_features", "actions"),
-        ):
+        for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        check_accepted(parser)
+        verb = str(self.config.subcommand)
+        check_options(verb, self.config[verb])
 
     def _parse_ckpt_path(self) -> None:
         """Takes the hyperparameters of the checkpoint, as Lightning does, but checks their classes first."""
@@ -91,9 +113,14 @@ class RecsysCLI(LightningCLI):
             return
         module, _, name = options.model.class_path.rpartition(".")  # of the config: already imported
         model_class = getattr(import_module(module), name)
-        stored = load_checkpoint(options.ckpt_path, RESUME)[OPTIONS]
-        stored = {name: value for name, value in stored.items() if name in signature(model_class).parameters}
+        checkpoint = load_checkpoint(options.ckpt_path, RESUME)
+        check_model(checkpoint, model_class, options.ckpt_path)
+        stored = {
+            name: value for name, value in checkpoint[OPTIONS].items() if name in signature(model_class).parameters
+        }
         stored.pop("optimizer", None)  # the class comes from the config, the state from the checkpoint
+        if self.config.subcommand == "fit":
+            check_same_options(options.model.init_args, stored, options.ckpt_path)
         with trusting(options.trust):
             arguments(model_class, stored, options.ckpt_path)
         model = {"class_path": options.model.class_path, "dict_kwargs": stored}
@@ -101,8 +128,10 @@ class RecsysCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config[str(self.subcommand)]
-        if options.trainer.logger is None:
-            kwargs["logger"] = CSVLogger(options.output, name="log")
+        given = self.config_init[str(self.subcommand)].trainer.logger
+        loggers = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+        if given in (None, True) or (loggers and not any(isinstance(one, CSVLogger) for one in loggers)):
+            kwargs["logger"] = [CSVLogger(options.output, name="log"), *loggers]  # the figures of a report read it
         if options.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = options.output  # for config.yaml if there is no logger
         accelerator = options.trainer.accelerator
@@ -116,9 +145,22 @@ class RecsysCLI(LightningCLI):
             kwargs["accelerator"] = "cpu"
         elif options.trainer.precision is None and not options.trainer.plugins and computes_in_bf16(accelerator):
             kwargs["precision"] = "bf16-mixed"
-        if options.trainer.enable_progress_bar is not False:
+        bar = options.trainer.enable_progress_bar
+        enabled = bar is not False
+        if bar is None:
+            bar = kwargs["enable_progress_bar"] = on_terminal()
+        if bar:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=20))  # a step takes milliseconds
+        self.trainer_defaults["callbacks"].append(FitLines(str(self.subcommand), bar, enabled))
+        if options.trainer.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False  # FitLines prints the number of parameters
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Holds the lock of the output folder during a fit; only the first process of a fit takes it."""
+        writes = subcommand == "fit" and self.trainer.is_global_zero
+        with locked(self.config_init["fit"].output) if writes else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         self._load_weights_only("fit")
@@ -136,7 +178,11 @@ class RecsysCLI(LightningCLI):
             for callback in self.trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
                     callback.monitor = None
+        if (ckpt_path := self.config_init["fit"].ckpt_path) is not None and Path(ckpt_path).is_file():
+            check_same_data(self.model, load_checkpoint(ckpt_path, RESUME)[OPTIONS], ckpt_path)
+        check_output(output, self.model)
         self._check_best_is_selectable()
+        self._check_monitors()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
@@ -164,6 +210,11 @@ class RecsysCLI(LightningCLI):
         for stopping in trainer.early_stopping_callbacks:
             stopping.strict = stopping.strict and not stopping.monitor.startswith("val/")  # else it raises
 
+    def _check_monitors(self) -> None:
+        stopping = [callback.monitor for callback in self.trainer.early_stopping_callbacks]
+        saving = [one.monitor for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        check_monitors([name for name in (*saving, *stopping) if name is not None], self.model)
+
     def before_validate(self) -> None:
         self._use_best_checkpoint("validate")
 
@@ -183,7 +234,9 @@ class RecsysCLI(LightningCLI):
             raise FileNotFoundError(
                 f"{options.ckpt_path} does not exist; run recsys fit first, or give another --ckpt_path"
             )
-        load_checkpoint(options.ckpt_path, RESUME)  # raises clearer errors than torch
+        checkpoint = load_checkpoint(options.ckpt_path, RESUME)  # raises clearer errors than torch
+        check_model(checkpoint, type(self.model), options.ckpt_path)
+        check_weights(self.model, checkpoint, self.config[verb].model.init_args, options.ckpt_path)
 
     def _load_weights_only(self, verb: str) -> None:
         """Unpickles no code from a checkpoint, unless weights_only is set to false."""
@@ -206,6 +259,7 @@ IGNORED = (
     ".*exists and is not empty",  # log/ is written before the first checkpoint
     ".*LeafSpec.* is deprecated",  # Lightning 2.6's use of torch
     ".*smaller than the logging interval",  # metrics are logged once per epoch
+    ".*does not have many workers",  # batches are gathers, workers would only copy them
     ".*GPU available but not used",  # another accelerator was chosen
     ".*args parameter is intended to run from within Python",  # as with `options` below
 )
@@ -216,13 +270,24 @@ def train(verb: str, options: list[str] | None = None) -> None:
 
     Args:
         verb: fit, validate or test.
-        options: its command-line options; None: those of sys.argv, where errors end the process.
+        options: its command-line options; None: those of sys.argv.
+
+    Raises:
+        UsageError: for options or configs that cannot be parsed.
     """
-    with warnings.catch_warnings():
+
+    class OneVerb(RecsysCLI):
+        """With the parser of one verb, as that of each takes a while to build."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {verb: LightningCLI.subcommands()[verb]}
+
+    with warnings.catch_warnings(), explained(), quiet_lightning():
         for message in IGNORED:
             warnings.filterwarnings("ignore", message)
         try:
-            RecsysCLI(
+            OneVerb(
                 LightningModule,
                 LightningDataModule,
                 subclass_mode_model=True,
@@ -235,8 +300,16 @@ def train(verb: str, options: list[str] | None = None) -> None:
                 },
                 save_config_callback=SaveConfigCallback if verb == "fit" else None,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={} if options is None else {"exit_on_error": False, verb: {"exit_on_error": False}},
+                parser_class=TrainingParser,
                 args=None if options is None else [verb, *options],
             )
+        except MisconfigurationException as error:
+            raise ValueError(f"{first_sentences(str(error))}; see: recsys {verb} --help") from error
         except SIGTERMException:  # its exit status would be 0, as after a complete fit
             sys.exit(f"recsys {verb}: ended by SIGTERM; resume a fit with --ckpt_path OUTPUT/last.ckpt")
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends with 1, as after an error
+                if options is not None:
+                    raise KeyboardInterrupt from None
+                raise SystemExit(INTERRUPTED) from None
+            raise

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.data.options import RequestTime, check_least, check_option
+from recsys2stage.options import RequestTime, check_integer, check_option
 from recsys2stage.shapes import History
 
 
@@ -46,6 +46,11 @@ class Padded(NamedTuple):
     ratings: np.ndarray | None = None  # (B, L) float32
     actions: np.ndarray | None = None  # (B, L) int64
     user: tuple[np.ndarray, ...] | None = None  # (B, P) of each declared user feature
+
+    def take(self, rows: slice) -> "Padded":
+        """Selects users."""
+        fields = {name: field[rows] for name, field in self._asdict().items() if isinstance(field, np.ndarray)}
+        return self._replace(**fields, user=None if self.user is None else tuple(values[rows] for values in self.user))
 
 
 def left_aligned(
@@ -166,6 +171,6 @@ def windows(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarr
 
 
 def in_chunks(count: int, size: int) -> Iterator[slice]:
-    check_least("batch_size", size)
+    check_integer("batch_size", size)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from recsys2stage.columns import ITEM_ID, RATING, TIME, USER_ID
+from recsys2stage.columns import ITEM_ID, RATING, TIME, USER_ID, YEAR_2100
 from recsys2stage.data import ids
 
 OnBadRows = Literal["error", "quarantine"]
@@ -22,8 +22,10 @@ FILE, LINE, SURPLUS = "_file", "_line", "_surplus"  # added columns when a table
 FAULT = "_fault"  # column: index of the first rule that a row violates
 VALUE = "_value_"  # prefix of a column name: its parsed values
 UNPARSED = "_unparsed_"  # prefix of a column name: whether a value could not be parsed
-YEAR_2100 = 4_102_444_800  # seconds since 1970
 NO_TEXT = (pl.Binary, pl.Object, pl.Struct, pl.List, pl.Array, pl.Duration)  # types that no CSV field can hold
+ADVICE = "Correct the file, or move bad rows to rejected.parquet with --on_bad_rows quarantine."
+MOST_PARTS = 5  # files or columns with bad rows, in an error
+MOST_NAMES = 30  # of columns, in an error
 REJECTED_SCHEMA = {"file": pl.String, "line": pl.Int64, "column": pl.String, "reason": pl.String, "row": pl.String}
 NOT_UTF8 = "\ufffd"  # replacement character that a lossy decoder writes for invalid bytes
 
@@ -111,6 +113,7 @@ class Rows:
         text: the unparsed table with our column names, FILE and LINE; SURPLUS if a line can have too many fields, and
             VALUE columns if parsing needs more than the text.
         unit: unit of LINE: line or row.
+        advice: what to do about bad rows, for errors.
     """
 
     typed: pl.LazyFrame
@@ -118,6 +121,7 @@ class Rows:
     columns: dict[str, Column] = field(default_factory=dict)
     text: pl.LazyFrame | None = None
     unit: str = "line"
+    advice: str = ADVICE
 
 
 def read(
@@ -153,7 +157,8 @@ def read(
     assert good is not None
     good = good.select(list(columns))
     if good.is_empty():
-        raise ValueError(f"{rows.file} has no {'good ' if bad is not None and len(bad) else ''}rows")
+        kind = "good rows" if bad is not None and len(bad) else "rows"
+        raise ValueError(f"{rows.file} has no {kind}, expected at least one; write it again, or give another table")
     return good, pl.DataFrame(schema=REJECTED_SCHEMA) if bad is None else bad
 
 
@@ -251,9 +256,12 @@ def require(wanted: Iterable[str], present: Sequence[str], file: str | Path) -> 
             guess = difflib.get_close_matches(name.lower().replace("_", ""), list(folded), 1, cutoff=0.5)
             missing.append(f"{name!r}" + (f" (did you mean {folded[guess[0]]!r}?)" if guess else ""))
         elif list(present).count(name) > 1:
-            raise ValueError(f"{file} has {list(present).count(name)} columns named {name!r}; remove all but one")
+            raise ValueError(
+                f"{file} has {list(present).count(name)} columns named {name!r}, expected one; remove all but one"
+            )
     if missing:
-        raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are: {', '.join(map(repr, present))}")
+        shown = ", ".join(map(repr, present[:MOST_NAMES])) + (", ..." if len(present) > MOST_NAMES else "")
+        raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are: {shown}; name one of these")
 
 
 def _collect(frame: pl.LazyFrame, categorical: Sequence[str]) -> pl.DataFrame:
@@ -357,18 +365,27 @@ def _error_message(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) ->
         parts.append(
             f"{file}, column {column!r}: {len(group)} bad {'row' if len(group) == 1 else 'rows'} ({first}{more})"
         )
-    hint = ""
-    if TIME in columns and columns[TIME].high == YEAR_2100:
-        late = bad.filter((pl.col("column") == columns[TIME].name) & pl.col("reason").str.contains("is not seconds"))
-        times = late["reason"].str.extract(r"^(\d+)").cast(pl.Int64, strict=False).drop_nulls()
-        for factor, unit in ((10**3, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds")):
-            if len(times) and ((times > YEAR_2100) & (times // factor).is_between(1, YEAR_2100)).all():
-                advice = "set time_unit: milliseconds (of a Table) or divide" if unit == "milliseconds" else "divide"
-                hint = f" The times look like {unit}: {advice} them by {factor}."
-                break
-    return (
-        "; ".join(parts)
-        + "."
-        + hint
-        + " Correct the file, or move bad rows to rejected.parquet with --on_bad_rows quarantine."
-    )
+    if len(parts) > MOST_PARTS:
+        parts[MOST_PARTS:] = [f"and {len(parts) - MOST_PARTS} more files or columns"]
+    hint = _time_hint(columns[TIME], bad, rows.advice == ADVICE) if TIME in columns else ""
+    return "; ".join(parts) + "." + hint + " " + rows.advice
+
+
+def _time_hint(column: Column, bad: pl.DataFrame, of_file: bool) -> str:
+    """What most probably is wrong with the times of a file or frame: their unit, fractions of a second, or text."""
+    reasons = bad.filter(pl.col("column") == column.name)["reason"]
+    if column.high != YEAR_2100 or not len(reasons):
+        return ""
+    late = reasons.filter(reasons.str.contains("is not seconds"))
+    fractions = late.str.contains(r"^\d+\.\d*[1-9]\d* is")
+    if len(late) and fractions.all():
+        return " The times have fractions of a second: round them, or give milliseconds (time_unit)."
+    if len(late) and late.str.contains(r"^\d{4}-\d\d").all():
+        return " The times look like ISO text: set time_unit: iso."
+    times = late.str.extract(r"^(\d+)").cast(pl.Int64, strict=False).drop_nulls()
+    for factor, unit in ((10**3, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds")):
+        if len(times) and ((times > YEAR_2100) & (times // factor).is_between(1, YEAR_2100)).all():
+            option = f"time_unit: milliseconds{' (of a Table)' if of_file else ''}"
+            advice = f"set {option} or divide" if unit == "milliseconds" else "divide"
+            return f" The times look like {unit}: {advice} them by {factor}."
+    return ""

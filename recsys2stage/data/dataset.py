@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_array, read_manifest, take
+from recsys2stage.artifacts import read_array, read_manifest
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indices, spans
-from recsys2stage.data.options import Part, RequestTime, Seen, check_least, check_option
+from recsys2stage.data.manifest import check_dataset_manifest
+from recsys2stage.options import Part, RequestTime, Seen, check_integer, check_option
 
-REQUIRED = {"counts": dict, "protocol": dict, "has": dict, "features": dict, "actions": list, "split_hash": str}
 At = Part | Literal["all"] | np.ndarray  # the val or test target, after the last event, or (B,) indices of targets
 
 
@@ -30,8 +30,8 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
-        for name, kind in REQUIRED.items():
-            take(self.manifest, name, kind, self.path / c.MANIFEST)
+        check_dataset_manifest(self.manifest, self.path / c.MANIFEST)
+        read_array(self.path / c.ITEM_COLD, np.bool_, (self.num_items + 1,))  # so that the count of items is true
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
         self.offsets = self._load(c.USER_OFFSETS)
@@ -202,7 +202,7 @@ class Dataset:
         return [{**feature, "values": self._feature(owner, feature)} for feature in self.manifest["features"][owner]]
 
     def _feature(self, owner: str, feature: dict[str, Any]) -> np.ndarray:
-        name, kind = f"{owner}.{feature['name']}", feature["kind"]
+        name, kind = feature_stem(owner, feature["name"]), feature["kind"]
         if kind in ("numeric", "vector"):
             return np.array(read_array(self.path / f"{name}.values.npy"))
         codes = np.array(read_array(self.path / f"{name}.codes.npy"))
@@ -254,10 +254,20 @@ class Dataset:
 def sample_users(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     """A random sample of `count` users, or all users, ascending."""
     if count is not None:
-        check_least("users", count, other="null for all")
+        check_integer("users", count, other="null for all")
     if count is None or count >= len(users):
         return users
     return np.sort(np.random.default_rng(seed).choice(users, count, replace=False))
+
+
+def feature_stem(owner: str, name: str) -> str:
+    """Beginning of the file names of a feature. A slash, which no file name can hold, is written as %2F.
+
+    Args:
+        owner: items or users.
+        name: of the feature.
+    """
+    return f"{owner}.{name.replace('/', '%2F')}"
 
 
 def feature_specs(features: list[dict[str, Any]]) -> list[dict[str, Any]]:

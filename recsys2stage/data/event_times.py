@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import numpy as np
 import polars as pl
 
-from recsys2stage.columns import ITEM_ID, TIME, USER_ID
-from recsys2stage.data.checks import YEAR_2100, Column, Rows, with_default_columns
+from recsys2stage.columns import ITEM_ID, TIME, USER_ID, YEAR_2100
+from recsys2stage.data.checks import Column, Rows, with_default_columns
 
 logger = logging.getLogger("recsys2stage")
 

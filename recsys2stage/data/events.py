@@ -15,9 +15,9 @@ from recsys2stage.data.checks import OnBadRows, read
 from recsys2stage.data.event_times import check_times, warn_isolated_newest
 from recsys2stage.data.hashing import splitmix64
 from recsys2stage.data.sources.base import Tables
+from recsys2stage.options import Repeats
 
 TieBreak = Literal["file_order", "item_id", "hash"]
-Repeats = Literal["first", "last", "keep", "error"]
 
 
 @dataclass
@@ -71,10 +71,18 @@ def load_events(
     counts["removed_by_rating"] = 0
     if min_rating is not None:
         if c.RATING not in frame.columns:
-            raise ValueError(f"min_rating is {min_rating}, but {tables.events.file} has no ratings")
+            raise ValueError(
+                f"min_rating is {min_rating}, but {tables.events.file} has no ratings; name the column of ratings in "
+                "the "
+                "source, or leave min_rating out"
+            )
         kept = frame.filter(pl.col(c.RATING) >= min_rating)
         if kept.is_empty():
-            raise ValueError(f"no event of {tables.events.file} has a rating of {min_rating} or more")
+            raise ValueError(
+                f"min_rating is {min_rating}, but no event of {tables.events.file} has a rating of {min_rating} or "
+                "more, "
+                f"expected at most {float(frame[c.RATING].max()):g}; lower it"  # type: ignore[arg-type]  # a number
+            )
         counts["removed_by_rating"] = len(frame) - len(kept)
         frame = kept
     columns = {series.name: series for series in frame.get_columns()}
@@ -199,7 +207,7 @@ def drop_repeats(events: Events, repeats: Repeats, counts: dict[str, int]) -> Ev
         examples = ", ".join(f"(user {events.user_ids[u]}, item {events.item_ids[i - 1]})" for u, i in first)
         raise ValueError(
             f"{len(twice)} (user, item) pairs have more than one event, {counts['repeats']} extra events; "
-            f"first {examples}; choose which to keep with --repeats first, last or keep"
+            f"first {examples}; choose which to keep: set repeats to first, last or keep"
         )
     order = stable_order(pair)
     ordered = pair[order]
@@ -221,7 +229,10 @@ def keep_core(events: Events, core: int, counts: dict[str, int]) -> Events:
         kept[kept] = enough
         user, item = user[enough], item[enough]
         if not len(user):
-            raise ValueError(f"core is {core}, and none of {before:,} events is left: choose a smaller core")
+            raise ValueError(
+                f"core is {core}, and none of {before:,} events is left, expected users and items with as many events; "
+                "lower core"
+            )
     counts["removed_by_core"] = before - len(user)
     return events.take(kept) if len(user) < before else events
 

@@ -1,7 +1,7 @@
 """Data frames as input (polars, pandas or any frame that polars reads), for `TwoStageRecommender`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +9,31 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.data import ids
-from recsys2stage.data.checks import parse_int, require
+from recsys2stage.data.checks import Column, Rows, parse_int, require
 from recsys2stage.data.sources.base import Kind
-from recsys2stage.data.sources.table import iso
+from recsys2stage.data.sources.plain import Unpacker
+from recsys2stage.data.sources.table import Table, check_columns, iso, typed_tables
 from recsys2stage.data.split import PARTS
+from recsys2stage.options import TimeUnit, check_integer, check_option, check_seed
 
-TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
+FRAMES = {"events": "the frame of events", "items": "the frame of items", "users": "the frame of users"}
+ADVICE = "Correct these rows of the frame, or leave them out."
 Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
+
+
+class FrameTable(Table):
+    """A `Table` of the Parquet files that `FrameColumns.write` makes. Its errors name the data frames."""
+
+    def _rows(
+        self,
+        files: Sequence[Path],
+        columns: dict[str, Column],
+        quote: str | None,
+        unpack: Unpacker,
+        between: str | None = None,
+    ) -> Rows:
+        rows = typed_tables(files, columns, [FRAMES[file.stem] for file in files])
+        return replace(rows, advice=ADVICE)
 
 
 @dataclass(frozen=True)
@@ -31,15 +49,32 @@ class FrameColumns:
     item_features: Mapping[str, Kind] | None
     user_features: Mapping[str, Kind] | None
 
+    def __post_init__(self) -> None:
+        check_columns(
+            {"user": self.user, "item": self.item, "time": self.time, "rating": self.rating, "action": self.action}
+        )
+        if self.time_unit is not None:
+            check_option("time_unit", self.time_unit, TimeUnit)
+        for option, features in (("item_features", self.item_features), ("user_features", self.user_features)):
+            if not isinstance(features, Mapping | None):
+                raise ValueError(
+                    f"{option} is {features!r}, expected a mapping of columns to kinds; set it to "
+                    "{'genre': 'categorical'}, for example"
+                )
+            for column, kind in (features or {}).items():
+                check_option(f"{option}[{column!r}]", kind, Kind)
+
     def mark_parts(self, events: Any, validation: Any) -> pl.DataFrame:
         """Selects the event columns; with validation events, appends the first of each user and adds a part column."""
-        events = as_polars(events, (self.user, self.item))
+        events = as_polars(events, (self.user, self.item), FRAMES["events"])
         names = [self.user, self.item, *filter(None, (self.time, self.rating, self.action))]
-        require(names, events.columns, "the frame of events")
+        require(names, events.columns, FRAMES["events"])
+        if not len(events):
+            raise ValueError("the frame of events has no rows, expected one for each event; pass a frame with events")
         events = events.select(names)
         if validation is None:
             return events
-        validation = as_polars(validation, (self.user, self.item))
+        validation = as_polars(validation, (self.user, self.item), "the frame of validation events")
         require(names, validation.columns, "the frame of validation events")
         for own in (self.user, self.item):  # common id type
             dtype = ids.common_dtype([events.schema[own], validation.schema[own]])
@@ -64,7 +99,7 @@ class FrameColumns:
 
     def histories(self, frame: Any, features: Sequence[str] = ()) -> pl.DataFrame:
         """Histories in the input format of `recsys recommend`, oldest event first, with any user feature columns."""
-        log = as_polars(frame, (self.user, self.item))
+        log = as_polars(frame, (self.user, self.item), "the frame of histories")
         names = {c.USER_ID: self.user, c.ITEM_ID: self.item, c.RATING: self.rating, c.ACTION: self.action}
         require([self.user, self.item], log.columns, "the frame of histories")
         columns = [pl.col(own).alias(name) for name, own in names.items() if own in log.columns]
@@ -74,7 +109,7 @@ class FrameColumns:
             order = self._milliseconds(log[self.time])
             log = log.sort(order, maintain_order=True)
             if self._unit(log[self.time]) != "order":
-                columns.append((order // 1000).alias(c.TIME))
+                columns.append(order.cast(pl.Datetime("ms")).alias(c.TIME))  # a type that needs no unit
         return log.select(columns)
 
     def write(self, log: pl.DataFrame, sides: Sides, folder: Path) -> dict[str, Any]:
@@ -117,7 +152,7 @@ class FrameColumns:
     def _side(self, frame: Any, name: Literal["items", "users"]) -> pl.DataFrame | None:
         if frame is None:
             return None
-        table = as_polars(frame, (self._id(name),))
+        table = as_polars(frame, (self._id(name),), FRAMES[name])
         require([self._id(name), *self._kinds(table, name)], table.columns, f"the frame of {name}")
         lists = [column for column, dtype in table.schema.items() if dtype.is_nested()]
         for column in lists:
@@ -148,33 +183,65 @@ class FrameColumns:
         return iso(raw) if unit == "iso" else parse_int(raw) * (1000 if unit == "seconds" else 1)
 
 
-def as_polars(frame: Any, id_columns: Sequence[str] = ()) -> pl.DataFrame:
+def as_polars(frame: Any, id_columns: Sequence[str] = (), name: str = "the frame") -> pl.DataFrame:
     """Converts any frame that polars reads, or a mapping of columns, to polars, with ids as in `data.ids`.
 
+    Args:
+        frame: the frame.
+        id_columns: its columns of ids.
+        name: what it is, for errors.
+
     Raises:
-        ValueError: for invalid ids, such as fractions and booleans.
+        ValueError: for invalid ids, such as fractions and booleans, and for what is no frame.
     """
+    if frame is None or isinstance(frame, (str, bytes, int, float, Path)):
+        raise ValueError(
+            f"{name} is {frame!r}, expected a polars or pandas frame; read a file first, for example with pl.read_csv"
+        )
     if isinstance(frame, pl.LazyFrame):
         frame = frame.collect()
     if not isinstance(frame, pl.DataFrame):  # polars rejects columns of Python objects, or guesses their type
         names = list(frame) if isinstance(frame, Mapping) else list(getattr(frame, "columns", ()))
+        if twice := next((column for column in names if names.count(column) > 1), None):
+            raise ValueError(f"{name} has {names.count(twice)} columns named {twice!r}, expected one; drop all but one")
         objects = {
-            name: ids.ids_from_objects(name, frame[name])
-            for name in id_columns
-            if name in names and _holds_objects(frame[name])
+            column: ids.ids_from_objects(column, frame[column])
+            for column in id_columns
+            if column in names and _holds_objects(frame[column])
         }
         if objects and not isinstance(frame, Mapping):
             rest = pl.DataFrame(frame.drop(columns=list(objects)))
-            frame = {name: objects[name] if name in objects else rest[name] for name in names}
-        frame = pl.DataFrame({**frame, **objects} if isinstance(frame, Mapping) else frame)
-    for name in dict.fromkeys(id_columns):
-        if name in frame.columns:
-            column = frame[name]
+            frame = {column: objects[column] if column in objects else rest[column] for column in names}
+        try:
+            frame = pl.DataFrame({**frame, **objects} if isinstance(frame, Mapping) else frame)
+        except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is a {type(frame).__name__} that polars cannot read ({str(error).splitlines()[0]}), expected "
+                "a "
+                "polars or pandas frame; pass one"
+            ) from error
+    for own in dict.fromkeys(id_columns):
+        if own in frame.columns:
+            column = frame[own]
             is_object = column.dtype == pl.Object
-            frame = frame.with_columns(
-                ids.ids_from_objects(name, column) if is_object else ids.parse_ids(column, "the frame")
-            )
+            frame = frame.with_columns(ids.ids_from_objects(own, column) if is_object else ids.parse_ids(column, name))
     return frame
+
+
+def check_arguments(params: Mapping[str, Any]) -> None:
+    """Raises a ValueError for invalid arguments of `TwoStageRecommender`, apart from the columns.
+
+    Args:
+        params: argument -> value, as `get_params` returns them.
+    """
+    check_integer("max_epochs", params["max_epochs"], other="None for the number in the config", example=20)
+    patience = params["early_stopping"]
+    if not isinstance(patience, bool):
+        check_integer("early_stopping", patience, example=5)
+    check_seed("seed", params["seed"])
+    if isinstance(params["overlays"], str | Path):
+        overlay = str(params["overlays"])
+        raise ValueError(f"overlays is {overlay!r}, expected a list of overlays; write [{overlay!r}]")
 
 
 def _holds_objects(column: Any) -> bool:

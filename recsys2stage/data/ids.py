@@ -64,13 +64,18 @@ def as_text(value: Any) -> str | None:
     if value is None or kind in ("NAType", "NaTType"):
         return None
     if isinstance(value, (bytes, bytearray)) or kind in ("bool", "bool_"):
-        raise ValueError(f"{value!r} is not an id; expected an integer, a string or an object with its own str()")
+        raise ValueError(
+            f"{value!r} is not an id, expected an integer, a string or an object with its own str(); convert it"
+        )
     if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, numbers.Integral):
         if math.isnan(value):
             return None
         bound = math.inf if isinstance(value, Decimal) else WHOLE[pl.Float32 if kind == "float32" else pl.Float64]
         if not math.isfinite(value) or value != math.floor(value) or abs(float(value)) > bound:
-            raise ValueError(f"{value!r} is not an id; floats are ids only if they are integers within ±{bound}")
+            raise ValueError(
+                f"{value!r} is not an id, expected an integer: floats are ids only if integers within ±{bound}; "
+                "convert it"
+            )
         return str(math.floor(value))
     return str(value)
 
@@ -84,11 +89,11 @@ def ids_from_objects(name: str, values: Iterable[Any]) -> pl.Series:
 
 def given_ids(values: Iterable[Any]) -> list[str]:
     """Ids passed as an argument, as text. Rejects missing ids and a single string in place of a list."""
-    if isinstance(values, (str, bytes)):
-        raise ValueError(f"ids is {values!r}, expected a list of ids: [{values!r}]")
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"ids is {values!r}, expected a list of ids; write [{values!r}]")
     texts = [as_text(value) for value in values]
     if None in texts:
-        raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing; leave it out")
+        raise ValueError(f"id {texts.index(None) + 1} of {len(texts)} is missing, expected an id; leave it out")
     return [text for text in texts if text is not None]
 
 
@@ -117,7 +122,10 @@ def parse_ids(ids: pl.Series, where: str | Path) -> pl.Series:
         bad &= ids.is_not_nan()
     if bad.any():
         row = bad.arg_true()[0]
-        raise ValueError(f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {expected_id(ids.dtype)}")
+        raise ValueError(
+            f"{where}, column {ids.name!r}, row {row + 1}: {ids[row]} is not {expected_id(ids.dtype)}; convert the "
+            "column"
+        )
     return narrow_ids(parsed) if parsed.dtype in (pl.Int128, pl.UInt128) else parsed
 
 
@@ -183,11 +191,14 @@ def _scalars(node: yaml.SequenceNode) -> list[str]:
 
 
 def read_id_lines(path: Path) -> list[str]:
-    """Ids of a text file, one per line. Splits at newlines only; splitlines() would split within ids."""
+    """Ids of a text file, one per line. Splits at line ends only (LF, CRLF, CR); splitlines() would split within "
+    "ids."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it with iconv") from error
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 

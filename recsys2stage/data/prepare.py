@@ -13,9 +13,8 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, hash_arrays, read_manifest, write_manifest
-from recsys2stage.data.checks import OnBadRows
+from recsys2stage.data.checks import OnBadRows, with_default_columns
 from recsys2stage.data.events import (
-    Repeats,
     TieBreak,
     compute_offsets,
     drop_repeats,
@@ -26,11 +25,14 @@ from recsys2stage.data.events import (
     tie_shares,
     withhold_cold_items,
 )
-from recsys2stage.data.options import check_least, check_option
+from recsys2stage.data.locks import locked
+from recsys2stage.data.manifest import EVENT_COLUMNS
 from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
 from recsys2stage.data.sources.vectors import Vectors
 from recsys2stage.data.split import LeaveOneOut, Marked, Split
+from recsys2stage.data.summary import dataset_summary
+from recsys2stage.options import Repeats, check_integer, check_number, check_option, check_seed
 
 log = logging.getLogger("recsys2stage")
 
@@ -75,9 +77,11 @@ def prepare(
     check_option("tie_break", tie_break, TieBreak)
     check_option("repeats", repeats, Repeats)
     check_option("on_bad_rows", on_bad_rows, OnBadRows)
-    check_least("core", core, 0)
-    if not 0 <= cold_items < 1:
-        raise ValueError(f"cold_items is {cold_items}, expected a share of the items: at least 0 and below 1")
+    other = "null for all ratings"
+    check_number("min_rating", min_rating, other=other, example=4)
+    check_integer("core", core, 0, example=5)
+    check_number("cold_items", cold_items, low=0, below=1, example=0.05, what="a share of the items")
+    check_seed("seed", seed)
     item_vectors = item_vectors or {}
     options = {
         **locals(),
@@ -85,7 +89,7 @@ def prepare(
         "split": split.describe(),
         "item_vectors": {name: asdict(vectors) for name, vectors in item_vectors.items()},
     }
-    with atomic_write(output, "dataset") as folder:
+    with locked(output), atomic_write(output, "dataset") as folder:
         folder.mkdir()
         with source.open() as tables:
             if split.needs_time and not tables.has_time:
@@ -94,9 +98,12 @@ def prepare(
                 )
             if taken := sorted(item_vectors.keys() & tables.item_features.keys()):
                 raise ValueError(
-                    f"item_vectors uses the names {taken}, which other item features have; rename the vectors"
+                    f"item_vectors uses the names {taken}, which other item features have, expected new ones; rename "
+                    "the "
+                    "vectors"
                 )
             counts: dict[str, int] = {}
+            named = with_default_columns(tables.events).columns
             events, bad_events = load_events(tables, min_rating, on_bad_rows, counts)
             events = keep_core(drop_repeats(sort_events(events, tie_break, seed), repeats, counts), core, counts)
             if counts["removed_by_core"]:
@@ -182,11 +189,17 @@ def prepare(
                     "action": events.action is not None,
                 },
                 features={"items": item_features, "users": user_features},
+                log={
+                    "columns": {name: column.name for name, column in named.items() if name in EVENT_COLUMNS},
+                    "time_unit": tables.time_unit if tables.has_time else "order",
+                },
                 actions=events.action_names,
                 max_history=int(np.diff(offsets).max()),
                 split_hash=split_hash(offsets, events.item, train_end, val_end, events.user_ids, events.item_ids),
             )
-    return read_manifest(output, "dataset", "recsys prepare-data")
+    manifest = read_manifest(output, "dataset", "recsys prepare-data")
+    dataset_summary(output, manifest)
+    return manifest
 
 
 def split_hash(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recsys2stage import columns as c
-from recsys2stage.data.checks import YEAR_2100
+from recsys2stage.columns import YEAR_2100
 
 logger = logging.getLogger("recsys2stage")
 
@@ -125,13 +125,13 @@ def encode_users(specs: Sequence[Mapping[str, Any]], users: Sequence[Mapping[str
             continue
         codes = {text: code for code, text in enumerate(spec["classes"], start=1)}
         rows = [_class_list(value, spec["kind"], name, where) for value in values]
-        unknown = [value for row in rows for value in row if not _code(value, codes)]
+        unknown = [value for row in rows for value in row if not class_code(value, codes)]
         if unknown:
             logger.warning(
                 "%s: %s values of %s are not in the training data, for example %r; they count as unknown",
                 *(where, f"{len(unknown):,}", name, unknown[0]),
             )
-        coded = [list(dict.fromkeys(code for value in row if (code := _code(value, codes)))) for row in rows]
+        coded = [list(dict.fromkeys(code for value in row if (code := class_code(value, codes)))) for row in rows]
         table = np.zeros((len(users), max([1, *map(len, coded)])), dtype=np.int32)
         for row, row_codes in zip(table, coded, strict=True):
             row[: len(row_codes)] = row_codes
@@ -160,7 +160,7 @@ def _class_list(value: Any, kind: str, name: str, where: str) -> list[Any]:
     return [text for one in value if one is not None and (text := str(one).strip())]
 
 
-def _code(value: Any, codes: Mapping[str, int]) -> int:
+def class_code(value: Any, codes: Mapping[str, int]) -> int:
     """The number of a class; 0 if it is unknown. 1, 1.0 and "1" are the same class: a table holds only one of them."""
     if isinstance(value, (bool, np.bool_)):
         texts = [str(bool(value)).lower()]

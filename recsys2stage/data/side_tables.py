@@ -11,11 +11,11 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.data import ids as ids_rule
 from recsys2stage.data.checks import REJECTED_SCHEMA, OnBadRows, Rows, read
-from recsys2stage.data.dataset import Dataset, feature_specs
+from recsys2stage.data.dataset import Dataset, feature_specs, feature_stem
 from recsys2stage.data.events import encode_categories
-from recsys2stage.data.options import check_option
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.sources.vectors import Vectors
+from recsys2stage.options import check_option
 
 log = logging.getLogger("recsys2stage")
 
@@ -59,12 +59,16 @@ def write_side(
         if counts[f"{owner}s_without_metadata"] == len(ids):
             raise ValueError(
                 f"{rows.file} has none of the {len(ids):,} {owner}s of the events: its ids look like "
-                f"{once[raw_id][0]!r}, those of the events like {text_ids[raw_id][0]!r}; ids must match as text"
+                f"{once[raw_id][0]!r}, those of the events like {text_ids[raw_id][0]!r}; expected the same ids as "
+                "text: correct the id column"
             )
         joined = text_ids.join(once, on=raw_id, how="left", maintain_order="left").drop(owner, raw_id)
         table = pl.concat([table, joined], how="horizontal")
     table.write_parquet(folder / (c.ITEM_TABLE if owner == "item" else c.USER_TABLE))
-    return [write_feature(folder, f"{owner}s.{name}", table[name], kind, padding) for name, kind in kinds.items()], bad
+    return [
+        write_feature(folder, feature_stem(f"{owner}s", name), table[name], kind, padding)
+        for name, kind in kinds.items()
+    ], bad
 
 
 def write_feature(folder: Path, stem: str, column: pl.Series, kind: Kind, padding: int) -> dict[str, Any]:
@@ -128,11 +132,11 @@ def write_vectors(
     if not has_vector.any():
         raise ValueError(
             f"{vectors.path} has vectors of none of the {len(item_ids):,} items: its ids look like {raw_ids[0]!r}, "
-            f"those of the events like {str(item_ids[0])!r}; ids must match as text"
+            f"those of the events like {str(item_ids[0])!r}; expected the same ids as text: correct the ids"
         )
     table = np.full((1 + len(item_ids), values.shape[1]), np.nan, np.float32)  # row 0 is padding
     table[1:][has_vector] = values[row.drop_nulls().to_numpy()]
-    np.save(folder / f"items.{name}.values.npy", table)
+    np.save(folder / f"{feature_stem('items', name)}.values.npy", table)
     counts[f"items_without_{name}_vector"] = missing = int((~has_vector).sum())
     if missing:
         log.warning("%s items have no vector in %s; theirs is unknown", f"{missing:,}", vectors.path)

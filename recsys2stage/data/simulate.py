@@ -12,11 +12,13 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from recsys2stage.artifacts import atomic_write
-from recsys2stage.data.options import check_option
+from recsys2stage.data.locks import locked
+from recsys2stage.data.summary import print_summary, progress
+from recsys2stage.options import check_integer, check_option, check_seed
 
+DEMO = Path("data/raw/demo")  # where configs/demo reads it
 RATINGS, MOVIES, README = "ratings.csv", "movies.csv", "README.txt"
 MARK = "SIMULATED DATA"  # first line of the README: only folders with it are overwritten
 GENRE_COUNTS = {  # number of MovieLens-20M movies per genre
@@ -71,12 +73,13 @@ class Counts(NamedTuple):
     shortest: int  # minimum number of events per user
 
 
+MOST = 1_000_000_000  # users, items or events
 Size = Literal["demo", "ml-20m"]
 SIZES = {"demo": Counts(3_000, 900, 135_000, 10), "ml-20m": Counts(138_493, 26_744, 20_000_263, 20)}
 
 
 def simulate(
-    output: Path = Path("data/raw/demo"),
+    output: Path = DEMO,
     size: Size = "demo",
     users: int | None = None,
     items: int | None = None,
@@ -94,6 +97,10 @@ def simulate(
         seed: random seed; the output is byte-for-byte reproducible.
     """
     check_option("size", size, Size)
+    check_integer("users", users, 1, MOST, other="null for that of the size", example=SIZES["demo"].users)
+    check_integer("items", items, 1, MOST, other="null for that of the size", example=SIZES["demo"].items)
+    check_integer("events", events, 1, MOST, other="null for as many per user as in the size", example=135_000)
+    check_seed("seed", seed)
     default = SIZES[size]
     users, items = default.users if users is None else users, default.items if items is None else items
     counts = Counts(
@@ -108,11 +115,11 @@ def simulate(
     lengths = _lengths(counts, int((catalogue.available < FIRST_RATING).sum() * 0.55), rng)
     chunks = np.array_split(np.arange(counts.users), -(-counts.users // USERS_AT_ONCE))
     rated = np.zeros(len(catalogue.release), np.int64)  # number of ratings per movie
-    with atomic_write(output) as temporary:
+    with locked(output), atomic_write(output) as temporary:
         temporary.mkdir(exist_ok=True)
         with (temporary / RATINGS).open("wb") as file:
             file.write(b"userId,movieId,rating,timestamp\n")
-            for chunk in tqdm(chunks, desc="simulate", unit=f" x {len(chunks[0]):,} users", disable=None):
+            for chunk in progress(chunks, "simulate", f" x {len(chunks[0]):,} users"):
                 simulated = _events(catalogue, lengths[chunk], rng)
                 if chunk is chunks[-1]:
                     _rate_unrated(catalogue, simulated, rated, rng)
@@ -120,7 +127,14 @@ def simulate(
                 _write_ratings(file, catalogue, simulated, int(chunk[0]) + 1, rng)
         _write_movies(temporary / MOVIES, catalogue, rng)
         (temporary / README).write_text(_readme(counts, size, seed), encoding="utf-8")
-    print(f"{output}: {counts.users:,} users, {counts.items:,} rated movies, {counts.events:,} ratings, all simulated")
+    demo = Path("configs/demo/prepare.yaml")
+    print_summary(
+        output,
+        f"{counts.users:,} users, {counts.items:,} rated movies, {counts.events:,} ratings, all simulated",
+        then=f"recsys prepare-data --config {demo}"
+        if output == DEMO and demo.is_file()
+        else f"recsys prepare-data --source MovieLens --source.path {output} --output data/{output.name}",
+    )
 
 
 class Catalogue:
@@ -211,7 +225,9 @@ def _lengths(counts: Counts, longest: int, rng: np.random.Generator) -> np.ndarr
     if min(counts.users, counts.items) < 1 or not fewest <= counts.events <= most:
         raise ValueError(
             f"{counts.events:,} ratings do not fit {counts.users:,} users with {counts.shortest} to {longest:,} each "
-            f"and {counts.items:,} movies with at least one each; expected {fewest:,} to {most:,} ratings"
+            f"and {counts.items:,} movies with at least one each; expected {fewest:,} to {most:,} ratings: set "
+            "--events to "
+            f"{round((fewest + most) / 2) if fewest <= most else fewest}, or change --users or --items"
         )
     spread = rng.lognormal(0.0, 1.38, counts.users)
     lengths = np.full(counts.users, counts.shortest)

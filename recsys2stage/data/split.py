@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int8, Int64
 
+from recsys2stage.columns import YEAR_2100
+from recsys2stage.options import MAX_LENGTH, check_integer, check_number
+
 PARTS = ("train", "val", "test")
 
 
@@ -45,8 +48,7 @@ class LeaveOneOut(Split):
     min_events: ClassVar[int] = 3
 
     def __init__(self, val: int = 1) -> None:
-        if val < 1:
-            raise ValueError(f"LeaveOneOut(val={val}): expected at least 1 validation event per user")
+        check_integer("val", val, 1, MAX_LENGTH)
         self.val = val
 
     def ends(
@@ -101,11 +103,14 @@ class GlobalTime(Split):
     needs_time: ClassVar[bool] = True
 
     def __init__(self, val: float | int = 0.1, test: float | int = 0.1):
+        for name, value in (("val", val), ("test", test)):
+            check_number(name, value, below=YEAR_2100, example=0.1, what="a share or a time in seconds")
         shares = 0 < val < 1 and 0 < test < 1 and val + test < 1
         if not shares and not 1 <= val < test:
             raise ValueError(
-                f"GlobalTime(val={val}, test={test}): expected two shares whose sum is below 1, "
-                "or two times in seconds since 1970 with val before test"
+                f"GlobalTime(val={val}, test={test}): expected two shares whose sum is below 1, or two times in "
+                "seconds "
+                "since 1970 with val before test; set both to 0.1, for example"
             )
         self.val = val
         self.test = test

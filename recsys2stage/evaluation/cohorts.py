@@ -7,7 +7,7 @@ import numpy as np
 
 from recsys2stage.data.batches import spans
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import Part
+from recsys2stage.options import Part
 from recsys2stage.retrieval.encoders.times import DAY, YEAR
 
 MONTH = 30 * DAY

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from recsys2stage import columns as c
 from recsys2stage.data.batches import Ragged, in_chunks
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import Part, RequestTime
+from recsys2stage.data.summary import progress
 from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.cohorts import cohorts
 from recsys2stage.evaluation.compare import paired_differences
@@ -23,6 +22,7 @@ from recsys2stage.metrics import (
     compute_rank,
     interval,
 )
+from recsys2stage.options import Part, RequestTime
 from recsys2stage.recommender import Recommender
 
 TOP = 10  # length of the lists that the beyond-accuracy metrics measure
@@ -45,7 +45,10 @@ def num_negatives(protocol: str) -> int | None:
         return None
     if sampled := re.fullmatch(r"sampled-([1-9]\d*)", protocol):
         return int(sampled[1])
-    raise ValueError(f"protocol is {protocol!r}, expected full or sampled-N with N from 1 on, such as sampled-100")
+    raise ValueError(
+        f"protocol is {protocol!r}, expected full or sampled-N with N from 1 on; set protocol to sampled-100, for "
+        "example"
+    )
 
 
 class RankingResult(NamedTuple):
@@ -82,7 +85,7 @@ def rank_users(
     names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "candidate_rank", "confidence", "hit"]}
     top_counts = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
-    for part in tqdm(list(in_chunks(len(users), batch_size)), desc=f"rank {split} targets", unit="batch"):
+    for part in progress(list(in_chunks(len(users), batch_size)), f"rank {split} targets"):
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
         filtered, target = dataset.filtered_items(batch, split), dataset.targets(batch, split)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys2stage.artifacts import atomic_write, fingerprint, read_manifest
+from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
 from recsys2stage.evaluation.compare import STAGES
 from recsys2stage.evaluation.report import TITLES, metric_title
 from recsys2stage.ranking.bundle import bundle_manifest
@@ -15,6 +15,8 @@ from recsys2stage.ranking.bundle import bundle_manifest
 COLOURS = {"retriever": "C0", "ranker": "C1"}
 MONITORED, LOSS = "val/ndcg@10", "train/loss"  # columns of a log
 FIRST_STAGE = "val/retriever_ndcg@10"  # in the ranker's log: the retriever on the same lists
+SAME_USERS = "retriever, users of the ranker"
+LEGEND = ["retriever", "ranker", SAME_USERS, "training loss"]  # of the learning curves
 FIGURES = {  # file name -> title
     "cohorts.png": "NDCG@10 by cohort",
     "ceiling.png": "Share of users whose target is among the first K candidates",
@@ -100,26 +102,30 @@ def calibration_figure(calibration: dict[str, Any]) -> Figure:
     ax.set_ylim(0, end)
     ax.set_xlabel("mean probability of the first item")
     ax.set_ylabel("share of users whose target it is")
-    ax.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
 def learning_figure(fits: Sequence[Curves]) -> Figure:
-    """Training loss and validation NDCG@10 by step, a panel for each stage."""
-    figure, axes = new_figure(5 * len(fits), 3.6, 1, len(fits))
+    """Training loss and validation NDCG@10 by step, a panel for each stage; the legend is above the panels."""
+    figure, axes = new_figure(5 * len(fits), 3.9, 1, len(fits))
+    lines: dict[str, Any] = {}  # label -> line, once for all panels
     for ax, (stage, columns) in zip(axes, fits, strict=True):
         if LOSS in columns:
             other = ax.twinx()
-            other.plot(*columns[LOSS], color="0.6", linestyle=":", marker=".")
-            other.set_ylabel("training loss (dotted)")
-        for column, colour, label in ((MONITORED, COLOURS[stage], stage), (FIRST_STAGE, "C0", "retriever, same users")):
+            (lines["training loss"],) = other.plot(*columns[LOSS], color="0.6", linestyle=":", marker=".")
+            other.set_ylabel("training loss")
+        for column, colour, style, label in (
+            (MONITORED, COLOURS[stage], "-", stage),
+            (FIRST_STAGE, COLOURS["retriever"], "--", SAME_USERS),
+        ):
             if column in columns:
-                ax.plot(*columns[column], color=colour, label=label, marker=".")
-        if ax.lines:
-            ax.legend()
+                (lines[label],) = ax.plot(*columns[column], color=colour, linestyle=style, marker=".")
         ax.set_title(stage)
         ax.set_xlabel("step")
         ax.set_ylabel("validation NDCG@10")
+    labels = sorted(lines, key=LEGEND.index)
+    figure.legend([lines[label] for label in labels], labels, loc="outside upper center", ncols=2 * len(fits))
     return figure
 
 
@@ -133,9 +139,10 @@ def learning_curves(bundle: Path) -> tuple[list[Curves], list[str]]:
         bundle: a bundle, or an index for the first stage alone.
     """
     manifest = bundle_manifest(bundle)
-    parents = dict(manifest["parents"])
+    parents = _located(bundle, manifest)
     if "index" in parents and is_unchanged(parents["index"]):
-        parents = read_manifest(parents["index"]["path"], "index", "recsys export-index")["parents"] | parents
+        index = Path(parents["index"]["path"])
+        parents = _located(index, read_manifest(index, "index", "recsys export-index")) | parents
     fits, missing = [], []
     for stage in STAGES if "ranker" in parents else STAGES[:1]:
         parent = parents.get(stage)
@@ -151,9 +158,15 @@ def learning_curves(bundle: Path) -> tuple[list[Curves], list[str]]:
     return fits, missing
 
 
+def _located(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parents in a manifest, each with the path where it is now."""
+    parents = manifest["parents"]
+    return {name: parent | {"path": str(locate_parent(folder, parent))} for name, parent in parents.items()}
+
+
 def is_unchanged(parent: dict[str, Any]) -> bool:
     """Whether a parent recorded in a manifest still exists with the same content."""
-    return parent["hash"] is not None and fingerprint(parent["path"]) == parent["hash"]
+    return parent.get("hash") is not None and fingerprint(parent["path"]) == parent["hash"]
 
 
 def read_log(log: Path) -> dict[str, Curve]:

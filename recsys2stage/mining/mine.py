@@ -4,16 +4,19 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import DATA, RUN, ParquetStream, atomic_write, write_manifest
+from recsys2stage.artifacts import DATA, RUN, atomic_write, write_manifest
 from recsys2stage.data.batches import Ragged, in_chunks, padded_indices
 from recsys2stage.data.dataset import At, Dataset, sample_users
+from recsys2stage.data.locks import locked
+from recsys2stage.data.parquet import ParquetStream
+from recsys2stage.data.summary import config_option, print_summary, progress
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
+from recsys2stage.options import check_integer, check_number, check_seed
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
-from recsys2stage.ranking.signals.base import Signal, save_signals, specify
+from recsys2stage.ranking.signals.base import Proposer, Signal, save_signals, specify
 from recsys2stage.recommender import Recommender, load_recommender
 from recsys2stage.trust import Trust, trusts
 
@@ -64,14 +67,16 @@ def mine_negatives(
         strict: whether a signal that the data do not support is an error; if False it is left out with a warning.
         trust: modules outside this package from which the index may load classes.
     """
+    check_integer("k", k, example=200)
+    check_integer("targets", targets, other="null for all", example=5)
+    check_integer("gap", gap, 0, example=3600)
+    check_number("select", select, low=0, below=1, example=0.2, what="a share of the users")
+    check_integer("users", users, other="null for all", example=1000)
+    check_integer("batch_size", batch_size, example=256)
+    check_seed("seed", seed)
     output, dataset = output or index.parent / "candidates", Dataset(data)
+    k = min(k, dataset.num_items)
     recommender = load_recommender(dataset, index)
-    if not 0 <= select < 1:
-        raise ValueError(f"select is {select}, expected a share of the users from 0 to below 1")
-    if targets is not None and targets < 1:
-        raise ValueError(f"targets is {targets}, expected at least 1 of each user, or none given for all")
-    if gap < 0:
-        raise ValueError(f"gap is {gap}, expected a number of seconds, or 0 for all targets")
     if gap and not dataset.has_time:
         raise ValueError(f"gap is {gap} seconds, but {data} has an order and no times; leave it out")
     miner = miner or Mixture([RankBand(), Uniform(10), Popular(10)])
@@ -82,6 +87,18 @@ def mine_negatives(
         raise ValueError(
             f"{data} has no user with a validation target and events before it{f' by {gap} seconds' if gap else ''}; "
             f"see the counts in {data / c.MANIFEST}"
+        )
+    validates = validation_users(np.unique(mined), select, seed)
+    if select and not validates.any():
+        raise ValueError(
+            f"select is {select}, so none of the {len(validates):,} mined users validates the ranker, expected at "
+            "least "
+            f"one; raise select{'' if users is None else f', or users above {users:,}'}"
+        )
+    if validates.all():
+        raise ValueError(
+            f"select is {select}, so all {len(validates):,} mined users validate the ranker, expected some to train "
+            f"it; lower select{'' if users is None else f', or raise users above {users:,}'}"
         )
     recommender.signals = [
         signal for signal in signals or [] if fit_signal(signal, dataset, recommender.vectors, strict)
@@ -94,12 +111,12 @@ def mine_negatives(
             f"two signals give the value {twice}, expected distinct column names; use each signal class once"
         )
     builder = ListBuilder(dataset, recommender, miner, select, seed)
-    with atomic_write(output, "candidates") as folder:
+    with locked(output), atomic_write(output, "candidates") as folder:
         folder.mkdir()
         width = recommender.vectors.shape[1]
         states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), width))
         with ParquetStream(folder / CANDIDATES) as rows, ParquetStream(folder / REQUESTS) as requests:
-            for part in tqdm(list(in_chunks(len(mined), batch_size)), desc="mine", unit="batch"):
+            for part in progress(list(in_chunks(len(mined), batch_size)), "mine"):
                 states[part], table, request = builder.build(mined[part], ends[part])
                 table[c.REQUEST] += part.start
                 rows.write(table)
@@ -125,15 +142,23 @@ def mine_negatives(
             split_hash=dataset.manifest["split_hash"],
             counts=counts,
         )
-    print(
-        f"{output}: {counts['rows']:,} rows in {counts['lists']:,} lists of {counts['users']:,} users "
-        f"({counts['train_lists']:,} training and {counts['select_lists']:,} validation lists); "
-        f"in {counts['target_outside_candidates']:,} lists the target is not among the {k} candidates"
+    inside = counts["lists"] - counts["target_outside_candidates"]
+    print_summary(
+        output,
+        f"{counts['lists']:,} lists of {counts['users']:,} users, {counts['rows']:,} rows",
+        f"{counts['train_lists']:,} training lists, whose target is among the candidates, and "
+        f"{counts['select_lists']:,} validation lists",
+        f"the target is among the {k} candidates in {inside / counts['lists']:.1%} of the lists, an upper bound of the "
+        "ranker's hit rate",
+        then=f"recsys fit {config_option('ranker', output.parent.name)} --data.init_args.path {output} "
+        f"--output {output.parent / 'ranker'}",
     )
 
 
 def fit_signal(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool) -> bool:
     """Fits a signal; returns False, with a warning, if the dataset lacks what it needs and `strict` is False."""
+    if isinstance(signal, Proposer):
+        signal.candidates = min(signal.candidates, dataset.num_items)
     try:
         signal.fit(dataset, vectors)
     except ValueError as error:

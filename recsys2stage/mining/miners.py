@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recsys2stage.options import check_integer, check_number
 from recsys2stage.ranking.lists import NONE, without_repeats
 from recsys2stage.trust import class_name
+
+MAX_COUNT = 1 << 20  # negatives of a list
 
 
 class Request(NamedTuple):
@@ -50,9 +53,13 @@ class RankBand(Miner):
     """
 
     def __init__(self, count: int | None = None, skip_top: int = 0, last: int | None = None) -> None:
-        if skip_top < 0 or (last is not None and last <= skip_top):
+        check_integer("count", count, other="null for the whole band", example=50)
+        check_integer("skip_top", skip_top, 0)
+        check_integer("last", last, other="null for all candidates", example=200)
+        if last is not None and last <= skip_top:
             raise ValueError(
-                f"the band of ranks above {skip_top} and up to {last} is empty; expected 0 <= skip_top < last"
+                f"the band of ranks above {skip_top} and up to {last} is empty, expected 0 <= skip_top < last; "
+                "raise last"
             )
         self.count, self.skip_top, self.last = count, skip_top, last
 
@@ -70,14 +77,14 @@ class _Sampled(Miner):
     """Samples from the catalogue, with spare samples that replace excluded items."""
 
     def __init__(self, count: int) -> None:
-        if count < 1:
-            raise ValueError(f"count is {count}, expected at least 1; leave the miner out to sample nothing")
+        check_integer("count", count, 1, MAX_COUNT, example=10)
         self.count = count
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
-        sampled = self.sample((len(request.target), 2 * self.count + 8), request.counts, rng)
+        count = min(self.count, len(request.counts) - 1)  # at most the catalogue
+        sampled = self.sample((len(request.target), 2 * count + 8), request.counts, rng)
         sampled = np.where(request.is_excluded(sampled), NONE, sampled)
-        first = np.argsort(sampled == NONE, axis=1, kind="stable")[:, : self.count]
+        first = np.argsort(sampled == NONE, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(sampled, first, axis=1)
 
     @abstractmethod
@@ -105,6 +112,7 @@ class Popular(_Sampled):
 
     def __init__(self, count: int, exponent: float = 0.75) -> None:
         super().__init__(count)
+        check_number("exponent", exponent, low=0, high=10, example=0.75)
         self.exponent = exponent
 
     def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -123,7 +131,7 @@ class Mixture(Miner):
 
     def __init__(self, miners: list[Miner]) -> None:
         if not miners:
-            raise ValueError("Mixture got no miners, expected at least one")
+            raise ValueError("miners is [], expected at least one miner; add one, for example RankBand")
         self.miners = miners
 
     def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:

@@ -15,23 +15,23 @@ import numpy as np
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import read_array, read_json, read_manifest, take, verify
+from recsys2stage.artifacts import find_parent, read_array, read_json, read_manifest, take, verify
 from recsys2stage.checkpoints import build, load_tensors
 from recsys2stage.data.catalogue import read_catalogue
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.events import Repeats
-from recsys2stage.data.options import RequestTime
+from recsys2stage.data.manifest import SourceLog, source_log
 from recsys2stage.data.request_inputs import check_user_specs
+from recsys2stage.options import Repeats, RequestTime
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
-from recsys2stage.ranking.signals.base import load_signals
+from recsys2stage.ranking.signals.base import MAX_CANDIDATES, load_signals
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.trust import trusting
 
 RERANKER, POPULARITY = "reranker.pt", "popularity.npy"  # files of an exported folder
 SPEC = ("name", "kind", "size")  # of a user feature: must be equal in model and data
-MAX_CANDIDATES = MAX_RECENT = 1 << 20  # per request, in an exported folder
+MAX_RECENT = 1 << 20  # events that the second stage reads
 
 
 def kind_of(path: str | Path) -> str:
@@ -45,6 +45,20 @@ def bundle_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a bundle or an index folder."""
     kind = kind_of(path)
     return read_manifest(path, kind, f"recsys export-{kind} --output {path}")
+
+
+def bundle_data(path: str | Path) -> Path:
+    """Path of the prepared dataset that a bundle or an index was made from.
+
+    Raises:
+        FileNotFoundError: if it is neither where it was nor at the same place relative to the folder.
+    """
+    return find_parent(path, bundle_manifest(path), "data", "pass its folder as --data (data= in Python)")
+
+
+def bundle_log(path: str | Path) -> SourceLog:
+    """Columns and time unit of the log that a bundle or an index was prepared from."""
+    return source_log(bundle_manifest(path), Path(path) / c.MANIFEST, f"make it again: recsys export-{kind_of(path)}")
 
 
 def check_split(dataset: Dataset, folder: Path) -> None:
@@ -120,6 +134,7 @@ def read_bundle(path: str | Path, trust: Sequence[str] | str | None = ()) -> dic
             f"{', '.join(get_args(Repeats))} and seconds since 1970 or null; make it again: {make}"
         )
     check_user_specs(user_features, where)
+    source_log(manifest, where, f"make it again: {make}")
     if towers.user is not None:
         trained = [
             tuple(feature.get(part) for part in SPEC) for feature in field("towers", dict).get("user_features") or ()

@@ -1,7 +1,7 @@
 """Data module of the ranker (`Candidates`): batches of mined candidate lists."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys2stage import columns as c
-from recsys2stage.artifacts import fingerprint, read_array, read_manifest, take, verify
+from recsys2stage.artifacts import find_parent, fingerprint, read_array, read_manifest, take, verify
 from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data.batches import padded_indices, recent_events
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.options import check_least
+from recsys2stage.options import MAX_LENGTH, RequestTime, check_integer
 from recsys2stage.ranking.lists import STATES, CandidateLists, concatenate_lists, read_candidates
+from recsys2stage.ranking.signals.base import MAX_CANDIDATES
 from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
 from recsys2stage.retrieval.index import VECTORS
 from recsys2stage.shapes import CandidateBatch
@@ -59,13 +60,12 @@ class Candidates(ArrayModule):
         refit: Path | None = None,
     ) -> None:
         super().__init__()
-        check_least("batch_size", batch_size)
-        if recent < 0:
-            raise ValueError(f"recent is {recent}, expected 0 for no event, or more")
+        check_integer("batch_size", batch_size, example=128)
+        check_integer("recent", recent, 0, MAX_LENGTH, example=20)  # 0: no event
         self.path, self.batch_size, self.recent = Path(path), batch_size, recent
         self.folds, self.refit = folds or [], refit
         self.manifest = read_mined_manifest(self.path)
-        self.dataset = Dataset(self.manifest["parents"]["data"]["path"])
+        self.dataset = Dataset(_parent(self.path, self.manifest, "data"))
         self.dataset.check_split(self.path, self.manifest["split_hash"])
 
     @property
@@ -123,7 +123,7 @@ class Candidates(ArrayModule):
 
     def item_vectors(self) -> Float[Tensor, "W D"]:
         """The retriever's item vectors; row 0 is padding."""
-        path = Path(self.manifest["parents"]["index"]["path"]) / VECTORS
+        path = _parent(self.path, self.manifest, "index") / VECTORS
         vectors = np.array(read_array(path, np.float32, (self.num_items, self.vector_dim)))
         return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
 
@@ -144,7 +144,7 @@ class Candidates(ArrayModule):
             validation: validation users of this module's own lists.
         """
         manifest = read_mined_manifest(folder)
-        data, own = Dataset(manifest["parents"]["data"]["path"]), self.manifest
+        data, own = Dataset(_parent(folder, manifest, "data")), self.manifest
         data.check_split(folder, manifest["split_hash"])
         if manifest["signals"] != self.signals or manifest["options"]["signals"] != own["options"]["signals"]:
             raise ValueError(
@@ -226,11 +226,7 @@ def read_mined_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder, "candidates", f"recsys mine-negatives --output {folder}")
     for name, kind in NEEDS.items():
         take(manifest, name, kind, folder / c.MANIFEST)
-    if not (isinstance(manifest["options"].get("k"), int) and {"data", "index"} <= manifest["parents"].keys()):
-        raise ValueError(
-            f"{folder / c.MANIFEST} lacks the number of mined candidates, or the data or index they are from; mine "
-            f"again: recsys mine-negatives --output {folder}"
-        )
+    _check_values(manifest, folder / c.MANIFEST, f"mine again: recsys mine-negatives --output {folder}")
     verify(folder, manifest, f"recsys mine-negatives --output {folder}")
     if "scores_cold" not in manifest:
         raise ValueError(
@@ -238,9 +234,45 @@ def read_mined_manifest(folder: Path) -> dict[str, Any]:
             f"recsys mine-negatives --output {folder}"
         )
     for name, parent in manifest["parents"].items():
-        if fingerprint(parent["path"]) != parent["hash"]:
+        path = _parent(folder, manifest, name)
+        if fingerprint(path) != parent.get("hash"):
             raise ValueError(
-                f"{folder} was mined from another {name} than the one now in {parent['path']}; mine again: "
+                f"{folder} was mined from another {name} than the one now in {path}; mine again: "
                 f"recsys mine-negatives --output {folder}"
             )
     return manifest
+
+
+def _check_values(manifest: dict[str, Any], where: Path, advice: str) -> None:
+    """Raises a ValueError for nested values of other types, as in damaged manifests or those of strangers."""
+
+    def refuse(value: str, expected: str) -> NoReturn:
+        raise ValueError(f"{where} has {value[:120]}, expected {expected}; {advice}")
+
+    options = manifest["options"]
+    for name, value, most in (
+        ("k", options.get("k"), MAX_CANDIDATES),
+        ("vector_dim", manifest["vector_dim"], MAX_CANDIDATES),
+        ("max_length", manifest["max_length"], MAX_CANDIDATES),
+    ):
+        if type(value) is not int or not 1 <= value <= most:
+            refuse(f"the {name} {value!r}", f"an integer from 1 to {most:,}")
+    if not {"data", "index"} <= manifest["parents"].keys():
+        refuse(f"the parents {', '.join(manifest['parents'])}", "data and index")
+    if not isinstance(options.get("signals"), list):
+        refuse(f"the option signals {options.get('signals')!r}", "a list of signals")
+    for signal in manifest["signals"]:
+        given = signal if isinstance(signal, dict) else {}
+        if not isinstance(given.get("name"), str) or not all(
+            isinstance(given.get(flag), bool) for flag in ("by_id", "counted")
+        ):
+            refuse(f"the signal {signal!r}", "a name and the flags by_id and counted")
+    if manifest["request_time"] not in get_args(RequestTime):
+        refuse(f"the request_time {manifest['request_time']!r}", f"one of {', '.join(get_args(RequestTime))}")
+    if not isinstance(manifest.get("scores_cold", False), bool):  # its absence has a sentence of its own
+        refuse(f"the scores_cold {manifest['scores_cold']!r}", "true or false")
+
+
+def _parent(folder: Path, manifest: dict[str, Any], name: str) -> Path:
+    advice = f"put it back, or mine again: recsys mine-negatives --data DATA --index INDEX --output {folder}"
+    return find_parent(folder, manifest, name, advice)

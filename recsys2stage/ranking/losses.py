@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys2stage.options import check_integer, check_number
+
 
 class ListLoss(nn.Module, ABC):
     """Loss of candidate lists with one positive each."""
@@ -72,10 +74,8 @@ class LambdaRank(ListLoss):
 
     def __init__(self, k: int | None = 10, sigma: float = 1.0) -> None:
         super().__init__()
-        if k is not None and k < 1:
-            raise ValueError(f"k is {k}, expected at least 1, or None for all ranks")
-        if sigma <= 0:
-            raise ValueError(f"sigma is {sigma}, expected more than 0")
+        check_integer("k", k, other="null for all ranks", example=10)
+        check_number("sigma", sigma, above=0, example=1.0)
         self.k, self.sigma = k, sigma
 
     def forward(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from recsys2stage.columns import PAD
 from recsys2stage.metrics import RankMetrics, compute_rank
-from recsys2stage.optim import RecsysAdamW, RecsysModule, with_schedule
+from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
+from recsys2stage.options import check_number
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.losses import ListLoss, Listwise
 from recsys2stage.ranking.reranker import Reranker
@@ -64,9 +65,9 @@ class Ranker(RecsysModule):
         final_lr: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, value in (("id_dropout", id_dropout), ("cold_dropout", cold_dropout)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}, expected a probability between 0 and 1")
+        for name, value, usual in (("id_dropout", id_dropout, 0.1), ("cold_dropout", cold_dropout, 0.05)):
+            check_number(name, value, low=0, high=1, example=usual, what="a probability")
+        check_schedule(warmup_steps, final_lr)
         self.save_hyperparameters(ignore=["loss"])
         self.reranker = Reranker(
             num_items, vector_dim, features, scorer, feature_dim, signals or (), scores_cold, without

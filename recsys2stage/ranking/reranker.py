@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
-from recsys2stage.features import FeatureTable
+from recsys2stage.options import MAX_WIDTH, check_integer
 from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
+from recsys2stage.retrieval.features import FeatureTable
 from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 
@@ -70,12 +71,15 @@ class Reranker(nn.Module):
         without: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        check_integer("feature_dim", feature_dim, 1, MAX_WIDTH, example=16)
         self.scores_cold = scores_cold
         self.without = frozenset(without or ())
         names = [signal["name"] for signal in signals]
         inputs = {*PARTS, *names, *(name.partition(".")[0] for name in names)}
         if unknown := sorted(self.without - inputs):
-            raise ValueError(f"without has {', '.join(unknown)}, expected some of {', '.join(sorted(inputs))}")
+            raise ValueError(
+                f"without has {', '.join(unknown)}, expected some of {', '.join(sorted(inputs))}; leave the others out"
+            )
         self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # of the retriever, not normalised
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))

@@ -10,9 +10,9 @@ import polars as pl
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.data.batches import Padded, Ragged, as_history, recent_events
+from recsys2stage.data.batches import Padded, Ragged, as_history, in_chunks, recent_events
 from recsys2stage.data.catalogue import Catalogue
-from recsys2stage.data.options import RequestTime, Seen, check_least, check_option
+from recsys2stage.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.ranking.beyond import Recommendations, RetrievedItems, beyond
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import Proposer, Requests, Signal
@@ -28,6 +28,7 @@ NO_TARGET_ACTION = (
     "this model has no target action; leave the action out, or train a model with the input NextAction on data with "
     "next_action: target"
 )
+MAX_LEFT_OUT = 1 << 22  # exclusions that are passed to candidate generators at once
 PerRequest = np.ndarray | None  # one number for each of B requests, (B,); None: the default
 Allowed = np.ndarray | None  # items that may be recommended: (V,) bool for all requests, or (B, V); None: all
 
@@ -73,7 +74,7 @@ class Stages:
     ) -> None:
         check_option("request_time", request_time, RequestTime)
         check_option("seen", seen, Seen)
-        check_least("candidates", candidates)
+        check_integer("candidates", candidates, example=200)
         self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
         self.catalogue, self.popularity = Catalogue(catalogue, actions), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
@@ -202,11 +203,22 @@ class Stages:
         """What the signals propose, (B, up to K) each; what is not allowed is excluded for them."""
         if allowed is None:
             return [signal.propose(requests, excluded) for signal in self.proposers]
-        rows, items = np.nonzero(~np.broadcast_to(allowed, (len(requests.queries), len(self.vectors) - 1)))
-        rows, items = np.concatenate([excluded.rows, rows]), np.concatenate([excluded.values, items + 1])
-        counts = np.bincount(rows, minlength=len(requests.queries))
-        left_out = Ragged(items[np.argsort(rows, kind="stable")], np.concatenate([[0], np.cumsum(counts)]))
-        return [signal.propose(requests, left_out) for signal in self.proposers]
+        count, size = len(requests.queries), len(self.vectors) - 1
+        masks, parts = np.broadcast_to(allowed, (count, size)), []
+        for part in in_chunks(count, max(1, MAX_LEFT_OUT // size)):  # at most so many exclusions at once
+            begin, end = excluded.offsets[part.start], excluded.offsets[part.stop]
+            row, item = np.nonzero(~masks[part])
+            rows = np.concatenate([excluded.rows[begin:end] - part.start, row])
+            items = np.concatenate([excluded.values[begin:end], item + 1])[np.argsort(rows, kind="stable")]
+            offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=part.stop - part.start))])
+            own = requests._replace(
+                items=requests.items[part],
+                history=requests.history.take(part),
+                request_time=requests.request_time[part],
+                queries=requests.queries[part],
+            )
+            parts.append([signal.propose(own, Ragged(items, offsets)) for signal in self.proposers])
+        return [np.concatenate(proposed) for proposed in zip(*parts, strict=True)]
 
     def compute_signals(
         self, items: np.ndarray, queries: np.ndarray, found: RetrievedItems, padded: Padded, request: PerRequest
@@ -274,8 +286,7 @@ class Stages:
 
     def list_length(self, k: int) -> int:
         """The number of items of a list: k, checked, and no more than there are."""
-        if isinstance(k, bool | np.bool_) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"k is {k!r}, expected at least 1, an integer; give the number of items, such as k=10")
+        check_integer("k", k, example=10)
         return min(int(k), len(self.vectors) - 1)
 
     def order(

@@ -18,7 +18,7 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.data.batches import as_history, windows
 from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.data.options import Part, RequestTime, check_least
+from recsys2stage.options import MAX_LENGTH, Part, RequestTime, check_integer, check_option
 from recsys2stage.shapes import History
 
 
@@ -203,9 +203,10 @@ class Histories(ArrayModule):
         next_action: str = "none",
     ) -> None:
         super().__init__()
-        if max_length < 1 or batch_size < 1:
-            raise ValueError(f"max_length is {max_length} and batch_size {batch_size}; both must be at least 1")
-        check_least("eval_batch_size", eval_batch_size)
+        check_integer("max_length", max_length, 1, MAX_LENGTH, example=200)
+        check_integer("batch_size", batch_size, example=128)
+        check_integer("eval_batch_size", eval_batch_size, example=256)
+        check_option("request_time", request_time, RequestTime)
         self.path, self.max_length = Path(path), max_length
         self.request_time, self.next_action = request_time, next_action
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size

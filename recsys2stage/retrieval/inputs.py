@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recsys2stage.columns import UNKNOWN
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import MAX_WIDTH, check_integer, check_number
 from recsys2stage.shapes import Embedded, History
 
 Field = Literal["ratings", "actions", "target_action"]  # of a History
@@ -71,10 +72,11 @@ class RatingEmbedding(Input):
         self, dim: int, actions: Sequence[str] = (), low: float | int = 0.5, high: float | int = 5.0, levels: int = 10
     ) -> None:
         super().__init__(dim, actions)
-        if levels < 2 or low >= high:
-            raise ValueError(
-                f"levels is {levels}, low {low} and high {high}; expected 2 or more levels, low below high"
-            )
+        check_integer("levels", levels, 2, MAX_WIDTH, example=10)
+        for name, value, usual in (("low", low, 0.5), ("high", high, 5.0)):
+            check_number(name, value, example=usual)
+        if low >= high:
+            raise ValueError(f"low is {low} and high {high}, expected low below high; set them to the range of ratings")
         self.low, self.high, self.step = low, high, (high - low) / (levels - 1)
         self.table = feature_table(levels, dim)
 

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
-from recsys2stage.features import FeatureTable
+from recsys2stage.options import MAX_WIDTH, check_integer, check_integers, check_number
 from recsys2stage.retrieval.encoders.layers import Dropout
+from recsys2stage.retrieval.features import FeatureTable
 
 
 class ItemTable(nn.Module):
@@ -29,6 +30,9 @@ class ItemTable(nn.Module):
 
     def __init__(self, num_items: int, dim: int, features: Sequence[dict[str, Any]] = (), std: float = 0.02) -> None:
         super().__init__()
+        check_integer("num_items", num_items)
+        check_integer("dim", dim, 1, MAX_WIDTH, example=64)
+        check_number("std", std, low=0, example=0.02)
         self.table = nn.Embedding(num_items + 1, dim, padding_idx=PAD)
         nn.init.normal_(self.table.weight, std=std)
         with torch.no_grad():
@@ -92,8 +96,10 @@ class ItemTower(ItemTable):
                 "ItemTower needs item features, and the data declare none; declare some (source.init_args.items) or "
                 "give vectors (item_vectors) in the config of prepare-data, or use items: ItemTable"
             )
-        if not 0 <= id_dropout < 1:
-            raise ValueError(f"id_dropout is {id_dropout}, expected a probability from 0 to below 1")
+        check_number("id_dropout", id_dropout, low=0, below=1, example=0.1, what="a probability")
+        check_integer("feature_dim", feature_dim, 1, MAX_WIDTH, example=16)
+        if hidden:  # an empty list: no hidden layer
+            check_integers("hidden", hidden, 1, MAX_WIDTH, example=(128,))
         super().__init__(num_items, dim, features, std)
         self.id_dropout = id_dropout
         self.features = FeatureTable(num_items, features, feature_dim)

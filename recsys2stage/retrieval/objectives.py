@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import MASK, UNKNOWN
+from recsys2stage.options import check_number
 from recsys2stage.shapes import History, Items
 
 
@@ -71,8 +72,8 @@ class Cloze(Objective):
 
     def __init__(self, rate: float = 0.2, newest: float = 1 / 11) -> None:
         super().__init__()
-        if not (0 < rate < 1 and 0 <= newest <= 1):
-            raise ValueError(f"rate is {rate} and newest {newest}; expected shares between 0 and 1, rate above 0")
+        check_number("rate", rate, above=0, below=1, example=0.2, what="a share")
+        check_number("newest", newest, low=0, high=1, example=0.1, what="a share")
         self.rate, self.newest = rate, newest
 
     def forward(self, window: History) -> TrainingBatch:

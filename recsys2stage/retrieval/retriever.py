@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import RequestTime, Seen, check_option
 from recsys2stage.metrics import RankMetrics, compute_rank
-from recsys2stage.optim import RecsysAdamW, RecsysModule, with_schedule
+from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
+from recsys2stage.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
 from recsys2stage.retrieval.encoders.layers import without_autocast
 from recsys2stage.retrieval.histories import Histories, Queries
@@ -92,6 +92,8 @@ class Retriever(RecsysModule):
     ) -> None:
         super().__init__()
         check_option("request_time", request_time, RequestTime)
+        check_integer("recompute_rows", recompute_rows, other="null to keep all activations", example=32)
+        check_schedule(warmup_steps, final_lr)
         self.save_hyperparameters(ignore=["objective", "loss", "norm_penalty", "start"])
         self.towers = TwoTower(
             num_items=num_items,
@@ -122,10 +124,6 @@ class Retriever(RecsysModule):
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
-        if recompute_rows is not None and recompute_rows < 1:
-            raise ValueError(
-                f"recompute_rows is {recompute_rows}, expected at least 1, or null to keep all activations"
-            )
         if compiled:
             self.towers.encoder.compile(dynamic=True)  # sequence length varies between batches
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys2stage.columns import MASK, PAD
+from recsys2stage.options import MAX_LENGTH, MAX_WIDTH, check_integer, check_option
 from recsys2stage.retrieval.encoders import EncoderFactory
 from recsys2stage.retrieval.inputs import InputFactory
 from recsys2stage.retrieval.items import ItemsFactory, ItemTable
@@ -54,8 +55,9 @@ class TwoTower(nn.Module):
         actions: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if similarity not in ("cosine", "dot"):
-            raise ValueError(f"similarity is {similarity!r}, expected cosine or dot")
+        check_option("similarity", similarity, Similarity)
+        check_integer("dim", dim, 1, MAX_WIDTH, example=64)
+        check_integer("max_length", max_length, 1, MAX_LENGTH, example=200)
         self.max_length, self.similarity = max_length, similarity
         self.items = items(num_items, dim, features or ())
         self.untied = None if tied else items(num_items, dim, features or ())

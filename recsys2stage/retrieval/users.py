@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys2stage.features import FeatureEncoder
+from recsys2stage.options import MAX_WIDTH, check_integer
 from recsys2stage.retrieval.encoders.layers import Dropout
+from recsys2stage.retrieval.features import FeatureEncoder
 from recsys2stage.shapes import Embedded
 
 
@@ -53,6 +54,7 @@ class UserTower(nn.Module):
             )
         if not (token or film):
             raise ValueError("UserTower has token: false and film: false, so it has no effect; set one or both to true")
+        check_integer("feature_dim", feature_dim, 1, MAX_WIDTH, example=16)
         self.token = token
         self.features = FeatureEncoder(features, feature_dim)
         self.linear = nn.Linear(self.features.width, dim)

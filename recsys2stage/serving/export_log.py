@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys2stage.artifacts import atomic_write, write_manifest
-from recsys2stage.serving.store import check_schema, connect
+from recsys2stage.serving.store_file import check_schema, connect
 
 ROWS = 50_000  # at once
 EVENTS = {

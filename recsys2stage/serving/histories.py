@@ -10,6 +10,8 @@ from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.serving.packed import KnownEvents, KnownUsers
 from recsys2stage.serving.store import Store, Stored, Version
 
+USER_COST = 32  # a history in memory takes as much as this many events, however short it is: about 1 KB
+
 
 @dataclass(frozen=True, eq=False)
 class UserEvents:
@@ -38,7 +40,7 @@ class Histories:
         known: users of the prepared data; None: none.
         catalogue: items and actions of the bundle.
         has_time: whether times of the prepared data are seconds; if not, new events follow in the order of arrival.
-        cached: most events held in memory.
+        cached: most events held in memory, at about 32 bytes each; every user counts as `USER_COST` more.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Histories:
         cached: int = 2_000_000,
     ) -> None:
         self.store, self.known, self.catalogue, self.has_time, self.limit = store, known, catalogue, has_time, cached
-        self.cached_events = 0
+        self.cached_events = self._cost = 0
         self._cache: OrderedDict[str, tuple[Version, UserEvents]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -98,7 +100,7 @@ class Histories:
         with self._lock:
             held = self._cache.pop(user_id, None)
             if held is not None:
-                self.cached_events -= len(held[1])
+                self._count(held[1], -1)
 
     def users(self, limit: int, offset: int = 0) -> tuple[int, list[str]]:
         """Ids of known users: those of the prepared data, then those with new events only, newest first.
@@ -132,14 +134,19 @@ class Histories:
         """Holds a history, and drops those that were asked for longest ago."""
         with self._lock:
             held = self._cache.pop(user_id, None)
-            self.cached_events -= len(held[1]) if held is not None else 0
-            if len(events) > self.limit:
+            if held is not None:
+                self._count(held[1], -1)
+            if len(events) + USER_COST > self.limit:
                 return
             self._cache[user_id] = version, events
-            self.cached_events += len(events)
-            while self.cached_events > self.limit:
+            self._count(events, 1)
+            while self._cost > self.limit:
                 _, (_, dropped) = self._cache.popitem(last=False)
-                self.cached_events -= len(dropped)
+                self._count(dropped, -1)
+
+    def _count(self, events: UserEvents, sign: int) -> None:
+        self.cached_events += sign * len(events)
+        self._cost += sign * (len(events) + USER_COST)
 
     def _merge(self, old: UserEvents, new: list[Stored]) -> UserEvents:
         """Merges new events by time; of equal times the old ones come first, then the order of arrival decides."""

@@ -15,7 +15,7 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, take
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.ranking.bundle import bundle_manifest, check_split
+from recsys2stage.ranking.bundle import bundle_data, bundle_manifest, check_split
 
 FOLDER = "histories"
 EVENT_FILES = {"items": c.EVENT_ITEMS, "times": c.EVENT_TIMES, "ratings": c.EVENT_RATINGS, "actions": c.EVENT_ACTIONS}
@@ -193,9 +193,11 @@ def load_known_users(bundle: Path, data: Path | None = None) -> KnownUsers | Non
     manifest = bundle_manifest(bundle)
     if data is None and FOLDER in manifest:
         return KnownUsers.of_bundle(bundle)
-    path = Path(data or manifest["parents"]["data"]["path"])
-    if data is None and not (path / c.MANIFEST).is_file():
-        return None
-    dataset = Dataset(path)
+    if data is None:
+        try:
+            data = bundle_data(bundle)
+        except FileNotFoundError:
+            return None
+    dataset = Dataset(data)
     check_split(dataset, bundle)
     return KnownUsers.of_dataset(dataset)

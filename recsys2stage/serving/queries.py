@@ -1,12 +1,12 @@
 """Requests against a bundle: ids, features and actions are numbered and checked."""
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys2stage.data.request_inputs import encode_users
+from recsys2stage.data.request_inputs import class_code, encode_users
 from recsys2stage.ranking.histories import Events, parse_events
 from recsys2stage.recommender import Recommender
 from recsys2stage.serving.filters import ItemFeatures
@@ -97,6 +97,11 @@ class Resolver:
             raise wrong(
                 "history.times", None, "times are missing, and this model reads them; send seconds, one for each event"
             )
+        if model.reads_actions:
+            for place, name in enumerate(history.actions or []):
+                if name is not None and name not in model.actions:
+                    detail = f"there is no action {shorten(name)}; {nearest(name, model.actions)} Null: unknown"
+                    raise wrong(f"history.actions.{place}", name, detail)
         try:
             events = parse_events(
                 model.catalogue,
@@ -112,11 +117,24 @@ class Resolver:
         if history.items and not len(events.known):
             raise wrong("history.items", history.items[0], self._none_known("history.items", history.items))
         if body.user is not None:
+            self._check_classes(body.user)
             try:
                 events = events._replace(user=encode_users(model.user_features, [body.user], "user"))
             except (ValueError, TypeError, OverflowError) as error:
                 raise wrong("user", body.user, f"{error}; correct it or leave it out") from error
         return events
+
+    def _check_classes(self, user: Mapping[str, Any]) -> None:
+        """Raises a Problem for a class of a user feature that the training data do not have."""
+        for spec in self.model.user_features:
+            value, classes = user.get(spec["name"]), spec["classes"]
+            if classes is None or value is None:
+                continue
+            codes = {name: code for code, name in enumerate(classes, start=1)}
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and not class_code(one.strip() if isinstance(one, str) else one, codes):
+                    step = f"{nearest(str(one)[:100], classes)} Null: unknown"
+                    raise wrong(f"user.{spec['name']}", one, f"{spec['name']} has no class {shorten(one)}; {step}")
 
     def _none_known(self, field: str, ids: Sequence[str]) -> str:
         return (

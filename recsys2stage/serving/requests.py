@@ -13,13 +13,12 @@ from recsys2stage import columns as c
 from recsys2stage.data import ids
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, spans
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.request_inputs import Values, as_seconds, encode_users, fill_ratings
-from recsys2stage.data.sources.quotes import detect_layout
+from recsys2stage.data.manifest import EVENT_COLUMNS, SourceLog
+from recsys2stage.data.request_inputs import Values, encode_users, fill_ratings
 from recsys2stage.recommender import NO_TARGET_ACTION, Recommender
+from recsys2stage.serving.event_files import OWN, read_events, read_log, require, sort_by_time
 
 logger = logging.getLogger("recsys2stage")
-
-EVENT_COLUMNS = (c.USER_ID, c.ITEM_ID, c.TIME, c.RATING, c.ACTION)  # never user features
 
 
 class DatasetRequests:
@@ -57,37 +56,38 @@ class DatasetRequests:
 
 
 class FileRequests:
-    """Users and histories from a CSV or Parquet file with the columns user_id, item_id and optionally time (seconds).
+    """Users and histories from a file with the columns user_id, item_id and optionally time (seconds or ISO text).
 
-    The columns rating and action (names) are read if the model has inputs for them; missing values are unknown. User
-    features are read from columns of their declared names, from any row of a user; the classes of a multi-valued
-    feature are a list or a text separated by |.
+    The file is CSV, TSV, JSON lines or Parquet by its ending. Columns may also have the names of the source that the
+    data were prepared from; its times are then in the source's unit. The columns rating and action (names) are read if
+    the model has inputs for them; missing values are unknown. User features are read from columns of their declared
+    names, from any row of a user; the classes of a multi-valued feature are a list or a text separated by |.
 
     Args:
-        path: the file. Its rows are sorted by time, equal times in file order; without a time column, rows must be
-            oldest first.
+        path: the file, of a format in `event_files`. Its rows are sorted by time, equal times in file order; without a
+            time column, rows must be oldest first.
         recommender: the recommender to serve; gives the item numbers and the history length.
         only: user ids, as text; None: all users.
+        source: the source's columns and time unit, as the bundle records them.
     """
 
-    def __init__(self, path: Path, recommender: Recommender, only: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, path: Path, recommender: Recommender, only: Sequence[str] | None = None, source: SourceLog = OWN
+    ) -> None:
         classes = [spec["name"] for spec in recommender.user_features if spec["kind"] != "numeric"]
-        log = read_log(Path(path), classes)
-        require(log, [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else []), path)
+        path, source = Path(path), source if recommender.has_time else source._replace(time_unit="order")
+        log, in_unit = read_events(path, classes, source)
+        require(log, [c.USER_ID, c.ITEM_ID] + ([c.TIME] if recommender.needs_times else []), path, source)
         log = log.with_columns(ids.require_ids(log[name], path) for name in (c.USER_ID, c.ITEM_ID))
         if c.TIME in log.columns and (nulls := log[c.TIME].null_count()):
             raise ValueError(f"{nulls:,} of {len(log):,} rows have no {c.TIME} in {path}; fill in or drop them")
-        if c.TIME in log.columns and not log[c.TIME].dtype.is_integer() and len(log):
-            raise ValueError(f"{path} has the time {log[c.TIME][0]!r}, expected whole seconds since 1970")
-        if c.TIME in log.columns and len(log) and recommender.has_time:
-            as_seconds(log[c.TIME].to_numpy(), f"{path}, column time,", recommender.newest_time)
+        if c.TIME in log.columns:
+            log = sort_by_time(log, source, in_unit, path, recommender.newest_time)
         self.newest = int(log[c.TIME].max() or 0) if c.TIME in log.columns else 0  # type: ignore[arg-type]  # whole
         if only is not None:
             log = log.filter(ids.select(only, log[c.USER_ID], path))
         if not len(log):
             raise ValueError(f"{path} holds no events; expected one row for each event of each user")
-        if c.TIME in log.columns:
-            log = log.sort(c.TIME, maintain_order=True)
         numbers = recommender.catalogue.numbers(log[c.ITEM_ID].to_list())
         if not numbers.any():
             raise ValueError(
@@ -113,9 +113,24 @@ class FileRequests:
         )
         counts = np.bincount(user[numbers > 0], minlength=len(self.user_ids))
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        if not counts.all():
+            self._warn_unknown(log, user, counts, recommender, path)
         self.last_times = np.zeros(len(self.user_ids), dtype=np.int64)  # of each user's newest event, seconds
         np.maximum.at(self.last_times, user, times.astype(np.int64))
         self.features = _user_features(log, user, len(self.user_ids), recommender, path)
+
+    def _warn_unknown(
+        self, log: pl.DataFrame, user: np.ndarray, counts: np.ndarray, recommender: Recommender, path: Path
+    ) -> None:
+        """Warns of users of whose items the model knows none."""
+        first = int(np.argmin(counts))
+        logger.warning(
+            "%s: the model knows no item of %s of %s users, such as %r of user %r (known ids look like %r); they get "
+            "the most popular items; check their item ids, or leave them out",
+            *(path, f"{int((counts == 0).sum()):,}", f"{len(counts):,}", log[c.ITEM_ID][int((user == first).argmax())]),
+            *(self.user_ids[first].item() if hasattr(self.user_ids[first], "item") else self.user_ids[first],),
+            recommender.catalogue.items[c.ITEM_ID][0],
+        )
 
     def read(self, part: slice) -> tuple[Padded, Ragged]:
         """Histories and seen items of a slice of the users."""
@@ -154,7 +169,7 @@ def _user_features(
         user: (n,) the user number of each row.
         users: the number of users.
     """
-    specs = [spec for spec in recommender.user_features if spec["name"] not in EVENT_COLUMNS]
+    specs = [spec for spec in recommender.user_features if spec["name"] not in EVENT_COLUMNS]  # never features
     present = [spec for spec in specs if spec["name"] in log.columns]
     if recommender.reads_user:
         present = [spec for spec in specs if _has_column(log, spec["name"], path)]
@@ -180,14 +195,17 @@ def _has_column(log: pl.DataFrame, name: str, path: Path) -> bool:
     return name in log.columns
 
 
-def resolve_target_actions(users: np.ndarray, action: str, recommender: Recommender) -> np.ndarray:
+def resolve_target_actions(
+    users: np.ndarray, action: str, recommender: Recommender, source: SourceLog = OWN
+) -> np.ndarray:
     """Target action of each user, (n,) int64.
 
     Args:
         users: user ids.
-        action: one action for all users; or a CSV or Parquet file with user_id and action, or a .json of
-            {user_id: action}. Users without an action in the file get the recommender's default action.
+        action: one action for all users; or a file with user_id and action, of a format in `event_files`, or a .json
+            of {user_id: action}. Users without an action in the file get the recommender's default action.
         recommender: the recommender to serve.
+        source: the source's columns, as in `FileRequests`.
     """
     if recommender.next_action == "none":
         raise ValueError(NO_TARGET_ACTION)
@@ -198,7 +216,7 @@ def resolve_target_actions(users: np.ndarray, action: str, recommender: Recommen
             f"the target action is {action!r}, expected a file or one of the model's actions "
             f"{', '.join(recommender.actions)}"
         )
-    named = read_target_actions(Path(action))
+    named = read_target_actions(Path(action), source)
     number = {name: recommender.target_action_number(name) for name in set(named.values())}
     names = [named.get(str(user)) for user in users]
     if missing := names.count(None):
@@ -211,7 +229,7 @@ def resolve_target_actions(users: np.ndarray, action: str, recommender: Recommen
     return np.array([recommender.default_action if name is None else number[name] for name in names], dtype=np.int64)
 
 
-def read_target_actions(path: Path) -> dict[str, str]:
+def read_target_actions(path: Path, source: SourceLog = OWN) -> dict[str, str]:
     """Target actions in a file: user id, as text -> action name."""
     if path.suffix == ".json":
         try:
@@ -224,38 +242,11 @@ def read_target_actions(path: Path) -> dict[str, str]:
         pairs = [(user, None if name is None else str(name)) for user, name in content]
         log = pl.DataFrame(pairs, schema={c.USER_ID: pl.String, c.ACTION: pl.String}, orient="row")
     else:
-        log = read_log(path)
-        require(log, [c.USER_ID, c.ACTION], path)
+        log = read_log(path, source=source)
+        require(log, [c.USER_ID, c.ACTION], path, source)
         log = log.with_columns(ids.require_ids(log[c.USER_ID], path))
     log = log.select(pl.col(c.USER_ID, c.ACTION).cast(pl.String)).drop_nulls()
     repeated = log.filter(pl.col(c.USER_ID).is_duplicated())[c.USER_ID].unique()
     if len(repeated):
         raise ValueError(f"{path} has more than one action for {len(repeated):,} users, for example {repeated[0]!r}")
     return dict(log.iter_rows())
-
-
-def read_log(path: Path, text: Sequence[str] = ()) -> pl.DataFrame:
-    """Reads a CSV or Parquet file of events. Ids in a CSV stay text: item 0012 is not item 12.
-
-    Args:
-        path: the file.
-        text: further columns to read as text.
-    """
-    try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path)
-        names = dict.fromkeys((c.USER_ID, c.ITEM_ID, c.ACTION, *text), pl.String)
-        quote = detect_layout(path, ",").quote if path.is_file() else None
-        log = pl.read_csv(path, schema_overrides=names, infer_schema_length=None, quote_char=quote)
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    repeated = [name for name in log.columns if f"{name}_duplicated_0" in log.columns]  # polars' name of the second
-    if repeated:
-        raise ValueError(f"{path} has more than one column {repeated[0]!r}; remove all but one")
-    return log.with_columns(ids.narrow_ids(log[c.USER_ID])) if c.USER_ID in log.columns else log
-
-
-def require(log: pl.DataFrame, names: Sequence[str], path: Path) -> None:
-    """Raises a ValueError that names the missing columns."""
-    if missing := [name for name in names if name not in log.columns]:
-        raise ValueError(f"{path} lacks the columns {missing}; it has {log.columns}")

@@ -154,7 +154,8 @@ async def healthz() -> Response:
 @router.get("/readyz", tags=["service"])
 async def readyz(request: Request) -> Response:
     """Whether the bundle is loaded and warmed."""
-    return json_response({"status": "ready", "bundle": service_of(request).engine.identity})
+    service_of(request)
+    return json_response({"status": "ready"})  # no more: probes need no key
 
 
 @router.get("/metrics", tags=["service"])

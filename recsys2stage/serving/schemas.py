@@ -4,12 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MAX_TIME = 4_102_444_800  # the year 2100, in seconds
+from recsys2stage.columns import YEAR_2100
+
 MAX_ID = 1_024  # characters of an id
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Ids = Annotated[list[Id], Field(description="Ids as in the raw data, as text.")]
-Time = Annotated[int, Field(ge=0, le=MAX_TIME, description="Seconds since 1970.")]
+Time = Annotated[int, Field(ge=0, le=YEAR_2100, description="Seconds since 1970.")]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 

@@ -26,7 +26,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from recsys2stage.artifacts import fingerprint
+from recsys2stage.artifacts import fingerprint, is_alive
 from recsys2stage.ranking.bundle import bundle_manifest
 from recsys2stage.serving import monitoring
 from recsys2stage.serving.settings import Settings
@@ -35,6 +35,7 @@ from recsys2stage.serving.worker import END, FAILED, READY, REPLACE, work
 
 BACKLOG = 1_024  # connections that wait to be accepted
 START = 600.0  # seconds that a worker has to get ready
+METRICS = "recsys-metrics"  # prefix of a temporary folder
 LONGEST_WAIT = 10.0  # seconds between attempts to start a worker that fails
 
 logger = logging.getLogger("recsys2stage.serving")
@@ -93,17 +94,23 @@ class Supervisor:
             ValueError: if the first worker cannot load the bundle.
         """
         with self._signals() as wakes:
-            while not self.ends:
-                self._balance()
-                self._listen(wakes)
-                if self.first_error:
-                    break
-                if self.reload or self._link_changed():
-                    self.reload = False
-                    self._try(self._release())
+            while not self.ends and not self.first_error:
+                self.step(wakes)
             self._stop(wakes)
         if self.first_error:
             raise ValueError(self.first_error)
+
+    def step(self, wakes: socket.socket) -> None:
+        """Starts and ends what is to be started and ended, then waits for what happens, at most a second.
+
+        Args:
+            wakes: gets readable when a signal arrives.
+        """
+        if self.reload or self._link_changed():
+            self.reload = False
+            self._try(self._release())
+        self._balance()
+        self._listen(wakes)
 
     def _announce(self) -> None:
         host, port = self.listener.getsockname()[:2]
@@ -312,6 +319,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: if the address is taken or is none of this machine.
     """
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -319,11 +327,22 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise ValueError(
             f"cannot listen on {host}:{port} ({error.strerror or error}), expected a free port of this machine; choose "
             "another with --port"
         ) from error
     return listener
+
+
+def metrics_folder() -> Path:
+    """Makes a temporary folder; removes those of services that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{METRICS}-*-*"):
+        pid = left.name.split("-")[-2]
+        if pid.isdigit() and not is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{METRICS}-{os.getpid()}-"))
 
 
 def run(settings: Settings) -> None:
@@ -336,7 +355,7 @@ def run(settings: Settings) -> None:
     Store(settings.store_path).close()
     listener = bind(settings.host, settings.port)
     monitoring.configure_logging()
-    folder = Path(tempfile.mkdtemp(prefix="recsys-metrics-"))
+    folder = metrics_folder()
     gc.collect()
     gc.freeze()  # what was imported stays shared with the workers
     try:

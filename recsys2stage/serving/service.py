@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from recsys2stage import __version__
-from recsys2stage.data.checks import YEAR_2100
+from recsys2stage.columns import YEAR_2100
 from recsys2stage.serving.batching import Batcher
 from recsys2stage.serving.engine import Computed, Engine, Result
 from recsys2stage.serving.histories import Histories, UserEvents

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from recsys2stage.data.options import check_least
+from recsys2stage.options import check_integer
 
 STORE = "store.sqlite"  # default name, beside the bundle
 MIN_KEY = 16  # characters of an API key
@@ -49,7 +49,8 @@ class Settings:
         max_k: most items that a request may ask for, offset included.
         max_list: most entries of a list in a request: history, exclude, allow, shown, items.
         max_batch: most requests of /v1/recommend/batch, and most events of /v1/events.
-        cached_events: most events of users with new events that a worker holds in memory.
+        cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
+            counts as 32 events more.
         log_requests: whether each request is logged.
     """
 
@@ -77,7 +78,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in COUNTS.items():
-            check_least(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         if self.port > 65_535:
             raise ValueError(f"port is {self.port}, expected 0 to 65535; 0 takes a free one")
         for name in SECONDS:

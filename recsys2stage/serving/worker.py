@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # loading a model on the meta device imports its 800 modules: here once, for all workers
 import uvicorn
 from fastapi import FastAPI
 
@@ -157,9 +158,23 @@ class Server(uvicorn.Server):
         """Takes no more connections, and ends once those it has are closed."""
         if self.leaving is None and self.started:
             self.leaving = time.monotonic()
-            for server in self.servers:
-                server.close()
+            self.stop_accepting()
             self.server_state.default_headers = [*self.server_state.default_headers, CLOSE]
+
+    def stop_accepting(self) -> None:
+        """Leaves new connections to the other workers. `close` would drop those accepted a moment ago."""
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            if isinstance(loop, asyncio.SelectorEventLoop):
+                for listener in server.sockets:
+                    loop.remove_reader(listener.fileno())
+            else:
+                server.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.stop_accepting()
+        await asyncio.sleep(0.05)  # connections that were accepted get their protocol
+        await super().shutdown(sockets=sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

@@ -12,10 +12,11 @@ import torch
 from pipeline_fixtures import K, Run, recsys
 from worlds import seal
 
-from recsys2stage.artifacts import ParquetStream, fingerprint, read_manifest
+from recsys2stage.artifacts import fingerprint, read_manifest
 from recsys2stage.checkpoints import read_checkpoint
 from recsys2stage.cli import export
 from recsys2stage.data.dataset import Dataset, sample_users
+from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.ranking.bundle import check_split
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.recommender import Recommender
@@ -50,8 +51,9 @@ def test_an_index_holds_all_that_the_first_stage_needs(trained: Run) -> None:
     dataset, manifest = Dataset(trained.data), read_manifest(trained.index, "index", "")
     assert manifest["items"] == dataset.num_items
     assert manifest["split_hash"] == dataset.manifest["split_hash"]
-    assert manifest["parents"]["retriever"] == {"path": str(trained.retriever), "hash": fingerprint(trained.retriever)}
-    assert manifest["parents"]["data"] == {"path": str(trained.data), "hash": fingerprint(trained.data)}
+    for name, path in (("retriever", trained.retriever), ("data", trained.data)):
+        relative = f"../{path.relative_to(trained.folder)}"
+        assert manifest["parents"][name] == {"path": str(path), "relative": relative, "hash": fingerprint(path)}
     assert np.array_equal(np.load(trained.index / "popularity.npy"), dataset.train_counts)
 
 
@@ -118,6 +120,12 @@ def test_mining_refuses_what_cannot_be(trained: Run, alien: Run, tmp_path: Path)
     of = ("--data", trained.data, "--index", trained.index)
     refused("select is 1.0, expected a share", "mine-negatives", *of, *out, "--select", 1.0)
     refused("k is 0, expected at least 1", "mine-negatives", *of, *out, "--k", 0)
+    told = ("--users", 5, "--select", 0.999)
+    refused(
+        "select is 0.999, so all 5 mined users validate the ranker.* or raise users", "mine-negatives", *of, *out, *told
+    )
+    told = ("--users", 5, "--select", 0.01)
+    refused("none of the 5 mined users validates the ranker.*; raise select", "mine-negatives", *of, *out, *told)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,6 +298,47 @@ def test_every_manifest_names_its_parents_by_what_they_were(trained: Run) -> Non
             assert parent["hash"] is not None
 
 
+def moved(run: Run, folder: Path) -> Run:
+    """Data and bundle in another place, as if nothing were left where they were made."""
+    for name in ("data", "bundle"):
+        shutil.copytree(run.folder / name, folder / name)
+    manifest = json.loads((folder / "bundle/manifest.json").read_text())
+    manifest["parents"]["data"]["path"] = str(folder / "elsewhere/data")
+    (folder / "bundle/manifest.json").write_text(json.dumps(manifest))
+    return Run(folder)
+
+
+def test_data_and_bundle_that_were_moved_together_find_each_other(trained: Run, tmp_path: Path) -> None:
+    run = moved(trained, tmp_path / "moved")
+    users = ("--users", json.dumps(some_ids(trained)))
+    recsys("recommend", "--bundle", run.bundle, *users)
+    recsys("evaluate", "--bundle", run.bundle, "--users", 20, "--resamples", 10)
+    shutil.move(run.data, tmp_path / "data")
+    tried = (
+        rf"the data of .*bundle does not exist, expected at .*elsewhere/data or {run.data}; pass its folder as --data"
+    )
+    refused(f"recommend: {tried}", "recommend", "--bundle", run.bundle)
+    refused(f"evaluate: {tried}", "evaluate", "--bundle", run.bundle)
+    recsys("recommend", "--bundle", run.bundle, *users, "--data", tmp_path / "data")
+
+
+def test_lists_of_moved_data_are_trained_on_and_those_of_lost_data_are_not(trained: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    for name in ("data", "index", "candidates"):
+        shutil.copytree(trained.folder / name, run.folder / name)
+    manifest = json.loads((run.candidates / "manifest.json").read_text())
+    for parent in manifest["parents"].values():
+        parent["path"] = "/nowhere" + parent["path"]
+    (run.candidates / "manifest.json").write_text(json.dumps(manifest))
+    assert Candidates(run.candidates).dataset.path == run.data
+    shutil.move(run.data, tmp_path / "data")
+    message = (
+        rf"the data of .*candidates does not exist, expected at /nowhere.* or {run.data}; .* recsys mine-negatives"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        Candidates(run.candidates)
+
+
 # what must not be lost or mixed up
 
 
@@ -357,6 +406,7 @@ def test_a_bundle_of_an_older_version_is_refused(trained: Run, tmp_path: Path) -
 def test_numbers_that_count_are_refused_below_the_least(trained: Run, tmp_path: Path) -> None:
     """Mining with batches of -5 users wrote empty lists, a bundle of -5 candidates failed only when it served."""
     out, bundle = ("--output", tmp_path / "out"), ("--bundle", trained.bundle)
+    lists = ("--output", tmp_path / "lists.csv")
     exported = ("--retriever", trained.retriever, "--data", trained.data)
     mined = ("--data", trained.data, "--index", trained.index)
     packed = ("--index", trained.index, "--ranker", trained.ranker)
@@ -365,7 +415,7 @@ def test_numbers_that_count_are_refused_below_the_least(trained: Run, tmp_path: 
         refused(f"batch_size {least}", "mine-negatives", *mined, *out, "--batch_size", wrong)
         refused(f"users {least}, or null for all", "mine-negatives", *mined, *out, "--users", wrong)
         refused(f"candidates {least}, or null for the number", "export-bundle", *packed, *out, "--candidates", wrong)
-        refused(f"batch_size {least}", "recommend", *bundle, *out, "--batch_size", wrong)
+        refused(f"batch_size {least}", "recommend", *bundle, *lists, "--batch_size", wrong)
         refused(f"batch_size {least}", "evaluate", *bundle, *out, "--batch_size", wrong)
         refused(f"users {least}, or null for all", "evaluate", *bundle, *out, "--users", wrong)
         refused(f"resamples {least}", "evaluate", *bundle, *out, "--resamples", wrong)

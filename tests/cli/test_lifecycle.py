@@ -255,7 +255,7 @@ def test_a_fit_that_is_ended_fails(
             fit()
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert error.value.code == 1 if end == signal.SIGINT else "ended by SIGTERM" in str(error.value.code)
+    assert error.value.code == 130 if end == signal.SIGINT else "ended by SIGTERM" in str(error.value.code)
     run = tmp_path / "run"
     assert sorted(file.name for file in run.iterdir()) == ["best.ckpt", "last.ckpt", "log"]
 

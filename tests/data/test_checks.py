@@ -10,7 +10,8 @@ import pytest
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_manifest
-from recsys2stage.data.checks import YEAR_2100, Rows, read, require
+from recsys2stage.columns import YEAR_2100
+from recsys2stage.data.checks import Rows, read, require
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Source, Table, Tables
 

@@ -18,11 +18,11 @@ from recsys2stage.data.batches import (
     windows,
 )
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import Part, RequestTime
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.data.split import GlobalTime, LeaveOneOut
 from recsys2stage.mining.mine import excluded_items
+from recsys2stage.options import Part, RequestTime
 
 USERS, ITEMS = 40, 25
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -637,7 +637,11 @@ def test_files_and_names_of_vectors_must_fit(tmp_path: Path) -> None:
     (tmp_path / "empty.npy").touch()
     pl.DataFrame({"item": ["100"], "vector": PAIR[:1]}).write_parquet(tmp_path / "other.parquet")
     for name, vectors, message in (
-        ("price", good, r"item_vectors uses the names \['price'\], which other item features have; rename"),
+        (
+            "price",
+            good,
+            r"item_vectors uses the names \['price'\], which other item features have, expected new ones; rename",
+        ),
         ("text", Vectors(tmp_path / "none.parquet"), "none.parquet does not exist"),
         ("text", Vectors(tmp_path / "text.npy", tmp_path / "none.txt"), "none.txt does not exist"),
         ("text", Vectors(tmp_path / "text.npy"), "an array without ids; set ids to a text file"),

@@ -223,6 +223,6 @@ def test_impossible_sizes_say_what_is_possible(tmp_path: Path) -> None:
         simulate(tmp_path / "many", users=50, items=300, events=50_000)
     with pytest.raises(ValueError, match=r"20 movies are too few.*raise --items"):
         simulate(tmp_path / "none", users=50, items=20)
-    with pytest.raises(ValueError, match="0 users"):
+    with pytest.raises(ValueError, match="users is 0, expected at least 1"):
         simulate(tmp_path / "none", users=0, items=300)
     assert not list(tmp_path.iterdir())

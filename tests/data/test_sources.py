@@ -167,7 +167,10 @@ def test_movielens_says_what_is_missing_or_ambiguous(tmp_path: Path) -> None:
     with MovieLens(raw, archive="ml-1m").open() as tables:
         assert tables.events.file.endswith("ratings.dat")
     (raw / "ml-20m" / "movies.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no movies\.csv next to it"), MovieLens(raw / "ml-20m").open():
+    with (
+        pytest.raises(FileNotFoundError, match=r"no movies\.csv, expected it in the same folder"),
+        MovieLens(raw / "ml-20m").open(),
+    ):
         pass
 
 
@@ -375,7 +378,7 @@ def test_a_table_says_what_it_cannot_find(tmp_path: Path) -> None:
     lost = Table(source.path, items=SideTable("things.csv", "id"), **WORDS)
     with pytest.raises(FileNotFoundError, match=r"has no files 'things.csv'"), lost.open():
         pass
-    with pytest.raises(FileNotFoundError, match=r"none-\*.csv does not exist"), Table(tmp_path / "none-*.csv").open():
+    with pytest.raises(FileNotFoundError, match=r"none-\*.csv matches no file"), Table(tmp_path / "none-*.csv").open():
         pass
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"has no file \*.csv or"), Table(tmp_path / "empty").open():

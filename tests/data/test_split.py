@@ -54,7 +54,7 @@ def test_the_test_event_is_the_same_however_many_validate() -> None:
 
 @pytest.mark.parametrize("val", [0, -1])
 def test_somebody_must_validate(val: int) -> None:
-    with pytest.raises(ValueError, match=rf"LeaveOneOut\(val={val}\): expected at least 1 validation event per user"):
+    with pytest.raises(ValueError, match=f"val is {val}, expected at least 1"):
         LeaveOneOut(val)
 
 

@@ -387,7 +387,9 @@ def test_the_table_is_printed_between_the_protocol_and_the_paths(
     assert table in printed
     before, after = printed.split(table)
     assert before.startswith("protocol: LeaveOneOut split, test targets of 150 users; full ranking of 120 items")
-    assert after.split() == [str(tmp_path / name) for name in ("report.json", "report.md", "ranks.parquet")]
+    report_line, *others = [line.strip() for line in after.strip().splitlines()]
+    assert report_line == f"{tmp_path / 'report.md'}: 150 users, 120 items"
+    assert others[:2] == [str(tmp_path / name) for name in ("report.json", "ranks.parquet")]
     assert table in (report / "report.md").read_text()
     head = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
     assert head == ["model", "HR@10", "NDCG@10", "MRR", "Recall@100"]

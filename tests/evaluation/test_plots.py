@@ -130,6 +130,25 @@ def test_what_a_log_does_not_have_is_not_drawn(tmp_path: Path) -> None:
     learning_figure([Curves("retriever", curves)])
 
 
+def test_no_legend_covers_a_curve(trained: Run, report: Path) -> None:
+    """One in the best corner of the axes lay on the loss, which has a scale of its own."""
+    fits, _ = learning_curves(trained.bundle)
+    calibration = json.loads((report / "report.json").read_text())["calibration"]
+    figures = [learning_figure(fits), learning_figure(fits[:1]), calibration_figure(calibration)]
+    for figure in figures:
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert legend.get_texts()
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1  # not cut off
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.y1
+        for axes in figure.axes:
+            assert axes.get_legend() is None
+            assert not box.overlaps(axes.get_tightbbox())
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["retriever", "ranker", "retriever, users of the ranker", "training loss"]
+
+
 @pytest.fixture
 def moved(trained: Run, tmp_path: Path) -> Run:
     """The run in another place, whose manifests name that place."""

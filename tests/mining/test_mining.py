@@ -118,7 +118,7 @@ def test_every_item_of_a_band_has_its_chance(world: World, rng: np.random.Genera
 
 @pytest.mark.parametrize("options", [{"skip_top": -1}, {"last": 0}, {"skip_top": 5, "last": 5}])
 def test_an_empty_band_is_an_error(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="expected 0 <= skip_top < last"):
+    with pytest.raises(ValueError, match=r"expected 0 <= skip_top < last|expected at least"):
         RankBand(**options)
 
 
@@ -161,7 +161,7 @@ def test_a_mixture_repeats_no_item(world: World, rng: np.random.Generator) -> No
     rng = np.random.default_rng(0)
     parts_alone = np.concatenate([part.choose(world.request, np.random.default_rng(0)) for part in parts[:1]], axis=1)
     assert np.array_equal(negatives[:, :DEPTH], parts_alone)  # the first part loses nothing to the others
-    with pytest.raises(ValueError, match="no miners"):
+    with pytest.raises(ValueError, match="expected at least one miner"):
         Mixture([])
 
 
@@ -493,7 +493,7 @@ def test_only_the_newest_targets_may_be_mined(told: Informed, tmp_path: Path) ->
     assert len(both) == len(table) > 0
     for name in told.names:
         np.testing.assert_allclose(both[name], both[f"{name}_right"], rtol=1e-4, atol=1e-4, err_msg=name)
-    with pytest.raises(SystemExit, match="targets is 0, expected at least 1 of each user"):
+    with pytest.raises(SystemExit, match="targets is 0, expected at least 1"):
         recsys("mine-negatives", *of, "--targets", 0)
 
 
@@ -506,7 +506,7 @@ def test_only_targets_after_a_gap_may_be_mined(told: Informed, tmp_path: Path, m
     mined = pl.read_parquet(tmp_path / "candidates/requests.parquet")
     assert mined["place"].to_list() == places[gaps >= gap].tolist() != []
     assert read_manifest(tmp_path / "candidates", "candidates", "")["options"]["gap"] == gap
-    for wrong, says in ((-1, "gap is -1, expected a number of seconds"), (10**9, "events before it by 1000000000 sec")):
+    for wrong, says in ((-1, "gap is -1, expected at least 0"), (10**9, "events before it by 1000000000 sec")):
         with pytest.raises(SystemExit, match=says):
             recsys("mine-negatives", *of, "--gap", wrong)
     monkeypatch.setattr(Dataset, "has_time", False)

@@ -173,7 +173,7 @@ def test_saved_and_loaded_it_says_the_same(dataset: Dataset, asked: tuple[Reques
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"history": 0}, "history is 0"), ({"count": 0}, "count 0"), ({"decay": 0.0}, "decay is 0.0")],
+    [({"history": 0}, "history is 0"), ({"count": 0}, "count is 0"), ({"decay": 0.0}, "decay is 0.0")],
 )
 def test_options_that_cannot_be_are_an_error(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

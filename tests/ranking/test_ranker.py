@@ -198,7 +198,7 @@ def test_no_event_may_be_looked_at(checkerboard: Path) -> None:
     data.setup("fit")
     batch = data.read(np.arange(5))
     assert batch.candidates.recent.shape == batch.candidates.ages.shape == (5, 0)
-    with pytest.raises(ValueError, match="recent is -1, expected 0 for no event, or more"):
+    with pytest.raises(ValueError, match="recent is -1, expected at least 0"):
         Candidates(checkerboard, recent=-1)
 
 

@@ -138,11 +138,11 @@ def test_half_precision_tells_the_same(kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (partial(MLP, hidden=()), r"hidden is \[\], expected the width of at least one layer"),
-        (partial(MLP, hidden=(8, 0)), r"hidden is \[8, 0\]"),
+        (partial(MLP, hidden=()), r"hidden is \(\), expected a list of integers"),
+        (partial(MLP, hidden=(8, 0)), r"hidden is \(8, 0\)"),
         (partial(DCN, crosses=0), "crosses is 0, expected at least 1"),
         (partial(DCN, rank=0), "rank is 0, expected at least 1"),
-        (partial(MoL, temperature=0.0), "temperature is 0.0, expected more than 0"),
+        (partial(MoL, temperature=0.0), "temperature is 0.0, expected a number above 0"),
         (partial(DIN, dropout=1.0), "dropout is 1.0, expected a share"),
     ],
 )

@@ -227,7 +227,7 @@ def test_proposals_are_new_to_the_user_and_each_is_made_once(
 @proposers
 def test_a_number_of_proposals_is_not_negative(kind: type[Proposer], options: dict[str, Any]) -> None:
     assert inspect.signature(kind).parameters["candidates"].default == 0
-    with pytest.raises(ValueError, match="candidates is -1, expected 0 for none, or more"):
+    with pytest.raises(ValueError, match="candidates is -1, expected at least 0"):
         kind(**options | {"candidates": -1})
 
 

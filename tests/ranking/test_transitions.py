@@ -261,14 +261,14 @@ def test_found_places_are_those_of_searchsorted(rng: np.random.Generator) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lags": []}, "lags are"),
-        ({"lags": [0, 1]}, "lags are"),
+        ({"lags": []}, "lags is"),
+        ({"lags": [0, 1]}, "lags is"),
         ({"lags": [2, 2]}, "expected distinct positions"),
         ({"top": 0}, "top is 0"),
-        ({"history": 0}, "history 0"),
-        ({"window": 0}, "window 0"),
+        ({"history": 0}, "history is 0"),
+        ({"window": 0}, "window is 0"),
         ({"alpha": 0.0}, "alpha is 0.0"),
-        ({"decay": 1.5}, "decay 1.5"),
+        ({"decay": 1.5}, "decay is 1.5"),
         ({"candidates": -1}, "candidates is -1"),
     ],
 )

@@ -290,7 +290,7 @@ def test_request_time_without_times_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"max_length": 0}, {"batch_size": 0}])
 def test_sizes_must_be_positive(cycle: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"both must be at least 1"):
+    with pytest.raises(ValueError, match="is 0, expected at least 1"):
         Histories(cycle, **wrong)
 
 

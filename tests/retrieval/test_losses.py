@@ -424,7 +424,7 @@ def test_a_rating_that_makes_no_label_is_refused(rating: float) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: InfoNCE(hard=0), "hard is 0, expected at least one"),
+        (lambda: InfoNCE(hard=0), "hard is 0, expected at least 1"),
         (lambda: GBCE(calibration=1.5), "calibration is 1.5"),
         (lambda: losses.BCE(max_rating=0.0), "max_rating is 0.0"),
         (lambda: losses.BPR(temperature=-1.0), "temperature is -1.0"),

@@ -130,7 +130,7 @@ def test_a_date_after_all_data_or_no_date_is_refused() -> None:
         (lambda: Uniform(None), "count is null and per is event"),
         (lambda: Mixed(Uniform(5, "batch")), "pool samples 5 per batch"),
         (lambda: Mixed(Uniform(5)), "pool samples 5 per event"),
-        (lambda: Mixed(share=1.0), "share is 1.0, expected at least 0 and below 1"),
+        (lambda: Mixed(share=1.0), "share is 1.0, expected a share from 0 to below 1"),
         (lambda: Mixed(share=[(0.0, 0.5), (0.5, -0.1)]), "share is"),
     ],
 )

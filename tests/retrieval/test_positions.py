@@ -199,7 +199,7 @@ def test_t5_gradients_land_in_their_bucket(shape: Shape) -> None:
         (CAUSAL, 32, 16, "32 buckets and max_distance 16.* above 16"),
         (TWO_SIDED, 30, 128, "multiple of 4 buckets and a max_distance above 7"),
         (TWO_SIDED, 32, 8, "above 8"),
-        (CAUSAL, 0, 128, "got 0 buckets"),
+        (CAUSAL, 0, 128, "buckets is 0, expected at least 2"),
     ],
 )
 def test_t5_buckets_say_what_they_need(shape: Shape, buckets: int, max_distance: int, expected: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys2stage.columns import MASK
 from recsys2stage.data.batches import Padded, as_history
-from recsys2stage.data.options import RequestTime
+from recsys2stage.options import RequestTime
 from recsys2stage.retrieval.encoders import BERT4Rec, Transformer
 from recsys2stage.retrieval.encoders.times import Calendar, LogBuckets
 from recsys2stage.retrieval.histories import Histories

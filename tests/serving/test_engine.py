@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from http_client import served
 from pipeline_fixtures import Run
 
+from recsys2stage.ranking import stages
 from recsys2stage.ranking.histories import pad_events
+from recsys2stage.recommender import Recommender
+from recsys2stage.retrieval.encoders import Transformer
+from recsys2stage.retrieval.index import Exact
+from recsys2stage.retrieval.inputs import ActionEmbedding, NextAction, RatingEmbedding
+from recsys2stage.retrieval.towers import TwoTower
+from recsys2stage.retrieval.users import UserTower
 from recsys2stage.serving.batching import Batcher
 from recsys2stage.serving.diversity import mmr
 from recsys2stage.serving.engine import Engine, Result, ragged
@@ -363,3 +371,75 @@ def test_the_server_adds_less_than_two_milliseconds(informed: Run, tmp_path: Pat
         median = client.portal.call(requests, 200)
     assert statuses == [200] * 200
     assert median < 2e-3
+
+
+# what a model reads besides items and times
+
+
+def test_unknown_actions_and_classes_are_refused_with_the_nearest() -> None:
+    """As is everything else of strangers: a log of warnings would hold parts of their histories."""
+    model = with_inputs()
+    features = ItemFeatures(model.catalogue.items, {}, model.popularity)
+    engine = Engine(model, features, "x")
+
+    def answer(**body: Any) -> Any:
+        request = {"history": {"items": ["3", "4"], "times": [5, 6]} | body.pop("history", {}), "k": 3} | body
+        return engine.compute([RecommendRequest.model_validate(request)])[0]
+
+    plain = answer(action="look").fields["items"]
+    assert len(plain) == 3
+    asked = answer(action="look", user={"country": "NL"}, history={"actions": ["buy", None], "ratings": [1, None]})
+    assert [row["score"] for row in asked.fields["items"]] != [row["score"] for row in plain]
+    for body, message in (
+        ({"action": "bye"}, "action: there is no action 'bye'; did you mean 'buy'?"),
+        (
+            {"history": {"actions": ["look", "lok"]}},
+            "history.actions.1: there is no action 'lok'; did you mean 'look'?",
+        ),
+        ({"user": {"country": "Nl"}}, "user.country: country has no class 'Nl'; did you mean 'NL'?"),
+        ({"user": {"land": "NL"}}, "the user features 'land', expected some of country, age"),
+        ({"user": {"age": "old"}}, "age is 'old', expected a finite number"),
+        ({"user": {"country": ["NL"]}}, r"country is ['NL'], expected one class"),
+    ):
+        problem = answer(**body)
+        assert isinstance(problem, Problem)
+        assert message in problem.detail
+
+
+def with_inputs() -> Recommender:
+    """A first stage with random weights that reads ratings, actions, a target action and user features."""
+    torch.manual_seed(0)
+    specs: list[dict[str, Any]] = [
+        {"name": "country", "kind": "categorical", "size": 3, "values": 1, "classes": ["DE", "NL"]},
+        {"name": "age", "kind": "numeric", "size": 1, "values": 1, "classes": None},
+    ]
+    towers = TwoTower(
+        *(20, 8, 8, partial(Transformer, layers=1)),
+        inputs=(RatingEmbedding, ActionEmbedding, NextAction),
+        user=UserTower,
+        user_features=specs,
+        actions=["buy", "look"],
+    )
+    for parameter in towers.parameters():
+        torch.nn.init.normal_(parameter)
+    index = Exact()
+    index.build(towers.all_item_vectors().detach().numpy())
+    catalogue = pl.DataFrame({"item": np.arange(1, 21), "item_id": [str(n) for n in range(1, 21)]})
+    options: dict[str, Any] = {"next_action": "target", "actions": ["buy", "look"], "user_features": specs}
+    return Recommender(towers, index, None, catalogue, np.arange(21), "none", **options)
+
+
+def test_filters_of_a_large_batch_reach_the_generators_in_parts(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = engine.recommender.newest_time or 0
+    requests = []
+    for number in range(7):
+        history = {"items": engine.features.ids[number : number + 4], "times": [newest] * 4}
+        allow = engine.features.ids[number::2] if number % 3 else None
+        requests.append(RecommendRequest.model_validate({"history": history, "request_time": newest, "allow": allow}))
+    whole = [result.fields for result in engine.compute(requests) if isinstance(result, Result)]
+    monkeypatch.setattr(stages, "MAX_LEFT_OUT", 1)
+    parts = [result.fields for result in engine.compute(requests) if isinstance(result, Result)]
+    assert len(whole) == 7
+    assert parts == whole

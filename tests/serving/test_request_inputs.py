@@ -18,11 +18,11 @@ from worlds import directions_world
 
 from recsys2stage import TwoStageRecommender
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.data.options import check_option
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.request_inputs import as_seconds, check_ascending, encode_users
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.sources import Feature, SideTable, Table
+from recsys2stage.options import check_option
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.ranking.signals import Demographics
@@ -388,7 +388,7 @@ def test_a_newest_event_in_the_future_of_the_clock_is_named(
     served: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "h.csv").write_text(f"user_id,item_id,time,side,age\n1,5,{10**9},on,20\n2,6,{4 * 10**9},on,20\n")
-    recsys("recommend", "--bundle", served.index, "--histories", tmp_path / "h.csv", "--output", tmp_path / "o")
+    recsys("recommend", "--bundle", served.index, "--histories", tmp_path / "h.csv", "--output", tmp_path / "o.parquet")
     assert "the newest event of the log, 2096-10-02 07:06:40 UTC (4000000000), lies in the future" in caplog.text
 
 
@@ -396,7 +396,7 @@ def test_a_newest_event_in_the_future_of_the_clock_is_named(
 
 
 def test_an_option_is_one_of_its_words() -> None:
-    from recsys2stage.data.options import Part
+    from recsys2stage.options import Part
 
     check_option("split", "val", Part)
     for wrong in ("validation", None, 3, ["val"]):
@@ -450,7 +450,7 @@ for call in (
     lambda: prepare(table, folder / "out", tie_break="random"),
     lambda: prepare(table, folder / "out", on_bad_rows="ignore"),
     lambda: served.recommend([1], seen="no", times=[10**9]),
-    lambda: recommend(index, data, output=folder / "out", seen="no"),
+    lambda: recommend(index, data, output=folder / "out.parquet", seen="no"),
     lambda: model.recommend(users=[1], seen="no"),
     lambda: simulate(folder / "out", size="ml-1m"),
 ):

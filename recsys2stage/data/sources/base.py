@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ import polars as pl
 
 from recsys2stage.data.checks import FILE, LINE, SURPLUS, Column, Rows, require
 from recsys2stage.data.sources.quotes import AUTO, detect_layout
+from recsys2stage.options import TimeUnit
 from recsys2stage.trust import class_name
 
 LARGE = 1 << 30  # bytes: smaller archives are not checked for their compression ratio
@@ -39,6 +40,7 @@ class Tables:
         folders: folders of shards: a file added there would be read too.
         has_time: False if `time` only gives the order of events.
         ticks: units of `time` per second.
+        time_unit: how the source writes times: seconds or milliseconds since 1970, iso text, or order.
         untyped_ids: the file format has no types (CSV), so ids are integers if all of them are plain integers.
     """
 
@@ -51,6 +53,7 @@ class Tables:
     folders: list[Path] = field(default_factory=list)
     has_time: bool = True
     ticks: int = 1
+    time_unit: TimeUnit = "seconds"
     untyped_ids: bool = False
 
 
@@ -129,6 +132,7 @@ def csv_rows(
     separator: str = ",",
     header: list[str] | None = None,
     quote: str | None = AUTO,
+    names: Mapping[str, str] | None = None,
 ) -> Rows:
     """Delimited text files as lazy rows.
 
@@ -137,17 +141,20 @@ def csv_rows(
         columns: our column name -> its rule; several can be parsed from one raw column.
         header: column names, for files without a header line.
         quote: quote character, None or auto, as in `quotes.detect_layout`.
+        names: path of a file -> its name for errors and rejected rows; by default the path.
     """
     typed, text = [], []
+    shown = {file: (names or {}).get(str(file), str(file)) for file in files}
     for file in files:
         layout = detect_layout(file, separator, quote, header is None)
-        names = header or read_header(file, separator, layout.quote)
-        require((column.name for column in columns.values()), names, file)
-        names = [  # as polars renames duplicate columns
-            f"{name}_duplicated_{names[:index].count(name) - 1}" if name in names[:index] else name
-            for index, name in enumerate(names)
+        header_names = header or read_header(file, separator, layout.quote)
+        _check_separator(header_names, columns, separator, shown[file])
+        require((column.name for column in columns.values()), header_names, shown[file])
+        header_names = [  # as polars renames duplicate columns
+            f"{name}_duplicated_{header_names[:index].count(name) - 1}" if name in header_names[:index] else name
+            for index, name in enumerate(header_names)
         ]
-        dtypes = dict.fromkeys(names, pl.String()) | {column.name: column.dtype for column in columns.values()}
+        dtypes = dict.fromkeys(header_names, pl.String()) | {column.name: column.dtype for column in columns.values()}
         chosen = [
             (column.parse(pl.col(column.name)) if column.dtype == pl.String else pl.col(column.name)).alias(name)
             for name, column in columns.items()
@@ -156,7 +163,7 @@ def csv_rows(
         typed.append(pl.scan_csv(file, schema=dtypes, **options).select(chosen))
         raw = pl.scan_csv(
             file,
-            schema=dict.fromkeys([*names, SURPLUS], pl.String()),
+            schema=dict.fromkeys([*header_names, SURPLUS], pl.String()),
             missing_columns="insert" if header is None else "raise",
             encoding="utf8-lossy",
             row_index_name=LINE,
@@ -166,15 +173,28 @@ def csv_rows(
         blank = pl.all_horizontal(
             pl.all().exclude(LINE).is_null()
         )  # blank lines, as editors leave at the end of a file
-        text.append(raw.filter(~blank).select(*own, LINE, SURPLUS, pl.lit(str(file)).alias(FILE)))
-    name = str(files[0]) + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
+        text.append(raw.filter(~blank).select(*own, LINE, SURPLUS, pl.lit(shown[file]).alias(FILE)))
+    name = shown[files[0]] + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
     return Rows(pl.concat(typed), name, columns, pl.concat(text))
+
+
+def _check_separator(header: Sequence[str], columns: dict[str, Column], separator: str, file: str) -> None:
+    """Raises a ValueError if the columns are those of another separator."""
+    if len(header) > 1 or header[:1] == [next(iter(columns.values())).name]:
+        return
+    wanted = {column.name for column in columns.values()}
+    for other in ",;\t|":
+        if header and other != separator and wanted & set(header[0].split(other)):
+            raise ValueError(
+                f"{file} has one column {header[0]!r}, expected columns separated by {separator!r}; set separator to "
+                f"{other!r}"
+            )
 
 
 def read_header(file: Path, separator: str, quote: str | None = '"') -> list[str]:
     """Column names in the first line of a delimited text file."""
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty (0 bytes)")
+        raise ValueError(f"{file} is empty (0 bytes), expected a line of column names and rows; write it again")
     try:
         with file.open("rb") as lines:  # bytes: later lines need not be valid UTF-8
             first = lines.readline().decode("utf-8-sig")
@@ -184,7 +204,8 @@ def read_header(file: Path, separator: str, quote: str | None = '"') -> list[str
         ) from error
     if "\r" in first.rstrip("\r\n"):
         raise ValueError(
-            f"{file} ends its lines with a carriage return alone; convert it: tr '\\r' '\\n' < {file.name} > new.csv"
+            f"{file} ends its lines with a carriage return alone, expected a line feed; convert it: tr '\\r' '\\n' < "
+            f"{file.name} > new.csv"
         )
     quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if quote is None else {"quotechar": quote}
     return next(csv.reader([first.rstrip("\r\n")], delimiter=separator, **quoting), [])

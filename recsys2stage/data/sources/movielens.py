@@ -57,7 +57,9 @@ class MovieLens(Source):
             legacy = ratings.suffix == ".dat"
             movies, users = ratings.with_name("movies" + ratings.suffix), ratings.with_name("users.dat")
             if not movies.is_file():
-                raise FileNotFoundError(f"{path} has {ratings.name} but no {movies.name} next to it")
+                raise FileNotFoundError(
+                    f"{path} has {ratings.name} but no {movies.name}, expected it in the same folder; put it there"
+                )
             columns = EVENTS | RATING_ACTIONS if self.rating_actions else EVENTS
             features: dict[str, Kind] = {"genres": "multi", "decade": "categorical"}
             with_users = legacy and self.user_features and users.is_file()
@@ -149,7 +151,7 @@ def _dat_events(file: Path, columns: dict[str, Column]) -> Rows:
     # polars has no two-character separators; splitting "::" at ":" gives empty columns in between
     header = ["userId", "_1", "movieId", "_2", "rating", "_3", "timestamp"]
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty (0 bytes)")
+        raise ValueError(f"{file} is empty (0 bytes), expected rows of ratings; download it again")
     return csv_rows([file], columns, ":", header, quote=None)
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from recsys2stage.options import MAX_LAYERS, MAX_WIDTH, check_integer
 from recsys2stage.ranking.scorers.base import RankerInputs, Scorer
 from recsys2stage.ranking.scorers.deep import Deep, Wide, concat_inputs
 from recsys2stage.retrieval.encoders.layers import Dropout
@@ -42,9 +43,8 @@ class DCN(Scorer):
     ) -> None:
         super().__init__()
         width = 3 * dim + num_features
-        for name, value in {"crosses": crosses, "rank": rank}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        check_integer("crosses", crosses, 1, MAX_LAYERS, example=2)
+        check_integer("rank", rank, 1, MAX_WIDTH, other="null for full rank", example=64)
         self.crosses = nn.ModuleList(_linear(width, rank) for _ in range(crosses))
         self.drop = Dropout(dropout)
         self.last = nn.Linear(width, 1, bias=False)

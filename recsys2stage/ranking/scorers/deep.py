@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from recsys2stage.options import MAX_WIDTH, check_integers
 from recsys2stage.ranking.scorers.base import RankerInputs
 from recsys2stage.retrieval.encoders.layers import Dropout
 
@@ -43,8 +44,7 @@ class Deep(nn.Module):
 
     def __init__(self, user: int, candidate: int, hidden: Sequence[int], dropout: float, outputs: int = 1) -> None:
         super().__init__()
-        if not hidden or min(hidden) < 1:
-            raise ValueError(f"hidden is {list(hidden)}, expected the width of at least one layer, such as [256, 128]")
+        check_integers("hidden", hidden, 1, MAX_WIDTH, example=(256, 128))
         # equals one layer over the concatenation, but the user part is computed once per request
         self.of_user = nn.Linear(user, hidden[0], bias=False)
         self.of_candidate = nn.Linear(candidate, hidden[0])

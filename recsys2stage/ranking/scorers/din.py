@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys2stage.options import MAX_WIDTH, check_integer
 from recsys2stage.ranking.scorers.base import RankerInputs, Scorer
 from recsys2stage.ranking.scorers.deep import Deep, Wide, concat_inputs, spread
 
@@ -49,6 +50,7 @@ class DIN(Scorer):
         attention_hidden: int = 16,
     ) -> None:
         super().__init__()
+        check_integer("attention_hidden", attention_hidden, 1, MAX_WIDTH, example=16)
         self.of_event = nn.Linear(dim + 2, attention_hidden)  # E
         self.of_candidate = nn.Parameter(torch.empty(attention_hidden, dim))  # A
         self.of_product = nn.Parameter(torch.empty(attention_hidden, dim))  # P

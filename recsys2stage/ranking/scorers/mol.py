@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys2stage.options import MAX_WIDTH, check_integer, check_number
 from recsys2stage.ranking.scorers.base import RankerInputs, Scorer
 from recsys2stage.ranking.scorers.deep import DIRECT_SCALE, Deep, Wide, concat_inputs, spread
 
@@ -44,8 +45,13 @@ class MoL(Scorer):
         temperature: float = 0.05,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}, expected more than 0")
+        check_number("temperature", temperature, above=0, example=0.05)
+        for name, value, usual in (
+            ("user_parts", user_parts, 8),
+            ("item_parts", item_parts, 4),
+            ("part_dim", part_dim, 32),
+        ):
+            check_integer(name, value, 1, MAX_WIDTH, example=usual)
         self.user_parts, self.item_parts, self.part_dim = user_parts, item_parts, part_dim
         self.temperature = temperature
         self.of_user = nn.Linear(dim, user_parts * part_dim)

@@ -4,6 +4,7 @@ import numpy as np
 
 from recsys2stage.columns import UNKNOWN
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import check_number
 from recsys2stage.ranking.signals.base import Requests, Signal
 
 YEAR = 365.2425 * 86_400  # seconds
@@ -36,10 +37,8 @@ class Affinity(Signal):
     """
 
     def __init__(self, decay: float = 0.9, smoothing: float = 1.0, released: str | None = None) -> None:
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay is {decay}, expected 0 < decay <= 1")
-        if smoothing <= 0:
-            raise ValueError(f"smoothing is {smoothing}, expected a number of events above 0")
+        check_number("decay", decay, above=0, high=1, example=0.9)
+        check_number("smoothing", smoothing, above=0, example=1.0, what="a number of events")
         self.decay, self.smoothing, self.released = decay, smoothing, released
 
     @property

@@ -16,8 +16,10 @@ import numpy as np
 from recsys2stage.artifacts import read_array, read_json
 from recsys2stage.data.batches import Padded, Ragged, newest_first
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import check_integer
 from recsys2stage.trust import class_name, factory
 
+MAX_CANDIDATES = 1 << 20  # per request
 FOLDER, DESCRIPTION = "signals", "signals.json"  # in a folder of mined lists or a bundle
 
 
@@ -97,8 +99,7 @@ class Proposer(Signal):
     """
 
     def __init__(self, candidates: int = 0) -> None:
-        if candidates < 0:
-            raise ValueError(f"candidates is {candidates}, expected 0 for none, or more")
+        check_integer("candidates", candidates, 0, MAX_CANDIDATES, example=50)  # 0: none
         self.candidates = candidates
 
     @abstractmethod

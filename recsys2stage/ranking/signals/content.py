@@ -8,6 +8,7 @@ import numpy as np
 from recsys2stage.columns import PAD, UNKNOWN
 from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import check_integer, check_number
 from recsys2stage.ranking.signals.affinity import FURTHEST, standardised
 from recsys2stage.ranking.signals.base import Proposer, Requests, unit
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
@@ -46,10 +47,9 @@ class Content(Proposer):
 
     def __init__(self, candidates: int = 0, rare: int = 0, ridge: float = 30.0, classes: int = 1000) -> None:
         super().__init__(candidates)
-        if ridge <= 0:
-            raise ValueError(f"ridge is {ridge}, expected a number of items above 0")
-        if rare < 0 or classes < 1:
-            raise ValueError(f"rare is {rare} and classes {classes}, expected at least 0 and at least 1")
+        check_number("ridge", ridge, above=0, example=30.0, what="a number of items")
+        check_integer("rare", rare, 0, example=5)
+        check_integer("classes", classes, 1, example=1000)
         self.rare, self.ridge, self.classes = rare, ridge, classes
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:

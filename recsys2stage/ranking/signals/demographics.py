@@ -5,6 +5,7 @@ import numpy as np
 from recsys2stage.columns import UNKNOWN
 from recsys2stage.data.batches import spans
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import check_number
 from recsys2stage.ranking.signals.base import Requests, Signal
 from recsys2stage.ranking.signals.keys import END, batched_searchsorted
 
@@ -27,8 +28,7 @@ class Demographics(Signal):
     reads_user = True
 
     def __init__(self, alpha: float = 5.0) -> None:
-        if alpha <= 0:
-            raise ValueError(f"alpha is {alpha}, expected a number of events above 0")
+        check_number("alpha", alpha, above=0, example=5.0, what="a number of events")
         self.alpha = alpha
 
     @property

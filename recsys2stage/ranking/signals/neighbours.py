@@ -4,6 +4,7 @@ import numpy as np
 
 from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import MAX_LENGTH, check_integer, check_number
 from recsys2stage.ranking.signals.base import Proposer, Requests, unit
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_sum
 
@@ -31,10 +32,9 @@ class Neighbours(Proposer):
 
     def __init__(self, candidates: int = 0, history: int = 10, count: int = 20, decay: float = 0.8) -> None:
         super().__init__(candidates)
-        if min(history, count) < 1:
-            raise ValueError(f"history is {history} and count {count}, expected at least 1 each")
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay is {decay}, expected 0 < decay <= 1")
+        check_integer("history", history, 1, MAX_LENGTH, example=10)
+        check_integer("count", count, example=20)
+        check_number("decay", decay, above=0, high=1, example=0.8)
         self.history, self.count, self.decay = history, count, decay
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from recsys2stage.data.batches import Ragged, spans
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import check_integers
 from recsys2stage.ranking.lists import NONE
 from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import END, batched_searchsorted
@@ -43,9 +44,13 @@ class PopularityAsOf(Proposer):
         self, candidates: int = 0, windows: Sequence[int] = (DAY, WEEK, 30 * DAY, 365 * DAY), trending: int = WEEK
     ) -> None:
         super().__init__(candidates)
+        check_integers("windows", windows, example=(DAY, WEEK))
         self.windows, self.trending = list(windows), trending
-        if not self.windows or self.windows != sorted({window for window in self.windows if window > 0}):
-            raise ValueError(f"windows are {self.windows}, expected seconds above 0, ascending and distinct")
+        if self.windows != sorted(set(self.windows)):
+            raise ValueError(
+                f"windows is {self.windows}, expected distinct seconds in ascending order; sort them and leave out "
+                "repeats"
+            )
         if trending not in self.windows:
             raise ValueError(f"trending is {trending}, expected one of the windows {self.windows}; add it to them")
 

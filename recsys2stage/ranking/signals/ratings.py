@@ -4,6 +4,7 @@ import numpy as np
 
 from recsys2stage.data.batches import spans
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import check_number
 from recsys2stage.ranking.signals.base import Requests, Signal
 
 NONE = 0  # an event without a rating
@@ -28,8 +29,7 @@ class Ratings(Signal):
     counted = ("item_mean", "item_count", "item_over_user")
 
     def __init__(self, prior: float = 20.0) -> None:
-        if prior <= 0:
-            raise ValueError(f"prior is {prior}, expected a number of ratings above 0")
+        check_number("prior", prior, above=0, example=20.0, what="a number of ratings")
         self.prior = prior
 
     @property

@@ -3,6 +3,7 @@
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import check_integer
 from recsys2stage.ranking.signals.base import Requests, Signal
 
 DAY = 86_400
@@ -35,8 +36,7 @@ class Session(Signal):
     )
 
     def __init__(self, session: int = 1800) -> None:
-        if session < 0:
-            raise ValueError(f"session is {session}, expected seconds: 0 or more, such as 1800")
+        check_integer("session", session, 0, example=1800)
         self.session = session
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:

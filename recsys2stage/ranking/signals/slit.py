@@ -8,6 +8,7 @@ import torch
 
 from recsys2stage.data.batches import Ragged, spans
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import MAX_LENGTH, check_integer, check_number, is_number
 from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
 
@@ -50,13 +51,16 @@ class SLIT(Proposer):
         items: int = 4096,
     ) -> None:
         super().__init__(candidates)
-        self.decays, self.ridge, self.history, self.items = list(decays), ridge, history, items
-        if not self.decays or not all(0 < decay <= 1 for decay in self.decays) or len(set(self.names)) < len(decays):
-            raise ValueError(f"decays are {self.decays}, expected some with 0 < decay <= 1, a hundredth apart")
-        if ridge <= 0:
-            raise ValueError(f"ridge is {ridge}, expected a number above 0")
-        if min(history, items) < 1:
-            raise ValueError(f"history is {history} and items {items}, expected at least 1 each")
+        check_number("ridge", ridge, above=0, example=0.3)
+        check_integer("history", history, 1, MAX_LENGTH, example=100)
+        check_integer("items", items, example=4096)
+        valid = isinstance(decays, (list, tuple)) and all(is_number(decay) and 0 < decay <= 1 for decay in decays)
+        self.decays, self.ridge, self.history, self.items = list(decays) if valid else [], ridge, history, items
+        if not self.decays or len(set(self.names)) < len(self.decays):
+            raise ValueError(
+                f"decays is {decays!r}, expected a list of numbers above 0 to 1, a hundredth apart; set decays to "
+                "[0.6, 0.85, 0.95], for example"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from recsys2stage.data.batches import Ragged, spans
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import MAX_LENGTH, check_integer, check_integers, check_number
 from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import END, ROWS_IN_FLIGHT, batched_searchsorted, slice_rows, top_by_sum
 
@@ -59,14 +60,15 @@ class Transitions(Proposer):
         decay: float = 0.8,
     ) -> None:
         super().__init__(candidates)
+        check_integers("lags", lags, 1, MAX_LENGTH, example=(1, 2, 3))
+        if len(set(lags)) < len(lags):
+            raise ValueError(f"lags is {list(lags)}, expected distinct positions; leave out the repeated ones")
+        for name, value, usual in (("top", top, 256), ("history", history, 10), ("window", window, 5)):
+            check_integer(name, value, 1, MAX_LENGTH, example=usual)
+        check_number("alpha", alpha, above=0, example=1.0)
+        check_number("decay", decay, above=0, high=1, example=0.8)
         self.lags, self.top, self.alpha = list(lags), top, alpha
         self.history, self.window, self.decay = history, window, decay
-        if not self.lags or min(self.lags) < 1 or len(set(self.lags)) < len(self.lags):
-            raise ValueError(f"lags are {self.lags}, expected distinct positions from 1 on")
-        if min(top, history, window) < 1:
-            raise ValueError(f"top is {top}, history {history} and window {window}, expected at least 1 each")
-        if alpha <= 0 or not 0 < decay <= 1:
-            raise ValueError(f"alpha is {alpha} and decay {decay}, expected alpha above 0 and 0 < decay <= 1")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from recsys2stage.options import MAX_LENGTH, check_integer
 from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, PostNorm, blocks, initialise
 from recsys2stage.retrieval.encoders.layers import GELU, Dropout, FeedForwardFactory, LayerNorm
 from recsys2stage.retrieval.encoders.positions import Learned, PositionFactory
@@ -57,6 +58,7 @@ class BERT4Rec(AttentiveEncoder):
         position: PositionFactory | None = None,
         time: TimeFactory | None = None,
     ) -> None:
+        check_integer("max_length", max_length, 1, MAX_LENGTH, example=200)
         shape = Shape(dim=dim, max_length=max_length + 1, heads=heads, layers=layers, causal=False)
         super().__init__(shape, position or Learned, time)
         norm = partial(LayerNorm, eps=EPS)

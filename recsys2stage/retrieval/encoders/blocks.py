@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from recsys2stage.options import check_number
 from recsys2stage.retrieval.encoders.attention import Bias, softmax_attention
 from recsys2stage.retrieval.encoders.base import Encoder
 from recsys2stage.retrieval.encoders.layers import Dropout, FeedForward, FeedForwardFactory, Norm, NormFactory
@@ -151,6 +152,8 @@ def blocks(
     hidden_dropout: float | None = None,
 ) -> nn.ModuleList:
     """Builds the blocks of an encoder. `attention_dropout` and `hidden_dropout` (feed-forward) default to `dropout`."""
+    other = "null for the value of dropout"
+    check_number("attention_dropout", attention_dropout, low=0, below=1, other=other, example=0.1, what="a share")
     attention_dropout = dropout if attention_dropout is None else attention_dropout
     hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
     return nn.ModuleList(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from recsys2stage.options import MAX_WIDTH, check_integer, check_option
 from recsys2stage.retrieval.encoders.attention import Bias, pointwise_attention
 from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, initialise
 from recsys2stage.retrieval.encoders.layers import Dropout, LayerNorm
@@ -28,8 +29,8 @@ from recsys2stage.retrieval.encoders.positions import Combined, Learned, PerDist
 from recsys2stage.retrieval.encoders.times import TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 
-SCALINGS = ("length", "width", "both")
-BIASES = ("none", "out", "all")
+Scaling = Literal["length", "width", "both"]
+Biases = Literal["none", "out", "all"]
 
 
 def learned_and_per_distance(shape: Shape) -> Position:
@@ -65,10 +66,10 @@ class HSTU(AttentiveEncoder):
         heads: int = 2,
         width: int | None = None,
         dropout: float = 0.2,
-        scaling: Literal["length", "width", "both"] = "length",
+        scaling: Scaling = "length",
         input_norm: bool = True,
         affine: bool = False,
-        bias: Literal["none", "out", "all"] = "out",
+        bias: Biases = "out",
         scale_input: bool | None = None,
         final_norm: bool = False,
         position: PositionFactory | None = None,
@@ -76,6 +77,7 @@ class HSTU(AttentiveEncoder):
     ) -> None:
         shape = Shape(dim=dim, max_length=max_length, heads=heads, layers=layers)
         super().__init__(shape, position or learned_and_per_distance, time)
+        check_integer("width", width, 1, MAX_WIDTH, other="null for dim / heads", example=dim // heads)
         width = width or dim // heads
         head = torch.empty(1, heads, 1, dim // heads)
         if width != dim // heads and self.position.rotate(head) is not head:
@@ -83,9 +85,8 @@ class HSTU(AttentiveEncoder):
                 f"the position encoding rotates heads of dim / heads = {dim // heads} dimensions but width is "
                 f"{width}; leave out width or choose a position encoding without rotation"
             )
-        for name, value, choices in (("scaling", scaling, SCALINGS), ("bias", bias, BIASES)):
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        check_option("scaling", scaling, Scaling)
+        check_option("bias", bias, Biases)
         self.scale = 1.0 if scale_input is False else dim**0.5
         self.dropout = Dropout(dropout)
         scale = 1.0 if scaling == "length" else width**-0.5
@@ -113,7 +114,7 @@ class Block(nn.Module):
         divisor: float,
         input_norm: bool,
         affine: bool,
-        bias: Literal["none", "out", "all"],
+        bias: Biases,
     ) -> None:
         super().__init__()
         self.heads, self.scale, self.divisor = heads, scale, divisor

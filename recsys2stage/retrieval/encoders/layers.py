@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from recsys2stage.options import check_number
+
 CACHE_BLOCK = 1 << 16  # numbers per block, 256 KB
 
 
@@ -45,8 +47,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout is {p}, expected a share from 0 to below 1")
+        check_number("dropout", p, low=0, below=1, example=0.2, what="a share")
         self.p = p
 
     def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
@@ -101,6 +102,7 @@ class Norm(nn.Module, ABC):
 
     def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True) -> None:
         super().__init__()
+        check_number("eps", eps, above=0, below=1, example=1e-6)
         self.dim, self.eps = dim, eps
         self.register_parameter("weight", nn.Parameter(torch.ones(dim)) if affine else None)
 
@@ -176,7 +178,8 @@ class FeedForward(nn.Module, ABC):
 
     def __init__(self, dim: int, dropout: float, expansion: float = 4.0, bias: bool = True) -> None:
         super().__init__()
-        self.width = round(expansion * dim)
+        check_number("expansion", expansion, above=0, high=1000, example=4.0)
+        self.width = max(1, round(expansion * dim))
         self.w1 = nn.Linear(dim, self.width, bias=bias)
         self.w2 = nn.Linear(self.width, dim, bias=bias)
         self.dropout = Dropout(dropout)

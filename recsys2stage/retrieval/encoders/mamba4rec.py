@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from recsys2stage.options import MAX_LENGTH, MAX_WIDTH, check_integer
 from recsys2stage.retrieval.encoders.base import Encoder
 from recsys2stage.retrieval.encoders.blocks import initialise
 from recsys2stage.retrieval.encoders.layers import GELU, Dropout, LayerNorm, RMSNorm, use_cpu_blocks, without_autocast
@@ -89,11 +90,18 @@ class Mamba4Rec(Encoder):
         time: TimeFactory | None = None,
     ) -> None:
         super().__init__()
+        for name, value, most, usual in (
+            ("dim", dim, MAX_WIDTH, 64),
+            ("state", state, MAX_WIDTH, 64),
+            ("expand", expand, 64, 2),
+            ("ssm_heads", ssm_heads, MAX_WIDTH, 8),
+            ("conv_width", conv_width, MAX_WIDTH, 4),
+            ("chunk", chunk, MAX_LENGTH, 40),  # 40 is quick on a CPU
+        ):
+            check_integer(name, value, 1, most, example=usual)
         width = expand * dim
         if width % ssm_heads:
             raise ValueError(f"expand · dim = {width} is not a multiple of ssm_heads {ssm_heads}; change one of them")
-        if chunk < 1:
-            raise ValueError(f"chunk is {chunk}, expected at least 1; 40 is quick on a CPU")
         shape = Shape(dim=dim, max_length=max_length, layers=layers)
         self.max_length = max_length
         self.position: Position = (position or Position)(shape)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recsys2stage.options import MAX_LENGTH, MAX_WIDTH, check_integer, check_number
 from recsys2stage.shapes import Embedded, Heads, Shape
 
 
@@ -51,6 +52,7 @@ class Learned(Position):
 
     def __init__(self, shape: Shape, std: float = 0.02) -> None:
         super().__init__(shape)
+        check_number("std", std, low=0, example=0.02)
         self.table = nn.Parameter(torch.empty(shape.max_length, shape.dim))
         nn.init.normal_(self.table, std=std)
 
@@ -71,6 +73,7 @@ class Sinusoidal(Position):
 
     def __init__(self, shape: Shape, scale: float = 0.02) -> None:
         super().__init__(shape)
+        check_number("scale", scale, above=0, example=0.02)
         frequency = 10_000.0 ** -(torch.arange(0, shape.dim, 2) / shape.dim)
         angle = torch.outer(torch.arange(shape.max_length), frequency)
         waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, : shape.dim]  # (L, D)
@@ -93,6 +96,7 @@ class Rotary(Position):
 
     def __init__(self, shape: Shape, base: float = 500.0) -> None:
         super().__init__(shape)
+        check_number("base", base, low=1, example=500.0)
         width = shape.dim // shape.heads
         if width % 2:
             raise ValueError(
@@ -158,11 +162,13 @@ class T5Buckets(Position):
 
     def __init__(self, shape: Shape, buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__(shape)
+        check_integer("buckets", buckets, 2, MAX_WIDTH, example=32)
+        check_integer("max_distance", max_distance, 1, MAX_LENGTH, example=128)
         sides = 1 if shape.causal else 2
         if buckets < 2 * sides or buckets % (2 * sides) or max_distance <= buckets // sides // 2:
             raise ValueError(
                 f"T5Buckets got {buckets} buckets and max_distance {max_distance}; expected a multiple of {2 * sides} "
-                f"buckets and a max_distance above {buckets // sides // 2}"
+                f"buckets and a max_distance above {buckets // sides // 2}; set them to 32 and 128, for example"
             )
         self.table = nn.Parameter(torch.empty(shape.heads, buckets))
         nn.init.normal_(self.table, std=0.02)

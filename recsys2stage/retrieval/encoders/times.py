@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
+from recsys2stage.options import MAX_WIDTH, check_integer, check_number, check_option
 from recsys2stage.retrieval.encoders.layers import use_cpu_blocks
 from recsys2stage.shapes import Embedded, Shape, Times
 
@@ -86,8 +87,7 @@ class RequestGap(Time):
 
     def __init__(self, shape: Shape, buckets: int = 32) -> None:
         super().__init__(shape)
-        if buckets < 1:
-            raise ValueError(f"RequestGap got {buckets} buckets, expected at least 1; 32 reach 68 years")
+        check_integer("buckets", buckets, 1, MAX_WIDTH, example=32)  # 32 reach 68 years
         _require_causal(shape, self)
         self.vectors = nn.Embedding(buckets, shape.dim)
         nn.init.normal_(self.vectors.weight, std=0.02)
@@ -144,10 +144,7 @@ class LogBuckets(_TimeBias):
     """
 
     def __init__(self, shape: Shape, buckets: int = 129, shared: bool = False, per_head: bool = False) -> None:
-        if not 2 <= buckets <= 146:
-            raise ValueError(
-                f"LogBuckets got {buckets} buckets, expected 2 to 146; more would exceed the range of int64 seconds"
-            )
+        check_integer("buckets", buckets, 2, 146, example=129)  # more would exceed the range of int64 seconds
         bounds = [math.ceil(math.exp(0.301 * n)) for n in range(1, buckets)]
         super().__init__(shape, torch.tensor(bounds), shared, per_head)
 
@@ -166,8 +163,8 @@ class LogSpaced(_TimeBias):
     def __init__(
         self, shape: Shape, buckets: int = 100, days: float = 30.0, shared: bool = True, per_head: bool = False
     ) -> None:
-        if buckets < 2 or days * DAY <= 2:
-            raise ValueError(f"LogSpaced got {buckets} buckets and {days} days, expected 2 and more, and some seconds")
+        check_integer("buckets", buckets, 2, MAX_WIDTH, example=100)
+        check_number("days", days, above=2 / DAY, high=1e6, example=30.0, what="a number of days")
         bounds = torch.logspace(0, math.log10(days * DAY), buckets, dtype=torch.float64).round().long()
         boundaries = torch.unique(bounds)[1:]  # below the second bound is bucket 0
         super().__init__(shape, boundaries, shared, per_head)
@@ -186,8 +183,7 @@ class Calendar(Time):
 
     def __init__(self, shape: Shape, of: Literal["event", "request"] = "event") -> None:
         super().__init__(shape)
-        if of not in ("event", "request"):
-            raise ValueError(f"of is {of!r}, expected 'event' or 'request'")
+        check_option("of", of, Literal["event", "request"])
         self.of = of
         self.linear = nn.Linear(4, shape.dim, bias=False)
         nn.init.normal_(self.linear.weight, std=0.02)
@@ -216,10 +212,7 @@ class HybridTimestamp(Time):
     def __init__(self, shape: Shape, periods: int = 16) -> None:
         super().__init__(shape)
         _require_causal(shape, self)
-        if periods < 1:
-            raise ValueError(
-                f"HybridTimestamp got {periods} periods, expected at least 1; 16 reach from a minute to years"
-            )
+        check_integer("periods", periods, 1, MAX_WIDTH, example=16)
         # lists, not buffers: buffers are cast with the weights, and a day in bf16 is 86,528 seconds
         self.absolute = [float(DAY), float(WEEK), YEAR / 12, YEAR]
         self.relative = torch.logspace(math.log10(60), math.log10(10 * YEAR), periods, dtype=torch.float64).tolist()

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from recsys2stage.artifacts import atomic_write, read_array, read_json, take, write_json
+from recsys2stage.options import check_integer
 from recsys2stage.retrieval.index.rows import Exclude, SearchResult, best_first, empty_result
 from recsys2stage.trust import class_name, find_class
 
@@ -107,8 +108,7 @@ class Index(ABC):
 
     def _check(self, queries: np.ndarray, k: int, exclude: Exclude | None) -> Exclude:
         """Validates the arguments of `search`; returns the exclusions, empty for None."""
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"k is {k!r}, expected an integer, at least 1")
+        check_integer("k", k, example=10)
         if queries.ndim != 2 or queries.shape[1] != self.vectors.shape[1]:
             raise ValueError(
                 f"queries have shape {queries.shape}, expected (queries, {self.vectors.shape[1]}) as the item vectors; "

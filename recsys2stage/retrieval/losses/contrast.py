@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from recsys2stage.options import check_integer, check_number, check_option
 from recsys2stage.retrieval.losses.base import Catalogue, Targets
 from recsys2stage.retrieval.losses.negatives import InBatch, Negatives, SampledNegatives
 from recsys2stage.retrieval.losses.sampled import Block, LossTerms, MaskCandidates, Sampled, mask_similar
@@ -55,12 +56,12 @@ class InfoNCE(Sampled):
         hard: int | list[tuple[float, int | None]] | None = None,
     ) -> None:
         super().__init__(temperature, negatives or InBatch(), same_sequence)
-        if correct not in ("none", "negatives", "both"):
-            raise ValueError(f"correct is {correct!r}, expected none, negatives or both")
+        check_option("correct", correct, Literal["none", "negatives", "both"])
+        check_number("near", near, low=-1, high=1, other="null for no limit", example=0.9, what="a cosine")
         self.correct, self.near = correct, near
         self.hard: Schedule[int | None] = Schedule("hard", hard)
-        if any(k is not None and k < 1 for k in self.hard.values):
-            raise ValueError(f"hard is {hard}, expected at least one candidate, or null for all")
+        for k in self.hard.values:
+            check_integer("hard", k, other="null for all candidates", example=100)
 
     @property
     def scheduled(self) -> bool:

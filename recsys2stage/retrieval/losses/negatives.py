@@ -10,8 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
+from recsys2stage.options import check_integer, check_number, check_option
 from recsys2stage.retrieval.losses.base import Catalogue, Targets
 from recsys2stage.retrieval.losses.schedule import Schedule
+
+MAX_COUNT = 1 << 20  # samples per set
 
 
 class SampledNegatives(NamedTuple):
@@ -51,6 +54,7 @@ class InBatch(Negatives):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
+        check_number("alpha", alpha, low=0, example=1.0)
         self.alpha = alpha
 
     def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
@@ -74,12 +78,10 @@ class Uniform(Negatives):
         active_after: str | None = None,
     ) -> None:
         super().__init__()
-        if per not in ("event", "sequence", "batch"):
-            raise ValueError(f"per is {per!r}, expected event, sequence or batch")
+        check_option("per", per, Literal["event", "sequence", "batch"])
         if count is None and per != "batch":
             raise ValueError(f"count is null and per is {per}; give a number of samples, or use per: batch")
-        if count is not None and count < 1:
-            raise ValueError(f"count is {count}, expected at least one sample")
+        check_integer("count", count, 1, MAX_COUNT, other="null for the number of targets", example=256)
         self.count, self.per, self.active_after = count, per, active_after
         self.after = None if active_after is None else _seconds(active_after)
 
@@ -134,8 +136,9 @@ class Mixed(Negatives):
                 "count: null and per: batch"
             )
         self.share, self.alpha = Schedule("share", share), alpha
-        if not all(0 <= value < 1 for value in self.share.values):
-            raise ValueError(f"share is {share}, expected at least 0 and below 1; for pool samples only, use Uniform")
+        for value in self.share.values:  # for samples of the pool only: Uniform
+            check_number("share", value, low=0, below=1, example=0.5, what="a share")
+        check_number("alpha", alpha, low=0, example=1.0)
 
     @property
     def scheduled(self) -> bool:
@@ -182,5 +185,7 @@ def _seconds(date: str) -> float:
     try:
         parsed = datetime.fromisoformat(date)
     except ValueError as error:
-        raise ValueError(f"active_after is {date!r}, expected an ISO date such as 2025-05-29") from error
+        raise ValueError(
+            f"active_after is {date!r}, expected an ISO date; set active_after to 2025-05-29, for example"
+        ) from error
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()

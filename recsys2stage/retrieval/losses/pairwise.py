@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from recsys2stage.options import check_number
 from recsys2stage.retrieval.losses.base import Catalogue, Targets
 from recsys2stage.retrieval.losses.negatives import Negatives, Uniform
 from recsys2stage.retrieval.losses.sampled import Block, LossTerms, Sampled
@@ -74,8 +75,8 @@ class BCE(Pointwise):
         max_rating: float | None = None,
     ) -> None:
         super().__init__(temperature, negatives or Uniform(1), same_sequence)
-        if max_rating is not None and max_rating <= 0:
-            raise ValueError(f"max_rating is {max_rating}, expected the highest rating of the log, above 0")
+        what, other = "the highest rating of the log,", "null for labels of 1"
+        check_number("max_rating", max_rating, above=0, other=other, example=5.0, what=what)
         self.max_rating = max_rating
 
     def forward(self, queries: Float[Tensor, "M D"], targets: Targets, catalogue: Catalogue) -> Float[Tensor, ""]:
@@ -137,8 +138,8 @@ class GBCE(Pointwise):
         calibration: float = 0.75,
     ) -> None:
         super().__init__(temperature, negatives or Uniform(256), same_sequence)
-        if not 0 <= calibration <= 1:
-            raise ValueError(f"calibration is {calibration}, expected 0 (binary cross entropy) to 1 (calibrated)")
+        what = "a number, from binary cross entropy to calibrated,"
+        check_number("calibration", calibration, low=0, high=1, example=0.75, what=what)
         self.calibration = calibration
 
     def row_losses(

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from recsys2stage.options import check_number
+
 
 class NormPenalty(nn.Module):
     """L2 penalty on user states before normalisation, which keeps them in numeric range.
@@ -17,8 +19,8 @@ class NormPenalty(nn.Module):
 
     def __init__(self, weight: float = 1e-4, cap: float | None = None) -> None:
         super().__init__()
-        if weight < 0 or (cap is not None and cap < 0):
-            raise ValueError(f"weight is {weight} and cap {cap}; expected numbers of at least 0, or no cap")
+        check_number("weight", weight, low=0, example=1e-4)
+        check_number("cap", cap, low=0, other="null for no cap", example=10.0)
         self.weight, self.cap = weight, cap
 
     def forward(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from recsys2stage.options import check_number
 from recsys2stage.retrieval.losses.base import Catalogue, Loss, Targets
 from recsys2stage.retrieval.losses.blocks import mean_loss, products
 from recsys2stage.retrieval.losses.negatives import Negatives, SampledNegatives
@@ -50,8 +51,8 @@ class Sampled(Loss):
 
     def __init__(self, temperature: float | None, negatives: Negatives, same_sequence: bool = False) -> None:
         super().__init__()
-        if temperature is not None and temperature <= 0:
-            raise ValueError(f"temperature is {temperature}, expected a number above 0; 0.05 suits cosine similarity")
+        other = "null for the usual one of the similarity"
+        check_number("temperature", temperature, above=0, other=other, example=0.05)
         self.temperature, self.negatives, self.same_sequence = temperature, negatives, same_sequence
 
     @property

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from recsys2stage.options import is_number
+
 T = TypeVar("T")
 
 
@@ -16,12 +18,18 @@ class Schedule(Generic[T]):
     """
 
     def __init__(self, name: str, values: T | Sequence[tuple[float, T]]) -> None:
-        points = [(float(share), value) for share, value in values] if isinstance(values, list) else [(0.0, values)]
+        given = values if isinstance(values, list) else [(0.0, values)]
+        if not all(isinstance(point, (list, tuple)) and len(point) == 2 and is_number(point[0]) for point in given):
+            raise ValueError(
+                f"{name} is {values!r}, expected a value or a list of points (share of the run, value); set it to "
+                "[[0, A], [0.5, B]], for example"
+            )
+        points = [(float(share), value) for share, value in given]
         shares = [share for share, _ in points]
         if not shares or shares[0] != 0 or shares != sorted(set(shares)) or shares[-1] > 1:
             raise ValueError(
-                f"{name} has points at {shares} of the run, expected ascending shares from 0 to at most 1, "
-                "such as [[0, A], [0.5, B]]"
+                f"{name} has points at {shares} of the run, expected ascending shares from 0 to at most 1; set it to "
+                "[[0, A], [0.5, B]], for example"
             )
         self.points: list[tuple[float, T]] = points  # type: ignore[assignment]  # a value is never a list
 

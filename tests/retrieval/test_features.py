@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys2stage.features import FeatureEncoder, FeatureTable
+from recsys2stage.retrieval.features import FeatureEncoder, FeatureTable
 
 V, DIM = 11, 5
 FEATURES: list[dict[str, Any]] = [

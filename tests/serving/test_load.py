@@ -1,0 +1,78 @@
+"""benchmarks/serve.py: what it sends and what it measures."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import polars as pl
+import pytest
+from pipeline_fixtures import Run
+
+from recsys2stage.data.dataset import Dataset
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import serve
+
+    return serve
+
+
+class Slow:
+    """A service that answers one request at a time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.lock = seconds, asyncio.Lock()
+
+    async def send(self, request: bytes) -> tuple[int, bytes]:
+        async with self.lock:
+            await asyncio.sleep(self.seconds)
+        return 200, b""
+
+
+def test_requests_are_the_histories_before_the_test_target(load: ModuleType, cycle: Path) -> None:
+    """In this world item i is followed by i + 1."""
+    requests, dataset = load.histories(cycle, 1_000), Dataset(cycle)
+    assert len(requests) == len(dataset.users("test"))
+    ids = pl.read_parquet(cycle / "items.parquet").sort("item")["item_id"].cast(pl.String).to_list()
+    targets = {ids[item - 1] for item in dataset.targets(dataset.users("test"), "test")}
+    for request in requests:
+        history = request["history"]
+        assert len(history["items"]) == len(history["times"]) == 11
+        assert str(int(history["items"][-1]) % 40 + 1) in targets
+
+
+def test_an_open_loop_counts_the_time_that_requests_wait(load: ModuleType) -> None:
+    """At twice the rate that the service can take, the last request waits for half of the time."""
+    start = time.perf_counter()
+    results = asyncio.run(load.open_loop(Slow(0.02), [b""], rate=100, seconds=1))
+    assert 60 < len(results) < 140
+    assert time.perf_counter() - start > 0.02 * len(results)
+    assert max(latency for _, latency in results) > 0.2
+
+
+def test_a_closed_loop_sends_when_it_is_answered(load: ModuleType) -> None:
+    results = asyncio.run(load.closed_loop(Slow(0.02), [b""], connections=2, seconds=0.5))
+    assert 15 <= len(results) <= 27
+    assert all(latency >= 0.02 for _, latency in results)
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark(trained: Run, tmp_path: Path) -> None:
+    words = ("--bundle", trained.bundle, "--data", trained.data, "--seconds", "1", "--connections", "2")
+    command = [sys.executable, BENCHMARKS / "serve.py", *words, "--rates", "20", "--output", tmp_path / "out.json"]
+    subprocess.run([str(word) for word in command], check=True, env={"PYTHONPATH": str(BENCHMARKS.parent)})
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert [load["load"] for load in facts["loads"]] == ["2 connections", "20/s"]
+    assert facts["saturation"] > 0
+    for one in facts["loads"]:
+        assert one["errors"] == {}
+        assert 0 < one["p50_ms"] <= one["p95_ms"] <= one["p99_ms"]
+        assert {"queue", "encode", "search", "rank"} <= set(one["stages_ms"])
