@@ -694,14 +694,16 @@ def test_a_bundle_of_one_stage_shows_one_list(page: "Page") -> None:
 METRICS = {"retriever": {"ndcg@10": {"value": 0.1234, "low": 0.12, "high": 0.13}, "recall@100": 0.5}}
 
 
-def test_a_screenshot_shows_both_lists(browser: "Browser", service: str, tmp_path: Path) -> None:
+def test_a_screenshot_shows_both_lists(browser: "Browser", request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """RECSYS_PAGE_AT=http://127.0.0.1:8000/ (make demo, make serve) writes the one in the docs."""
-    for page in opened(browser, AT or service, color_scheme="light", device_scale_factor=1.5 if AT else 1):
+    for page in opened(
+        browser, AT or request.getfixturevalue("service"), color_scheme="light", device_scale_factor=1.5 if AT else 1
+    ):
         page.goto("/")
         page.wait_for_selector("#hits li")
         click_history(page, 1, 4, 2, 7)
-        page.locator("#final > li").nth(2).hover()
-        page.wait_for_timeout(200)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(400)
         picture = page.screenshot(path=SCREENSHOT if AT else tmp_path / "page.png")
         assert picture.startswith(b"\x89PNG")
         assert len(picture) > 20_000
