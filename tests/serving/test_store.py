@@ -101,13 +101,15 @@ def test_accepted_events_survive_the_kill_of_two_processes_that_write(tmp_path: 
             subprocess.Popen([sys.executable, "-c", WRITER, path, user], stdout=subprocess.PIPE, text=True)
             for user in users
         ]
+        first = []
         for process in processes:
             assert process.stdout
-            process.stdout.readline()  # it writes
+            first.append(process.stdout.readline())  # it writes
         time.sleep(0.2 * rng.random())
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
-        accepted = [int(process.communicate()[0].split()[-1]) for process in processes]
+        said = [line + process.communicate()[0] for line, process in zip(first, processes, strict=True)]
+        accepted = [int(lines.split()[-1]) for lines in said]
         with Store(path) as store:
             for user, newest in zip(users, accepted, strict=True):
                 kept = items(store, user)
