@@ -60,7 +60,7 @@ class FitLines(Callback):
         if not self.enabled:
             return
         weights = sum(weight.numel() for weight in pl_module.parameters())
-        resumed = f", goes on after {self.first} epochs" if trainer.ckpt_path else ""
+        resumed = f", goes on after epoch {self.first}" if trainer.ckpt_path else ""
         print(
             f"{type(pl_module).__name__}: {weights:,} parameters, {trainer.strategy.root_device}, {trainer.precision}, "
             f"{_at_most(trainer)}, {trainer.num_training_batches:,} batches each{resumed}",
