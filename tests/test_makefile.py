@@ -262,8 +262,15 @@ def test_interrupted_it_says_that_the_same_command_goes_on(project: Project) -> 
     recsys = project.folder / ".venv/bin/recsys"
     recsys.write_text(STAND_IN.replace("    simulate)", SLOW))
     words = ["make", "pipeline", "DATASET=ml-1m", "RAW=raw.zip"]
+    # a background job of a shell ignores SIGINT, and so would make
+    heard = ["env", "--default-signal=INT"]
     done = subprocess.Popen(
-        words, cwd=project.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        heard + words,
+        cwd=project.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     for _ in range(600):
         if (project.folder / "started").exists():

@@ -86,7 +86,9 @@ def options() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def _parse(module: str) -> ast.Module:
-    return ast.parse((PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    path = PACKAGE.parent / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _imports(tree: ast.Module) -> dict[str, str]:
