@@ -149,9 +149,9 @@ class RecsysCLI(LightningCLI):
         enabled = bar is not False
         if bar is None:
             bar = kwargs["enable_progress_bar"] = on_terminal()
+        self.trainer_defaults["callbacks"].append(FitLines(str(self.subcommand), bar, enabled))  # before the bar's line
         if bar:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=20))  # a step takes milliseconds
-        self.trainer_defaults["callbacks"].append(FitLines(str(self.subcommand), bar, enabled))
         if options.trainer.enable_model_summary is None:
             kwargs["enable_model_summary"] = False  # FitLines prints the number of parameters
         return super().instantiate_trainer(**kwargs)

@@ -156,6 +156,7 @@ def test_a_fit_on_a_terminal_draws_its_bar(
     monkeypatch.setattr(progress, "EVERY", 0.0)
     fit(cycle, tmp_path)
     printed = capfd.readouterr()
+    assert printed.out.startswith("Retriever: "), "a line of its own, above the bar"
     assert "100%" in printed.out
     assert "epoch 1 of 2:" not in printed.out
     assert not any(word in printed.out + printed.err for word in NOISE)
