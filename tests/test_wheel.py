@@ -65,7 +65,8 @@ def test_the_wheel_holds_the_package_and_all_configs_and_nothing_else(wheel: Pat
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recsys2stage").rglob("*.py")}
     configs = {f"recsys2stage/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*") if path.is_file()}
-    assert names == code | configs | {"recsys2stage/py.typed"}
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recsys2stage/serving/page").iterdir()}
+    assert names == code | configs | page | {"recsys2stage/py.typed"}
     assert {"serve", "tensorboard", "dev"} <= set(re.findall(r"^Provides-Extra: (\w+)", metadata, re.MULTILINE))
 
 

@@ -99,7 +99,7 @@ def checkerboard(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_manifest(
         folder / "candidates",
         "candidates",
-        options={"k": 20},
+        options={"k": 20, "signals": []},
         parents=parents,
         vector_dim=D,
         signals=[],
