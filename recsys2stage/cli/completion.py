@@ -22,12 +22,11 @@ def _names(text: str) -> list[str]:
 
 POSITIONAL = {"init": "folder", "list": "kind"}  # command -> the option that may be given without its name
 TRAINING = _names(
-    "config output model data trust seed_everything ckpt_path trainer.max_epochs trainer.accelerator "
-    "trainer.devices trainer.precision trainer.strategy trainer.gradient_clip_val trainer.enable_progress_bar "
-    "trainer.logger checkpoint.monitor early_stopping.patience last.every_n_train_steps data.init_args.path "
-    "data.init_args.batch_size data.init_args.max_length data.init_args.request_time model.init_args.dim "
-    "model.init_args.encoder model.init_args.loss model.init_args.scorer model.init_args.optimizer print_config "
-    "help"
+    "config output model data trust seed_everything ckpt_path trainer.max_epochs trainer.accelerator trainer.devices "
+    "trainer.precision trainer.strategy trainer.gradient_clip_val trainer.enable_progress_bar trainer.logger "
+    "checkpoint.monitor early_stopping.patience last.every_n_train_steps data.init_args.path data.init_args.batch_size "
+    "data.init_args.max_length data.init_args.request_time model.init_args.dim model.init_args.encoder "
+    "model.init_args.loss model.init_args.scorer model.init_args.optimizer print_config help"
 )
 KINDS = ("configs", "overlays", "encoders", "losses", "signals", "scorers", "sources")
 GLOBAL = ("--help", "--version", "--completion")

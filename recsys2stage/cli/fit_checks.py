@@ -53,8 +53,8 @@ def check_options(verb: str, options: Any) -> None:
         name, value = f"trainer.limit_{part}_batches", options.get(f"trainer.limit_{part}_batches")
         if isinstance(value, float | int) and (value < 0 or (value > 1 and value % 1)):
             raise ValueError(
-                f"{name} is {value}, expected a whole number of batches, or a share from 0.0 to 1.0; set --{name}, "
-                f"or {step}"
+                f"{name} is {value}, expected a whole number of batches, or a share from 0.0 to 1.0; set --{name}, or "
+                f"{step}"
             )
     for name in ("early_stopping.mode", "checkpoint.mode"):
         if (value := options.get(name)) not in MODES:
@@ -92,8 +92,8 @@ def _check_checkpoint(path: Any, verb: str) -> None:
     what = "is a folder" if Path(path).is_dir() else "does not exist"
     other = "leave it out to begin anew" if verb == "fit" else "leave it out for OUTPUT/best.ckpt"
     raise ValueError(
-        f"--ckpt_path {path} {what}, expected a checkpoint of a fit, such as OUTPUT/last.ckpt; give its path, "
-        f"or {other}"
+        f"--ckpt_path {path} {what}, expected a checkpoint of a fit, such as OUTPUT/last.ckpt; give its path, or "
+        f"{other}"
     )
 
 

@@ -73,8 +73,7 @@ def load_events(
         if c.RATING not in frame.columns:
             raise ValueError(
                 f"min_rating is {min_rating}, but {tables.events.file} has no ratings; name the column of ratings in "
-                "the "
-                "source, or leave min_rating out"
+                "the source, or leave min_rating out"
             )
         kept = frame.filter(pl.col(c.RATING) >= min_rating)
         if kept.is_empty():

@@ -217,8 +217,7 @@ def as_polars(frame: Any, id_columns: Sequence[str] = (), name: str = "the frame
         except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{name} is a {type(frame).__name__} that polars cannot read ({str(error).splitlines()[0]}), expected "
-                "a "
-                "polars or pandas frame; pass one"
+                "a polars or pandas frame; pass one"
             ) from error
     for own in dict.fromkeys(id_columns):
         if own in frame.columns:

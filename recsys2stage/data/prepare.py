@@ -99,8 +99,7 @@ def prepare(
             if taken := sorted(item_vectors.keys() & tables.item_features.keys()):
                 raise ValueError(
                     f"item_vectors uses the names {taken}, which other item features have, expected new ones; rename "
-                    "the "
-                    "vectors"
+                    "the vectors"
                 )
             counts: dict[str, int] = {}
             named = with_default_columns(tables.events).columns

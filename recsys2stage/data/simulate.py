@@ -226,8 +226,7 @@ def _lengths(counts: Counts, longest: int, rng: np.random.Generator) -> np.ndarr
         raise ValueError(
             f"{counts.events:,} ratings do not fit {counts.users:,} users with {counts.shortest} to {longest:,} each "
             f"and {counts.items:,} movies with at least one each; expected {fewest:,} to {most:,} ratings: set "
-            "--events to "
-            f"{round((fewest + most) / 2) if fewest <= most else fewest}, or change --users or --items"
+            f"--events to {round((fewest + most) / 2) if fewest <= most else fewest}, or change --users or --items"
         )
     spread = rng.lognormal(0.0, 1.38, counts.users)
     lengths = np.full(counts.users, counts.shortest)

@@ -109,8 +109,7 @@ class GlobalTime(Split):
         if not shares and not 1 <= val < test:
             raise ValueError(
                 f"GlobalTime(val={val}, test={test}): expected two shares whose sum is below 1, or two times in "
-                "seconds "
-                "since 1970 with val before test; set both to 0.1, for example"
+                "seconds since 1970 with val before test; set both to 0.1, for example"
             )
         self.val = val
         self.test = test

@@ -92,8 +92,7 @@ def mine_negatives(
     if select and not validates.any():
         raise ValueError(
             f"select is {select}, so none of the {len(validates):,} mined users validates the ranker, expected at "
-            "least "
-            f"one; raise select{'' if users is None else f', or users above {users:,}'}"
+            f"least one; raise select{'' if users is None else f', or users above {users:,}'}"
         )
     if validates.all():
         raise ValueError(

@@ -58,8 +58,8 @@ class RankBand(Miner):
         check_integer("last", last, other="null for all candidates", example=200)
         if last is not None and last <= skip_top:
             raise ValueError(
-                f"the band of ranks above {skip_top} and up to {last} is empty, expected 0 <= skip_top < last; "
-                "raise last"
+                f"the band of ranks above {skip_top} and up to {last} is empty, expected 0 <= skip_top < last; raise "
+                "last"
             )
         self.count, self.skip_top, self.last = count, skip_top, last
 

@@ -85,8 +85,8 @@ class ItemFeatures:
             name, kind = (feature.get("name"), feature.get("kind")) if isinstance(feature, dict) else (None, None)
             if not (isinstance(name, str) and isinstance(kind, str)):
                 raise ValueError(
-                    f"{bundle / c.MANIFEST} has the item feature {shorten(feature)}, expected a name and a kind; "
-                    "make it again"
+                    f"{bundle / c.MANIFEST} has the item feature {shorten(feature)}, expected a name and a kind; make "
+                    "it again"
                 )
             if kind in KINDS and name in table.columns:
                 kinds[name] = kind

@@ -173,8 +173,8 @@ class Service:
             raise Problem(
                 404,
                 "unknown-user",
-                f"user_id {shorten(user_id)} is not known, expected a user of the data or of earlier events; /v1/users "
-                "lists some",
+                f"user_id {shorten(user_id)} is not known, expected a user of the data or of earlier events; "
+                "/v1/users lists some",
                 "user_id",
                 user_id,
             )

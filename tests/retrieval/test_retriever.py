@@ -380,5 +380,7 @@ def test_a_fit_may_start_from_anothers_weights(cycle: Path, fit: Fit, tmp_path: 
     other = model_for(data, dim=16, encoder=encoder, start=fit.output / "best.ckpt")
     with pytest.raises(ValueError, match=r"best\.ckpt holds a model of another architecture, so it cannot init"):
         Trainer(max_epochs=1, **QUIET).fit(other, data)
-    with pytest.raises(FileNotFoundError, match=r"none\.ckpt does not exist, expected a checkpoint; .* run: recsys fit"):
+    with pytest.raises(
+        FileNotFoundError, match=r"none\.ckpt does not exist, expected a checkpoint; .* run: recsys fit"
+    ):
         Trainer(max_epochs=1, **QUIET).fit(model_for(data, start=tmp_path / "none.ckpt"), data)

@@ -71,8 +71,8 @@ def _unpack(file: Path, copy: Path) -> None:
                 if written > free or (written > LARGE and written > MOST_GROWTH * packed):
                     raise ValueError(
                         f"{file} unpacks from {packed:,} to over {written:,} bytes, expected at most {MOST_GROWTH} "
-                        "times "
-                        f"its size and the {free:,} bytes of free space; unpack it yourself and give the plain file"
+                        f"times its size and the {free:,} bytes of free space; unpack it yourself and give the plain "
+                        "file"
                     )
                 target.write(block)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -84,8 +84,7 @@ class SideTable:
             if not isinstance(feature, Feature):
                 raise ValueError(
                     f"column {name!r} is {feature!r}, expected its kind; write {name}: {{kind: categorical}}, or in "
-                    "Python "
-                    "Feature('categorical')"
+                    "Python Feature('categorical')"
                 )
 
 
@@ -244,8 +243,7 @@ class Table(Source):
         if len(found) != 1 or not found[0].is_file():
             raise FileNotFoundError(
                 f"{self.path} has {len(found) or 'no'} files {side.path!r} in it or its folder, expected one; correct "
-                "the "
-                f"path of the table of {own_id.removesuffix('_id')}s"
+                f"the path of the table of {own_id.removesuffix('_id')}s"
             )
         columns = {own_id: id_column(side.id)}
         if side.title is not None:
@@ -281,8 +279,7 @@ class Table(Source):
         if suffixes & set(PARQUET) or len(suffixes) > 1:
             raise ValueError(
                 f"the shards have several file types: {', '.join(sorted(suffixes))}, expected one; select one with a "
-                "glob: "
-                "path/*.csv"
+                "glob: path/*.csv"
             )
         separator = "\t" if suffixes <= {".tsv", ".tab"} else between or self.separator
         return csv_rows(unpack(files), columns, separator, quote=quote, names=unpack.names)
@@ -367,8 +364,7 @@ def typed_tables(files: Sequence[Path], columns: dict[str, Column], names: Seque
         except pl.exceptions.PolarsError as error:
             raise ValueError(
                 f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}); expected a complete Parquet file: "
-                "write "
-                "it again, or give it the ending .csv if it is text"
+                "write it again, or give it the ending .csv if it is text"
             ) from error
         shards.append((shard, name))
     return typed_rows(shards, columns, names[0] + (f" (and {len(files) - 1} more)" if len(files) > 1 else ""))
