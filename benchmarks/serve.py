@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,11 +239,11 @@ async def loads(options: argparse.Namespace, service: Service) -> list[Measured]
     await closed_loop(client, requests, 4, options.seconds / 4)  # warm
     measured = []
     for connections in options.connections:
-        run = lambda n=connections: closed_loop(client, requests, n, options.seconds)  # noqa: E731
+        run = partial(closed_loop, client, requests, connections, options.seconds)
         measured.append(await measure(f"{connections} connections", service, client, run))
         report(measured[-1])
     for rate in options.rates:
-        run = lambda r=rate: open_loop(client, requests, r, options.seconds)  # noqa: E731
+        run = partial(open_loop, client, requests, rate, options.seconds)
         measured.append(await measure(f"{rate:g}/s", service, client, run))
         report(measured[-1])
     client.close()

@@ -170,7 +170,7 @@ def is_required(parser: ArgumentParser, action: Action) -> bool:
 def set_hint(action: Action) -> Any:
     """The type of an option that is set: without null."""
     parts = [part for part in members(getattr(action, "_typehint", str)) if part is not type(None)]
-    return Union[tuple(parts)]  # noqa: UP007  of parts known at run time
+    return Union[tuple(parts)]  # noqa: UP007  # the parts are known at run time only
 
 
 def linked(parser: ArgumentParser) -> set[tuple[str, ...]]:

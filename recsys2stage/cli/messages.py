@@ -1,4 +1,4 @@
-"""Words of error messages: nearest names, types in words, lists, and the line of a parser's text that tells most."""
+"""Text of error messages: nearest names, types, lists, and the most informative line of a parser's message."""
 
 import dataclasses
 import difflib
@@ -105,7 +105,7 @@ def members(hint: Any) -> list[Any]:
 
 
 def type_words(hint: Any, many: bool = False) -> str:
-    """A type hint in words, such as: a whole number, a list of text or null."""
+    """A type hint as text, such as: a whole number, a list of text or null."""
     return choices(list(dict.fromkeys(_one_type(part, many) for part in members(hint))))
 
 

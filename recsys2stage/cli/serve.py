@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from recsys2stage.artifacts import RUN
+from recsys2stage.data.summary import print_summary
 from recsys2stage.serving.export_log import export_log as write_log
 from recsys2stage.serving.settings import STORE as STORE
 from recsys2stage.serving.settings import Settings
@@ -87,5 +88,6 @@ def export_log(store: Path = RUN / STORE, output: Path | None = None, remove: bo
         output: folder to write; None: log, beside the store.
         remove: whether to remove the exported impressions from the store afterwards; events stay.
     """
-    counts = write_log(store, output or store.parent / "log", remove)
-    print(f"{output or store.parent / 'log'}: {counts['events']:,} events, {counts['impressions']:,} impressions")
+    output = output or store.parent / "log"
+    counts = write_log(store, output, remove)
+    print_summary(output, f"{counts['events']:,} events, {counts['impressions']:,} impressions")

@@ -116,7 +116,7 @@ class Metrics:
         if not self.shared:
             return generate_latest(self.registry), CONTENT_TYPE_LATEST
         together = CollectorRegistry()
-        multiprocess.MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        multiprocess.MultiProcessCollector(together)  # type: ignore[no-untyped-call]  # untyped there
         return generate_latest(together), CONTENT_TYPE_LATEST
 
 

@@ -91,6 +91,7 @@ def test_a_run_on_another_host_may_live(tmp_path: Path) -> None:
         '{"pid": "1", "host": 3}',
         json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": "1"}),  # its id went to this process
     ],
+    ids=["empty", "cut", "a list", "other types", "another run's pid"],
 )
 def test_what_names_no_living_run_is_taken_over(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys2stage.data.locks.PATIENCE", 0.1)
