@@ -79,7 +79,7 @@ ROWS = [
     Wrong("simulate --outptu x", "--outptu is not an option", "did you mean --output", "simulate --help"),
     Wrong(f"{PREPARE} --time_unit iso", "--time_unit is not an option", "one of .*--core", "prepare-data --help"),
     Wrong(f"{PREPARE} --split.vall 3", "--split.vall is not an option of LeaveOneOut", "did you mean val", "split.help"),
-    Wrong("export-index --index.factory Flat", "without a class", "one of Exact, Faiss", "write --index Faiss before"),
+    Wrong("export-index --index.factory Flat", "without a class", "one of .*Exact, Faiss", "write --index Faiss before"),
     Wrong("export-index --index Faiss --index.factry x", "factry is not an option of Faiss", "factory", "index.help"),
     # what would have no effect
     Wrong(f"{FIT} --model.num_items 3", "--model.num_items is '3'", "unset.*by the data", "leave it out"),
