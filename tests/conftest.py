@@ -6,6 +6,8 @@ import os
 os.environ.update(POLARS_MAX_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU; a fit whose accelerator is auto would take a GPU
 
+os.environ.update(MAKEFLAGS="", MFLAGS="", MAKEOVERRIDES="", MAKELEVEL="0")  # a make that a test runs starts afresh
+
 from pathlib import Path
 
 import numpy as np
