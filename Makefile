@@ -5,9 +5,11 @@ DATASET ?= ml-20m
 SEEDS ?= 0 1 2
 PAIR ?= $(word 2,$(SEEDS))
 PYTHON ?= python3
+JOBS ?= 2# processes of the tests, of one thread each
 BIN := .venv/bin
 RECSYS := $(BIN)/recsys
 READY := .venv/ready
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 include configs/pipeline.mk
 
@@ -37,14 +39,14 @@ results: ## the headline of DATASET: seeds 0, 1 and 2 (SEEDS), each beside the n
 	@$(BIN)/python benchmarks/results.py $(SEEDS:%=$(NAME)$(if $(PAIR),-pair)-seed%)
 
 test: .venv/ready ## the tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # the kernels of torch, oneDNN, MKL and OpenBLAS of two older processors; set before Python starts, for they are read once
 test-portable: .venv/ready ## the numeric tests with the vector widths of other processors
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem \
-		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC)
+		$(PYTEST) -m "not slow" $(NUMERIC)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
-		$(BIN)/python -m pytest -q -m "not slow" $(NUMERIC)
+		$(PYTEST) -m "not slow" $(NUMERIC)
 
 test-slow: .venv/ready ## the tests that take longer
 	$(BIN)/python -m pytest -q -m slow
