@@ -100,7 +100,10 @@ def option_rows(parser: ArgumentParser, prefix: str, up: str, only: Callable[[st
         if only(name):
             hint = getattr(action, "_typehint", None) or action.type or (bool if action.nargs == 0 else str)
             default = "required" if classes.is_required(parser, action) else default_text(action)
-            yield [f"`{prefix}{name}`", type_text(hint, up), default, help_text(action.help)]
+            if "(set by the " in (action.help or ""):
+                default = "set for you"
+            kind = type_text(hint, up).removesuffix(" or null" if default == "required" else "\0")
+            yield [f"`{prefix}{name}`", kind, default, help_text(action.help)]
 
 
 HEAD = ("option", "type", "default", "what it is")
