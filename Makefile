@@ -67,4 +67,4 @@ docs-serve: .venv/ready ## the documentation at http://127.0.0.1:8001/ while you
 	$(MKDOCS) serve --dev-addr 127.0.0.1:$(or $(PORT),8001)
 
 figures: .venv/ready ## draw the figures of the documentation anew, into docs/figures/
-	$(BIN)/python docs/figures.py
+	$(BIN)/python -m docs.figures
