@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,33 @@ def test_a_random_scorer_finds_ten_of_a_hundred_and_one(rng: np.random.Generator
     queries, vectors = rng.standard_normal((count, items)), torch.eye(items, dtype=torch.float64)  # any order
     ranks, _, _ = pool.retriever_ranks(queries, vectors, np.zeros((count, 0), dtype=np.int64), TOP)
     assert (ranks <= 10).mean() == pytest.approx(10 / 101, abs=4 * np.sqrt(0.09 / count))
+
+
+@pytest.mark.parametrize("negatives", [None, 100])
+def test_memory_does_not_grow_with_batch_times_catalogue(negatives: int | None) -> None:
+    """The ranks of 256 targets among 200,000 items, where (batch, catalogue) would be 51 million numbers."""
+    rows, size, rng = 256, 200_000, np.random.default_rng(0)
+    offsets = np.arange(0, 21 * 1_000, 20)
+    dataset = Dataset.__new__(Dataset)  # all that baselines read
+    dataset.manifest, dataset.offsets, dataset.train_ends = {"counts": {"items": size}}, offsets, offsets[1:]
+    dataset.items = rng.integers(1, size + 1, offsets[-1]).astype(np.int32)
+    last, target, users = rng.integers(0, size, rows), rng.integers(1, size + 1, rows), np.arange(rows)
+    seen = Ragged(rng.integers(1, size + 1, 50 * rows), np.arange(0, 50 * rows + 1, 50))
+    candidates, vectors = rng.integers(1, size + 1, (rows, 200)), torch.randn(size, 2)
+    queries = rng.standard_normal((rows, 2)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        pool = RankedItems.of(seen, target, size, users, negatives, seed=0)
+        for kind in (Popularity, Markov):
+            baseline = kind(dataset)
+            assert pool.baseline_ranks(baseline, last).shape == (rows,)
+            assert (baseline.top(last, pool.excluded, TOP) > 0).all()
+        pool.retriever_ranks(queries, vectors, candidates, TOP)
+        assert pool.holds(candidates).any()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20  # of NumPy; torch holds a block of scores
 
 
 def test_a_sampled_report_stands_beside_the_full_one_and_warns(

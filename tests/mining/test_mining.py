@@ -1,5 +1,6 @@
 """Negatives are never positives, and every mined row carries what the retriever and the signals say when they serve."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from recsys2stage.artifacts import read_manifest
 from recsys2stage.data.batches import Padded, Ragged
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.mining.draws import ListDraws
+from recsys2stage.mining.mine import ListBuilder
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.lists import build_lists, positions_in, read_candidates, validation_users, without_repeats
@@ -283,6 +285,28 @@ def test_lists_hold_target_and_negatives_or_all_candidates_in_order(world: World
         inside, outside = inside + found, outside + (not found)
     assert inside
     assert outside
+
+
+def test_memory_does_not_grow_with_batch_times_catalogue() -> None:
+    """The lists of 128 targets among 200,000 items, where (batch, catalogue) would be 26 million numbers."""
+    rows, size, rng = 128, 200_000, np.random.default_rng(0)
+    candidates = (1 + rng.permutation(size)[: rows * DEPTH]).reshape(rows, DEPTH)
+    queries, vectors = rng.standard_normal((rows, 2)), rng.standard_normal((size, 2))
+    seen = Ragged(rng.integers(1, size + 1, 50 * rows), np.arange(0, 50 * rows + 1, 50))
+    target, counts = candidates[:, 3].copy(), np.append(0, rng.integers(0, 9, size))
+    builder = ListBuilder.__new__(ListBuilder)
+    builder.withheld, builder.ranked_vectors = None, torch.from_numpy(vectors)
+    tracemalloc.start()
+    try:
+        request = Request.from_exclusions(candidates, target, seen.rows, seen.values, counts)
+        negatives = Mixture([RankBand(), Uniform(3), Popular(3)]).choose(request, draws(0, rows))
+        exact, validation = builder.exact_ranks(queries, seen), np.arange(rows) % 5 == 0
+        table = build_lists(candidates, target, np.zeros(candidates.shape), negatives, exact, validation)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (table["origin"] == "drawn").sum() > 4 * rows
+    assert peak < 32 << 20  # of NumPy; torch holds a block of scores
 
 
 def test_the_fold_is_a_seeded_hash_of_the_user() -> None:
