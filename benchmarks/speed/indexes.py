@@ -15,7 +15,6 @@ docs/measured/indexes.jsonl as they are measured; rows that are there already ar
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -31,10 +30,12 @@ WIDTH, CENTRES, K, QUERIES = 64, 1000, 100, 200
 SHARES = (1.0, 0.5, 0.1, 0.01)
 LISTS = {1_000_000: 4096, 10_000_000: 8192}
 PROBES = (8, 16, 32, 64, 128)
+PER_LIST = {"ivf-256": 256}  # vectors for each list that k-means is trained on; 64 for the other kinds
 # kind: factory, then for each setting: parameters, k_factor, and whether it is measured with filters
-KINDS: dict[str, tuple[str, list[tuple[dict[str, int | float] | None, int, bool]]]] = {
+KINDS: dict[str, tuple[str, list[tuple[Any, int, bool]]]] = {
     "exact": ("", [(None, 1, True)]),
     "ivf": ("IVF{lists},Flat", [({"nprobe": n}, 1, n == 32) for n in PROBES]),
+    "ivf-256": ("IVF{lists},Flat", [({"nprobe": n}, 1, False) for n in PROBES]),
     "ivf-pq": (
         "IVF{lists},PQ16",
         [({"nprobe": 32}, f, f == 4) for f in (1, 4, 16)] + [({"nprobe": n}, 4, False) for n in (8, 128)],
@@ -105,14 +106,16 @@ def measure_kind(kind: str, items: int, scratch: Path) -> None:
         for parameters, k_factor, filtered in settings
         for share in (SHARES if filtered else SHARES[:1])
     ]
+    lists = int(factory[3:].partition(",")[0]) if factory.startswith("IVF") else 0
+    train_on = min(items, lists * PER_LIST.get(kind, 64)) or None
     keys = {key(row) for row in read_rows()}
     name = factory or "Exact"
-    jobs = [job for job in jobs if (name, items, json.dumps(job[0]), job[1], job[2]) not in keys]
+    jobs = [job for job in jobs if (name, items, train_on, json.dumps(job[0]), job[1], job[2]) not in keys]
     if not jobs:
         return
     from alternate import commit, processor
 
-    from recsys2stage.retrieval.index import Exact, Faiss
+    from recsys2stage.retrieval.index import Exact
 
     path = scratch / f"vectors-{items}.npy"
     if not path.is_file():
@@ -120,17 +123,7 @@ def measure_kind(kind: str, items: int, scratch: Path) -> None:
         np.save(scratch / f"queries-{items}.npy", queries)
         np.save(path, vectors)
     vectors, queries = np.load(path), np.load(scratch / f"queries-{items}.npy")
-    index: Any = Faiss(factory) if factory else Exact()
-    resident, start = memory("VmRSS"), time.process_time()
-    index.build(vectors)
-    build, growth = time.process_time() - start, memory("VmRSS") - resident
-    peak = memory("VmHWM")
-    folder = scratch / f"index-{os.getpid()}"
-    try:
-        index.save(folder)
-        disk = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    index, built = build(kind, factory, train_on, vectors, scratch / f"index-{kind}-{items}")
     exact = Exact()
     exact.build(vectors)
     for parameters, k_factor, share in jobs:
@@ -145,24 +138,44 @@ def measure_kind(kind: str, items: int, scratch: Path) -> None:
         row = {
             "index": name,
             "items": items,
+            "train_on": train_on,
             "parameters": parameters,
             "k_factor": k_factor,
             "allowed": share,
             "recall@100": round(recall(found, truth), 4),
             "p50_ms": round(float(np.median(times)) * 1e3, 3),
             "p99_ms": round(float(np.quantile(times, 0.99)) * 1e3, 3),
-            "build_s": round(build, 1),
-            "memory_mb": round(growth),
+            **built,
             "vectors_mb": round(vectors.nbytes / 2**20),
-            "peak_mb": round(peak),
-            "disk_mb": round(disk),
             "queries": len(queries),
             "commit": commit(ROOT),
             "processor": processor(),
         }
         with MEASURED.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(json.dumps({name: row[name] for name in list(row)[:10]}), flush=True)
+        print(json.dumps({name: row[name] for name in list(row)[:11]}), flush=True)
+
+
+def build(
+    kind: str, factory: str, train_on: int | None, vectors: np.ndarray, folder: Path
+) -> tuple[Any, dict[str, float]]:
+    """The index, built or as an earlier process left it in `folder`, and what building it took.
+
+    The memory is what the process grows by, beside the vectors, which all indexes share.
+    """
+    from recsys2stage.retrieval.index import Exact, Faiss, Index
+
+    if (folder / "built.json").is_file():
+        return Index.load(folder), json.loads((folder / "built.json").read_text(encoding="utf-8"))
+    index: Any = Faiss(factory, train_on=train_on) if factory else Exact()
+    resident, start = memory("VmRSS"), time.process_time()
+    index.build(vectors)
+    seconds, growth = time.process_time() - start, memory("VmRSS") - resident
+    index.save(folder)
+    disk = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    built = {"build_s": round(seconds, 1), "memory_mb": round(growth), "disk_mb": round(disk)}
+    (folder / "built.json").write_text(json.dumps(built), encoding="utf-8")
+    return index, built
 
 
 def search_singly(index: Any, queries: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -207,12 +220,14 @@ def ratios(items: int) -> dict[str, float]:
 
 def read_rows() -> list[dict[str, Any]]:
     """The rows measured so far."""
-    return [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines()] if MEASURED.is_file() else []
+    return (
+        [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines()] if MEASURED.is_file() else []
+    )
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row measured."""
-    return row["index"], row["items"], json.dumps(row["parameters"]), row["k_factor"], row["allowed"]
+    return row["index"], row["items"], row["train_on"], json.dumps(row["parameters"]), row["k_factor"], row["allowed"]
 
 
 def print_table() -> None:

@@ -2,7 +2,9 @@
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -23,6 +25,7 @@ class Index(ABC):
     """
 
     vectors: Float32[np.ndarray, "V D"]
+    tried: Sequence[dict[str, Any]] = ()  # settings and recalls that a choice was made from
 
     def build(self, vectors: Float32[np.ndarray, "V D"]) -> None:
         """Builds the index from the vectors of items 1..V."""
@@ -39,6 +42,19 @@ class Index(ABC):
         """As `build`, with vectors that another index has checked and holds."""
         self.vectors = vectors
         self._prepare()
+
+    def build_for(
+        self, vectors: Float32[np.ndarray, "V D"], queries: Float32[np.ndarray, "B D"], exclude: Exclude | None = None
+    ) -> "Index":
+        """Builds the index for queries like these; returns the one to save, which is this index except for `Auto`.
+
+        Args:
+            vectors: vectors of items 1..V.
+            queries: a sample of query vectors.
+            exclude: items not to return, as in `search`.
+        """
+        self.build(vectors)
+        return self
 
     @abstractmethod
     def search(

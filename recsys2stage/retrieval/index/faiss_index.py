@@ -20,7 +20,8 @@ class Faiss(Approximate):
     """Any faiss index, by inner product.
 
     IVF, HNSW, Flat and SQ leave out items that are not allowed while they search. The fewer are allowed, the more lists
-    (IVF) or nodes (HNSW) are visited, so that as many allowed vectors are compared as without a filter.
+    (IVF: nprobe times the square root of the ratio) or nodes (HNSW: efSearch times the ratio) are visited, so that
+    recall is about that without a filter.
 
     Args:
         factory: faiss's factory string, for example Flat, HNSW32, IVF1024,Flat or IVF1024,PQ16.
@@ -60,17 +61,18 @@ class Faiss(Approximate):
     ) -> Int64[np.ndarray, "B n"]:
         import faiss
 
-        bits = np.packbits(allowed, bitorder="little")
-        selector, times = faiss.IDSelectorBitmap(bits), len(allowed) / max(np.count_nonzero(allowed), 1)
-        parameters: Any
+        library: Any = faiss  # its stubs lack the arguments of search parameters
+        bits = np.packbits(allowed, bitorder="little")  # the selector reads it, and does not copy it
+        selector = library.IDSelectorBitmap(bits)
+        times = len(allowed) / max(int(np.count_nonzero(allowed)), 1)
         if isinstance(self._core, faiss.IndexIVF):
-            nprobe = min(int(np.ceil(self._core.nprobe * times)), self._core.nlist)
-            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+            nprobe = min(int(np.ceil(self._core.nprobe * np.sqrt(times))), self._core.nlist)
+            parameters = library.SearchParametersIVF(sel=selector, nprobe=nprobe)
         elif isinstance(self._core, faiss.IndexHNSW):
             visited = max(self._core.hnsw.efSearch, n) * times
-            parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=min(int(np.ceil(visited)), len(allowed)))
+            parameters = library.SearchParametersHNSW(sel=selector, efSearch=min(int(np.ceil(visited)), len(allowed)))
         else:
-            parameters = faiss.SearchParameters(sel=selector)
+            parameters = library.SearchParameters(sel=selector)
         _, rows = self._index.search(np.ascontiguousarray(queries), n, params=parameters)
         return np.where(rows < 0, -1, rows + 1)
 
