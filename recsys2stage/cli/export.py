@@ -156,8 +156,12 @@ def validation_queries(folder: Path, dataset: Dataset, users: np.ndarray) -> tup
 
 
 def describe_choice(tried: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings that an index was chosen from (`Auto`), as lines of text."""
-    return [", ".join(f"{name} {value}" for name, value in setting.items()) for setting in tried]
+    """The settings that an index was chosen from (`Auto`), the chosen one last, as lines of text."""
+    lines = []
+    for setting in tried:
+        recalls = ", ".join(f"{name} {value:.4f}" for name, value in setting.items() if name != "index")
+        lines.append(f"{'tried' if setting is not tried[-1] else 'chosen'} {setting['index']}: {recalls}")
+    return lines
 
 
 def describe_search(measured: dict[str, int | float] | None) -> list[str]:

@@ -18,5 +18,6 @@ from recsys2stage.retrieval.index.base import Index as Index
 from recsys2stage.retrieval.index.exact import Exact as Exact
 from recsys2stage.retrieval.index.faiss_index import Faiss as Faiss
 from recsys2stage.retrieval.index.recall import measure as measure
+from recsys2stage.retrieval.index.recall import recall_of as recall_of
 from recsys2stage.retrieval.index.rows import Exclude as Exclude
 from recsys2stage.retrieval.index.rows import SearchResult as SearchResult

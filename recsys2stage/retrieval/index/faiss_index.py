@@ -13,7 +13,7 @@ from recsys2stage.retrieval.index.approximate import Approximate
 from recsys2stage.retrieval.index.base import VECTORS
 
 GRAPH = "index.faiss"  # faiss's own file in a saved index
-PER_LIST, PER_CODEBOOK = 256, 65_536  # vectors that faiss's k-means uses: for each list (IVF), for each codebook (PQ)
+PER_LIST, PER_CODEBOOK = 64, 65_536  # vectors to train on, for each list of IVF and for the codebooks of PQ
 
 
 class Faiss(Approximate):
@@ -26,7 +26,7 @@ class Faiss(Approximate):
     Args:
         factory: faiss's factory string, for example Flat, HNSW32, IVF1024,Flat or IVF1024,PQ16.
         parameters: search parameters, for example {nprobe: 16}, {efSearch: 128} or "nprobe=16,quantizer_efSearch=64".
-        train_on: number of vectors that lists and codes are trained on, a random sample of fixed seed; None: 256 for
+        train_on: number of vectors that lists and codes are trained on, a random sample of fixed seed; None: 64 for
             each list, at least 65,536.
         k_factor: number of candidates fetched for each item to return. Candidates are scored exactly, so that a larger
             one makes up for compressed codes (PQ, SQ).
@@ -39,7 +39,7 @@ class Faiss(Approximate):
         train_on: int | None = None,
         k_factor: int = 1,
     ) -> None:
-        check_integer("train_on", train_on, other="null for 256 vectors a list", example=100_000)
+        check_integer("train_on", train_on, other="null for 64 vectors a list", example=100_000)
         check_integer("k_factor", k_factor, high=1000, example=4)
         self.factory = factory
         self.parameters = parameters
@@ -111,7 +111,7 @@ class Faiss(Approximate):
         self._tune(index)
 
     def _sample(self, index: Any) -> Float32[np.ndarray, "N D"]:
-        """The vectors to train on: k-means uses no more, and passes over all of them would take long."""
+        """The vectors to train on: k-means uses no more, and XX."""
         import faiss
 
         lists = faiss.try_extract_index_ivf(index)
