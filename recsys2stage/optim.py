@@ -18,7 +18,7 @@ from recsys2stage import __version__
 from recsys2stage.artifacts import check_format
 from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, add_metadata, load_checkpoint
 from recsys2stage.options import check_integer, check_number, is_number
-from recsys2stage.processes import average_sparse
+from recsys2stage.processes import average_sparse, num_processes
 from recsys2stage.trust import arguments, trusting
 
 
@@ -309,6 +309,18 @@ class RecsysModule(LightningModule):
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
             torch._foreach_mul_(gradients, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))  # as in clip_grad_norm_
+
+    def log_mean(self, name: str, value: Any, rows: int) -> None:
+        """Logs the mean of a value over all rows of an epoch.
+
+        Args:
+            name: of the value.
+            value: of this batch.
+            rows: of this batch in this process.
+        """
+        # Lightning averages numbers of rows over processes and rounds them down: so many more that nothing is lost
+        weight = rows * num_processes()
+        self.log(name, value, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 
     @property
     def progress(self) -> float:

@@ -114,7 +114,7 @@ class Ranker(RecsysModule):
         items = lists.candidates.items
         logits = self.reranker(lists.candidates, self.drop_ids(items), self.drop_counts(items))
         loss = global_mean(self.loss(logits, lists.positive, items != PAD), len(logits))
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), sync_dist=True)
+        self.log_mean("train/loss", loss, len(logits))
         return loss
 
     def drop_ids(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:

@@ -202,7 +202,7 @@ class Retriever(RecsysModule):
     def training_step(self, window: History, batch_idx: int) -> Tensor:
         losses = self.losses(window)
         for name, value in losses.items():
-            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(window.items), sync_dist=True)
+            self.log_mean(f"train/{name}", value, len(window.items))
         return losses["loss"]
 
     def losses(self, window: History) -> dict[str, Any]:
