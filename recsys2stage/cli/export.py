@@ -28,6 +28,7 @@ from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
+from recsys2stage.evaluation.card import write_card
 from recsys2stage.options import check_integer
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
@@ -121,6 +122,7 @@ def export_index(
             k, seen = min(100, dataset.num_items), dataset.filtered_items(users, "val")
             facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
             write_manifest(folder, "index", made, parents, **facts)
+        write_card(folder, dataset)
     print_summary(
         output,
         f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {type(index).__name__}",
@@ -191,7 +193,7 @@ def export_bundle(
     with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
-            if file.name != c.MANIFEST:
+            if file.name not in (c.MANIFEST, c.CARD):
                 (folder / file.name).write_bytes(file.read_bytes())
         torch.save(weights, folder / RERANKER)
         if options["signals"]:
@@ -216,6 +218,7 @@ def export_bundle(
             **{name: indexed[name] for name in KEPT},
             **histories,
         )
+        write_card(folder, dataset, output)
     packed = (f"histories of {histories[HISTORIES]['users']:,} users",) if histories else ()
     print_summary(
         output,
