@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     options = parser.parse_args()
     # the stages are measured in seconds of CPU time, also where other processes take turns on the core
-    serving.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]  # all that it uses
+    vars(serving)["time"] = SimpleNamespace(perf_counter=time.process_time)  # all that it uses
     engine = Engine.load(options.bundle)
     engine.warm()
     histories = read_histories(options.bundle, options.data, 4 * options.users)
@@ -69,8 +69,9 @@ def read_histories(bundle: Path, data: Path, count: int) -> list[UserEvents]:
 
 def before_last(events: UserEvents) -> UserEvents:
     """The events without the newest one."""
-    parts = (events.items, events.times, events.ratings, events.actions)
-    return UserEvents(*(None if part is None else part[:-1] for part in parts), events.user)  # type: ignore[arg-type]
+    ratings = None if events.ratings is None else events.ratings[:-1]
+    actions = None if events.actions is None else events.actions[:-1]
+    return UserEvents(events.items[:-1], events.times[:-1], ratings, actions, events.user)
 
 
 def measure(engine: Engine, name: str, histories: list[UserEvents], size: int, later: bool = False) -> dict[str, float]:
