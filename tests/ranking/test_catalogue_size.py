@@ -34,8 +34,8 @@ from recsys2stage.retrieval.index import Exact, SearchResult
 from recsys2stage.retrieval.towers import TwoTower
 
 SMALL, LARGER, LARGE = 10_000, 200_000, 1_000_000
-KNOWN = 3_000  # items with training events, spread over the catalogue; all others are cold
-USERS, EVENTS, D, START, DAY = 500, 40, 16, 1_000_000_000, 86_400
+KNOWN = 1_000  # items with training events, spread over the catalogue; all others are cold
+USERS, EVENTS, D, START, DAY = 200, 40, 16, 1_000_000_000, 86_400
 SLOWER = 1.2  # at most, with a hundred times as many items
 ROUNDS, TRIES = 25, 4
 
@@ -98,7 +98,7 @@ def both_stages(count: int) -> Recommender:
     vectors[known_items(count) - 1] = rng.standard_normal((KNOWN, D), dtype=np.float32)
     table = np.concatenate([np.zeros_like(vectors[:1]), vectors])
     signals: list[Signal] = [
-        *(PopularityAsOf(20, windows=(3_600, 7 * DAY), trending=7 * DAY), Transitions(40), SLIT(20, items=1_000)),
+        *(PopularityAsOf(20, windows=(3_600, 7 * DAY), trending=7 * DAY), Transitions(40), SLIT(20, items=500)),
         *(Neighbours(20), Content(), Affinity(), Demographics(), Session(), Ratings()),
     ]
     for signal in signals:
@@ -120,7 +120,7 @@ def both_stages(count: int) -> Recommender:
 def ask(model: Recommender, length: int, seen: Seen, excluded: int) -> None:
     """A request with a history."""
     items = known_items(model.towers.items.num_items)
-    history = [str(item) for item in items[np.arange(length) * 7]]
+    history = [str(item) for item in items[np.arange(length) * 7 % KNOWN]]
     times = [START + 300 * DAY + 60 * event for event in range(length)]
     exclude = [str(item) for item in items[: 3 * excluded : 3]]
     listed = model.recommend(history, 10, times, START + 301 * DAY, exclude, seen=seen)
