@@ -74,7 +74,7 @@ class Stages:
         check_option("request_time", request_time, RequestTime)
         check_option("seen", seen, Seen)
         check_integer("candidates", candidates, example=200)
-        self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
+        self.towers, self.index, self.reranker = towers.eval(), index, reranker.freeze() if reranker else None
         self.catalogue, self.popularity = Catalogue(catalogue, actions), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
         self.num_candidates, self.signals, self.recent, self.has_time = candidates, list(signals), recent, has_time
@@ -255,7 +255,8 @@ class Stages:
         """The second stage's scores of the candidates, (B, C) float32; −inf for padding."""
         assert self.reranker is not None
         real = batch.items != c.PAD
-        return self.reranker(batch, torch.full_like(real, ids_masked)).masked_fill(~real, -torch.inf).numpy()
+        masked = torch.ones_like(real) if ids_masked else None
+        return self.reranker(batch, masked).masked_fill(~real, -torch.inf).numpy()
 
     def rank(
         self,
