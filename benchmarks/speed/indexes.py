@@ -236,11 +236,16 @@ def print_table() -> None:
     rows = read_rows()
     for items in sorted({row["items"] for row in rows}):
         print(f"\n### {items:,} items\n")
-        print("| index | setting | build, CPU s | memory, MB | on disk, MB | recall@100 | p50, ms | p99, ms |")
-        print("|---" * 8 + "|")
+        print(
+            "| index | trained on | setting | build, CPU s | memory, MiB | disk, MiB | recall@100 | p50, ms | p99, ms |"
+        )
+        print("|---" * 9 + "|")
         for row in (one for one in rows if one["items"] == items and one["allowed"] == 1):
             sizes = f"{row['build_s']:g} | {row['memory_mb']:,} | {row['disk_mb']:,}"
-            print(f"| {row['index']} | {setting(row)} | {sizes} | {row['recall@100']:.3f} | {latency(row)} |")
+            trained = f"{row['train_on']:,}" if row["train_on"] else ""
+            print(
+                f"| {row['index']} | {trained} | {setting(row)} | {sizes} | {row['recall@100']:.3f} | {latency(row)} |"
+            )
         print("\n| index | setting | allowed | recall@100 | p50, ms | p99, ms |")
         print("|---" * 6 + "|")
         for row in (one for one in rows if one["items"] == items and one["allowed"] < 1):
