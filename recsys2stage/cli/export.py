@@ -30,6 +30,7 @@ from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
+from recsys2stage.evaluation.card import write_card
 from recsys2stage.options import check_integer
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
@@ -130,6 +131,7 @@ def export_index(
             served = Recommender.load(folder, trust=[type(built).__module__]).index  # the caller's own class
             facts["measured"] = measure(served, queries, min(100, dataset.num_items), exclude)
             write()
+        write_card(folder, dataset)
     print_summary(
         output,
         f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {name.rpartition('.')[2]}",
@@ -226,7 +228,7 @@ def export_bundle(
     with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
-            if file.name != c.MANIFEST:
+            if file.name not in (c.MANIFEST, c.CARD):
                 (folder / file.name).write_bytes(file.read_bytes())
         torch.save(weights, folder / RERANKER)
         if options["signals"]:
@@ -251,6 +253,7 @@ def export_bundle(
             **{name: indexed[name] for name in KEPT},
             **histories,
         )
+        write_card(folder, dataset, output)
     packed = (f"histories of {histories[HISTORIES]['users']:,} users",) if histories else ()
     print_summary(
         output,
