@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.metrics import RankMetrics, compute_rank
+from recsys2stage.metrics import RankMetrics
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, rowwise_name, with_schedule
 from recsys2stage.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.processes import copy_from_first, global_mean
+from recsys2stage.retrieval.catalogue_ranks import catalogue_ranks
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
 from recsys2stage.retrieval.encoders.layers import without_autocast
 from recsys2stage.retrieval.histories import Histories, Queries
@@ -125,6 +126,7 @@ class Retriever(RecsysModule):
         self.recompute_rows, self.start = recompute_rows, start
         self.seen_rule: Seen = "filter"  # replaced by that of the data in `load_item_tables`
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
+        self.evaluated_vectors: Tensor | None = None  # of all items, computed once for a whole evaluation
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
         if compiled:
@@ -243,17 +245,27 @@ class Retriever(RecsysModule):
 
     def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
         """Rank of each target in the whole catalogue, without excluded items."""
-        queries, items = self.towers.queries(batch.history), self.towers.all_item_vectors()
+        queries = self.towers.queries(batch.history)
+        items = self.evaluated_vectors if self.evaluated_vectors is not None else self.towers.all_item_vectors()
         with without_autocast(queries):  # bf16 would produce many ties
-            scores = queries @ items.T  # (B, V)
-        scores[batch.excluded_rows, batch.excluded_items - 1] = -torch.inf
-        return compute_rank(scores, batch.target - 1)
+            found = catalogue_ranks(
+                queries.float(), items.float(), batch.excluded_rows, batch.excluded_items, batch.target[:, None]
+            )
+        return found.ranks[:, 0]
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluated_vectors = self.towers.all_item_vectors()
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluated_vectors = self.towers.all_item_vectors()
 
     def on_validation_epoch_end(self) -> None:
+        self.evaluated_vectors = None
         for name, value in self.val_metrics.take("val/").items():
             self.log(name, value, prog_bar=name == "val/ndcg@10", sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
+        self.evaluated_vectors = None
         self.log_dict(self.test_metrics.take("test/"), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
