@@ -281,7 +281,7 @@ class RecsysModule(LightningModule):
         self.planned_steps = float(self.trainer.estimated_stepping_batches)
 
     def leave_out_of_ddp(self, rows: int, weights: Iterable[Tensor] = ()) -> None:
-        """Has DistributedDataParallel leave out some weights, and buffers that it would copy from process 0 at each step.
+        """Keeps DistributedDataParallel from reducing some gradients, and from copying tables of the data at each step.
 
         Args:
             rows: V + 1; buffers with as many rows are tables of the data, which are equal in all processes.
