@@ -28,8 +28,10 @@ def on_startup(command: str, dirty: bool) -> None:
     generated.update(reference.pages() | api.pages())
 
 
+@event_priority(100)  # before plugins that ask for the address
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Puts the generated pages into the navigation; anchors are those that GitHub gives the same headings."""
+    config.site_url = config.site_url or ""  # SITE_URL that is set and empty is None
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
     if not generated:
         generated.update(reference.pages() | api.pages())
