@@ -37,7 +37,8 @@ def docs(module: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def generated() -> dict[str, str]:
     """The pages that are made at build: name in docs/ -> Markdown."""
-    return docs("reference").pages() | docs("api").pages() | {"changelog.md": (ROOT / "CHANGELOG.md").read_text()}
+    top = {name.lower(): (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")}
+    return docs("reference").pages() | docs("api").pages() | top
 
 
 # --- links of README.md and docs/
@@ -150,7 +151,7 @@ def test_every_page_is_in_the_navigation_once(generated: dict[str, str]) -> None
     folders = {name for name in names if name.endswith("/")}
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
     assert len(names) == len(set(names))
-    assert pages | {"changelog.md"} == set(names) - folders
+    assert pages | {"readme.md", "changelog.md"} == set(names) - folders
     assert {name.partition("/")[0] + "/" for name in generated if "/" in name} == folders
 
 
@@ -330,7 +331,7 @@ def test_the_site_is_built_without_a_warning_loads_nothing_from_other_hosts_and_
 
 def test_the_site_has_all_pages_for_language_models(site: Path, generated: dict[str, str]) -> None:
     listed = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted([name for name in nav() if not name.endswith("/")] + [*generated][:-1])
+    assert sorted(listed) == sorted({name for name in nav() if not name.endswith("/")} | {*generated})
     assert all((site / name).is_file() for name in listed)
     whole = (site / "llms-full.txt").read_text(encoding="utf-8")
     for words in ("# Glossary", "--early_stopping.patience", "InfoNCE", "TwoStageRecommender"):
