@@ -243,8 +243,8 @@ def add_items(
     return model.retrieved(queries, np.concatenate([found.items, more], axis=1), found.proposed)
 
 
-def read_metrics(bundle: Path) -> dict[str, dict[str, float]] | None:
-    """The main metrics of both stages from the report beside a bundle; None without one."""
+def read_metrics(bundle: Path) -> dict[str, dict[str, dict[str, float]]] | None:
+    """The main metrics of both stages, {"value", "low", "high"} each, from the report beside a bundle; None without."""
     path = bundle.resolve().parent / "report.json"
     if not path.is_file():
         return None
@@ -252,7 +252,7 @@ def read_metrics(bundle: Path) -> dict[str, dict[str, float]] | None:
         models = read_json(path, dict, "recsys evaluate")["models"]
         return {
             stage: {
-                name: float(models[stage][name]["value"])
+                name: {part: float(models[stage][name][part]) for part in ("value", "low", "high")}
                 for name in ("hr@10", "ndcg@10", "mrr", "recall@100")
                 if name in models[stage]
             }

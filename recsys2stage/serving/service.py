@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from recsys2stage import __version__
 from recsys2stage.columns import YEAR_2100
 from recsys2stage.serving.batching import Batcher
+from recsys2stage.serving.deliveries import Delivery
 from recsys2stage.serving.engine import Computed, Engine, Result
 from recsys2stage.serving.histories import Histories, UserEvents
 from recsys2stage.serving.monitoring import Metrics
@@ -139,8 +140,16 @@ class Service:
             detail = f"the list has {len(entries):,} entries, expected at most {self.settings.max_batch:,}"
             raise wrong(name, len(entries), f"{detail}; send several bodies")
 
-    async def keep_events(self, events: Sequence[NewEvent]) -> dict[str, int]:
-        """Keeps events; returns once they are on disk."""
+    async def keep_events(self, events: Sequence[NewEvent], key: str | None = None) -> tuple[dict[str, int], bool]:
+        """Keeps events; returns once they are on disk.
+
+        Args:
+            events: as sent.
+            key: of the delivery: if the same events came before under the same key, they are not kept again.
+
+        Returns:
+            The answer, and whether the events had come before.
+        """
         now, model = int(time.time()), self.engine.recommender
         latest = min(max(now, model.newest_time or 0) + DAY, YEAR_2100)
         for place, event in enumerate(events):
@@ -162,9 +171,19 @@ class Service:
             for event in events
         ]
         unknown = int((model.catalogue.numbers([event.item_id for event in events]) == 0).sum())
-        await asyncio.wrap_future(self.store.submit(rows))
-        self.metrics.events.inc(len(rows))
-        return {"accepted": len(rows), "unknown_items": unknown}
+        delivery = None if key is None else Delivery(key, json.dumps([event.model_dump() for event in events]))
+        await asyncio.wrap_future(self.store.submit(rows, delivery))
+        repeated = delivery is not None and delivery.outcome == "repeated"
+        if delivery is not None and delivery.outcome == "other":
+            raise wrong(
+                "Idempotency-Key",
+                key,
+                f"the key {shorten(key)} came with other events before, expected a new key for each delivery; send "
+                "them with another key",
+            )
+        if not repeated:
+            self.metrics.events.inc(len(rows))
+        return {"accepted": len(rows), "unknown_items": unknown}, repeated
 
     def user_page(self, user_id: str, limit: int, offset: int) -> dict[str, Any]:
         """A page of a user's events, newest first."""
