@@ -149,7 +149,7 @@ async def erase(user_id: str, request: Request) -> Response:
     """Erase every stored event and impression of a user, and hide a user of the data for good."""
     if not 1 <= len(user_id) <= MAX_ID:
         raise wrong("user_id", user_id, f"the id has {len(user_id)} characters, expected 1 to {MAX_ID}; correct it")
-    await asyncio.to_thread(service_of(request).histories.delete, user_id)
+    await asyncio.to_thread(service_of(request).erase, user_id)
     return Response(status_code=204)
 
 

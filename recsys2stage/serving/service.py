@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from recsys2stage import __version__
 from recsys2stage.columns import YEAR_2100
+from recsys2stage.retrieval.states import UserStates
 from recsys2stage.serving.batching import Batcher
 from recsys2stage.serving.deliveries import Delivery
 from recsys2stage.serving.engine import Computed, Engine, Result
@@ -37,6 +38,8 @@ class Service:
         self.settings, self.metrics = settings, metrics
         self.engine = Engine.load(settings.bundle, settings.trust)
         self.engine.warm()
+        if settings.cached_states:
+            self.engine.states = UserStates(settings.cached_states << 20)
         model = self.engine.recommender
         known = load_known_users(settings.bundle, settings.data)
         self.store = Store(settings.store_path)
@@ -45,6 +48,10 @@ class Service:
         metrics.watch("queue_length", lambda: self.batcher.waiting)
         metrics.watch("cached_users", lambda: self.histories.cached_users)
         metrics.watch("cached_events", lambda: self.histories.cached_events)
+        states = self.engine.states
+        if states is not None:
+            metrics.watch("cached_states", lambda: len(states))
+            metrics.watch("cached_states_bytes", lambda: states.nbytes)
         metrics.watch("impressions_waiting", lambda: self.store.pending)
         self.info = self._info()
 
@@ -59,11 +66,21 @@ class Service:
         for body in bodies:
             user_id = getattr(body, "user_id", None)
             histories.append(None if user_id is None else self.histories.events(user_id))
+            if user_id is not None and histories[-1] is None and self.engine.states is not None:
+                self.engine.states.forget(user_id)  # erased, perhaps by another worker
         results = self.engine.compute(bodies, histories)
+        if self.engine.states is not None:
+            self.metrics.observe_states(self.engine.states.take_outcomes())
         return [
             result._replace(stages={"queue": seconds, **result.stages}) if isinstance(result, Result) else result
             for result, seconds in zip(results, waited, strict=True)
         ]
+
+    def erase(self, user_id: str) -> None:
+        """Erases what the service has of a user, and hides the user of the prepared data for good."""
+        self.histories.delete(user_id)
+        if self.engine.states is not None:
+            self.engine.states.forget(user_id)
 
     async def answer(self, request: Request, body: Computed) -> Response:
         """The answer to one request, logged as an impression, with the time of each stage in its header."""
