@@ -78,7 +78,7 @@ class TwoTower(nn.Module):
             x = add(x, history)
         if self.user is None:
             return self.encoder(x, history.lengths, history.times, history.request)
-        user = self.user(history.user, len(x))
+        user = self.user(history.user, x.size(0))
         x = self.user.condition(x, user)
         if not self.user.token:
             return self.encoder(x, history.lengths, history.times, history.request)
@@ -97,7 +97,7 @@ class TwoTower(nn.Module):
         if self.mask is not None:
             history = append_masked_event(history)
         last = (history.lengths - 1).clamp(min=0)
-        return self.query_vectors(self(history)[torch.arange(len(last), device=last.device), last])
+        return self.query_vectors(self(history)[torch.arange(last.size(0), device=last.device), last])
 
     def item_vectors(self, items: Int[Tensor, " U"]) -> Float[Tensor, "U E"]:
         """Item vectors; the inner product with a query is the score. With item biases, the last element is the bias."""
@@ -133,7 +133,7 @@ def append_masked_event(history: History) -> History:
     expect.
     """
     items, lengths, times, request = history[:4]
-    rows, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
+    rows, last = torch.arange(lengths.size(0), device=lengths.device), (lengths - 1).clamp(min=0)
     seconds = (times if request is None else request)[rows, last]
     items, times = F.pad(items, (0, 1)), F.pad(times, (0, 1))
     items[rows, lengths], times[rows, lengths] = MASK, seconds

@@ -200,11 +200,13 @@ class Mamba2(nn.Module):
         state: S.
         heads: H.
         conv_width: W.
-        chunk: maximum chunk length.
+        chunk: maximum chunk length; None: one chunk of any length, for a model that is exported.
         skip: whether to add D v to y.
     """
 
-    def __init__(self, dim: int, width: int, state: int, heads: int, conv_width: int, chunk: int, skip: bool) -> None:
+    def __init__(
+        self, dim: int, width: int, state: int, heads: int, conv_width: int, chunk: int | None, skip: bool
+    ) -> None:
         super().__init__()
         self.heads, self.chunk = heads, chunk
         self.vbc = [width, state, state]
@@ -221,8 +223,10 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Embedded) -> Embedded:
         length = x.size(1)
-        chunks = (length + self.chunk - 1) // self.chunk
-        chunk_length = -(-length // chunks) if use_cpu_blocks(x) else self.chunk  # static for the compiler
+        chunks, chunk_length = 1, length
+        if self.chunk is not None:
+            chunks = (length + self.chunk - 1) // self.chunk
+            chunk_length = -(-length // chunks) if use_cpu_blocks(x) else self.chunk  # static for the compiler
         extra = chunks * chunk_length - length  # padding at the end; the scan is causal
         z, vbc, dt = self._project(x)
         dt = F.pad(dt, (0, 0, 0, extra))
@@ -307,7 +311,7 @@ def _full_scan(v: Tensor, b: Tensor, c: Tensor, dt: Tensor, rate: Tensor, chunk_
 
 
 def _chunked(x: Tensor, chunk_length: int) -> Tensor:
-    return x.reshape(len(x), -1, chunk_length, *x.shape[2:])
+    return x.reshape(x.size(0), -1, chunk_length, *x.shape[2:])
 
 
 class _Scan(torch.autograd.Function):
