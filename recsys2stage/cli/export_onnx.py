@@ -8,6 +8,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import RUN, atomic_write, checksums, write_manifest
 from recsys2stage.data.locks import locked
 from recsys2stage.data.summary import print_summary
+from recsys2stage.ranking.bundle import POPULARITY
 from recsys2stage.recommender import Recommender
 from recsys2stage.serving.onnx_files import ITEM_VECTORS, OPSET, CannotExport, check_packages, versions, write_graphs
 from recsys2stage.trust import Trust
@@ -19,8 +20,9 @@ def export_onnx(bundle: Path = RUN / "bundle", output: Path | None = None, trust
     """Export a bundle as ONNX files, for serving without Python or without this package.
 
     retriever.onnx computes query vectors of histories, ranker.onnx the scores of candidates, with any batch size and
-    length; item_vectors.npy, items.parquet and manifest.json lie beside them. Each file is compared with the model in
-    onnxruntime; nothing is written if one cannot be exported or differs.
+    length. Beside them lie the item vectors, the item ids, the items' popularity, and a manifest that names inputs and
+    outputs. Each file is compared with the model in onnxruntime; nothing is written if one cannot be exported or
+    differs.
 
     Args:
         bundle: folder written by export-bundle, or by export-index (first stage only).
@@ -38,7 +40,8 @@ def export_onnx(bundle: Path = RUN / "bundle", output: Path | None = None, trust
                 f"{bundle}: {error}; nothing is written, serve this model with recsys serve, or train another"
             ) from error
         np.save(folder / ITEM_VECTORS, recommender.vectors[1:])
-        (folder / c.ITEM_TABLE).write_bytes((bundle / c.ITEM_TABLE).read_bytes())
+        for name in (c.ITEM_TABLE, POPULARITY):
+            (folder / name).write_bytes((bundle / name).read_bytes())
         write_manifest(
             folder,
             KIND,

@@ -113,7 +113,7 @@ class RetrieverGraph(Graph):
         self.inputs = [port for read, port in inputs if read]
         self.features = recommender.user_features if recommender.towers.user is not None else []
         for feature in self.features:
-            dtype = torch.float32 if feature["kind"] == "numeric" else torch.int64
+            dtype = torch.float32 if feature["kind"] == "numeric" else torch.int64  # classes, 0 is unknown
             self.inputs.append(Port(f"{USER}{feature['name']}", dtype, (BATCH, int(feature["values"]))))
         self.output = Port("queries", torch.float32, (BATCH, recommender.vectors.shape[1]))
 

@@ -1,8 +1,4 @@
-"""ONNX files of a recommender's stages, each checked against the stage itself with onnxruntime.
-
-An exported folder holds retriever.onnx (histories to query vectors), item_vectors.npy, items.parquet (ids of the item
-numbers), for a bundle ranker.onnx (candidates to scores), and manifest.json, which names inputs and outputs.
-"""
+"""ONNX files of a recommender's stages, each checked against the stage itself with onnxruntime."""
 
 import logging
 import warnings
@@ -91,14 +87,15 @@ def export(graph: Graph, path: Path) -> list[Port]:
     axes: dict[str, Any] = {BATCH: torch.export.Dim(BATCH)}
     if graph.longest is None or graph.longest > 1:
         axes[graph.free] = torch.export.Dim(graph.free, max=graph.longest)
-    shapes = [{n: axes[axis] for n, axis in enumerate(port.axes) if axis in axes} for port in graph.inputs]
+    names = tuple({n: axis for n, axis in enumerate(port.axes) if axis in axes} for port in graph.inputs)
+    shapes = tuple({n: axes[axis] for n, axis in port.items()} for port in names)
     try:
         with torch.no_grad():
             # not by torch.onnx.export alone, which tries again with axes of fixed size
             program = torch.export.export(
                 graph,
                 tuple(torch.from_numpy(example[port.name]) for port in graph.inputs),
-                dynamic_shapes={"values": tuple(shapes)},
+                dynamic_shapes={"values": shapes},
                 strict=False,
             )
             exported = torch.onnx.export(
@@ -107,6 +104,7 @@ def export(graph: Graph, path: Path) -> list[Port]:
                 opset_version=OPSET,
                 input_names=[port.name for port in graph.inputs],
                 output_names=[graph.output.name],
+                dynamic_shapes={"values": names},  # what the axes are called in the file
                 verbose=False,
             )
     except Exception as error:  # of many types, from torch, onnxscript and a user's own modules
