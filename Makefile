@@ -17,7 +17,7 @@ include configs/pipeline.mk
 NUMERIC := tests/retrieval $(patsubst %,tests/ranking/test_%.py,list_losses reranker scorers) tests/evaluation/test_evaluate.py \
 	$(patsubst %,tests/test_%.py,devices estimator metrics precision recommender)
 
-.PHONY: setup demo serve results test test-portable test-slow lint format
+.PHONY: setup demo serve results test test-portable test-slow lint format docs docs-serve figures
 
 setup: .venv/ready ## install the package and its tools into .venv
 
@@ -56,3 +56,15 @@ lint: .venv/ready ## ruff and mypy
 
 format: .venv/ready ## let ruff rewrite the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# NO_MKDOCS_2_WARNING: the theme's note on its next version
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: .venv/ready ## the documentation as a site in site/, which works offline; any warning is an error
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: .venv/ready ## the documentation at http://127.0.0.1:8001/ while you write (PORT=)
+	$(MKDOCS) serve --dev-addr 127.0.0.1:$(or $(PORT),8001)
+
+figures: .venv/ready ## draw the figures of the documentation anew, into docs/figures/
+	$(BIN)/python -m docs.figures

@@ -14,7 +14,7 @@ first validation event of each user and the histories of the test requests, but 
 item vectors; the ranks are computed here. Its settings are those of RecTools' documentation:
 
 ours                         the config as it is
-ours, not told of times      without event and request times (configs/with/no-time.yaml)
+ours, without times      without event and request times (configs/with/no-time.yaml)
 ours, SASRec                 the encoder SASRec, without event and request times
 RecTools SASRec              the defaults of its SASRecModel, with 200 events instead of 100
 RecTools SASRec, width 64    with two heads of 32, for faster epochs
@@ -77,7 +77,7 @@ class Contestant(NamedTuple):
 
 CONTESTANTS = {
     "ours": Contestant(),
-    "ours, not told of times": Contestant(("no-time",)),
+    "ours, without times": Contestant(("no-time",)),
     "ours, SASRec": Contestant(("sasrec", "no-time")),
     "RecTools SASRec": Contestant(model="SASRec", options=SASREC | SHARED),
     "RecTools SASRec, width 64": Contestant(model="SASRec", options=SASREC | SHARED | {"n_factors": 64, "n_heads": 2}),

@@ -1,16 +1,19 @@
 """Load on `recsys serve`: saturation, latency at open-loop rates, CPU time by stage, memory.
 
     python benchmarks/serve.py --bundle runs/ml-1m/bundle --data data/ml-1m --output runs/serve.json
+    python benchmarks/serve.py --bundle runs/ml-1m/bundle --data data/ml-1m --returning --users 500
     python benchmarks/serve.py --bundle runs/ml-1m/bundle --data data/ml-1m --memory 100000
 
 The service runs as processes of its own and this process sends the load; all of them share --cores. A request is the
-history of a user of the prepared data before the test target (items and times), k = 10, through both stages.
+history of a user of the prepared data before the test target (items and times), k = 10, through both stages. With
+--returning it names a user of the prepared data instead, whose history the service has; every user has come before.
 
 saturation  Closed loop: each of n connections sends its next request when it has the answer. The best n counts.
 open loop   Requests leave at random times (Poisson) of a given rate, whether or not earlier ones are answered; the
             latency counts from the time a request was due.
 CPU         Of the workers, from /proc, per request. `stages` are the service's own times (/metrics), one thread each;
-            what is left is HTTP, JSON, the log and the store.
+            what is left is HTTP, JSON, the log and the store. `added`: mean latency of a closed loop of one connection
+            beyond the stages, that of this client included.
 memory      Proportional set size of the workers and their supervisor (pages that they share count once).
 
 With --memory N: N requests of new users' events, known users and raw histories; memory every tenth of them.
@@ -41,6 +44,19 @@ from recsys2stage import columns as c
 from recsys2stage.data.dataset import Dataset
 
 TICK = os.sysconf("SC_CLK_TCK")
+COLUMNS = (
+    "load",
+    "requests/s",
+    "p50 ms",
+    "p95 ms",
+    "p99 ms",
+    "CPU ms",
+    "client",
+    "batch",
+    "stages, ms",
+    "added, ms",
+    "errors",
+)
 
 
 @dataclass
@@ -55,6 +71,7 @@ class Measured:
     client_cpu: float  # share of one core that this process took
     stages_ms: dict[str, float]  # mean per request
     batch: float  # mean number of requests computed together
+    added_ms: float | None  # mean latency beyond the stages; None: not measured, for requests wait for others
 
     @property
     def rate(self) -> float:
@@ -153,6 +170,23 @@ def encode(path: str, body: dict[str, Any]) -> bytes:
 GET_METRICS = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
+def returning(data: Path, count: int, longest: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Requests that name random users of the data.
+
+    Args:
+        data: prepared dataset.
+        count: number of users.
+        longest: most events that a user may have; None: no limit.
+        seed: of the choice.
+    """
+    dataset = Dataset(data)
+    lengths = np.diff(dataset.offsets)
+    users = np.flatnonzero((lengths > 0) & (lengths <= (lengths.max() if longest is None else longest)))
+    ids = pl.read_parquet(dataset.path / c.USER_TABLE).sort(c.USER)[c.USER_ID].cast(pl.String).to_list()
+    chosen = np.random.default_rng(seed).choice(users, min(count, len(users)), replace=False)
+    return [{"user_id": ids[user], "k": 10} for user in chosen.tolist()]
+
+
 def histories(data: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Requests with the histories of random users before their test targets."""
     dataset, rng = Dataset(data), np.random.default_rng(seed)
@@ -174,8 +208,13 @@ def sums(text: bytes) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
-async def measure(load: str, service: Service, client: Client, run: Any) -> Measured:
-    """Measures a coroutine function that sends requests and returns their (status, seconds)."""
+async def measure(load: str, service: Service, client: Client, run: Any, alone: bool = False) -> Measured:
+    """Measures a coroutine function that sends requests and returns their (status, seconds).
+
+    Args:
+        load: its name.
+        alone: whether a request is sent when the last one is answered, so that none waits.
+    """
     before, cpu = sums((await client.send(GET_METRICS))[1]), service.cpu_seconds()
     own = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
@@ -192,15 +231,18 @@ async def measure(load: str, service: Service, client: Client, run: Any) -> Meas
     for status, _ in results:
         if status != 200:
             errors[status] = errors.get(status, 0) + 1
+    latencies = [latency for status, latency in results if status == 200]
+    stages = {name[len(prefix) : -2]: 1e3 * value / count for name, value in change.items() if name.startswith(prefix)}
     return Measured(
         load,
         seconds,
-        [latency for status, latency in results if status == 200],
+        latencies,
         errors,
         cpu / count * 1e3,
         (mine.ru_utime + mine.ru_stime - own.ru_utime - own.ru_stime) / seconds,
-        {name[len(prefix) : -2]: 1e3 * value / count for name, value in change.items() if name.startswith(prefix)},
+        stages,
         change.get("recsys_batch_size_sum", 0.0) / batches,
+        1e3 * float(np.mean(latencies)) - sum(stages.values()) if alone and latencies else None,
     )
 
 
@@ -234,13 +276,22 @@ async def open_loop(client: Client, requests: list[bytes], rate: float, seconds:
 
 
 async def loads(options: argparse.Namespace, service: Service) -> list[Measured]:
-    requests = [encode("/v1/recommend", body) for body in histories(options.data, 2_000)]
+    if options.returning:
+        bodies = returning(options.data, options.users, options.longest)
+    else:
+        bodies = histories(options.data, options.users)
+    requests = [encode("/v1/recommend", body) for body in bodies]
     client = Client(service.host, service.port)
     await closed_loop(client, requests, 4, options.seconds / 4)  # warm
+    if options.returning:
+        for _ in range(4 * options.workers):  # the kernel chooses the worker: most users have met every one
+            for request in requests:
+                await client.send(request)
+                client.close()
     measured = []
     for connections in options.connections:
         run = partial(closed_loop, client, requests, connections, options.seconds)
-        measured.append(await measure(f"{connections} connections", service, client, run))
+        measured.append(await measure(f"{connections} connections", service, client, run, connections == 1))
         report(measured[-1])
     for rate in options.rates:
         run = partial(open_loop, client, requests, rate, options.seconds)
@@ -252,9 +303,10 @@ async def loads(options: argparse.Namespace, service: Service) -> list[Measured]
 
 def report(one: Measured) -> None:
     stages = ", ".join(f"{name} {value:.2f}" for name, value in one.stages_ms.items())
+    added = "" if one.added_ms is None else f"{one.added_ms:.2f}"
     print(
         f"| {one.load} | {one.rate:.0f} | {one.percentile(50):.1f} | {one.percentile(95):.1f} | "
-        f"{one.percentile(99):.1f} | {one.cpu_ms:.1f} | {one.client_cpu:.0%} | {one.batch:.1f} | {stages} | "
+        f"{one.percentile(99):.1f} | {one.cpu_ms:.1f} | {one.client_cpu:.0%} | {one.batch:.1f} | {stages} | {added} | "
         f"{one.errors or ''} |",
         flush=True,
     )
@@ -290,6 +342,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True, help="folder of both stages")
     parser.add_argument("--data", type=Path, required=True, help="prepared dataset of the bundle's split")
+    parser.add_argument("--returning", action="store_true", help="name users of the data instead of sending histories")
+    parser.add_argument("--users", type=int, default=2_000, help="number of users who ask")
+    parser.add_argument("--longest", type=int, help="with --returning: most events of a user")
     parser.add_argument("--workers", type=int, default=1, help="worker processes")
     parser.add_argument("--torch_threads", type=int, default=1, help="threads of each worker's computation")
     parser.add_argument("--cores", type=int, default=2, help="cores that the service and this process share")
@@ -301,6 +356,7 @@ def main() -> None:
     options = parser.parse_args()
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.cores]))
     facts: dict[str, Any] = {"commit": commit(), "machine": platform.machine(), "cores": options.cores}
+    facts |= {"returning": options.returning, "users": options.users, "longest": options.longest}
     facts |= {"workers": options.workers, "torch_threads": options.torch_threads, "bundle": options.bundle.name}
     with tempfile.TemporaryDirectory() as folder:
         service = Service(options, Path(folder) / "store.sqlite")
@@ -310,10 +366,7 @@ def main() -> None:
                 print("| requests | memory, MiB |\n|---|---|")
                 facts["memory_mib"] = asyncio.run(fill(options, service))
             else:
-                print(
-                    "| load | requests/s | p50 ms | p95 ms | p99 ms | CPU ms | client | batch | stages, ms | errors |"
-                )
-                print("|---|---|---|---|---|---|---|---|---|---|")
+                print(f"| {' | '.join((*COLUMNS, 'errors'))} |\n{'|---' * (len(COLUMNS) + 1)}|")
                 measured = asyncio.run(loads(options, service))
                 best = max((one.rate for one in measured if one.load.endswith("connections")), default=float("nan"))
                 facts["memory_mib_after"] = service.memory()

@@ -189,16 +189,16 @@ TABLES["finalist"] = Table(
             ),
             "+ item tower": [option("items", "ItemTower")],
             "+ as many negatives from the catalogue": loss("InfoNCE", negatives=FINALIST),
-            "+ none of the window, none like the answer": loss("InfoNCE", negatives=FINALIST, **FILTERS),
+            "+ without items of the window and items like the target": loss("InfoNCE", negatives=FINALIST, **FILTERS),
             "+ only the hardest, fewer and fewer": loss("InfoNCE", negatives=FINALIST, **FILTERS, hard=HARDER),
             "+ fewer from the catalogue, from .6 of the run": loss(
                 "InfoNCE", negatives=CURRICULUM, **FILTERS, hard=HARDER
             ),
             "+ hour and weekday": part(time="Calendar"),
-            "+ bias of log-spaced times, told the request time": with_request_time(
+            "+ bias of log-spaced times, with request time": with_request_time(
                 spec("Combined", parts=["LogSpaced", "Calendar"])
             ),
-            "+ told the kind of the target": [*inputs("NextAction"), "--data.init_args.next_action=target"],
+            "+ the target's action type": [*inputs("NextAction"), "--data.init_args.next_action=target"],
         }
     ),
 )
@@ -213,8 +213,8 @@ TABLES["users"] = Table(
         "users: both": overlays("user-tower"),
         "items: tower": overlays("item-tower"),
         "events: ratings": overlays("event-ratings"),
-        "told the target's rating": [*inputs("NextAction"), "--data.init_args.next_action=target"],
-        "events: ratings, and told the target's": overlays("next-action"),
+        "the target's rating": [*inputs("NextAction"), "--data.init_args.next_action=target"],
+        "ratings of events, and of the target": overlays("next-action"),
     },
 )
 TIE_BREAKS = {name: f"--data.init_args.path=data/ml-1m-{name}" for name in ("plain", "item_id", "hash")}
@@ -228,7 +228,7 @@ TABLES["ties"] = (
         rows={
             f"{name.replace('plain', 'file_order')}, {setting}": [*overlays(*names), data]
             for name, data in TIE_BREAKS.items()
-            for setting, names in {"not told": ["hstu", "no-time"], "told": ["hstu"]}.items()
+            for setting, names in {"none": ["hstu", "no-time"], "target": ["hstu"]}.items()
         },
     )
 )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from recsys2stage import __version__
-from recsys2stage.columns import MANIFEST
+from recsys2stage.columns import CARD, MANIFEST
 
 FORMAT = 1  # of artifacts and checkpoints; increase it when older files can no longer be read
 SEALED = ("index", "bundle", "candidates")  # artifacts whose manifests list the checksum of every file
@@ -326,13 +326,13 @@ def read_array(path: Path, dtype: Any = None, shape: tuple[int | None, ...] | No
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder except its manifest, by relative path."""
+    """SHA-256 of each file in a folder except its manifest and its model card, by relative path."""
     digests = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             raise ValueError(f"{path} is a symbolic link, expected a regular file; put a copy there")
-        if path.is_file() and name != MANIFEST and not path.name.startswith("."):
+        if path.is_file() and name not in (MANIFEST, CARD) and not path.name.startswith("."):
             digests[name] = str(fingerprint(path))
     return digests
 

@@ -1,14 +1,16 @@
-"""Optimiser, learning-rate schedule and base LightningModule of both stages."""
+"""Optimisers, learning-rate schedule and base LightningModule of both stages."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -16,6 +18,7 @@ from recsys2stage import __version__
 from recsys2stage.artifacts import check_format
 from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, add_metadata, load_checkpoint
 from recsys2stage.options import check_integer, check_number, is_number
+from recsys2stage.processes import average_sparse, num_processes
 from recsys2stage.trust import arguments, trusting
 
 
@@ -28,6 +31,8 @@ class RecsysAdamW(torch.optim.AdamW):
         betas: decay rates of the first and second moment.
         weight_decay: decoupled weight decay.
     """
+
+    rowwise: ClassVar[bool] = False  # whether item tables are to have sparse gradients and are updated by rows
 
     def __init__(
         self,
@@ -49,6 +54,179 @@ class RecsysAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
 
 
+class RowwiseOptimizer(RecsysAdamW, ABC):
+    """Updates only those rows of item tables that have a gradient; AdamW updates all other parameters.
+
+    A step then costs the same however many items there are. Item tables are the parameters of groups with
+    `rowwise: true`, and all parameters with a sparse gradient. Subclasses define `update_rows`.
+
+    What differs from an optimiser of the whole table: rows without a gradient stay as they are. Their moments do not
+    decay, momentum does not move them on, and weight decay does not shrink them.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate after warm-up.
+        betas: decay rates of the first and second moment.
+        weight_decay: decoupled weight decay; of a row, at each of its updates.
+        table_lr: learning rate of the item tables after warm-up.
+    """
+
+    rowwise = True
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float, table_lr: float
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay)
+        for group in self.param_groups:
+            group["rowwise"] = group.get("rowwise") and type(self).__name__  # names the state in a checkpoint
+            if group["rowwise"]:
+                group["lr"] = table_lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates all parameters.
+
+        Args:
+            closure: computes the gradients and returns the loss; None: they are there.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        hidden: list[tuple[Tensor, Tensor]] = []  # gradients that AdamW must not see
+        for group in self.param_groups:
+            for weight in group["params"]:
+                gradient = weight.grad
+                if gradient is None or not (group["rowwise"] or gradient.is_sparse):
+                    continue
+                hidden.append((weight, gradient))
+                weight.grad = None
+                if gradient.is_sparse:
+                    gradient = gradient.coalesce()
+                    rows, values = gradient.indices()[0], gradient.values()
+                else:  # of every row
+                    rows, values = torch.arange(len(weight), device=weight.device), gradient
+                old = weight.index_select(0, rows).mul_(1 - group["lr"] * group["weight_decay"])
+                change = self.update_rows(weight, rows, values.to(weight.dtype), group)
+                weight.index_copy_(0, rows, old.sub_(change))
+        super().step()
+        for weight, gradient in hidden:
+            weight.grad = gradient
+        return loss
+
+    @abstractmethod
+    def update_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Updates the state of some rows of a table and returns what to subtract from them, (R, D).
+
+        Args:
+            weight: (N, D), the table, for its state. A state must have a tensor "step".
+            rows: (R,) distinct row numbers.
+            gradient: (R, D) their gradients.
+            group: options of the table's parameter group.
+        """
+
+
+class SparseAdamW(RowwiseOptimizer):
+    """AdamW that changes only the item rows a batch looks up ("lazy"), with moments and step count per row.
+
+        m ← β₁·m + (1 − β₁)·g,   v ← β₂·v + (1 − β₂)·g²,   row ← (1 − lr·λ)·row − lr · m̂ / (√v̂ + ε)
+
+    The bias correction of m̂ and v̂ takes the number of updates of the row, not of steps: the first update of a rare item
+    is as long as that of a popular one. It equals RecsysAdamW if each step looks up every item. The moments take twice
+    the memory of the table, as in AdamW.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate after warm-up.
+        betas: decay rates of the first and second moment.
+        weight_decay: decoupled weight decay λ; of a row, at each of its updates.
+        table_lr: learning rate of the item tables after warm-up; None: `lr`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.0,
+        table_lr: float | None = None,
+    ) -> None:
+        check_number("table_lr", table_lr, low=0, high=1e3, other="null for lr", example=1e-3)
+        super().__init__(params, lr, betas, weight_decay, lr if table_lr is None else table_lr)
+
+    def update_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros(len(weight), device=weight.device)  # updates of each row
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        beta1, beta2 = group["betas"]
+        step = state["step"].index_select(0, rows).add_(1)
+        first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
+        second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        for name, value in (("step", step), ("exp_avg", first), ("exp_avg_sq", second)):
+            state[name].index_copy_(0, rows, value)
+        # in float64, as 1 − β₂ᵗ loses digits
+        correction1, correction2 = (
+            (1 - beta ** step.double()).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)) for beta in (beta1, beta2)
+        )
+        return first.mul_(group["lr"]).div_(correction1).div_(second.div_(correction2).sqrt_().add_(group["eps"]))
+
+
+class RowwiseAdagrad(RowwiseOptimizer):
+    """Adagrad with one accumulator per item row; AdamW for all parameters but the item tables.
+
+        G ← G + mean(g²) over the row,   row ← (1 − lr·λ)·row − lr · g / (√G + ε)
+
+    The accumulators take 4 bytes per item; the moments of AdamW take twice the memory of the table. The step of an item
+    shrinks with the number of its updates. Adagrad is by Duchi et al. (2011), the variant by rows that of FBGEMM.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate after warm-up of all parameters but item tables.
+        betas: decay rates of the first and second moment of all parameters but item tables.
+        weight_decay: decoupled weight decay λ; of a row, at each of its updates.
+        table_lr: learning rate of the item tables after warm-up; None: 0.05.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.0,
+        table_lr: float | None = None,
+    ) -> None:
+        check_number("table_lr", table_lr, low=0, high=1e3, other="null for 0.05", example=0.05)
+        super().__init__(params, lr, betas, weight_decay, 0.05 if table_lr is None else table_lr)
+
+    def update_rows(self, weight: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["sum"] = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        state["step"] += 1
+        mean = gradient.flatten(1).square().mean(1) if gradient.dim() > 1 else gradient.square()
+        total = state["sum"].index_select(0, rows).add_(mean)
+        state["sum"].index_copy_(0, rows, total)
+        scale = group["lr"] / total.sqrt().add_(group["eps"])
+        return gradient * scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def rowwise_name(make: Callable[[Any], Optimizer]) -> str | None:
+    """Name of the class of an optimiser that updates item tables by rows; None for other optimisers.
+
+    Args:
+        make: parameters -> optimiser, as configs give it; called with a parameter of its own.
+    """
+    optimizer = make([torch.nn.Parameter(torch.zeros(1))])
+    return type(optimizer).__name__ if getattr(optimizer, "rowwise", False) else None
+
+
+def sparse_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters with a sparse gradient."""
+    return [weight for weight in parameters if weight.grad is not None and weight.grad.is_sparse]
+
+
 class RecsysModule(LightningModule):
     """Base module of both stages: training progress, checkpoint metadata, loading without untrusted code."""
 
@@ -61,11 +239,26 @@ class RecsysModule(LightningModule):
         """Refuses a checkpoint of another format, or one trained on another split."""
         make = f"recsys fit, with the model {type(self).__name__}"
         check_format(Path("the checkpoint"), checkpoint.get("format"), checkpoint.get(VERSIONS), make)
+        self._check_optimizer(checkpoint)
         own, other = self._split_hash, checkpoint.get(SPLIT)
         if own is not None and own != other:
             raise ValueError(
                 f"the checkpoint was trained on data with split hash {str(other)[:12]}…, but this data has "
                 f"{own[:12]}…: its test events may have been trained on; fit again: {make}"
+            )
+
+    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to resume with an optimiser that cannot take the state of the checkpoint's."""
+        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        states, make = checkpoint.get("optimizer_states"), getattr(self, "optimizer", None)
+        if not fits or not states or make is None:
+            return
+        stored = {group.get("rowwise") for state in states for group in state["param_groups"]} - {None, False}
+        own, dense = rowwise_name(make), "an optimizer of whole tables"
+        if stored != ({own} - {None}):
+            raise ValueError(
+                f"the checkpoint has the state of {''.join(stored) or dense}, but this fit has {own or dense}; resume "
+                "with the same optimizer, or start a new fit from the weights with --model.init_args.start"
             )
 
     @property
@@ -86,6 +279,48 @@ class RecsysModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.planned_steps = float(self.trainer.estimated_stepping_batches)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Averages sparse gradients over processes, as DistributedDataParallel does with others; merges equal rows."""
+        for weight in sparse_gradients(self.parameters()):
+            assert weight.grad is not None
+            weight.grad = average_sparse(weight.grad)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning does, and takes each row of a sparse gradient once: torch's own norm needs merged rows."""
+        if not gradient_clip_val or not sparse_gradients(self.parameters()):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        gradients = []
+        for weight in self.parameters():
+            if weight.grad is not None and weight.grad.is_sparse:
+                weight.grad = weight.grad.coalesce()
+                gradients.append(weight.grad._values())
+            elif weight.grad is not None:
+                gradients.append(weight.grad)
+        if gradient_clip_algorithm == "value":
+            torch._foreach_clamp_max_(gradients, float(gradient_clip_val))
+            torch._foreach_clamp_min_(gradients, -float(gradient_clip_val))
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(gradients, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))  # as in clip_grad_norm_
+
+    def log_mean(self, name: str, value: Any, rows: int) -> None:
+        """Logs the mean of a value over all rows of an epoch.
+
+        Args:
+            name: of the value.
+            value: of this batch.
+            rows: of this batch in this process.
+        """
+        # Lightning averages numbers of rows over processes and rounds them down: so many more that nothing is lost
+        weight = rows * num_processes()
+        self.log(name, value, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 
     @property
     def progress(self) -> float:

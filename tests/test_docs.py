@@ -22,7 +22,7 @@ from test_configs import said
 from recsys2stage.data.dataset import Dataset
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: .{10,} -->\s*$")
 VERBS = {"source": "prepare-data", "signals": "mine-negatives", "miner": "mine-negatives"}
 VERBS |= dict.fromkeys(("model", "data", "trainer"), "fit")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "recsys2stage"
-VOCABULARY = ["columns", "options", "shapes", "trust", "artifacts", "checkpoints", "metrics", "optim"]
+VOCABULARY = ["columns", "options", "shapes", "trust", "artifacts", "checkpoints", "metrics", "processes", "optim"]
 ORDER = ["", "data", "retrieval", "ranking", "recommender", "mining evaluation serving", "cli", "estimator"]
 FLOOR = {noun: number for number, row in enumerate(ORDER) for noun in row.split()} | dict.fromkeys(VOCABULARY, 0)
 FLOOR |= {"__init__": 0, "__main__": len(ORDER)}  # the version; the entry point

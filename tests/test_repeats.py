@@ -18,8 +18,9 @@ from recsys2stage.data.batches import Padded
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.evaluation.evaluate import excluded_from_ranking, rank_users
-from recsys2stage.mining.mine import ListBuilder, excluded_items, mine_negatives
+from recsys2stage.evaluation.evaluate import rank_users
+from recsys2stage.evaluation.ranked_items import RankedItems
+from recsys2stage.mining.mine import ListBuilder, mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.ranking.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions
 from recsys2stage.ranking.signals.base import Proposer
@@ -115,16 +116,13 @@ def test_what_is_filtered_does_not_depend_on_the_target(
     prepare(Table(returning.folder / "e.parquet"), tmp_path / "data", repeats=repeats)
     dataset = Dataset(tmp_path / "data")
     users = dataset.users(split)
-    before, excluded = dataset.filtered_items(users, split), excluded_items(dataset, users, split)
+    before = dataset.filtered_items(users, split)
     items, places = np.array(dataset.items), dataset.target_indices(split)[users]
     items[places] = items[dataset.offsets[users]]  # an item that was seen
     dataset.items = items
-    for one, other in (
-        (before, dataset.filtered_items(users, split)),
-        (excluded, excluded_items(dataset, users, split)),
-    ):
-        assert one.values.tolist() == other.values.tolist()
-        assert one.offsets.tolist() == other.offsets.tolist()
+    after = dataset.filtered_items(users, split)
+    assert before.values.tolist() == after.values.tolist()
+    assert before.offsets.tolist() == after.offsets.tolist()
 
 
 def test_baselines_rank_seen_items_too(keeping: Dataset, oracle: Oracle) -> None:
@@ -139,13 +137,15 @@ def test_baselines_rank_seen_items_too(keeping: Dataset, oracle: Oracle) -> None
 def test_sampled_negatives_are_any_items_but_the_target(keeping: Dataset) -> None:
     users = keeping.users("test")
     target, seen = keeping.targets(users, "test"), keeping.seen(users, "test")
-    left_out = excluded_from_ranking(keeping.filtered_items(users, "test"), target, ITEMS, users, 20, seed=0)
-    ranked = ~left_out
-    assert (ranked.sum(1) == 21).all()
-    assert ranked[np.arange(len(users)), target].all()
+    pool = RankedItems.of(keeping.filtered_items(users, "test"), target, ITEMS, users, 20, seed=0)
+    assert pool.negatives is not None
+    assert pool.negatives.shape == (len(users), 20)
+    ranked = np.zeros((len(users), ITEMS + 1), dtype=bool)
+    np.put_along_axis(ranked, pool.negatives, values=True, axis=1)
+    assert (ranked.sum(1) == 20).all()
+    assert not ranked[np.arange(len(users)), target].any()
     is_seen = np.zeros_like(ranked)
     is_seen[seen.rows, seen.values] = True
-    is_seen[np.arange(len(users)), target] = False
     share = (ranked & is_seen).sum() / (20 * len(users))
     assert share == pytest.approx((MET - 1) / (ITEMS - 1), abs=0.02), "as often as others"
 

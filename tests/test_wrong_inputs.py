@@ -259,6 +259,7 @@ CLASSES = [
     number("Content", "candidates", HUGE, Content, "at most 1,048,576"),
     number("Demographics", "alpha", INF, Demographics, "a number of events above 0"),
     number("Neighbours", "count", 0, Neighbours, "at least 1"),
+    number("Neighbours", "exact", -1, Neighbours, "at least 0"),
     number("PopularityAsOf", "windows", [0], PopularityAsOf, "a list of integers"),
     number("Ratings", "prior", -20.0, Ratings, "a number of ratings above 0"),
     number("Session", "session", -1, Session, "at least 0"),

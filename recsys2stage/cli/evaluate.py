@@ -9,11 +9,13 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import (
     RUN,
     atomic_write,
+    fingerprint,
     write_json,
 )
 from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.data.locks import locked
 from recsys2stage.data.summary import print_summary
+from recsys2stage.evaluation.card import Evaluation, complete_card
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
     beyond_accuracy,
@@ -50,8 +52,8 @@ def evaluate(
 ) -> None:
     """Evaluate both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
 
-    Sampled protocols write report-sampled-100.json, report-sampled-100.md and ranks-sampled-100.parquet, without
-    beyond-accuracy metrics, calibration and figures.
+    A full ranking also goes into the bundle's model card, README.md. Sampled protocols write report-sampled-100.json,
+    report-sampled-100.md and ranks-sampled-100.parquet, without beyond-accuracy metrics, calibration and figures.
 
     Args:
         bundle: folder written by export-bundle, or by export-index (first stage only).
@@ -75,6 +77,7 @@ def evaluate(
     check_integer("batch_size", batch_size, example=256)
     check_seed("seed", seed)
     negatives = num_negatives(protocol)
+    identity = fingerprint(bundle)  # before it is loaded: another bundle in its place gets no evaluation of this one
     recommender, output = Recommender.load(bundle), output or bundle.parent
     dataset = Dataset(data or bundle_data(bundle))
     check_split(dataset, bundle)
@@ -107,6 +110,7 @@ def evaluate(
         with atomic_write(output / f"report{mark}.md") as temporary:
             temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
         write_json(output / f"report{mark}.json", report)
+        card = [] if negatives else [complete_card(bundle, identity, dataset, Evaluation(report, line))]
         print(f"\n{line}\n\n{as_table(report)}\n")
         if against is not None:
             print(f"{against_text(report, MAIN_METRICS)}\n")
@@ -116,5 +120,6 @@ def evaluate(
             f"{len(measured):,} users, {dataset.num_items:,} items",
             *missing,
             *(str(output / name) for name in files),
+            *card,
             then=f"recsys recommend --bundle {bundle}",
         )

@@ -2,7 +2,9 @@
 
 import inspect
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +30,13 @@ from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
+from recsys2stage.evaluation.card import write_card
 from recsys2stage.options import check_integer
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.recommender import Recommender
-from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Index, measure
+from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Exclude, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 from recsys2stage.serving.packed import FOLDER as HISTORIES
 from recsys2stage.serving.packed import pack
@@ -63,7 +66,8 @@ def export_index(
         retriever: checkpoint of a retriever.
         data: prepared dataset.
         output: folder to write; None: index, next to the retriever's folder.
-        index: how to search, exactly (Exact) or by a faiss factory string (Faiss); None: Exact.
+        index: how to search, exactly (Exact), by a faiss factory string (Faiss), or the fastest way with a given recall
+            (Auto); None: Exact.
         measured: number of users to measure recall and latency on; 0: none.
         trust: modules outside this package from which the checkpoint may load classes.
     """
@@ -81,7 +85,8 @@ def export_index(
     index = index or Exact()
     with torch.inference_mode():
         vectors = build(TwoTower, towers, weights, retriever).all_item_vectors().numpy()
-    index.build(vectors)
+    first = Exact()
+    first.build(vectors)
     facts = {
         "vector_dim": vectors.shape[1],
         "items": dataset.num_items,
@@ -99,34 +104,66 @@ def export_index(
     }
     with locked(output), atomic_write(output, "index") as folder:
         folder.mkdir()
-        index.save(folder)
+        first.save(folder)
         torch.save(weights, folder / TOWERS)
         np.save(folder / POPULARITY, dataset.train_counts)
         (folder / c.ITEM_TABLE).write_bytes((dataset.path / c.ITEM_TABLE).read_bytes())
         parents = {"retriever": retriever, "data": data}
-        made = {"index": read_json(folder / DESCRIPTION, dict, "recsys export-index"), "measured": measured}
-        write_manifest(folder, "index", made, parents, **facts)
+
+        def write() -> str:
+            made = {"index": read_json(folder / DESCRIPTION, dict, "recsys export-index"), "measured": measured}
+            write_manifest(folder, "index", made, parents, **facts)
+            return str(made["index"]["class"])
+
+        write()
         users = np.random.default_rng(0).permutation(dataset.users("val"))[:measured]
         if len(users):
-            recommender = Recommender.load(folder, trust=[type(index).__module__])  # the caller's own class
-            recommender.check(dataset)
-            queries = [
-                recommender.queries(
-                    dataset.histories(users[part], "val", recommender.towers.max_length),
-                    dataset.request_times(users[part], "val"),
-                    dataset.target_action(users[part], "val", recommender.next_action),
-                )
-                for part in in_chunks(len(users), 64)
-            ]
-            k, seen = min(100, dataset.num_items), dataset.filtered_items(users, "val")
-            facts["measured"] = measure(index, np.concatenate(queries), k, (seen.values, seen.offsets))
-            write_manifest(folder, "index", made, parents, **facts)
+            queries, exclude = validation_queries(folder, dataset, users)
+            built = index.build_for(vectors, queries, exclude)
+        else:
+            index.build(vectors)
+            built = index
+        if index.tried:
+            facts["tried"] = list(index.tried)
+        built.save(folder)
+        name = write()
+        if len(users):
+            served = Recommender.load(folder, trust=[type(built).__module__]).index  # the caller's own class
+            facts["measured"] = measure(served, queries, min(100, dataset.num_items), exclude)
+            write()
+        write_card(folder, dataset)
     print_summary(
         output,
-        f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {type(index).__name__}",
+        f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {name.rpartition('.')[2]}",
+        *describe_choice(index.tried),
         *describe_search(facts.get("measured")),
         then=f"recsys mine-negatives --data {data} --index {output}",
     )
+
+
+def validation_queries(folder: Path, dataset: Dataset, users: np.ndarray) -> tuple[np.ndarray, Exclude]:
+    """Query vectors of validation histories, and the items that are filtered for them."""
+    recommender = Recommender.load(folder)
+    recommender.check(dataset)
+    queries = [
+        recommender.queries(
+            dataset.histories(users[part], "val", recommender.towers.max_length),
+            dataset.request_times(users[part], "val"),
+            dataset.target_action(users[part], "val", recommender.next_action),
+        )
+        for part in in_chunks(len(users), 64)
+    ]
+    seen = dataset.filtered_items(users, "val")
+    return np.concatenate(queries), (seen.values, seen.offsets)
+
+
+def describe_choice(tried: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings that an index was chosen from (`Auto`), the chosen one last, as lines of text."""
+    lines = []
+    for setting in tried:
+        recalls = ", ".join(f"{name} {value:.4f}" for name, value in setting.items() if name != "index")
+        lines.append(f"{'tried' if setting is not tried[-1] else 'chosen'} {setting['index']}: {recalls}")
+    return lines
 
 
 def describe_search(measured: dict[str, int | float] | None) -> list[str]:
@@ -191,7 +228,7 @@ def export_bundle(
     with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
-            if file.name != c.MANIFEST:
+            if file.name not in (c.MANIFEST, c.CARD):
                 (folder / file.name).write_bytes(file.read_bytes())
         torch.save(weights, folder / RERANKER)
         if options["signals"]:
@@ -216,6 +253,7 @@ def export_bundle(
             **{name: indexed[name] for name in KEPT},
             **histories,
         )
+        write_card(folder, dataset, output)
     packed = (f"histories of {histories[HISTORIES]['users']:,} users",) if histories else ()
     print_summary(
         output,

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
+from recsys2stage import optim
 from recsys2stage.cli import configs
 from recsys2stage.data import sources
 from recsys2stage.ranking import losses as ranking_losses
@@ -25,10 +26,15 @@ def classes(module: ModuleType, base: type) -> Lines:
         if isinstance(value, type) and issubclass(value, base) and not inspect.isabstract(value) and value is not base
     }
     return {
-        name: (inspect.getdoc(value) or "").partition("\n")[0]
+        name: first_line(value)
         for name, value in sorted(found.items(), key=lambda pair: pair[0].lower())
         if not name.startswith("_") and ABC not in value.__bases__
     }
+
+
+def first_line(value: type) -> str:
+    """The first line of a class's docstring."""
+    return (inspect.getdoc(value) or "").partition("\n")[0]
 
 
 def describe_configs() -> Lines:
@@ -55,6 +61,11 @@ def describe_overlays() -> Lines:
     return lines
 
 
+def describe_optimizers() -> Lines:
+    """The optimisers of this package; those of torch can be named too."""
+    return {"RecsysAdamW": first_line(optim.RecsysAdamW)} | classes(optim, optim.RecsysAdamW)
+
+
 KINDS: dict[str, tuple[str, Callable[[], dict[str, Lines]]]] = {
     "configs": (
         "datasets: make pipeline DATASET=NAME, recsys init DIR --template NAME",
@@ -72,6 +83,7 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Lines]]]] = {
             "ranker": classes(ranking_losses, ranking_losses.ListLoss),
         },
     ),
+    "optimizers": ("model.init_args.optimizer of retriever.yaml and ranker.yaml", lambda: {"": describe_optimizers()}),
     "signals": (
         "signals of mine.yaml: features and candidates of the ranker",
         lambda: {"": classes(signals, signals.Signal)},
@@ -85,7 +97,8 @@ def list_parts(kind: str | None = None) -> None:
     """List what configs can name, a line each.
 
     Args:
-        kind: configs, overlays, encoders, losses, signals, scorers or sources; recsys list KIND. None: these kinds.
+        kind: configs, overlays, encoders, losses, optimizers, signals, scorers or sources; recsys list KIND. None:
+            these kinds.
     """
     if kind is None:
         print_lines({name: what for name, (what, _) in KINDS.items()})

@@ -48,10 +48,15 @@ class Catalogue:
     def _number(self) -> dict[str, int]:
         return dict(zip(self.items[c.ITEM_ID].cast(pl.String), self.items[c.ITEM], strict=True))
 
+    @functools.cached_property
+    def _shown(self) -> tuple[list[Any], list[Any] | None]:
+        """Ids and titles by row, None without titles. Made once: the whole catalogue takes longer than a request."""
+        titles = self.items[c.TITLE].to_list() if c.TITLE in self.items.columns else None
+        return self.items[c.ITEM_ID].to_list(), titles
+
     def rows(self, ranking: Iterable[np.ndarray]) -> list[list[dict[str, Any]]]:
         """Recommendations as dictionaries, one list per request; retriever_score is None for a list by popularity."""
-        ids = self.items[c.ITEM_ID].to_list()
-        titles = self.items[c.TITLE].to_list() if c.TITLE in self.items.columns else None
+        ids, titles = self._shown
         return [
             [
                 {"item_id": ids[item - 1]}

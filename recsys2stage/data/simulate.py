@@ -79,7 +79,7 @@ SIZES = {"demo": Counts(3_000, 900, 135_000, 10), "ml-20m": Counts(138_493, 26_7
 
 
 def simulate(
-    output: Path = DEMO,
+    output: str | Path = DEMO,
     size: Size = "demo",
     users: int | None = None,
     items: int | None = None,
@@ -101,7 +101,7 @@ def simulate(
     check_integer("items", items, 1, MOST, other="null for that of the size", example=SIZES["demo"].items)
     check_integer("events", events, 1, MOST, other="null for as many per user as in the size", example=135_000)
     check_seed("seed", seed)
-    default = SIZES[size]
+    output, default = Path(output), SIZES[size]
     users, items = default.users if users is None else users, default.items if items is None else items
     counts = Counts(
         users, items, round(default.events / default.users * users) if events is None else events, default.shortest

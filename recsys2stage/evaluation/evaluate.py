@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from recsys2stage import columns as c
-from recsys2stage.data.batches import Ragged, in_chunks
+from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.summary import progress
-from recsys2stage.evaluation.baselines import Markov, Popularity
+from recsys2stage.evaluation.baselines import Baseline, Markov, Popularity
 from recsys2stage.evaluation.cohorts import cohorts
 from recsys2stage.evaluation.compare import paired_differences
+from recsys2stage.evaluation.ranked_items import RankedItems
 from recsys2stage.evaluation.report import TITLES
 from recsys2stage.metrics import (
     bootstrap,
@@ -80,7 +80,7 @@ def rank_users(
         negatives: number of sampled negatives that each target is ranked against; None: full ranking.
         seed: of the samples, which depend on seed and user only and so are the same for every model.
     """
-    baselines: dict[str, Popularity | Markov] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
+    baselines: dict[str, Baseline] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
     vectors = recommender.towers.all_item_vectors().detach().float()
     names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "candidate_rank", "confidence", "hit"]}
@@ -89,31 +89,27 @@ def rank_users(
         batch = users[part]
         padded = dataset.histories(batch, split, recommender.towers.max_length)
         filtered, target = dataset.filtered_items(batch, split), dataset.targets(batch, split)
-        excluded = excluded_from_ranking(filtered, target, dataset.num_items, batch, negatives, seed)
+        pool = RankedItems.of(filtered, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
         tops: dict[str, np.ndarray] = {}
         for name, baseline in baselines.items():
-            scores = torch.from_numpy(baseline.scores(last)[:, 1:])
-            parts[name].append(_filtered_rank(scores, excluded, target))
-            tops[name] = top_items(scores)
+            parts[name].append(pool.baseline_ranks(baseline, last))
+            if negatives is None:
+                tops[name] = baseline.top(last, pool.excluded, TOP)
         target_action = dataset.target_action(batch, split, recommender.next_action)
         request_times = dataset.request_times(batch, split)
         queries = recommender.queries(padded, request_times, target_action)
-        scores = torch.from_numpy(queries) @ vectors.T  # (B, V)
-        retriever_rank = _filtered_rank(scores, excluded, target)
+        candidates = recommender.candidates(queries, filtered, padded, request_times)
+        items, depth = candidates.items, candidates.items.shape[1]
+        retriever_rank, scores, tops["retriever"] = pool.retriever_ranks(queries, vectors, items, TOP)
         new = padded.lengths == 0  # served by popularity
         parts["retriever"].append(np.where(new, parts["popularity"][-1], retriever_rank))
-        tops["retriever"] = top_items(scores)
-        candidates = recommender.candidates(queries, filtered, padded, request_times)
-        items = candidates.items
         is_target = items == target[:, None]
-        parts["candidate_rank"].append(np.where(is_target.any(1), is_target.argmax(1), items.shape[1]) + 1)
+        parts["candidate_rank"].append(np.where(is_target.any(1), is_target.argmax(1), depth) + 1)
         confidence, hit = np.full(len(batch), np.nan, np.float32), np.zeros(len(batch), dtype=bool)
         if recommender.reranker:
-            target_score = scores.gather(1, torch.from_numpy(target - 1)[:, None])
-            candidate_scores = scores.gather(1, torch.from_numpy(np.maximum(items - 1, 0)))
-            ranked = ~np.take_along_axis(excluded, np.maximum(items, c.PAD), axis=1)
-            above = ((candidate_scores >= target_score).numpy() & ranked & ~is_target).sum(1)
+            ranked = pool.holds(items)
+            above = ((scores[:, 1:] >= scores[:, :1]) & ranked & ~is_target).sum(1)
             inputs = recommender.candidate_batch(queries, candidates, padded, request_times)
             for name, masked in (("ranker", False), ("ranker_ids_masked", True)):
                 logits = recommender.rerank(inputs, ids_masked=masked)
@@ -125,7 +121,7 @@ def rank_users(
                     confidence, hit = top_probability(logits, is_target)
         parts["confidence"].append(np.where(new, np.float32(np.nan), confidence))
         parts["hit"].append(hit)
-        for name, top in tops.items():
+        for name, top in tops.items() if negatives is None else ():
             served = np.where(new[:, None], tops["popularity"], top)
             top_counts[name] += np.bincount(served[served > 0], minlength=dataset.num_items + 1)
     merged = {name: np.concatenate(values) for name, values in parts.items()}
@@ -135,17 +131,16 @@ def rank_users(
     )
 
 
-def top_items(scores: torch.Tensor, items: np.ndarray | None = None) -> np.ndarray:
+def top_items(scores: torch.Tensor, items: np.ndarray) -> np.ndarray:
     """The TOP items of each row by score, best first, (B, TOP); padded with −1.
 
     Args:
         scores: (B, W), −inf for excluded items.
-        items: (B, W) item of each score; None: column j is item j + 1.
+        items: (B, W) item of each score.
     """
     top = np.full((len(scores), TOP), -1)
     best, column = (part.numpy() for part in scores.topk(min(TOP, scores.shape[1])))
-    chosen = column + 1 if items is None else np.take_along_axis(items, column, axis=1)
-    top[:, : column.shape[1]] = np.where(best > -np.inf, chosen, -1)
+    top[:, : column.shape[1]] = np.where(best > -np.inf, np.take_along_axis(items, column, axis=1), -1)
     return top
 
 
@@ -158,39 +153,6 @@ def top_probability(logits: np.ndarray, is_target: np.ndarray) -> tuple[np.ndarr
     """
     best, column = torch.from_numpy(logits).softmax(1).max(1)
     return best.numpy(), is_target[np.arange(len(is_target)), column.numpy()]
-
-
-def excluded_from_ranking(
-    filtered: Ragged, target: np.ndarray, num_items: int, users: np.ndarray, negatives: int | None, seed: int
-) -> np.ndarray:
-    """Items excluded from the ranking, (B, V + 1) bool: padding, filtered seen items, and items not sampled.
-
-    Args:
-        filtered: seen items that are filtered for each user.
-        target: (B,) items.
-        num_items: V.
-        users: (B,) user numbers, which seed the samples.
-        negatives: number of items sampled for each user, uniformly without replacement, from those neither filtered
-            nor the target; all of them if fewer are left. None: full ranking.
-        seed: of the samples.
-    """
-    excluded = np.zeros((len(target), num_items + 1), dtype=bool)
-    excluded[:, c.PAD] = excluded[filtered.rows, filtered.values] = True
-    if negatives is None:
-        return excluded
-    for row, user in enumerate(users.tolist()):
-        eligible = ~excluded[row]
-        eligible[target[row]] = False
-        pool = np.flatnonzero(eligible)
-        sampled = np.random.default_rng([seed, user]).choice(pool, min(negatives, len(pool)), replace=False)
-        excluded[row] = True
-        excluded[row, sampled] = excluded[row, target[row]] = False
-    return excluded
-
-
-def _filtered_rank(scores: torch.Tensor, excluded: np.ndarray, target: np.ndarray) -> np.ndarray:
-    scores.masked_fill_(torch.from_numpy(excluded[:, 1:]), -torch.inf)
-    return compute_rank(scores, torch.from_numpy(target - 1)).numpy()
 
 
 def second_stage_rank(

@@ -4,20 +4,23 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, atomic_write, write_manifest
 from recsys2stage.data.batches import Ragged, in_chunks, padded_indices
-from recsys2stage.data.dataset import At, Dataset, sample_users
+from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.data.locks import locked
 from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.data.summary import config_option, print_summary, progress
+from recsys2stage.mining.draws import ListDraws
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.options import check_integer, check_number, check_seed
-from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, build_lists, validation_users
+from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, ExactRanks, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Proposer, Signal, save_signals, specify
 from recsys2stage.recommender import Recommender, load_recommender
+from recsys2stage.retrieval.catalogue_ranks import catalogue_ranks
 from recsys2stage.trust import Trust, trusts
 
 logger = logging.getLogger("recsys2stage")
@@ -168,17 +171,6 @@ def fit_signal(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bo
     return True
 
 
-def excluded_items(dataset: Dataset, users: np.ndarray, at: At) -> Ragged:
-    """Items excluded from a list: seen items (none with `repeats: keep`) and items withheld as cold."""
-    seen, withheld = dataset.filtered_items(users, at), np.flatnonzero(dataset.cold)
-    if not len(withheld):
-        return seen
-    rows = np.concatenate([seen.rows, np.repeat(np.arange(len(users)), len(withheld))])
-    values = np.concatenate([seen.values, np.tile(withheld, len(users))])
-    ends = np.cumsum(np.bincount(rows, minlength=len(users)))
-    return Ragged(values[np.argsort(rows, kind="stable")], np.concatenate([[0], ends]))
-
-
 class ListBuilder:
     """Builds candidate lists batch by batch, and counts them.
 
@@ -192,7 +184,10 @@ class ListBuilder:
 
     def __init__(self, dataset: Dataset, recommender: Recommender, miner: Miner, select: float, seed: int) -> None:
         self.dataset, self.recommender, self.miner, self.select, self.seed = dataset, recommender, miner, select, seed
-        self.rng = np.random.default_rng(seed)
+        cold = dataset.cold
+        self.withheld = cold if cold.any() else None  # (V + 1,) bool
+        ranked = slice(1, None) if self.withheld is None else np.flatnonzero(~cold)[1:]
+        self.ranked_vectors = torch.from_numpy(recommender.vectors[ranked])  # of the items that are not withheld
         self.counts = dict.fromkeys(("train_lists", "select_lists", "target_outside_candidates", "rows"), 0)
 
     def build(self, users: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, Table, Table]:
@@ -207,16 +202,18 @@ class ListBuilder:
         """
         dataset, recommender = self.dataset, self.recommender
         padded = dataset.histories(users, at, recommender.towers.max_length)
-        excluded, target = excluded_items(dataset, users, at), dataset.targets(users, at)
+        seen, target = dataset.filtered_items(users, at), dataset.targets(users, at)
         request_time = dataset.request_times(users, at)
         queries = recommender.queries(padded, request_time, dataset.target_action(users, at, recommender.next_action))
-        retrieved = recommender.candidates(queries, excluded, padded, request_time)
+        allowed = None if self.withheld is None else ~self.withheld[1:]
+        retrieved = recommender.candidates(queries, seen, padded, request_time, allowed=allowed)
         validation = validation_users(users, self.select, self.seed)
-        request = Request.from_exclusions(retrieved.items, target, excluded.rows, excluded.values, dataset.train_counts)
-        scores = queries @ recommender.vectors.T  # (B, V + 1)
-        scores[:, c.PAD] = scores[excluded.rows, excluded.values] = -np.inf
-        negatives = self.miner.choose(request, self.rng)
-        table = build_lists(request.candidates, request.target, retrieved.score, negatives, scores, validation)
+        request = Request.from_exclusions(
+            retrieved.items, target, seen.rows, seen.values, dataset.train_counts, self.withheld
+        )
+        negatives = self.miner.choose(request, ListDraws.of(self.seed, users, at))
+        exact = self.exact_ranks(queries, seen)
+        table = build_lists(request.candidates, request.target, retrieved.score, negatives, exact, validation)
         row = table.pop("row")
         length = np.bincount(row, minlength=len(users))
         if empty := int((length == 0).sum()):
@@ -246,3 +243,33 @@ class ListBuilder:
                 c.ROWS: length,
             },
         )
+
+    def exact_ranks(self, queries: np.ndarray, seen: Ragged) -> ExactRanks:
+        """Scores and ranks of items by the retriever, among all items that are neither seen nor withheld.
+
+        Args:
+            queries: (B, D).
+            seen: items that are filtered.
+        """
+
+        def numbered(items: np.ndarray) -> np.ndarray:
+            """Numbers of items among those that are not withheld, from 1; 0 for padding and withheld items."""
+            items = np.maximum(items, c.PAD)
+            if self.withheld is None:
+                return items
+            return np.where(self.withheld, 0, np.cumsum(~self.withheld) - 1)[items]
+
+        def ranks(rows: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            row, excluded = np.full(len(queries), -1), numbered(seen.values)
+            row[rows] = np.arange(len(rows))
+            own = (row[seen.rows] >= 0) & (excluded > 0)
+            found = catalogue_ranks(
+                torch.from_numpy(queries[rows]),
+                self.ranked_vectors,
+                torch.from_numpy(row[seen.rows][own]),
+                torch.from_numpy(excluded[own]),
+                torch.from_numpy(numbered(items)),
+            )
+            return found.scores.numpy(), found.ranks.numpy()
+
+        return ranks

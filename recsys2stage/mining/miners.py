@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recsys2stage.mining.draws import ListDraws
 from recsys2stage.options import check_integer, check_number
 from recsys2stage.ranking.lists import NONE, without_repeats
 from recsys2stage.trust import class_name
@@ -19,27 +20,42 @@ class Request(NamedTuple):
     target: np.ndarray  # (B,) int64
     excluded: np.ndarray  # sorted keys row · (V + 1) + item of the excluded items and the target
     counts: np.ndarray  # (V + 1,) training events of each item
+    withheld: np.ndarray | None = None  # (V + 1,) bool, items excluded from all lists; None: none
 
     @classmethod
     def from_exclusions(
-        cls, candidates: np.ndarray, target: np.ndarray, rows: np.ndarray, items: np.ndarray, counts: np.ndarray
+        cls,
+        candidates: np.ndarray,
+        target: np.ndarray,
+        rows: np.ndarray,
+        items: np.ndarray,
+        counts: np.ndarray,
+        withheld: np.ndarray | None = None,
     ) -> "Request":
         """From the row and item of each excluded pair."""
         keys = np.concatenate([rows, np.arange(len(target))]) * len(counts) + np.concatenate([items, target])
-        return cls(candidates, target, np.unique(keys), counts)
+        return cls(candidates, target, np.unique(keys), counts, withheld)
 
     def is_excluded(self, items: np.ndarray) -> np.ndarray:
         """Which of (B, N) items cannot be negatives of their row: excluded items, the target and padding (−1)."""
         keys = np.arange(len(items))[:, None] * len(self.counts) + items
         index = np.searchsorted(self.excluded, keys).clip(max=max(len(self.excluded) - 1, 0))
-        return (items == NONE) | (self.excluded[index] == keys if len(self.excluded) else False)
+        excluded = (items == NONE) | (self.excluded[index] == keys if len(self.excluded) else False)
+        return excluded if self.withheld is None else excluded | self.withheld[items]
 
 
 class Miner(ABC):
-    """Chooses negatives: (B, N) item numbers, padded with −1."""
+    """Chooses negatives."""
 
     @abstractmethod
-    def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray: ...
+    def choose(self, request: Request, rng: ListDraws) -> np.ndarray:
+        """(B, N) item numbers, padded with −1.
+
+        Args:
+            request: the lists.
+            rng: random numbers for each list. They depend on the seed, the user and the target only, so that a list
+                does not depend on the batch it is mined in.
+        """
 
 
 class RankBand(Miner):
@@ -63,7 +79,7 @@ class RankBand(Miner):
             )
         self.count, self.skip_top, self.last = count, skip_top, last
 
-    def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, request: Request, rng: ListDraws) -> np.ndarray:
         band = request.candidates[:, self.skip_top : self.last]
         eligible = ~request.is_excluded(band)
         if self.count is None or self.count >= band.shape[1]:
@@ -80,7 +96,7 @@ class _Sampled(Miner):
         check_integer("count", count, 1, MAX_COUNT, example=10)
         self.count = count
 
-    def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
+    def choose(self, request: Request, rng: ListDraws) -> np.ndarray:
         count = min(self.count, len(request.counts) - 1)  # at most the catalogue
         sampled = self.sample((len(request.target), 2 * count + 8), request.counts, rng)
         sampled = np.where(request.is_excluded(sampled), NONE, sampled)
@@ -88,7 +104,7 @@ class _Sampled(Miner):
         return np.take_along_axis(sampled, first, axis=1)
 
     @abstractmethod
-    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
+    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: ListDraws) -> np.ndarray: ...
 
 
 class Uniform(_Sampled):
@@ -98,7 +114,7 @@ class Uniform(_Sampled):
         count: number of negatives per list.
     """
 
-    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: ListDraws) -> np.ndarray:
         return rng.integers(1, len(counts), size=shape)
 
 
@@ -115,7 +131,7 @@ class Popular(_Sampled):
         check_number("exponent", exponent, low=0, high=10, example=0.75)
         self.exponent = exponent
 
-    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: tuple[int, int], counts: np.ndarray, rng: ListDraws) -> np.ndarray:
         weights = np.where(np.arange(len(counts)) > 0, counts, 0) ** self.exponent
         return np.searchsorted(np.cumsum(weights / weights.sum()), rng.random(shape), side="right").clip(
             1, len(counts) - 1
@@ -134,8 +150,9 @@ class Mixture(Miner):
             raise ValueError("miners is [], expected at least one miner; add one, for example RankBand")
         self.miners = miners
 
-    def choose(self, request: Request, rng: np.random.Generator) -> np.ndarray:
-        return without_repeats(np.concatenate([miner.choose(request, rng) for miner in self.miners], axis=1))
+    def choose(self, request: Request, rng: ListDraws) -> np.ndarray:
+        parts = zip(self.miners, rng.spawn(len(self.miners)), strict=True)
+        return without_repeats(np.concatenate([miner.choose(request, own) for miner, own in parts], axis=1))
 
 
 def specify_miner(miner: Miner) -> dict[str, Any]:

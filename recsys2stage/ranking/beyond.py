@@ -5,7 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from recsys2stage import columns as c
-from recsys2stage.data.batches import Ragged
+from recsys2stage.data.batches import Ragged, in_chunks
+
+NUMBERS_IN_FLIGHT = 1 << 24  # scores at once
 
 
 class RetrievedItems(NamedTuple):
@@ -47,13 +49,23 @@ def beyond(
         scale: the ranker's scale of the retriever's score; None: no ranker.
         allowed: (V,) or (B, V) bool, items that may be recommended; None: all.
     """
-    own = queries @ vectors.T  # (B, V + 1)
-    rows, columns = np.nonzero(ranked.items > 0)
-    own[:, c.PAD] = own[excluded.rows, excluded.values] = own[rows, ranked.items[rows, columns]] = -np.inf
-    if allowed is not None:
-        own[:, 1:][~np.broadcast_to(allowed, own[:, 1:].shape)] = -np.inf
-    items = np.argsort(-own, axis=1, kind="stable")[:, :count]
-    own = np.take_along_axis(own, items, axis=1)
+    left_out = [excluded.rows, np.nonzero(ranked.items > 0)[0]], [excluded.values, ranked.items[ranked.items > 0]]
+    rows, values = (np.concatenate(part) for part in left_out)
+    width = min(count, len(vectors))
+    items, own = np.zeros((len(queries), width), dtype=np.int64), np.zeros((len(queries), width), dtype=np.float32)
+    for part in in_chunks(len(queries), max(1, NUMBERS_IN_FLIGHT // len(vectors))):
+        scores = queries[part] @ vectors.T  # (b, V + 1)
+        within = (rows >= part.start) & (rows < part.stop)
+        scores[:, c.PAD] = scores[rows[within] - part.start, values[within]] = -np.inf
+        if allowed is not None:
+            scores[:, 1:][
+                ~np.broadcast_to(allowed if allowed.ndim == 1 else allowed[part], scores[:, 1:].shape)
+            ] = -np.inf
+        for row, score in enumerate(scores, start=part.start):
+            least = np.partition(score, len(score) - width)[len(score) - width]
+            best = np.flatnonzero(score >= least)  # more than `width` if scores are equal: the lower items count
+            best = best[np.argsort(-score[best], kind="stable")[:width]]
+            items[row], own[row] = best, score[best]
     real = own > -np.inf
     lowest = np.where(ranked.items > 0, ranked.score, np.inf).min(axis=1, keepdims=True)
     lowest[np.isinf(lowest)] = 0  # a row without candidates has no other items either

@@ -3,7 +3,7 @@
 A bundle holds manifest.json (options of both stages, parents, format number, checksums), towers.pt (weights of the
 retriever), index.json and index.npy (search options, item vectors), index.faiss (the structure of a faiss index),
 items.parquet (the catalogue), popularity.npy (training events of each item), reranker.pt (weights of the ranker) and,
-where the ranker has signals, signals/ (fitted signals).
+where the ranker has signals, signals/ (fitted signals). README.md, its model card, is for people and is never read.
 """
 
 import functools

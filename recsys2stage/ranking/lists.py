@@ -1,6 +1,6 @@
 """Candidate lists: construction in mining, and reading from files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from recsys2stage.data.hashing import splitmix64
 CANDIDATES, STATES, REQUESTS = "candidates.parquet", "states.npy", "requests.parquet"  # files of a mined folder
 NONE = -1  # padding in item rows
 
+ExactRanks = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # see `build_lists`
+
 
 def without_repeats(items: np.ndarray) -> np.ndarray:
     """(B, N) items with every later occurrence in a row replaced by −1."""
@@ -23,12 +25,25 @@ def without_repeats(items: np.ndarray) -> np.ndarray:
     return np.where(repeated, NONE, items)
 
 
+def positions_in(candidates: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """The column of each of (B, N) items among the (B, K) distinct candidates of its row, −1 if it is not there."""
+    rows, columns = np.nonzero(candidates != NONE)
+    if not len(rows):
+        return np.full(items.shape, NONE)
+    size = int(max(candidates.max(), items.max(initial=0))) + 1
+    keys = rows * size + candidates[rows, columns]
+    order = np.argsort(keys)
+    queries = np.arange(len(items))[:, None] * size + items
+    index = order[np.searchsorted(keys, queries, sorter=order).clip(max=len(keys) - 1)]
+    return np.where((keys[index] == queries) & (items != NONE), columns[index], NONE)
+
+
 def build_lists(
     candidates: np.ndarray,
     target: np.ndarray,
     scores: np.ndarray,
     negatives: np.ndarray,
-    all_scores: np.ndarray,
+    exact: ExactRanks,
     validation: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """The rows of B candidate lists, sorted by batch row and retriever rank.
@@ -40,33 +55,37 @@ def build_lists(
         target: (B,) int64 items.
         scores: (B, K) the retriever's scores of the candidates.
         negatives: (B, N) items chosen by the miner.
-        all_scores: (B, V + 1) exact scores of all items, −inf for excluded ones.
+        exact: called with rows (R,) and their items (R, M), padded with −1, for items that are not candidates; returns
+            the items' exact scores and their ranks among all items that are not excluded, (R, M) each.
         validation: (B,) bool, True for validation lists.
 
     Returns:
         Columns row, item, label, retriever_score, retriever_rank, origin and fold, of equal length. Candidates keep
         their served score and rank. Other items have exact scores and ranks; their ranks are below all candidates.
     """
-    row = np.arange(len(target))[:, None]
     retrieved = candidates != NONE
-    positions = np.full(all_scores.shape, NONE)  # of each item among the candidates
-    positions[np.broadcast_to(row, retrieved.shape)[retrieved], candidates[retrieved]] = np.nonzero(retrieved)[1]
-
     target = target[:, None]
-    training = np.concatenate([np.where(positions[row, target] == NONE, NONE, target), negatives], axis=1)
-    items = np.concatenate([without_repeats(training), candidates], axis=1)
-    items[validation, : training.shape[1]] = NONE
-    items[~validation, training.shape[1] :] = NONE
+    found = positions_in(candidates, target) != NONE
+    training = without_repeats(np.concatenate([np.where(found, target, NONE), negatives], axis=1))
+    training[validation] = NONE
+    position = np.full((len(target), training.shape[1] + candidates.shape[1]), NONE)
+    position[:, : training.shape[1]] = positions_in(candidates, training)
+    position[:, training.shape[1] :] = np.where(retrieved, np.arange(candidates.shape[1]), NONE)
+    items = np.concatenate([training, np.where(validation[:, None], candidates, NONE)], axis=1)
 
     real = items != NONE
-    position = np.where(real, positions[row, items], NONE)
-    score = np.where(position != NONE, np.take_along_axis(scores, position.clip(min=0), axis=1), all_scores[row, items])
+    score = np.take_along_axis(scores, position.clip(min=0), axis=1)
     rank = position + 1
-    for j in np.flatnonzero((real & (position == NONE)).any(0)):  # items that the index did not return
-        above = (all_scores >= score[:, j, None]).sum(1)
-        rank[:, j] = np.where(position[:, j] == NONE, np.maximum(above, retrieved.sum(1) + 1), rank[:, j])
+    rows, columns = np.nonzero(real & (position == NONE))  # items that the index did not return
+    if len(rows):
+        distinct, row = np.unique(rows, return_inverse=True)
+        column = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        outside = np.full((len(distinct), column.max() + 1), NONE)
+        outside[row, column] = items[rows, columns]
+        own, above = (values[row, column] for values in exact(distinct, outside))
+        score[rows, columns], rank[rows, columns] = own, np.maximum(above, retrieved.sum(1)[rows] + 1)
 
-    rows = np.broadcast_to(row, items.shape)[real]
+    rows = np.nonzero(real)[0]
     order = np.lexsort((rank[real], rows))
     table = {
         "row": rows,

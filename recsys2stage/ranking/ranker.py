@@ -13,6 +13,7 @@ from recsys2stage.columns import PAD
 from recsys2stage.metrics import RankMetrics, compute_rank
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
 from recsys2stage.options import check_number
+from recsys2stage.processes import global_mean
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.losses import ListLoss, Listwise
 from recsys2stage.ranking.reranker import Reranker
@@ -112,8 +113,8 @@ class Ranker(RecsysModule):
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
         items = lists.candidates.items
         logits = self.reranker(lists.candidates, self.drop_ids(items), self.drop_counts(items))
-        loss = self.loss(logits, lists.positive, items != PAD)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), sync_dist=True)
+        loss = global_mean(self.loss(logits, lists.positive, items != PAD), len(logits))
+        self.log_mean("train/loss", loss, len(logits))
         return loss
 
     def drop_ids(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:
@@ -149,4 +150,9 @@ class Ranker(RecsysModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(self.parameters())
+        if getattr(optimizer, "rowwise", False):
+            raise ValueError(
+                f"optimizer is {type(optimizer).__name__}, which updates rows of learned item tables, and a ranker has "
+                "none; use RecsysAdamW"
+            )
         return with_schedule(optimizer, self.warmup_steps, self.final_lr, lambda: self.progress)

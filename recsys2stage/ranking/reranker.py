@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from recsys2stage.columns import PAD
 from recsys2stage.options import MAX_WIDTH, check_integer
 from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
+from recsys2stage.ranking.scorers.deep import Deep
 from recsys2stage.retrieval.features import FeatureTable
 from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 
 PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # removable by `without`
+MAX_ENCODED = 1 << 24  # numbers of the encoded features of all items that are kept, 4 bytes each
 
 
 class Reranker(nn.Module):
@@ -58,6 +60,7 @@ class Reranker(nn.Module):
     signal_counted: Tensor
     cold: Tensor
     hidden: Tensor
+    encoded: Tensor | None
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class Reranker(nn.Module):
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
+        self.register_buffer("encoded", None, persistent=False)  # the features of all items, see `freeze`
         hidden = [bool({name, name.partition(".")[0]} & self.without) for name in names]
         self.register_buffer("hidden", torch.tensor(hidden, dtype=torch.bool), persistent=False)
         self.register_buffer("signal_mean", torch.zeros(len(names)))
@@ -93,46 +97,69 @@ class Reranker(nn.Module):
         # score, log rank, margin, is_unknown, popularity
         width = 5 + (self.features.width if self.features else 0) + len(names)
         self.scorer = scorer(dim, width)
+        for module in self.scorer.modules():
+            if isinstance(module, Deep):
+                module.without = self.without & {"state", "vectors"}
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("center", torch.zeros(()))
 
     def forward(
-        self, batch: CandidateBatch, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
+        self, batch: CandidateBatch, masked: Bool[Tensor, "B C"] | None = None, cold: Bool[Tensor, "B C"] | None = None
     ) -> Float[Tensor, "B C"]:
         """
         Args:
             batch: candidates and ranker inputs of each request.
-            masked: True where IDs are masked.
+            masked: True where IDs are masked; None: nowhere.
             cold: True for candidates to treat as cold, in addition to the cold items; None: no others.
         """
         base, inputs = self.scorer_inputs(batch, masked, cold)
         return base + self.scorer(inputs)
 
     def scorer_inputs(
-        self, batch: CandidateBatch, masked: Bool[Tensor, "B C"], cold: Bool[Tensor, "B C"] | None = None
+        self, batch: CandidateBatch, masked: Bool[Tensor, "B C"] | None = None, cold: Bool[Tensor, "B C"] | None = None
     ) -> tuple[Float[Tensor, "B C"], RankerInputs]:
         """The base logits, and what the scorer reads; arguments as in `forward`."""
         cold = self.cold[batch.items] if cold is None else cold | self.cold[batch.items]
-        scored = ~masked if self.scores_cold else ~(masked | cold)
-        masked, real = masked | cold, batch.items != PAD
+        if masked is None and not cold.any():  # as most requests are: nothing is hidden
+            return self._assemble(batch, None, None, None)
+        masked = torch.zeros_like(cold) if masked is None else masked
+        return self._assemble(batch, masked | cold, cold, ~masked if self.scores_cold else ~(masked | cold))
+
+    def _assemble(
+        self, batch: CandidateBatch, masked: Tensor | None, cold: Tensor | None, scored: Tensor | None
+    ) -> tuple[Float[Tensor, "B C"], RankerInputs]:
+        """The inputs with hidden parts, (B, C) each: None hides nothing.
+
+        Args:
+            batch: as in `forward`.
+            masked: where inputs that are based on the ID are hidden.
+            cold: where inputs that count the item's events are hidden.
+            scored: where the retriever's score is shown.
+        """
+        real, scale = batch.items != PAD, self.log_scale.exp()
         best = batch.score.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True)
-        base = self.log_scale.exp() * (batch.score - self.center) * scored
-        margin = (self.log_scale.exp() * (batch.score - best)).where(real, 0) * scored
+        base = shown(scale * (batch.score - self.center), scored)
+        rank = batch.rank.to(base.dtype).log()
         own = [
             self.ablate("score", base),
-            self.ablate("rank", batch.rank.to(base.dtype).log() * scored),
-            self.ablate("margin", margin),
-            masked.to(base.dtype),
-            self.ablate("popularity", self.popularity[batch.items] * ~cold),
+            self.ablate("rank", shown(rank, scored)),
+            self.ablate("margin", shown((scale * (batch.score - best)).where(real, 0), scored)),
+            torch.zeros_like(base) if masked is None else masked.to(base.dtype),
+            self.ablate("popularity", shown(self.popularity[batch.items], None if cold is None else ~cold)),
         ]
         signals = ((batch.signals - self.signal_mean) * self.signal_scale).clamp(-5, 5)  # limits outliers
-        hidden = self.signal_by_id & masked[..., None] | self.signal_counted & cold[..., None]
-        signals = signals.masked_fill(hidden, 0)
+        if masked is not None and cold is not None:
+            hidden = self.signal_by_id & masked[..., None] | self.signal_counted & cold[..., None]
+            signals = signals.masked_fill(hidden, 0)
         features = torch.cat([torch.stack(own, dim=-1), self.item_features(batch.items), signals], dim=-1)
         recent_real = batch.recent != PAD
+        if "vectors" in self.without:
+            vectors = self.vectors.new_zeros(*batch.items.shape, self.vectors.shape[1])
+        else:
+            vectors = shown(unit(self.vectors[batch.items]), None if masked is None else ~masked[..., None])
         inputs = RankerInputs(
             state=self.ablate("state", unit(batch.state)),
-            vectors=self.ablate("vectors", unit(self.vectors[batch.items]) * ~masked[..., None]),
+            vectors=vectors,
             features=features,
             recent=unit(self.vectors[batch.recent]),
             ages=batch.ages,
@@ -151,10 +178,30 @@ class Reranker(nn.Module):
 
     def item_features(self, items: Int[Tensor, "B C"]) -> Float[Tensor, "B C G"]:
         """The encoded declared features."""
-        if self.features is None:
-            return self.popularity.new_zeros(*items.shape, 0)
+        if self.features is None or "features" in self.without:
+            width = 0 if self.features is None else self.features.width
+            return self.popularity.new_zeros(*items.shape, width)
+        if self.encoded is not None:
+            return self.encoded[items]
         distinct, inverse = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
-        return self.ablate("features", self.features(distinct))[inverse]
+        return self.features(distinct)[inverse]
+
+    @torch.no_grad()
+    def freeze(self) -> "Reranker":
+        """Switches to evaluation and computes what does not depend on the request, where it takes little memory.
+
+        The weights must not change afterwards, until `train` is called.
+        """
+        self.eval()
+        if self.features is not None and "features" not in self.without:
+            rows = len(self.popularity)
+            if rows * self.features.width <= MAX_ENCODED:
+                self.encoded = self.features(torch.arange(rows, device=self.popularity.device))
+        return self
+
+    def train(self, mode: bool = True) -> "Reranker":
+        self.encoded = None
+        return super().train(mode)
 
     def load_item_tables(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:
         """Fills the buffers.
@@ -197,3 +244,8 @@ class Reranker(nn.Module):
         with torch.no_grad():
             self.log_scale.copy_(scales[int(torch.stack(losses).argmin())].log())
             self.center.copy_(score[real].mean())
+
+
+def shown(values: Tensor, where: Tensor | None) -> Tensor:
+    """Zeros but for `where`; None: all are shown."""
+    return values if where is None else values * where

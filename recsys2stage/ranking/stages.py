@@ -10,12 +10,12 @@ import polars as pl
 import torch
 
 from recsys2stage import columns as c
-from recsys2stage.data.batches import Padded, Ragged, as_history, in_chunks, recent_events
+from recsys2stage.data.batches import Padded, Ragged, as_history, recent_events
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.options import RequestTime, Seen, check_integer, check_option
 from recsys2stage.ranking.beyond import Recommendations, RetrievedItems, beyond
 from recsys2stage.ranking.reranker import Reranker
-from recsys2stage.ranking.signals.base import Proposer, Requests, Signal
+from recsys2stage.ranking.signals.base import Proposer, Requests, Signal, propose_excluding
 from recsys2stage.ranking.signals.merge import merge, reciprocal_ranks
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.inputs import Field, fields_read
@@ -28,7 +28,6 @@ NO_TARGET_ACTION = (
     "this model has no target action; leave the action out, or train a model with the input NextAction on data with "
     "next_action: target"
 )
-MAX_LEFT_OUT = 1 << 22  # exclusions that are passed to candidate generators at once
 PerRequest = np.ndarray | None  # one number for each of B requests, (B,); None: the default
 Allowed = np.ndarray | None  # items that may be recommended: (V,) bool for all requests, or (B, V); None: all
 
@@ -75,7 +74,7 @@ class Stages:
         check_option("request_time", request_time, RequestTime)
         check_option("seen", seen, Seen)
         check_integer("candidates", candidates, example=200)
-        self.towers, self.index, self.reranker = towers.eval(), index, reranker.eval() if reranker else None
+        self.towers, self.index, self.reranker = towers.eval(), index, reranker.freeze() if reranker else None
         self.catalogue, self.popularity = Catalogue(catalogue, actions), popularity
         self.request_time, self.next_action, self.actions = request_time, next_action, list(actions)
         self.num_candidates, self.signals, self.recent, self.has_time = candidates, list(signals), recent, has_time
@@ -193,32 +192,24 @@ class Stages:
 
     def retrieved(self, queries: np.ndarray, items: np.ndarray, proposed: list[np.ndarray]) -> RetrievedItems:
         """Candidates, (B, K) with −1 for padding, scored and sorted by the retriever."""
-        score = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(items, c.PAD)])
+        score = np.matmul(self.vectors[np.maximum(items, c.PAD)], queries[..., None])[..., 0]
         score[items <= c.PAD] = -np.inf
         order = np.argsort(-score, axis=1, kind="stable")
         items, score = np.take_along_axis(items, order, axis=1), np.take_along_axis(score, order, axis=1)
         return RetrievedItems(items, score, proposed)
 
     def _propose(self, requests: Requests, excluded: Ragged, allowed: Allowed) -> list[np.ndarray]:
-        """What the signals propose, (B, up to K) each; what is not allowed is excluded for them."""
+        """What the signals propose, (B, up to K) each."""
         if allowed is None:
             return [signal.propose(requests, excluded) for signal in self.proposers]
-        count, size = len(requests.queries), len(self.vectors) - 1
-        masks, parts = np.broadcast_to(allowed, (count, size)), []
-        for part in in_chunks(count, max(1, MAX_LEFT_OUT // size)):  # at most so many exclusions at once
-            begin, end = excluded.offsets[part.start], excluded.offsets[part.stop]
-            row, item = np.nonzero(~masks[part])
-            rows = np.concatenate([excluded.rows[begin:end] - part.start, row])
-            items = np.concatenate([excluded.values[begin:end], item + 1])[np.argsort(rows, kind="stable")]
-            offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=part.stop - part.start))])
-            own = requests._replace(
-                items=requests.items[part],
-                history=requests.history.take(part),
-                request_time=requests.request_time[part],
-                queries=requests.queries[part],
-            )
-            parts.append([signal.propose(own, Ragged(items, offsets)) for signal in self.proposers])
-        return [np.concatenate(proposed) for proposed in zip(*parts, strict=True)]
+        masks = np.broadcast_to(allowed, (len(requests.queries), len(self.vectors) - 1))
+        requests = requests._replace(allowed=masks)
+        return [
+            signal.propose(requests, excluded)
+            if signal.reads_allowed
+            else propose_excluding(signal, requests, excluded)
+            for signal in self.proposers
+        ]
 
     def compute_signals(
         self, items: np.ndarray, queries: np.ndarray, found: RetrievedItems, padded: Padded, request: PerRequest
@@ -230,12 +221,18 @@ class Stages:
             queries: (B, D) of the retriever.
             found: the candidates of the requests, for their ranks in each candidate source.
         """
+        if not self.signals:
+            return np.zeros((*items.shape, 0), dtype=np.float32)
         items = np.maximum(items, c.PAD).astype(np.int64)
+        order = items.argsort(axis=1)  # the signals look items up in tables: in ascending order, neighbours are near
+        items = np.take_along_axis(items, order, axis=1)
         requests = Requests(items, padded, self.ranker_request_time(padded, request), self.vectors, queries)
         numbers = [signal(requests) for signal in self.signals]
         if self.proposers:
             numbers.append(reciprocal_ranks(items, found.proposed, len(self.vectors)))
-        return np.concatenate(numbers, axis=2) if numbers else np.zeros((*items.shape, 0), dtype=np.float32)
+        values = np.empty((*items.shape, sum(part.shape[2] for part in numbers)), dtype=np.float32)
+        values[np.arange(len(items))[:, None], order] = np.concatenate(numbers, axis=2)
+        return values
 
     def candidate_batch(
         self, queries: np.ndarray, found: RetrievedItems, padded: Padded, request: PerRequest
@@ -258,7 +255,8 @@ class Stages:
         """The second stage's scores of the candidates, (B, C) float32; −inf for padding."""
         assert self.reranker is not None
         real = batch.items != c.PAD
-        return self.reranker(batch, torch.full_like(real, ids_masked)).masked_fill(~real, -torch.inf).numpy()
+        masked = torch.ones_like(real) if ids_masked else None
+        return self.reranker(batch, masked).masked_fill(~real, -torch.inf).numpy()
 
     def rank(
         self,
@@ -329,15 +327,21 @@ class Stages:
             allowed: items that may be recommended.
         """
         items, score, retriever_score = ranking
-        items[new], score[new], retriever_score[new] = -1, -np.inf, np.nan
+        rows = np.flatnonzero(new)
+        items[rows], score[rows], retriever_score[rows] = -1, -np.inf, np.nan
         masks = None if allowed is None else np.broadcast_to(allowed, (len(items), len(self.vectors) - 1))
-        for row in np.flatnonzero(new):
+        for row in rows:
             left_out = excluded.values[excluded.offsets[row] : excluded.offsets[row + 1]]
-            eligible = np.ones(len(self.vectors), dtype=bool)
-            if masks is not None:
-                eligible[1:] = masks[row]
-            eligible[left_out] = False
-            best = self.most_popular[eligible[self.most_popular]][: items.shape[1]]
+            depth = items.shape[1] + len(left_out)
+            while True:  # only the first ones are looked at; where few are allowed, more of them
+                first = self.most_popular[:depth]
+                eligible = ~np.isin(first, left_out)
+                if masks is not None:
+                    eligible &= masks[row][first - 1]
+                best = first[eligible][: items.shape[1]]
+                if len(best) == items.shape[1] or depth >= len(self.most_popular):
+                    break
+                depth *= 4
             items[row, : len(best)], score[row, : len(best)] = best, self.popularity[best]
         return ranking
 

@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.checkpoints import SPLIT, read_checkpoint
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.metrics import RankMetrics, compute_rank
-from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
+from recsys2stage.metrics import RankMetrics
+from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, rowwise_name, with_schedule
 from recsys2stage.options import RequestTime, Seen, check_integer, check_option
+from recsys2stage.processes import copy_from_first, global_mean
+from recsys2stage.retrieval.catalogue_ranks import catalogue_ranks
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
 from recsys2stage.retrieval.encoders.layers import without_autocast
 from recsys2stage.retrieval.histories import Histories, Queries
@@ -49,7 +52,8 @@ class Retriever(RecsysModule):
         objective: training objective; None: NextItem for causal encoders, Cloze for bidirectional ones.
         loss: loss of the targets against negatives.
         norm_penalty: penalty on the norm of states; None: none.
-        optimizer: called with the parameters.
+        optimizer: called with the parameters. SparseAdamW and RowwiseAdagrad update only the rows of item tables that a
+            batch looks up, so that a step costs the same however many items there are.
         warmup_steps: steps of linear warmup of the learning rate.
         final_lr: share of the learning rate at the planned end, after cosine decay; 1: constant. With decay, increase
             the patience of early stopping.
@@ -122,6 +126,7 @@ class Retriever(RecsysModule):
         self.recompute_rows, self.start = recompute_rows, start
         self.seen_rule: Seen = "filter"  # replaced by that of the data in `load_item_tables`
         self.val_metrics, self.test_metrics = RankMetrics(), RankMetrics()
+        self.evaluated_vectors: Tensor | None = None  # of all items, computed once for a whole evaluation
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
         if compiled:
@@ -129,6 +134,13 @@ class Retriever(RecsysModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            if self.use_sparse_gradients() and not isinstance(
+                self.trainer.strategy, SingleDeviceStrategy | DDPStrategy
+            ):
+                raise ValueError(
+                    f"trainer.strategy is {type(self.trainer.strategy).__name__}, but {rowwise_name(self.optimizer)} "
+                    "updates rows of whole item tables; use --trainer.strategy ddp, or the optimizer RecsysAdamW"
+                )
             histories: Histories = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.towers.encoder.reads_times and not histories.dataset.has_time:
                 raise ValueError(
@@ -156,8 +168,34 @@ class Retriever(RecsysModule):
         trained = torch.from_numpy(dataset.train_counts > 0)
         self.towers.load_item_tables(dataset.item_features, dataset.user_features, trained)
 
+    @property
+    def item_tables(self) -> list[nn.Embedding]:
+        """The tables with a learned row per item."""
+        own, untied = self.towers.items.table, self.towers.untied
+        return [own, *([] if untied is None else [untied.table]), *filter(None, [self.towers.bias])]
+
+    def use_sparse_gradients(self) -> bool:
+        """Gives the item tables sparse gradients if the optimiser updates them by rows; returns whether it does.
+
+        DistributedDataParallel must then leave them out, as NCCL cannot reduce sparse gradients: see
+        `on_before_optimizer_step`. Tables of the data are constant, so it need not copy them at each step either.
+        """
+        rowwise = rowwise_name(self.optimizer) is not None
+        sparse = rowwise and not self.loss.every_item  # the gradient of every row is better dense
+        for table in self.item_tables:
+            table.sparse = sparse
+        constant = [name for name, buffer in self.named_buffers() if len(self.target_counts) == len(buffer.view(-1, 1))]
+        learned = {id(table.weight) for table in self.item_tables} if sparse else set()
+        self._ddp_params_and_buffers_to_ignore = [
+            *constant,
+            *(name for name, weight in self.named_parameters() if id(weight) in learned),
+        ]
+        return rowwise
+
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.item_tables[0].sparse:  # as DistributedDataParallel does with all other weights
+            copy_from_first(*(table.weight for table in self.item_tables))
         if self.loss.scheduled:
             self.require_planned_steps(type(self.loss).__name__)
         if self.final_lr < 1:
@@ -166,7 +204,7 @@ class Retriever(RecsysModule):
     def training_step(self, window: History, batch_idx: int) -> Tensor:
         losses = self.losses(window)
         for name, value in losses.items():
-            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(window.items), sync_dist=True)
+            self.log_mean(f"train/{name}", value, len(window.items))
         return losses["loss"]
 
     def losses(self, window: History) -> dict[str, Any]:
@@ -188,10 +226,10 @@ class Retriever(RecsysModule):
             similarity=self.towers.similarity,
             dim=states.size(-1),
         )
-        loss = self.loss(self.towers.query_vectors(states), targets, catalogue)
-        facts = self.loss.facts(self.progress)
+        loss = global_mean(self.loss(self.towers.query_vectors(states), targets, catalogue), len(states))
+        facts: dict[str, Any] = dict(self.loss.facts(self.progress))
         if self.norm_penalty is not None:
-            norm = full_precision(states).norm(dim=-1).mean()
+            norm = global_mean(full_precision(states).norm(dim=-1).mean(), len(states))
             penalty = self.norm_penalty(norm)
             loss, facts = loss + penalty, {**facts, "state_norm": norm.detach(), "norm_penalty": penalty.detach()}
         return {"loss": loss, **facts}
@@ -212,19 +250,34 @@ class Retriever(RecsysModule):
 
     def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
         """Rank of each target in the whole catalogue, without excluded items."""
-        queries, items = self.towers.queries(batch.history), self.towers.all_item_vectors()
+        queries = self.towers.queries(batch.history)
+        items = self.evaluated_vectors if self.evaluated_vectors is not None else self.towers.all_item_vectors()
         with without_autocast(queries):  # bf16 would produce many ties
-            scores = queries @ items.T  # (B, V)
-        scores[batch.excluded_rows, batch.excluded_items - 1] = -torch.inf
-        return compute_rank(scores, batch.target - 1)
+            found = catalogue_ranks(
+                queries.float(), items.float(), batch.excluded_rows, batch.excluded_items, batch.target[:, None]
+            )
+        return found.ranks[:, 0]
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluated_vectors = self.towers.all_item_vectors()
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluated_vectors = self.towers.all_item_vectors()
 
     def on_validation_epoch_end(self) -> None:
+        self.evaluated_vectors = None
         for name, value in self.val_metrics.take("val/").items():
             self.log(name, value, prog_bar=name == "val/ndcg@10", sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
+        self.evaluated_vectors = None
         self.log_dict(self.test_metrics.take("test/"), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optimizer(self.parameters())
+        parameters: list[Any] = list(self.parameters())
+        if self.use_sparse_gradients():
+            tables = [table.weight for table in self.item_tables]
+            others = [weight for weight in parameters if not any(weight is table for table in tables)]
+            parameters = [{"params": others}, {"params": tables, "rowwise": True}]
+        optimizer = self.optimizer(parameters)
         return with_schedule(optimizer, self.warmup_steps, self.final_lr, lambda: self.progress)

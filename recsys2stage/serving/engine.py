@@ -124,12 +124,15 @@ class Engine:
                     )
             except Problem as problem:
                 results[place] = problem
-        # those that go beyond the candidates score every item: in a batch of their own
-        limit = self.recommender.num_candidates
-        for part in ([q for q in queries if q[1].need <= limit], [q for q in queries if q[1].need > limit]):
-            if part:
-                for (place, _), result in zip(part, self._answer([query for _, query in part]), strict=True):
-                    results[place] = result
+        # those that go beyond the candidates score every item, and a filter needs a mask of every item: in batches of
+        # their own
+        parts: dict[tuple[bool, bool], list[tuple[int, Query]]] = {}
+        for place, query in queries:
+            kind = query.need > self.recommender.num_candidates, query.allowed is not None
+            parts.setdefault(kind, []).append((place, query))
+        for part in parts.values():
+            for (place, _), result in zip(part, self._answer([query for _, query in part]), strict=True):
+                results[place] = result
         return [result for result in results if result is not None]
 
     def _answer(self, queries: list[Query]) -> list[Result]:
@@ -185,13 +188,9 @@ class Engine:
         return np.array(actions, dtype=np.int64)
 
     def _masks(self, queries: list[Query]) -> np.ndarray | None:
-        if all(query.allowed is None for query in queries):
-            return None
-        masks = np.ones((len(queries), len(self.recommender.vectors) - 1), dtype=bool)
-        for mask, query in zip(masks, queries, strict=True):
-            if query.allowed is not None:
-                mask[:] = query.allowed
-        return masks
+        """The items that may be recommended, (B, V); None: all. Either each query of a batch has a mask, or none."""
+        masks = [query.allowed for query in queries if query.allowed is not None]
+        return masks[0][None] if len(masks) == 1 else np.stack(masks) if masks else None
 
     def similar(self, body: SimilarRequest) -> Result:
         """Items by the cosine of the retriever's vectors."""

@@ -246,13 +246,11 @@ def exportable_towers(towers: TwoTower) -> TwoTower:
 
 
 def exportable_reranker(reranker: Reranker) -> Reranker:
-    """A copy that looks up the encoded features of items, computed once for all of them."""
+    """A copy that looks up the encoded features of items, computed once for all of them, however many there are."""
     twin = copy.deepcopy(reranker).eval()
-    if reranker.features is not None:
+    if twin.features is not None:
         with torch.no_grad():
-            every = reranker.item_features(torch.arange(len(reranker.vectors))[None])[0]
-        lookup = twin.features = FixedVectors(every)  # type: ignore[assignment]
-        twin.item_features = lookup.forward  # type: ignore[method-assign]
+            twin.encoded = twin.features(torch.arange(len(twin.vectors)))
     return twin
 
 

@@ -95,6 +95,32 @@ def test_a_faiss_index_serves_in_place_of_the_exact_one(trained: Run, tmp_path: 
     assert Recommender.load(run.bundle).num_candidates == K  # as many as the ranker was trained on
 
 
+def test_an_index_is_chosen_by_its_measured_recall(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was tried is printed and in the manifest, and what was chosen is a plain index."""
+    of = ("--retriever", trained.retriever, "--data", trained.data, "--index", "Auto", "--index.recall", 0.9)
+    recsys("export-index", *of, "--output", tmp_path / "small")
+    assert isinstance(Recommender.load(tmp_path / "small").index, Exact)  # 120 items
+    monkeypatch.setattr("recsys2stage.retrieval.index.auto.SMALL", 50)
+    capsys.readouterr()
+    recsys("export-index", *of, "--output", tmp_path / "index")
+    manifest = read_manifest(tmp_path / "index", "index", "")
+    assert manifest["options"]["index"]["class"] == "Faiss"
+    assert manifest["options"]["index"]["options"]["factory"] == "IVF32,Flat"
+    assert [one["index"] for one in manifest["tried"]] == ["IVF32,Flat, nprobe 8"]
+    assert manifest["measured"]["recall@100"] >= 0.9
+    said = capsys.readouterr().out
+    assert "IVF32,Flat, nprobe 8: recall@100 " in said
+    exact, chosen = Recommender.load(trained.index), Recommender.load(tmp_path / "index")
+    history = exact.catalogue.items["item_id"][:7].to_list()
+    one, two = (served.recommend(history, k=100) for served in (exact, chosen))
+    assert len({row["item_id"] for row in one} & {row["item_id"] for row in two}) >= 80
+    recsys("export-index", *of, "--output", tmp_path / "blind", "--measured", 0)  # without queries of users
+    assert read_manifest(tmp_path / "blind", "index", "")["tried"]
+    assert isinstance(Recommender.load(tmp_path / "blind").index, Faiss)
+
+
 def test_a_retriever_of_other_data_is_refused(trained: Run, alien: Run, tmp_path: Path) -> None:
     assert Dataset(alien.data).num_items == Dataset(trained.data).num_items - 1
     of = ("--retriever", trained.retriever, "--data", alien.data, "--output", tmp_path / "index")

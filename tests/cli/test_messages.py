@@ -154,6 +154,11 @@ ROWS = [
     Wrong(RECOMMEND, "users is 1000.0", "a list of text", "recommend --help", ("k: 5", "users: 1e3")),
     Wrong("evaluate --split tset", "--split is 'tset'", "mean test.*val", "evaluate --help"),
     Wrong("evaluate --plots maybe", "--plots is 'maybe'", "a boolean", "evaluate --help"),
+    Wrong("export-index --index Auto --index.recall 1.5", r"recall is 1\.5", "above 0 and at most 1", r"set recall to 0\.95"),
+    Wrong("export-index --index Auto --index.memory_gb=-2", r"memory_gb is -2", "above 0, or null", "set memory_gb to 2"),
+    Wrong("export-index --index Auto --index.recal 0.9", "recal is not an option of Auto", "did you mean recall", "index.help"),
+    Wrong("export-index --index Faiss --index.train_on 0", "train_on is 0", "at least 1, or null", "set train_on to"),
+    Wrong("export-index --index Faiss --index.k_factor 0", "k_factor is 0", "at least 1", "set k_factor to 4"),
     Wrong("simulate --size big", "--size is 'big'", "demo, ml-20m", "simulate --help"),
 ]  # fmt: skip
 

@@ -21,8 +21,7 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens, Table
 from recsys2stage.data.split import GlobalTime, LeaveOneOut
-from recsys2stage.mining.mine import excluded_items
-from recsys2stage.options import Part, RequestTime
+from recsys2stage.options import RequestTime
 
 USERS, ITEMS = 40, 25
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -223,16 +222,6 @@ def test_train_counts_and_cold_items(dataset: Dataset) -> None:
     assert dataset.train_counts.tolist() == counts.tolist()
     assert not counts[dataset.cold].any()
     assert dataset.cold.any() == bool(dataset.protocol["cold_items"])
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_what_no_list_may_show_is_what_is_known_or_withheld(dataset: Dataset, split: Part) -> None:
-    users = dataset.users(split)
-    known, excluded = dataset.filtered_items(users, split), excluded_items(dataset, users, split)
-    for row in range(len(users)):
-        own = known.values[known.offsets[row] : known.offsets[row + 1]].tolist()
-        want = own + np.flatnonzero(dataset.cold).tolist()
-        assert excluded.values[excluded.offsets[row] : excluded.offsets[row + 1]].tolist() == want
 
 
 def test_features_are_padded_with_unknown(dataset: Dataset) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pipeline_fixtures import Run
 from worlds import Event, write_movielens
 
+from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
-from recsys2stage.evaluation.baselines import Markov, Popularity
+from recsys2stage.evaluation.baselines import Baseline, Markov, Popularity
 
 SEQUENCES = {
     1: [1, 2, 3, 4, 5],  # trains on 1 2 3
@@ -36,28 +38,24 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset(folder / "data")
 
 
+def all_scores(baseline: Baseline, last: list[int]) -> np.ndarray:
+    """Scores of items 0..V."""
+    items = np.arange(baseline.size)
+    return baseline.scores(np.array(last), np.broadcast_to(items, (len(last), len(items))))
+
+
 def test_popularity_is_the_training_count(dataset: Dataset) -> None:
     counts = Counter(item for items in TRAIN for item in items)
-    scores = Popularity(dataset).scores(np.array([3, 0, 6]))
+    scores = all_scores(Popularity(dataset), [3, 0, 6])
     assert scores.shape == (3, V + 1)
     assert (scores == [0] + [counts[item] for item in range(1, V + 1)]).all()
-
-
-def test_the_same_scores_may_be_changed_for_one_user(dataset: Dataset) -> None:
-    """The caller writes −inf at each user's known items."""
-    baselines = Popularity(dataset), Markov(dataset)
-    for baseline in baselines:
-        scores = baseline.scores(np.array([1, 1]))
-        scores[0, 2] = -np.inf
-        assert np.isfinite(scores[1]).all()
-        assert np.isfinite(baseline.scores(np.array([1]))).all()
 
 
 def test_markov_counts_what_came_right_after_within_a_users_training_events(dataset: Dataset) -> None:
     pairs = Counter(pair for items in TRAIN for pair in pairwise(items))
     counts = Counter(item for items in TRAIN for item in items)
     total = sum(counts.values()) + 1
-    scores = Markov(dataset).scores(np.arange(V + 1))
+    scores = all_scores(Markov(dataset), [*range(V + 1)])
     for last in range(V + 1):
         for item in range(1, V + 1):
             expected = pairs[last, item] + counts[item] / total
@@ -65,7 +63,7 @@ def test_markov_counts_what_came_right_after_within_a_users_training_events(data
 
 
 def test_popularity_never_outweighs_a_transition_and_orders_what_is_tied(dataset: Dataset) -> None:
-    scores = Markov(dataset).scores(np.array([2, 6, 0]))[:, 1:]
+    scores = all_scores(Markov(dataset), [2, 6, 0])[:, 1:]
     assert (1 + np.argsort(-scores[0], kind="stable")).tolist()[:3] == [
         4,
         3,
@@ -81,5 +79,27 @@ def test_a_dataset_without_any_transition_leaves_popularity(tmp_path: Path) -> N
     ]
     prepare(MovieLens(write_movielens(tmp_path / "raw", events)), tmp_path / "data")
     dataset = Dataset(tmp_path / "data")  # each user trains on one event
-    scores = Markov(dataset).scores(np.array([1, 5]))
+    scores = all_scores(Markov(dataset), [1, 5])
     assert (np.argsort(-scores, kind="stable") == np.argsort(-dataset.train_counts, kind="stable")).all()
+
+
+@pytest.mark.parametrize("kind", [Popularity, Markov])
+def test_ranks_and_best_items_are_those_of_all_scores(kind: type[Baseline], trained: Run) -> None:
+    dataset = Dataset(trained.data)
+    baseline, rng, count = kind(dataset), np.random.default_rng(0), dataset.num_items
+    last = rng.integers(0, count + 1, 300)
+    last[:5] = 0
+    excluded = rng.random((300, count + 1)) < rng.choice([0, 0.1, 0.9], (300, 1))
+    excluded[7, 1:] = True
+    excluded[:, 0] = False
+    rows, values = np.nonzero(excluded)
+    ragged = Ragged(values, np.searchsorted(rows, np.arange(301)))
+    scores = all_scores(baseline, last.tolist())
+    scores[excluded] = -np.inf
+    target = rng.integers(1, count + 1, 300)
+    own = scores[np.arange(300), target]
+    assert baseline.ranks(last, target, ragged).tolist() == (scores[:, 1:] >= own[:, None]).sum(1).tolist()
+    for row, items in enumerate(baseline.top(last, ragged, 10).tolist()):
+        order = np.lexsort((np.arange(1, count + 1), -scores[row, 1:])) + 1  # ties: the lower number first
+        best = [item for item in order.tolist() if not excluded[row, item]][:10]
+        assert items == best + [-1] * (10 - len(best)), row

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from recsys2stage.evaluation.baselines import Markov, Popularity
 from recsys2stage.evaluation.evaluate import (
     TOP,
     describe,
-    excluded_from_ranking,
     protocol_line,
     rank_users,
     second_stage_rank,
@@ -31,8 +31,9 @@ from recsys2stage.evaluation.evaluate import (
     top_items,
     top_probability,
 )
+from recsys2stage.evaluation.ranked_items import RankedItems, sample_negatives
 from recsys2stage.evaluation.report import as_markdown, as_table
-from recsys2stage.metrics import KS, compute_rank
+from recsys2stage.metrics import KS
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.index import Exact
@@ -97,7 +98,7 @@ def ranks_by_hand(dataset: Dataset, recommender: Recommender, user: int) -> dict
     unmet = sorted(set(range(1, dataset.num_items + 1)) - set(history))
     ranks = {}
     for name, baseline in (("popularity", Popularity(dataset)), ("markov", Markov(dataset))):
-        scores = baseline.scores(np.array(history[-1:]))[0]
+        scores = baseline.scores(np.array(history[-1:]), np.arange(dataset.num_items + 1)[None])[0]
         ranks[name] = rank_by_hand({item: float(scores[item]) for item in unmet}, target, rounding=0)
 
     one = np.array([user])
@@ -212,7 +213,7 @@ def sampled_ranks_by_hand(
     assert not set(drawn) & set(history)
     ranks = {}
     for name, baseline in (("popularity", Popularity(dataset)), ("markov", Markov(dataset))):
-        scores = baseline.scores(np.array(history[-1:]))[0]
+        scores = baseline.scores(np.array(history[-1:]), np.arange(dataset.num_items + 1)[None])[0]
         ranks[name] = ranks_of((float(scores[item]) for item in drawn), float(scores[target]), rounding=0)
 
     one = np.array([user])
@@ -265,31 +266,72 @@ def test_a_sample_depends_on_the_seed_and_the_user_alone(dataset: Dataset, recom
         assert not np.array_equal(once.ranks[name], other.ranks[name])
 
 
-def test_a_sample_holds_the_target_and_so_many_of_the_unmet_each_as_often(rng: np.random.Generator) -> None:
+def test_a_sample_holds_so_many_of_the_unmet_each_as_often(rng: np.random.Generator) -> None:
     count, items, negatives = 3000, 40, 10
     met = [rng.choice(np.arange(1, items + 1), 8, replace=False) for _ in range(count)]
     target = np.array([items_met[0] for items_met in met])
     known = Ragged(np.concatenate([items_met[1:] for items_met in met]), np.arange(0, 7 * count + 1, 7))
-    ranked = ~excluded_from_ranking(known, target, items, np.arange(count), negatives, seed=0)
-    assert (ranked.sum(1) == negatives + 1).all()
-    assert ranked[np.arange(count), target].all()
-    assert not ranked[known.rows, known.values].any()
-    assert not ranked[:, 0].any()
+    sampled = RankedItems.of(known, target, items, np.arange(count), negatives, seed=0).negatives
+    assert sampled is not None
+    assert sampled.shape == (count, negatives)
+    ranked = np.zeros((count, items + 1), dtype=bool)
+    np.put_along_axis(ranked, sampled, values=True, axis=1)
+    assert (ranked.sum(1) == negatives).all()  # none twice
     unmet = np.ones((count, items + 1), dtype=bool)
     unmet[:, 0] = unmet[known.rows, known.values] = unmet[np.arange(count), target] = False
-    ranked[np.arange(count), target] = False
+    assert not (ranked & ~unmet).any()
     share = ranked.sum(0)[1:] / unmet.sum(0)[1:]
     assert share == pytest.approx(np.full(items, negatives / 32), abs=5 * np.sqrt(0.25 / (count * 32 / items)))
+
+
+def test_samples_are_those_that_choice_draws_from_the_unmet_items() -> None:
+    """As ever, so that reports with the same seed stay comparable."""
+    known = Ragged(np.array([1, 2, 5, 9, 3]), np.array([0, 4, 4, 5]))
+    target, users = np.array([7, 1, 3]), np.array([4, 0, 17])  # the last one's target was seen before
+    for count in (3, 100):
+        found = sample_negatives(known, target, 12, users, count, seed=3)
+        for row, user in enumerate(users.tolist()):
+            own = known.values[known.offsets[row] : known.offsets[row + 1]]
+            pool = np.setdiff1d(np.arange(1, 13), [*own, target[row]])
+            drawn = np.random.default_rng([3, user]).choice(pool, min(count, len(pool)), replace=False).tolist()
+            assert found[row].tolist() == drawn + [-1] * (count - len(drawn))
 
 
 def test_a_random_scorer_finds_ten_of_a_hundred_and_one(rng: np.random.Generator) -> None:
     count, items = 4000, 300
     target = rng.integers(1, items + 1, count)
     nothing = Ragged(np.zeros(0, dtype=np.int64), np.zeros(count + 1, dtype=np.int64))
-    excluded = excluded_from_ranking(nothing, target, items, np.arange(count), 100, seed=0)
-    scores = torch.from_numpy(np.where(excluded, -np.inf, rng.random(excluded.shape)))
-    hits = (compute_rank(scores, torch.from_numpy(target)) <= 10).double().mean()
-    assert float(hits) == pytest.approx(10 / 101, abs=4 * np.sqrt(0.09 / count))
+    pool = RankedItems.of(nothing, target, items, np.arange(count), 100, seed=0)
+    queries, vectors = rng.standard_normal((count, items)), torch.eye(items, dtype=torch.float64)  # any order
+    ranks, _, _ = pool.retriever_ranks(queries, vectors, np.zeros((count, 0), dtype=np.int64), TOP)
+    assert (ranks <= 10).mean() == pytest.approx(10 / 101, abs=4 * np.sqrt(0.09 / count))
+
+
+@pytest.mark.parametrize("negatives", [None, 100])
+def test_memory_does_not_grow_with_batch_times_catalogue(negatives: int | None) -> None:
+    """The ranks of 256 targets among 200,000 items, where (batch, catalogue) would be 51 million numbers."""
+    rows, size, rng = 256, 200_000, np.random.default_rng(0)
+    offsets = np.arange(0, 21 * 1_000, 20)
+    dataset = Dataset.__new__(Dataset)  # all that baselines read
+    dataset.manifest, dataset.offsets, dataset.train_ends = {"counts": {"items": size}}, offsets, offsets[1:]
+    dataset.items = rng.integers(1, size + 1, offsets[-1]).astype(np.int32)
+    last, target, users = rng.integers(0, size, rows), rng.integers(1, size + 1, rows), np.arange(rows)
+    seen = Ragged(rng.integers(1, size + 1, 50 * rows), np.arange(0, 50 * rows + 1, 50))
+    candidates, vectors = rng.integers(1, size + 1, (rows, 200)), torch.randn(size, 2)
+    queries = rng.standard_normal((rows, 2)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        pool = RankedItems.of(seen, target, size, users, negatives, seed=0)
+        for kind in (Popularity, Markov):
+            baseline = kind(dataset)
+            assert pool.baseline_ranks(baseline, last).shape == (rows,)
+            assert (baseline.top(last, pool.excluded, TOP) > 0).all()
+        pool.retriever_ranks(queries, vectors, candidates, TOP)
+        assert pool.holds(candidates).any()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20  # of NumPy; torch holds a block of scores
 
 
 def test_a_sampled_report_stands_beside_the_full_one_and_warns(
@@ -524,11 +566,10 @@ def test_what_is_shown_is_the_ten_best_of_a_naive_evaluation(dataset: Dataset, r
 
 def test_nobody_is_shown_what_is_not_ranked() -> None:
     scores = torch.tensor([[0.1, 0.9, -torch.inf], [-torch.inf] * 3])
-    assert top_items(scores).tolist() == [[2, 1] + [-1] * (TOP - 2), [-1] * TOP]
     listed = np.array([[7, 5, -1], [-1, -1, -1]])
     assert top_items(scores, listed).tolist() == [[5, 7] + [-1] * (TOP - 2), [-1] * TOP]
     wide = torch.arange(30.0)[None]
-    assert top_items(wide).tolist() == [list(range(30, 20, -1))]
+    assert top_items(wide, np.arange(1, 31)[None]).tolist() == [list(range(30, 20, -1))]
 
 
 def test_the_probability_of_the_first_choice() -> None:

@@ -178,10 +178,12 @@ def test_both_ways_to_count_a_window_agree(dataset: Dataset, monkeypatch: pytest
     begins, ends = np.sort(np.random.default_rng(0).integers(0, len(signal.tables["times"]), (2, 50)), axis=0)
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         counts = np.bincount(signal.tables["items"][begin:end], minlength=ITEMS + 1)
-        assert signal._by_count(begin, end).tolist() == sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
+        assert signal._count(begin, end).tolist() == sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
     one = signal.propose(asked_at(now), nobody(len(now)))
-    monkeypatch.setattr("recsys2stage.ranking.signals.popularity.LOOKS", 0)  # always count by item
-    assert np.array_equal(signal.propose(asked_at(now), nobody(len(now))), one)
+    for looks in (0, 1 / ITEMS):  # always counted by item; always by event, or, if there are none, by item
+        monkeypatch.setattr("recsys2stage.ranking.signals.popularity.LOOKS", looks)
+        signal.restore(signal.tables)  # forgets the lists
+        assert np.array_equal(signal.propose(asked_at(now), nobody(len(now))), one)
 
 
 def test_later_events_and_those_of_no_training_change_nothing(dataset: Dataset) -> None:

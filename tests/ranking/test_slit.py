@@ -59,7 +59,7 @@ def test_the_numbers_equal_least_squares(dataset: Dataset, options: dict[str, An
     numbers = signal(requests)
     for number, decay in enumerate(signal.decays):
         frequent, reach, exact = model(dataset, signal, decay)
-        weights = signal.tables[f"weights_{number}"][1:, 1:].astype(np.float64)
+        weights = signal.tables["weights"][1:, 1:, number].astype(np.float64)
         np.testing.assert_allclose(weights, exact, rtol=1e-3, atol=1e-6)  # three digits are kept
         for row, events in enumerate(histories(requests)):
             said = marked(events, decay, reach, frequent) @ weights

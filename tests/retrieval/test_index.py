@@ -261,7 +261,7 @@ def test_the_description_is_plain(tmp_path: Path) -> None:
     index.save(tmp_path)
     assert json.loads((tmp_path / "index.json").read_text()) == {
         "class": "Faiss",
-        "options": {"factory": "IVF4,Flat", "parameters": {"nprobe": 3}},
+        "options": {"factory": "IVF4,Flat", "parameters": {"nprobe": 3}, "train_on": None, "k_factor": 1},
     }
 
 

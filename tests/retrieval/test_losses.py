@@ -27,7 +27,7 @@ from recsys2stage.retrieval.losses import (
     Uniform,
     blocks,
 )
-from recsys2stage.retrieval.losses.negatives import SampledNegatives, log_share
+from recsys2stage.retrieval.losses.negatives import LogShares, SampledNegatives
 from recsys2stage.retrieval.objectives import NextItem
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import History
@@ -83,7 +83,7 @@ def test_info_nce_is_its_definition(targets: list[int], temperature: float) -> N
     picked = torch.tensor(targets)
     queries, table = unit(len(picked), D), unit(V + 1, D)
     counts = torch.randint(0, 90, (V + 1,))
-    log_popularity = log_share(counts)
+    log_popularity = LogShares()(torch.arange(len(counts)), counts)
     loss = InfoNCE(temperature)
     got = of_both(lambda q, v: loss(q, asked(picked), catalogue(v, counts)), queries, table)
     want = of_both(lambda q, v: info_nce(q, picked, v, log_popularity, temperature), queries, table)

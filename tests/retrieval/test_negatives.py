@@ -20,7 +20,7 @@ from recsys2stage.retrieval.losses import (
     Targets,
     Uniform,
 )
-from recsys2stage.retrieval.losses.negatives import SampledNegatives, log_share
+from recsys2stage.retrieval.losses.negatives import LogShares, SampledNegatives
 from recsys2stage.retrieval.losses.schedule import Schedule
 
 V = 6
@@ -49,7 +49,7 @@ def drawn(negatives: Negatives, places: Targets, last_times: Tensor | None = Non
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_popularity_is_a_power_of_one_more_than_the_count(alpha: float) -> None:
     weight = [(int(count) + 1) ** alpha for count in COUNTS[1:]]
-    share = log_share(COUNTS, alpha)
+    share = LogShares(alpha)(torch.arange(V + 1), COUNTS)
     assert share[1:].exp().tolist() == pytest.approx([w / sum(weight) for w in weight])
     assert share[0] == -math.inf, "padding is never drawn"
 
@@ -164,7 +164,7 @@ def test_a_share_of_nothing_is_in_batch() -> None:
 
 def test_expected_draws_are_what_draws_come_to_on_average() -> None:
     """Answers drawn from q: over many batches each item comes as often as expected."""
-    share = log_share(COUNTS).exp()
+    share = LogShares()(torch.arange(V + 1), COUNTS).exp()
     for negatives in (InBatch(), Mixed(share=0.3), Uniform(20, "batch")):
         total = torch.zeros(V + 1, dtype=torch.float64)
         expected = torch.zeros(V + 1, dtype=torch.float64)

@@ -15,7 +15,6 @@ import torch
 from http_client import served
 from pipeline_fixtures import Run
 
-from recsys2stage.ranking import stages
 from recsys2stage.ranking.histories import pad_events
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
@@ -439,7 +438,9 @@ def test_filters_of_a_large_batch_reach_the_generators_in_parts(
         allow = engine.features.ids[number::2] if number % 3 else None
         requests.append(RecommendRequest.model_validate({"history": history, "request_time": newest, "allow": allow}))
     whole = [result.fields for result in engine.compute(requests) if isinstance(result, Result)]
-    monkeypatch.setattr(stages, "MAX_LEFT_OUT", 1)
+    monkeypatch.setattr("recsys2stage.ranking.signals.base.MAX_LEFT_OUT", 1)
+    for signal in engine.recommender.proposers:  # as one's own signals are
+        monkeypatch.setattr(type(signal), "reads_allowed", False)
     parts = [result.fields for result in engine.compute(requests) if isinstance(result, Result)]
     assert len(whole) == 7
     assert parts == whole

@@ -49,6 +49,17 @@ def test_requests_are_the_histories_before_the_test_target(load: ModuleType, cyc
         assert str(int(history["items"][-1]) % 40 + 1) in targets
 
 
+def test_returning_users_are_named(load: ModuleType, cycle: Path) -> None:
+    dataset = Dataset(cycle)
+    ids = set(pl.read_parquet(cycle / "users.parquet")["user_id"].cast(pl.String))
+    requests = load.returning(cycle, 1_000)
+    assert {request["user_id"] for request in requests} == ids
+    assert len(requests) == len(ids)
+    longest = int((dataset.offsets[1:] - dataset.offsets[:-1]).max())
+    assert load.returning(cycle, 1_000, longest) == requests
+    assert load.returning(cycle, 1_000, 0) == []
+
+
 def test_an_open_loop_counts_the_time_that_requests_wait(load: ModuleType) -> None:
     """At twice the rate that the service can take, the last request waits for half of the time."""
     start = time.perf_counter()
@@ -65,13 +76,16 @@ def test_a_closed_loop_sends_when_it_is_answered(load: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_benchmark(trained: Run, tmp_path: Path) -> None:
-    words = ("--bundle", trained.bundle, "--data", trained.data, "--seconds", "1", "--connections", "2")
+@pytest.mark.parametrize("users", [[], ["--returning", "--users", "20"]], ids=["histories", "returning"])
+def test_the_whole_benchmark(trained: Run, tmp_path: Path, users: list[str]) -> None:
+    words = ("--bundle", trained.bundle, "--data", trained.data, "--seconds", "1", "--connections", "1", *users)
     command = [sys.executable, BENCHMARKS / "serve.py", *words, "--rates", "20", "--output", tmp_path / "out.json"]
     subprocess.run([str(word) for word in command], check=True, env={"PYTHONPATH": str(BENCHMARKS.parent)})
     facts = json.loads((tmp_path / "out.json").read_text())
-    assert [load["load"] for load in facts["loads"]] == ["2 connections", "20/s"]
+    assert [load["load"] for load in facts["loads"]] == ["1 connections", "20/s"]
     assert facts["saturation"] > 0
+    assert facts["loads"][0]["added_ms"] > 0
+    assert facts["loads"][1]["added_ms"] is None
     for one in facts["loads"]:
         assert one["errors"] == {}
         assert 0 < one["p50_ms"] <= one["p95_ms"] <= one["p99_ms"]

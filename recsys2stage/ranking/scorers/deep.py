@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys2stage.options import MAX_WIDTH, check_integers
 from recsys2stage.ranking.scorers.base import RankerInputs
@@ -44,6 +45,7 @@ class Deep(nn.Module):
 
     def __init__(self, user: int, candidate: int, hidden: Sequence[int], dropout: float, outputs: int = 1) -> None:
         super().__init__()
+        self.without: frozenset[str] = frozenset()  # inputs that are always zero, of state and vectors
         check_integers("hidden", hidden, 1, MAX_WIDTH, example=(256, 128))
         # equals one layer over the concatenation, but the user part is computed once per request
         self.of_user = nn.Linear(user, hidden[0], bias=False)
@@ -62,6 +64,22 @@ class Deep(nn.Module):
 
     def forward(self, user: Float[Tensor, "B D"], candidates: Float[Tensor, "B C W"]) -> Float[Tensor, "B C N"]:
         return self.rest(self.of_user(user)[:, None] + self.of_candidate(candidates))
+
+    def of_inputs(self, inputs: RankerInputs) -> Float[Tensor, "B C N"]:
+        """`forward` of `concat_inputs`, without the concatenation and without inputs that are always zero."""
+        dim, weight = inputs.state.size(-1), self.of_candidate.weight
+        hidden = F.linear(inputs.features, weight[:, 2 * dim :], self.of_candidate.bias)
+        user = None if "state" in self.without else spread(inputs.state)
+        if "vectors" not in self.without:
+            vectors = spread(inputs.vectors)
+            if user is None:
+                hidden = hidden + F.linear(vectors, weight[:, :dim])
+            else:  # W v + P (u ∘ v) = (W + P diag(u)) v: linear in the item vector, with one matrix per request
+                of_request = weight[:, :dim] + weight[:, dim : 2 * dim] * user[:, None]
+                hidden = torch.baddbmm(hidden, vectors, of_request.transpose(1, 2))
+        if user is not None:
+            hidden = hidden + self.of_user(user)[:, None]
+        return self.rest(hidden)
 
 
 class Wide(nn.Linear):

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recsys2stage.ranking.scorers.base import RankerInputs, Scorer
-from recsys2stage.ranking.scorers.deep import Deep, Wide, concat_inputs
+from recsys2stage.ranking.scorers.deep import Deep, Wide
 
 
 class MLP(Scorer):
@@ -27,4 +27,4 @@ class MLP(Scorer):
         self.wide = Wide(num_features)
 
     def forward(self, inputs: RankerInputs) -> Float[Tensor, "B C"]:
-        return self.deep(*concat_inputs(inputs)).squeeze(-1) + self.wide(inputs.features)
+        return self.deep.of_inputs(inputs).squeeze(-1) + self.wide(inputs.features)

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from recsys2stage.artifacts import read_array, read_json
-from recsys2stage.data.batches import Padded, Ragged, newest_first
+from recsys2stage.data.batches import Padded, Ragged, in_chunks, newest_first
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.options import check_integer
 from recsys2stage.trust import class_name, factory
 
 MAX_CANDIDATES = 1 << 20  # per request
+MAX_LEFT_OUT = 1 << 22  # exclusions that are passed to a candidate generator at once
 FOLDER, DESCRIPTION = "signals", "signals.json"  # in a folder of mined lists or a bundle
 
 
@@ -31,6 +32,7 @@ class Requests(NamedTuple):
     request_time: np.ndarray  # (B,) int64 seconds; the time of the newest event where no request time is given
     vectors: np.ndarray  # (V + 1, D) float32, the retriever's item vectors, row 0 zero
     queries: np.ndarray  # (B, D) float32, the retriever's query vectors
+    allowed: np.ndarray | None = None  # (B, V) bool, items that may be proposed; None: all
 
     def newest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Items and times of the newest `count` events, newest first, (B, count) int64 each; padded with 0."""
@@ -98,13 +100,17 @@ class Proposer(Signal):
         candidates: number of items proposed for each request; 0: none.
     """
 
+    # whether `propose` reads `Requests.allowed`; if not, all items that are not allowed are passed as excluded ones,
+    # which takes time and memory in proportion to the catalogue
+    reads_allowed: ClassVar[bool] = False
+
     def __init__(self, candidates: int = 0) -> None:
         check_integer("candidates", candidates, 0, MAX_CANDIDATES, example=50)  # 0: none
         self.candidates = candidates
 
     @abstractmethod
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
-        """Top `candidates` items that are not excluded, best first, (B, candidates) int64; padded with −1.
+        """Top `candidates` items that are allowed and not excluded, best first, (B, candidates) int64; padded with −1.
 
         `requests.items` is ignored.
         """
@@ -120,6 +126,27 @@ def is_excluded(items: np.ndarray, excluded: Ragged, size: int) -> np.ndarray:
     queries = np.arange(len(items))[:, None] * size + items
     index = np.searchsorted(keys, queries).clip(max=max(len(keys) - 1, 0))
     return (items <= 0) | (keys[index] == queries if len(keys) else False)
+
+
+def propose_excluding(signal: Proposer, requests: Requests, excluded: Ragged) -> np.ndarray:
+    """What a signal proposes that does not read `requests.allowed`: for it, items that are not allowed are excluded."""
+    assert requests.allowed is not None
+    parts, (count, size) = [], requests.allowed.shape
+    for part in in_chunks(count, max(1, MAX_LEFT_OUT // size)):  # at most so many exclusions at once
+        begin, end = excluded.offsets[part.start], excluded.offsets[part.stop]
+        row, item = np.nonzero(~requests.allowed[part])
+        rows = np.concatenate([excluded.rows[begin:end] - part.start, row])
+        items = np.concatenate([excluded.values[begin:end], item + 1])[np.argsort(rows, kind="stable")]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=part.stop - part.start))])
+        own = requests._replace(
+            items=requests.items[part],
+            history=requests.history.take(part),
+            request_time=requests.request_time[part],
+            queries=requests.queries[part],
+            allowed=None,
+        )
+        parts.append(signal.propose(own, Ragged(items, offsets)))
+    return np.concatenate(parts)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -153,6 +180,7 @@ def load_signals(folder: Path) -> list[Signal]:
         except Exception as error:  # options are untrusted; a constructor may raise anything
             raise ValueError(f"{path} has a {spec['class_path']} with other options ({error})") from error
         files = sorted(folder.glob(f"{number}.*.npy"))
-        signal.restore({file.name.split(".")[1]: read_array(file) for file in files})
+        # plain views of the mapped files: each operation on a np.memmap itself makes another Python object
+        signal.restore({file.name.split(".")[1]: np.asarray(read_array(file)) for file in files})
         signals.append(signal)
     return signals

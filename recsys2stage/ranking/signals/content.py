@@ -43,6 +43,7 @@ class Content(Proposer):
         classes: number of most frequent classes of a categorical or multi-valued feature that get columns.
     """
 
+    reads_allowed = True
     names, counted = ("cosine", "cosine_popular"), ("cosine_popular",)
 
     def __init__(self, candidates: int = 0, rare: int = 0, ridge: float = 30.0, classes: int = 1000) -> None:
@@ -51,6 +52,7 @@ class Content(Proposer):
         check_integer("rare", rare, 0, example=5)
         check_integer("classes", classes, 1, example=1000)
         self.rare, self.ridge, self.classes = rare, ridge, classes
+        self._rare: np.ndarray | None = None  # vectors of the rare items
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         if not dataset.item_features:
@@ -62,31 +64,40 @@ class Content(Proposer):
         features = [np.ones((len(counts), 1)), *(columns(f, counts, self.classes) for f in dataset.item_features)]
         log = np.log1p(counts.astype(np.float64))
         popular = standardised(log, counts > 0)[:, None]
-        self.tables = {
+        tables = {
             "vectors": _leave_one_out(features, log, vectors, self.ridge),
             "vectors_popular": _leave_one_out([*features, popular, popular**2, popular**3], log, vectors, self.ridge),
             "rare": 1 + np.flatnonzero(counts[1:] <= self.rare),
         }
+        self.restore(tables)
+
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        super().restore(tables)
+        self._rare = None
 
     def __call__(self, requests: Requests) -> np.ndarray:
         items, queries = requests.items.clip(min=PAD), self._queries(requests)
-        both = [np.asarray(self.tables[name])[items] for name in ("vectors", "vectors_popular")]
-        cosines = np.stack([np.einsum("bd,bcd->bc", queries, vectors) for vectors in both], axis=-1)
-        return np.where(items[..., None] > 0, cosines, np.float32(0))
+        values = np.empty((*items.shape, 2), dtype=np.float32)
+        for number, name in enumerate(("vectors", "vectors_popular")):
+            values[..., number] = np.matmul(self.tables[name][items], queries[..., None])[..., 0]
+        values[items == 0] = 0
+        return values
 
     def _queries(self, requests: Requests) -> np.ndarray:
         return unit(requests.queries) * (np.asarray(requests.history.lengths) > 0)[:, None].astype(np.float32)
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
-        rare, queries = np.asarray(self.tables["rare"]), self._queries(requests)
-        vectors, size = np.asarray(self.tables["vectors"]), len(self.tables["vectors"])
+        rare, queries = self.tables["rare"], self._queries(requests)
+        if self._rare is None:  # a table of their own: gathering them takes longer than scoring them
+            self._rare = self.tables["vectors"][rare]
         proposals = np.zeros((len(queries), self.candidates), dtype=np.int64)
         for begin in range(0, len(queries), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)
-            scores = queries[rows] @ vectors[rare].T
+            scores = queries[rows] @ self._rare.T
             scores[np.asarray(requests.history.lengths)[rows] == 0] = -np.inf
             own = slice_rows(excluded, begin, begin + len(scores))
-            proposals[rows] = top_by_score(scores, rare, own, size, self.candidates)
+            allowed = None if requests.allowed is None else requests.allowed[rows]
+            proposals[rows] = top_by_score(scores, rare, own, self.candidates, allowed)
         return proposals
 
 

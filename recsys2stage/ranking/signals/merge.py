@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recsys2stage.ranking.lists import NONE, without_repeats
+from recsys2stage.ranking.lists import NONE
+from recsys2stage.ranking.signals.keys import item_marks
 
 
 def merge(sources: Sequence[np.ndarray], k: int) -> np.ndarray:
@@ -17,12 +18,20 @@ def merge(sources: Sequence[np.ndarray], k: int) -> np.ndarray:
     Returns:
         (B, k) items, padded with −1.
     """
-    depth = max(items.shape[1] for items in sources)
-    padded = [np.pad(items, ((0, 0), (0, depth - items.shape[1])), constant_values=NONE) for items in sources]
-    interleaved = without_repeats(np.stack(padded, axis=2).reshape(len(padded[0]), -1))
-    first = np.argsort(interleaved == NONE, axis=1, kind="stable")[:, :k]
-    merged = np.take_along_axis(interleaved, first, axis=1)
-    return np.pad(merged, ((0, 0), (0, k - merged.shape[1])), constant_values=NONE)
+    depth, batch = max(items.shape[1] for items in sources), len(sources[0])
+    interleaved = np.full((batch, depth, len(sources)), NONE, dtype=np.int64)
+    for source, items in enumerate(sources):
+        interleaved[:, : items.shape[1], source] = items
+    merged, place = np.full((batch, k), NONE, dtype=np.int64), np.arange(depth * len(sources))
+    with item_marks(1 + int(interleaved.max(initial=0))) as marks:
+        for row, all_items in enumerate(interleaved.reshape(batch, -1)):
+            items = all_items[all_items > 0]
+            own = place[: len(items)]
+            marks[items[::-1]] = own[::-1]  # of equal items the first one is written last
+            items_once = items[marks[items] == own][:k]
+            marks[items] = 0
+            merged[row, : len(items_once)] = items_once
+    return merged
 
 
 def reciprocal_ranks(items: np.ndarray, sources: Sequence[np.ndarray], size: int) -> np.ndarray:
@@ -33,14 +42,13 @@ def reciprocal_ranks(items: np.ndarray, sources: Sequence[np.ndarray], size: int
         sources: (B, K) items of each source, best first, padded with −1.
         size: V + 1.
     """
-    row = np.arange(len(items))[:, None] * size
-    out = np.zeros((*items.shape, len(sources)), dtype=np.float32)
-    for source, candidates in enumerate(sources):
-        real = candidates > 0
-        keys, rank = (row + candidates)[real], np.nonzero(real)[1] + 1
-        order = np.argsort(keys)
-        keys, rank = keys[order], rank[order]
-        if len(keys):
-            index = np.searchsorted(keys, row + items).clip(max=len(keys) - 1)
-            out[:, :, source] = np.where((keys[index] == row + items) & (items > 0), 1 / rank[index], 0)
-    return out
+    items, ranks = np.maximum(items, 0), np.zeros((*items.shape, len(sources)), dtype=np.float32)
+    with item_marks(size) as marks:
+        for source, proposed in enumerate(sources):
+            rank = np.arange(1, proposed.shape[1] + 1)
+            for row, (own, candidates) in enumerate(zip(items, np.maximum(proposed, 0), strict=True)):
+                marks[candidates] = rank
+                marks[0] = 0
+                ranks[row, :, source] = marks[own]
+                marks[candidates] = 0
+    return np.divide(1, ranks, out=ranks, where=ranks > 0)

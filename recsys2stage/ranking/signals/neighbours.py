@@ -6,7 +6,8 @@ from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.options import MAX_LENGTH, check_integer, check_number
 from recsys2stage.ranking.signals.base import Proposer, Requests, unit
-from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_sum
+from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, item_marks, slice_rows, top_by_sum
+from recsys2stage.ranking.signals.nearest import nearest_vectors
 
 NUMBERS_IN_FLIGHT = 1 << 22  # array elements per block
 
@@ -25,41 +26,40 @@ class Neighbours(Proposer):
         history: number of newest events to use.
         count: number of nearest items stored per item.
         decay: weight of an event relative to the next newer one.
+        exact: largest catalogue whose nearest items are found by comparing all pairs. In a larger one they are looked
+            for in the 32 nearest of √V clusters, which takes minutes instead of hours for a million items and misses
+            some.
     """
 
+    reads_allowed = True
     by_id = True
     names = ("cosine_newest", "cosine_max", "cosine_best_3", "cosine_mean", "neighbours_seen")
 
-    def __init__(self, candidates: int = 0, history: int = 10, count: int = 20, decay: float = 0.8) -> None:
+    def __init__(
+        self, candidates: int = 0, history: int = 10, count: int = 20, decay: float = 0.8, exact: int = 100_000
+    ) -> None:
         super().__init__(candidates)
         check_integer("history", history, 1, MAX_LENGTH, example=10)
         check_integer("count", count, example=20)
         check_number("decay", decay, above=0, high=1, example=0.8)
-        self.history, self.count, self.decay = history, count, decay
+        check_integer("exact", exact, 0, example=100_000)
+        self.history, self.count, self.decay, self.exact = history, count, decay, exact
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
         vectors = unit(np.asarray(vectors))
         nonzero = np.flatnonzero(vectors.any(axis=1))  # items with a zero vector have no neighbours
         nonzero = nonzero[nonzero > 0]
-        own, width = vectors[nonzero], min(self.count, max(len(nonzero) - 1, 0))
+        width = min(self.count, max(len(nonzero) - 1, 0))
+        rows, cosine = nearest_vectors(vectors[nonzero], width, self.exact)
         nearest = np.zeros((len(vectors), width), dtype=np.int32)
         cosines = np.zeros((len(vectors), width), dtype=np.float32)
-        block = max(1, 4 * NUMBERS_IN_FLIGHT // max(len(nonzero), 1))
-        for begin in range(0, len(nonzero) if width else 0, block):  # blocks bound the memory
-            cosine = own[begin : begin + block] @ own.T
-            row = np.arange(len(cosine))
-            cosine[row, begin + row] = -np.inf
-            near = np.argpartition(cosine, -width, axis=1)[:, -width:]
-            near_cosine = np.take_along_axis(cosine, near, axis=1)
-            order = np.argsort(-near_cosine, axis=1)
-            nearest[nonzero[begin + row]] = nonzero[np.take_along_axis(near, order, axis=1)]
-            cosines[nonzero[begin + row]] = np.take_along_axis(near_cosine, order, axis=1)
+        nearest[nonzero], cosines[nonzero] = nonzero[rows], cosine
         self.tables = {"nearest": nearest, "cosines": cosines}
 
     def __call__(self, requests: Requests) -> np.ndarray:
         items, (newest, _) = requests.items.clip(min=0), requests.newest(self.history)
         values = np.zeros((*items.shape, len(self.names)), dtype=np.float32)
-        block = max(1, NUMBERS_IN_FLIGHT // max(requests.vectors.shape[1] * items.shape[1], len(requests.vectors)))
+        block = max(1, NUMBERS_IN_FLIGHT // max(requests.vectors.shape[1] * items.shape[1], 1))
         for begin in range(0, len(items), block):
             rows = slice(begin, begin + block)
             values[rows, :, :4] = self._cosines(requests.vectors, items[rows], newest[rows])
@@ -69,23 +69,33 @@ class Neighbours(Proposer):
 
     def _cosines(self, vectors: np.ndarray, items: np.ndarray, newest: np.ndarray) -> np.ndarray:
         """Cosine to the newest item, maximum, mean of the top 3 and mean, (B, C, 4)."""
-        cosine = unit(vectors[items]) @ unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
+        own = vectors[items]
+        length = np.sqrt(np.einsum("bcd,bcd->bc", own, own))[..., None]
+        cosine = own @ unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
+        cosine /= np.where(length > 0, length, 1)
         real = newest > 0
         nonempty = np.any(real, axis=1)[:, None]
         number = np.maximum(real.sum(axis=1), 1)[:, None]
-        mean = cosine.sum(axis=2) / number  # missing events have zero vectors
-        ordered = -np.sort(-np.where(real[:, None], cosine, -np.inf), axis=2)[..., :3]
-        three = np.where(np.isfinite(ordered), ordered, 0).sum(axis=2) / np.minimum(number, 3)
-        return np.stack([cosine[..., 0], np.where(nonempty, ordered[..., 0], 0), three, mean], axis=-1)
+        values = np.empty((*items.shape, 4), dtype=np.float32)
+        values[..., 0] = cosine[..., 0]
+        values[..., 3] = cosine.sum(axis=2) / number  # missing events have zero vectors
+        cosine[np.broadcast_to(~real[:, None], cosine.shape)] = -np.inf
+        cosine.sort(axis=2)
+        best = cosine[..., :-4:-1]
+        values[..., 1] = np.where(nonempty, best[..., 0], 0)
+        values[..., 2] = np.where(np.isfinite(best), best, 0).sum(axis=2) / np.minimum(number, 3)
+        return values
 
     def _seen(self, items: np.ndarray, history: np.ndarray, size: int) -> np.ndarray:
         """Share of each item's nearest items that occur in the history, (B, C)."""
-        nearest = np.asarray(self.tables["nearest"])
-        row = np.arange(len(items))[:, None]
-        seen = np.zeros((len(items), size), dtype=bool)  # for a few requests: a bitmap look-up is faster than a search
-        seen[row, history] = True
-        seen[:, 0] = False
-        return seen[row[..., None], nearest[items]].sum(axis=2) / max(nearest.shape[1], 1)
+        nearest, share = self.tables["nearest"], np.empty(items.shape)
+        with item_marks(size) as marks:
+            for row, (own, events) in enumerate(zip(items, history, strict=True)):
+                marks[events] = 1
+                marks[0] = 0
+                share[row] = marks[nearest[own]].sum(axis=1)
+                marks[events] = 0
+        return share / max(nearest.shape[1], 1)
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
         newest, _ = requests.newest(self.history)
@@ -98,5 +108,6 @@ class Neighbours(Proposer):
             rows = np.broadcast_to(np.arange(len(items))[:, None, None], near.shape)
             real = scores > 0  # items with a negative cosine are no neighbours
             own = slice_rows(excluded, begin, begin + len(items))
-            parts.append(top_by_sum(rows[real], near[real], scores[real], own, len(nearest), self.candidates))
+            allowed = None if requests.allowed is None else requests.allowed[begin : begin + len(items)]
+            parts.append(top_by_sum(rows[real], near[real], scores[real], own, len(nearest), self.candidates, allowed))
         return np.concatenate([*parts, np.zeros((0, self.candidates), np.int64)])

@@ -34,6 +34,7 @@ class OtherRetriever(Proposer):
         candidates: number of items proposed for each request; 0: none.
     """
 
+    reads_allowed = True
     by_id = True
     names = ("score",)
 
@@ -90,7 +91,7 @@ class OtherRetriever(Proposer):
 
     def __call__(self, requests: Requests) -> np.ndarray:
         vectors, items = np.asarray(self.tables["vectors"]), requests.items.clip(min=0)
-        score = np.einsum("bd,bcd->bc", self._queries(requests), vectors[items])
+        score = np.matmul(vectors[items], self._queries(requests)[..., None])[..., 0]
         return np.where(items > 0, score, np.float32(0))[..., None]
 
     @torch.inference_mode()
@@ -110,13 +111,15 @@ class OtherRetriever(Proposer):
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
         vectors, queries = np.asarray(self.tables["vectors"]), self._queries(requests)
+        items = np.arange(len(vectors))
         proposals = np.zeros((len(queries), self.candidates), dtype=np.int64)
         for begin in range(0, len(queries), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)
             scores = queries[rows] @ vectors.T
             scores[np.asarray(requests.history.lengths)[rows] == 0] = -np.inf
             own = slice_rows(excluded, begin, begin + len(scores))
-            proposals[rows] = top_by_score(scores, np.arange(len(vectors)), own, len(vectors), self.candidates)
+            allowed = None if requests.allowed is None else requests.allowed[rows]
+            proposals[rows] = top_by_score(scores, items, own, self.candidates, allowed)
         return proposals
 
 

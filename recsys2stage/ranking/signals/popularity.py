@@ -9,11 +9,12 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.options import check_integers
 from recsys2stage.ranking.lists import NONE
 from recsys2stage.ranking.signals.base import Proposer, Requests
-from recsys2stage.ranking.signals.keys import END, batched_searchsorted
+from recsys2stage.ranking.signals.keys import item_marks
 from recsys2stage.retrieval.encoders.times import DAY, WEEK
 
 HOUR = 3_600
 LOOKS = 32  # events per item in a window from which counting by item is faster than counting by event
+KEPT = 1 << 21  # items in the lists of windows that are kept, 4 bytes each
 
 
 class PopularityAsOf(Proposer):
@@ -38,12 +39,14 @@ class PopularityAsOf(Proposer):
         trending: the window used for `trend` and for ranking the proposals.
     """
 
+    reads_allowed = True
     reads_times = True
 
     def __init__(
         self, candidates: int = 0, windows: Sequence[int] = (DAY, WEEK, 30 * DAY, 365 * DAY), trending: int = WEEK
     ) -> None:
         super().__init__(candidates)
+        self._lists: dict[tuple[int, int], np.ndarray] = {}  # ranks of events -> items
         check_integers("windows", windows, example=(DAY, WEEK))
         self.windows, self.trending = list(windows), trending
         if self.windows != sorted(set(self.windows)):
@@ -75,79 +78,95 @@ class PopularityAsOf(Proposer):
         base = len(times) + 1
         keys = np.sort(items.astype(np.int64) * base + np.searchsorted(times, times))
         starts = np.searchsorted(keys, np.arange(dataset.num_items + 2) * base)
-        self.tables = {"times": times, "items": items, "keys": keys, "starts": starts}
+        self.restore({"times": times, "items": items, "keys": keys, "starts": starts})
+
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        super().restore(tables)
+        self._lists.clear()
 
     def __call__(self, requests: Requests) -> np.ndarray:
         times, keys, starts = (np.asarray(self.tables[name]) for name in ("times", "keys", "starts"))
         items, now, base = requests.items.clip(min=0), requests.request_time, len(times) + 1
-        older = np.searchsorted(times, now[:, None] - np.array([0, *self.windows]))  # (B, 1 + windows) ranks
-        index = self._key_index(items, older)
-        begins = starts[items]
-        total = index[..., 0] - begins
-        counts = np.concatenate([index[..., :1] - index[..., 1:], total[..., None]], axis=-1)
+        older = np.searchsorted(times, now[:, None] - np.array([*self.windows[::-1], 0]))  # (B, windows + 1) ranks
+        # the index of each item's first event with at least each of these ranks; ascending, if the items are
+        index = np.searchsorted(keys, items[..., None] * base + older[:, None])  # (B, C, windows + 1)
+        begins, ends = starts[items], index[..., -1]
+        total, number = ends - begins, len(self.windows)
 
+        values = np.empty((*items.shape, number + 4), dtype=np.float32)
+        values[..., :number] = np.log1p(ends[..., None] - index[..., -2::-1])
+        values[..., number] = np.log1p(total)
         # ranks of the first and of the newest event; arbitrary for items without events
         first = keys[begins.clip(max=len(keys) - 1)] % base
-        newest = keys[(index[..., 0] - 1).clip(min=0)] % base
-        window = self.windows.index(self.trending)
-        since = np.maximum(older[:, :1] - first, 1)
-        usual = total * np.minimum((older[:, :1] - older[:, 1 + window, None]) / since, 1)
-        trend = np.log1p(counts[..., window]) - np.log1p(usual)
-        age = np.where(total > 0, now[:, None] - times[first], 0)
-        gap = now[:, None] - np.where(total > 0, times[newest], times[0])
-        values = [np.log1p(counts), np.stack([trend, np.log1p(age), np.log1p(gap.clip(min=0))], axis=-1)]
-        return np.where(items[..., None] > 0, np.concatenate(values, axis=-1), 0).astype(np.float32)
-
-    def _key_index(self, items: np.ndarray, older: np.ndarray) -> np.ndarray:
-        """Index in `keys` of each item's first event with at least each rank of `older`, (B, C, ranks)."""
-        queries = items[..., None] * (len(self.tables["times"]) + 1) + older[:, None, :]
-        return batched_searchsorted(np.asarray(self.tables["keys"]), queries)
+        newest = keys[(ends - 1).clip(min=0)] % base
+        window, now = self.windows.index(self.trending), now[:, None]
+        since = np.maximum(older[:, -1:] - first, 1)
+        usual = total * np.minimum((older[:, -1:] - older[:, -2 - window, None]) / since, 1)
+        values[..., -3] = np.log1p(ends - index[..., -2 - window]) - np.log1p(usual)
+        some = total > 0
+        values[..., -2] = np.log1p(np.where(some, now - times[first], 0))
+        values[..., -1] = np.log1p((now - np.where(some, times[newest], times[0])).clip(min=0))
+        values[items == 0] = 0
+        return values
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
         hour = requests.request_time - requests.request_time % HOUR
         times, size = np.asarray(self.tables["times"]), len(self.tables["starts"]) - 1
-        ends = np.searchsorted(times, hour)
+        windows, ends = self.windows[self.windows.index(self.trending) :], np.searchsorted(times, hour)
+        begins = np.zeros((len(hour), len(windows) + 1), dtype=np.int64)  # the last window is all time
+        begins[:, :-1] = np.searchsorted(times, hour[:, None] - np.array(windows))
         proposals = np.full((len(hour), self.candidates), NONE, dtype=np.int64)
-        filled = np.zeros(len(hour), dtype=np.int64)  # proposals of each request so far
-        taken = np.append(excluded.rows * size + excluded.values, END)  # keys of excluded and proposed items
-        for window in [*self.windows[self.windows.index(self.trending) :], None]:
-            rows = np.flatnonzero(filled < self.candidates)
-            begins = np.zeros_like(ends) if window is None else np.searchsorted(times, hour - window)
-            depth = self.candidates + np.diff(excluded.offsets) + filled  # deep enough for `candidates` new items
-            ranked = self._ranked(begins[rows], ends[rows], depth[rows])
-            row = rows[ranked.rows]
-            keys = row * size + ranked.values
-            taken.sort()
-            new = taken[np.searchsorted(taken, keys)] != keys
-            row, keys = row[new], keys[new]
-            column = filled[row] + np.arange(len(row)) - np.searchsorted(row, row)
-            fits = column < self.candidates
-            row, column, keys = row[fits], column[fits], keys[fits]
-            proposals[row, column] = keys % size
-            filled += np.bincount(row, minlength=len(filled))
-            taken = np.concatenate([taken, keys])
+        with item_marks(size) as marks:
+            for row, (own, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+                left_out = excluded.values[excluded.offsets[row] : excluded.offsets[row + 1]]
+                marks[left_out] = 1
+                allowed = None if requests.allowed is None else requests.allowed[row]
+                filled = 0
+                for begin in own:
+                    if filled == self.candidates:
+                        break
+                    ranked, depth = self._by_count(begin, end), self.candidates + len(left_out) + filled
+                    while True:  # only the first ones are looked at; where few are allowed, more of them
+                        first = ranked[:depth]
+                        eligible = marks[first] == 0
+                        if allowed is not None:
+                            eligible &= allowed[first - 1]
+                        new = first[eligible][: self.candidates - filled]
+                        if len(new) == self.candidates - filled or depth >= len(ranked):
+                            break
+                        depth *= 4
+                    marks[new] = 1
+                    proposals[row, filled : filled + len(new)] = new
+                    filled += len(new)
+                marks[left_out] = marks[proposals[row, :filled]] = 0
         return proposals
 
-    def _ranked(self, begins: np.ndarray, ends: np.ndarray, depth: np.ndarray) -> Ragged:
-        """Items of the events begins[b] .. ends[b] - 1, most frequent first, at most depth[b] per row."""
-        base = len(self.tables["times"]) + 1
-        distinct, inverse = np.unique(begins * base + ends, return_inverse=True)  # one per hour
-        deepest = np.zeros(len(distinct), dtype=np.int64)
-        np.maximum.at(deepest, inverse, depth)
-        bounds = zip(*np.divmod(distinct, base), deepest, strict=True)
-        lists = [self._by_count(int(begin), int(end))[:count] for begin, end, count in bounds]
-        offsets = np.cumsum([0, *map(len, lists)])
-        index = spans(offsets[inverse], np.minimum(offsets[inverse] + depth, offsets[inverse + 1]))
-        return Ragged(np.concatenate([*lists, np.zeros(0, np.int64)])[index.values], index.offsets)
-
     def _by_count(self, begin: int, end: int) -> np.ndarray:
-        """Items of the events with ranks begin .. end - 1, most frequent first, (n,) int64."""
-        size = len(self.tables["starts"]) - 1
-        if end - begin < LOOKS * size:
-            counts = np.bincount(self.tables["items"][begin:end], minlength=size)
+        """Items of the events with ranks begin .. end - 1, most frequent first, (n,) int32.
+
+        The lists of the last windows are kept: the requests of an hour share them.
+        """
+        lists = self._lists
+        ranked = lists.get((begin, end))
+        if ranked is None:
+            ranked = self._count(begin, end)
+            if len(ranked) + sum(map(len, list(lists.values()))) > KEPT:
+                lists.clear()
+            lists[begin, end] = ranked
+        return ranked
+
+    def _count(self, begin: int, end: int) -> np.ndarray:
+        events, size = end - begin, len(self.tables["starts"]) - 1
+        if LOOKS * events < size:  # a short window: nothing as long as the catalogue
+            items, counts = np.unique(self.tables["items"][begin:end], return_counts=True)
         else:
-            index = self._key_index(np.arange(size)[None], np.array([[begin, end]]))[0]
-            counts = index[:, 1] - index[:, 0]
-        items = np.flatnonzero(counts)
-        order = np.sort(counts[items] * size + (size - 1 - items))[::-1]  # more events, then the lower number
-        return size - 1 - order % size
+            if events < LOOKS * size:
+                counts = np.bincount(self.tables["items"][begin:end], minlength=size)
+            else:
+                queries = np.arange(size)[:, None] * (len(self.tables["times"]) + 1) + np.array([begin, end])
+                index = np.searchsorted(np.asarray(self.tables["keys"]), queries)
+                counts = index[:, 1] - index[:, 0]
+            items = np.flatnonzero(counts)
+            counts = counts[items]
+        order = np.sort(counts * size + (size - 1 - items))[::-1]  # more events, then the lower number
+        return (size - 1 - order % size).astype(np.int32)

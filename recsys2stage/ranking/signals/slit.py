@@ -13,7 +13,8 @@ from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
 
 NEGLIGIBLE = 0.01  # events with a smaller weight are left out of the history
-NUMBERS_IN_FLIGHT = 1 << 22  # model weights per block
+NUMBERS_IN_FLIGHT = 1 << 20  # model weights per block
+WORDS = {1: np.uint16, 2: np.uint32, 4: np.uint64, 8: np.complex128}  # as long as so many float16
 
 
 class SLIT(Proposer):
@@ -40,6 +41,7 @@ class SLIT(Proposer):
         items: number of most frequent items that have weights; memory is quadratic in it, time of `fit` cubic.
     """
 
+    reads_allowed = True
     by_id = True
 
     def __init__(
@@ -75,36 +77,63 @@ class SLIT(Proposer):
         frequent = np.sort(frequent[counts[frequent] > 0])
         row = np.zeros(len(counts), dtype=np.int32)  # row of each item in the weights; 0: none
         row[frequent] = np.arange(1, len(frequent) + 1)
-        self.tables = {"row": row}
+        # (rows, rows, models): one step finds the weights of a pair in all models. float16: three digits are more
+        # precise than the estimates
+        weights = np.zeros((len(frequent) + 1, len(frequent) + 1, len(self.decays)), dtype=np.float16)
         for number, decay in enumerate(self.decays):
             gram, targets = _moments(row[items].astype(np.int64), after, decay, self._reach(decay), len(frequent) + 1)
-            weights = np.zeros(gram.shape, dtype=np.float16)  # three digits are more precise than the estimates
             if gram[1:, 1:].any():
-                weights[1:, 1:] = _ridge(gram[1:, 1:], targets[1:, 1:], self.ridge)
-            self.tables[f"weights_{number}"] = weights
+                weights[1:, 1:, number] = _ridge(gram[1:, 1:], targets[1:, 1:], self.ridge)
+        self.restore({"row": row, "weights": weights})
+
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        if "weights" not in tables and "weights_0" in tables:  # a table for each model, as they were stored before
+            own = [tables[f"weights_{number}"] for number in range(len(self.decays))]
+            tables = {"row": tables["row"], "weights": np.stack(own, axis=2)}
+        super().restore(tables)
+        self._items = np.flatnonzero(tables["row"]) if "row" in tables else np.zeros(0, np.int64)  # of rows 1, 2, ...
 
     def _reach(self, decay: float) -> int:
         """Number of newest events that a model uses."""
         return self.history if decay == 1 else min(self.history, 1 + int(math.log(NEGLIGIBLE) / math.log(decay)))
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        row = np.asarray(self.tables["row"])
+        row = self.tables["row"]
+        longest = max(1, int(np.max(requests.history.lengths, initial=0)))
+        fades = self._fades(min(longest, max(map(self._reach, self.decays))))
         items = row[requests.items.clip(min=0)]
-        newest = row[requests.newest(max(map(self._reach, self.decays)))[0]]
-        values = np.zeros((*items.shape, len(self.decays)), dtype=np.float32)
-        for number, decay in enumerate(self.decays):
-            weights, reach = self.tables[f"weights_{number}"], self._reach(decay)
-            fade = (decay ** np.arange(reach)).astype(np.float32)
-            block = max(1, NUMBERS_IN_FLIGHT // max(reach * items.shape[1], 1))
-            for begin in range(0, len(items), block):
-                rows = slice(begin, begin + block)
-                pairs = weights[newest[rows, :reach, None], items[rows, None]]  # (B, history, C)
-                values[rows, :, number] = fade @ pairs.astype(np.float32)
+        newest = row[requests.newest(fades.shape[1])[0]]
+        values = np.zeros((*items.shape, len(fades)), dtype=np.float32)
+        block = max(1, NUMBERS_IN_FLIGHT // max(fades.numel() * items.shape[1], 1))
+        for begin in range(0, len(items), block):
+            own = slice(begin, begin + block)
+            pairs = self._pairs(newest[own], items[own]).float()  # (B, events, C · models)
+            sums = torch.matmul(fades, pairs).view(len(pairs), len(fades), items.shape[1], len(fades))
+            values[own] = sums.diagonal(dim1=1, dim2=3).numpy()
         return np.sign(values) * np.log1p(100 * np.abs(values))
 
+    def _fades(self, events: int) -> torch.Tensor:
+        """Weight of each of the newest events in each model, (models, events) float32; 0 beyond its reach."""
+        fades = torch.zeros(len(self.decays), events)
+        for fade, decay in zip(fades, self.decays, strict=True):
+            fade[: self._reach(decay)] = torch.from_numpy(decay ** np.arange(min(self._reach(decay), events)))
+        return fades
+
+    def _pairs(self, newest: np.ndarray, items: np.ndarray) -> torch.Tensor:
+        """Weights of (B, L) events for (B, C) items, by row, (B, L, C · models) float16."""
+        weights = self.tables["weights"]
+        index = (newest[..., None] * np.int64(len(weights)) + items[:, None]).reshape(-1)
+        table = weights.reshape(-1, weights.shape[2])
+        one = WORDS.get(weights.shape[2])
+        if one is None or not table.flags.c_contiguous:
+            pairs = table.take(index, axis=0)
+        else:  # all models in one word: memory is read once
+            pairs = table.view(one)[:, 0].take(index).view(np.float16)
+        return torch.from_numpy(pairs.reshape(*newest.shape, -1))
+
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
-        row = np.asarray(self.tables["row"])
-        item = np.flatnonzero(row)  # item of each row of the weights from row 1
+        row, weights = self.tables["row"], self.tables["weights"]
+        item = self._items
         newest = row[requests.newest(max(map(self._reach, self.decays)))[0]]
         proposals = np.zeros((len(newest), self.candidates), dtype=np.int64)
         for begin in range(0, len(newest), ROWS_IN_FLIGHT):
@@ -116,10 +145,11 @@ class SLIT(Proposer):
                 history, reach = np.zeros((len(inverse), len(distinct)), dtype=np.float32), self._reach(decay)
                 at = np.broadcast_to(np.arange(len(inverse))[:, None], (len(inverse), reach))
                 np.add.at(history, (at, inverse[:, :reach]), (decay ** np.arange(reach)).astype(np.float32))
-                scores += history @ self.tables[f"weights_{number}"][distinct][:, 1:].astype(np.float32)
+                scores += history @ weights[distinct, 1:, number].astype(np.float32)
             own = slice_rows(excluded, begin, begin + len(inverse))
             scores[scores <= 0] = -np.inf
-            proposals[rows] = top_by_score(scores, item, own, len(row), self.candidates)
+            allowed = None if requests.allowed is None else requests.allowed[rows]
+            proposals[rows] = top_by_score(scores, item, own, self.candidates, allowed)
         return proposals
 
 

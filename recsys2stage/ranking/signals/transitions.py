@@ -1,7 +1,7 @@
 """Transitions: item-to-item transition counts at several lags, and co-visitation with the newest items."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -9,9 +9,10 @@ from recsys2stage.data.batches import Ragged, spans
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.options import MAX_LENGTH, check_integer, check_integers, check_number
 from recsys2stage.ranking.signals.base import Proposer, Requests
-from recsys2stage.ranking.signals.keys import END, ROWS_IN_FLIGHT, batched_searchsorted, slice_rows, top_by_sum
+from recsys2stage.ranking.signals.keys import END, ROWS_IN_FLIGHT, item_marks, slice_rows, top_by_sum
 
 PAIRS_IN_FLIGHT = 1 << 24  # event pairs per block of counting
+NUMBERS_IN_FLIGHT = 1 << 20  # lifts per block
 
 
 class Transitions(Proposer):
@@ -47,6 +48,7 @@ class Transitions(Proposer):
         decay: weight of an event relative to the next newer one.
     """
 
+    reads_allowed = True
     by_id = True
 
     def __init__(
@@ -85,52 +87,88 @@ class Transitions(Proposer):
             self.tables |= {f"{part}_{name}": table for part, table in counted.items()}
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        items = requests.items.clip(min=0)
-        newest, _ = requests.newest(max(self.history, *self.lags))
-        values = np.zeros((*items.shape, len(self.names)), dtype=np.float32)
-        for number, lag in enumerate(self.lags):
-            values[..., number] = np.log(self._lift(str(lag), newest[:, lag - 1], items))
+        items, (newest, _) = requests.items.clip(min=0), requests.newest(max(self.history, *self.lags))
+        values, lags = np.zeros((*items.shape, len(self.names)), dtype=np.float32), len(self.lags)
+        before = np.concatenate([newest[:, [lag - 1 for lag in self.lags]], newest[:, : self.history]], axis=1)
         real = newest[:, : self.history] > 0
         weights = real * self.decay ** np.arange(self.history)
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1)  # the newest event has weight 1
-        excess, largest = np.zeros(items.shape), np.zeros(items.shape)  # of the lift over 1, the neutral value
-        for lag in range(self.history):
-            lift = self._lift("window", newest[:, lag], items)
-            excess += weights[:, lag, None] * (lift - 1)
-            np.maximum(largest, lift, out=largest, where=real[:, lag, None])
-        values[..., -2] = np.log1p(excess)
-        values[..., -1] = np.log(np.where(real[:, :1], largest, 1))
-        return np.where(items[..., None] > 0, values, np.float32(0))
+        block = max(1, NUMBERS_IN_FLIGHT // max(before.shape[1] * items.shape[1], 1))
+        for begin in range(0, len(items), block):
+            rows = slice(begin, begin + block)
+            lift = self._lifts(before[rows], items[rows])
+            values[rows, :, :lags] = np.log(lift[:, :lags]).swapaxes(1, 2)
+            lift = lift[:, lags:]  # (B, history, C); of missing events 1, the neutral value
+            values[rows, :, -2] = np.log1p(np.matmul(weights[rows, None], lift - 1)[:, 0])
+            largest = np.where(real[rows, :, None], lift, 0).max(axis=1)
+            values[rows, :, -1] = np.log(np.where(real[rows, :1], largest, 1))
+        values[items == 0] = 0
+        return values
 
-    def _lift(self, name: str, before: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Smoothed ratio of observed to expected counts of (B, C) items after the items (B,) `before`, 1 for item 0."""
-        keys, counts, totals, rest, least = (
-            np.asarray(self.tables[f"{part}_{name}"]) for part in ("keys", "counts", "totals", "rest", "least")
+    def _lifts(self, before: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Smoothed ratios of observed to expected counts of (B, C) items after the (B, lags + history) items `before`.
+
+        Returns:
+            (B, lags + history, C) float64; 1 for item 0.
+        """
+        expected, lags = np.asarray(self.tables["share"])[items][:, None], len(self.lags)
+        columns = {str(lag): slice(place, place + 1) for place, lag in enumerate(self.lags)}
+        columns["window"] = slice(lags, lags + self.history)
+        totals, rest, least = (
+            np.concatenate([self.tables[f"{part}_{name}"][before[:, own]] for name, own in columns.items()], axis=1)
+            for part in ("totals", "rest", "least")
         )
-        share = np.asarray(self.tables["share"])
-        queries = before[:, None] * len(share) + items
-        index = batched_searchsorted(keys, queries)
-        expected = share[items]
-        not_stored = np.minimum(rest[before, None] * expected, least[before, None])
-        observed = np.where(keys[index] == queries, counts[index], not_stored)
-        return (observed + self.alpha) / (totals[before, None] * expected + self.alpha)
+        observed = np.minimum(rest[..., None] * expected, least[..., None])  # of pairs that are not stored
+        stored = [self._stored(name, before[:, own]) for name, own in columns.items()]
+        place, start = np.arange(items.shape[1]), items.shape[1] * np.arange(before.shape[1])
+        with item_marks(len(self.tables["share"])) as marks:
+            for row, own in enumerate(items):
+                marks[own] = place + 1
+                followers, counts, lengths = zip(*itertools.chain(*(pairs(row) for pairs in stored)), strict=True)
+                column = marks[np.concatenate(followers)]  # 0: no candidate
+                found = np.flatnonzero(column)
+                at = np.repeat(start - 1, lengths)[found] + column[found]
+                observed[row].reshape(-1)[at] = np.concatenate(counts)[found]
+                same = marks[own] - 1  # the place of an item that comes twice is its last one
+                if (same != place).any():
+                    observed[row] = observed[row][:, same]
+                marks[own] = 0
+        return (observed + self.alpha) / (totals[..., None] * expected + self.alpha)
+
+    def _stored(self, name: str, before: np.ndarray) -> Callable[[int], Iterator[tuple[np.ndarray, np.ndarray, int]]]:
+        """Stored pairs of a table: a function of the row that gives the items after each of its (B, n) items `before`,
+        their counts, and their number."""
+        keys, counts = self.tables[f"keys_{name}"], self.tables[f"counts_{name}"]
+        size = len(self.tables["share"])
+        first = before * size
+        begins, ends = np.searchsorted(keys, np.stack([first, first + size])).tolist()
+        first = first.tolist()
+
+        def pairs(row: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+            for begin, end, low in zip(begins[row], ends[row], first[row], strict=True):
+                yield keys[begin:end] - low, counts[begin:end], end - begin
+
+        return pairs
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
         newest, _ = requests.newest(max(self.lags))
-        size = len(self.tables["share"])
-        parts = []
+        size, parts = len(self.tables["share"]), []
         for start in range(0, len(newest), ROWS_IN_FLIGHT):
+            own = newest[start : start + ROWS_IN_FLIGHT]
+            stored = [
+                (self._stored(str(lag), own[:, lag - 1, None]), self.tables[f"totals_{lag}"]) for lag in self.lags
+            ]
             rows, items, scores = [], [], []
-            for lag in self.lags:
-                keys, counts, totals = (self.tables[f"{part}_{lag}"] for part in ("keys", "counts", "totals"))
-                before = newest[start : start + ROWS_IN_FLIGHT, lag - 1]
-                followers = spans(np.searchsorted(keys, before * size), np.searchsorted(keys, (before + 1) * size))
-                rows.append(followers.rows)
-                items.append(keys[followers.values] % size)
-                scores.append(counts[followers.values] / totals[before][followers.rows])
-            own = slice_rows(excluded, start, start + len(before))
+            for row in range(len(own)):
+                for lag, (pairs, totals) in zip(self.lags, stored, strict=True):
+                    ((followers, counts, number),) = pairs(row)
+                    rows.append(np.full(number, row))
+                    items.append(followers)
+                    scores.append(counts / totals[own[row, lag - 1]])
             entries = np.concatenate(rows), np.concatenate(items), np.concatenate(scores)
-            parts.append(top_by_sum(*entries, own, size, self.candidates))
+            left_out = slice_rows(excluded, start, start + len(own))
+            allowed = None if requests.allowed is None else requests.allowed[start : start + len(own)]
+            parts.append(top_by_sum(*entries, left_out, size, self.candidates, allowed))
         return np.concatenate([*parts, np.zeros((0, self.candidates), np.int64)])
 
 

@@ -182,8 +182,9 @@ class LogSpaced(_TimeBias):
 class Calendar(Time):
     """Cyclic features of hour and weekday (UTC), linearly projected and added (a TAAC 2025 finalist).
 
-    x + W [sin, cos](2π · hour / 24), [sin, cos](2π · weekday / 7), with hour = (t mod 86400) / 3600 and
-    weekday = (⌊t / 86400⌋ + 4) mod 7, which is 0 on a Sunday.
+        x + W [sin, cos](2π · hour / 24), [sin, cos](2π · weekday / 7)
+
+    with hour = (t mod 86400) / 3600 and weekday = (⌊t / 86400⌋ + 4) mod 7, which is 0 on a Sunday.
 
     Args:
         shape: sizes of the encoder.

@@ -2,14 +2,16 @@
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
 from recsys2stage.artifacts import atomic_write, read_array, read_json, take, write_json
 from recsys2stage.options import check_integer
-from recsys2stage.retrieval.index.rows import Exclude, SearchResult, best_first, empty_result
+from recsys2stage.retrieval.index.rows import Exclude, SearchResult, finite_rows
 from recsys2stage.trust import class_name, find_class
 
 VECTORS, DESCRIPTION = "index.npy", "index.json"  # files of a saved index
@@ -23,19 +25,36 @@ class Index(ABC):
     """
 
     vectors: Float32[np.ndarray, "V D"]
+    tried: Sequence[dict[str, Any]] = ()  # settings and recalls that a choice was made from
 
     def build(self, vectors: Float32[np.ndarray, "V D"]) -> None:
         """Builds the index from the vectors of items 1..V."""
         if vectors.ndim != 2 or not vectors.size:
             raise ValueError(f"item vectors have shape {vectors.shape}, expected (items, width): were any exported?")
-        if not np.isfinite(vectors).all():
-            bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if (bad := np.flatnonzero(~finite_rows(vectors))).size:
             raise ValueError(
                 f"{bad.size:,} of {len(vectors):,} item vectors are not finite, first item {bad[0] + 1}; "
                 "expected numbers only: did training diverge? Lower its learning rate"
             )
-        self.vectors = np.require(vectors, np.float32, ["C", "W"])  # torch needs writable memory
+        self.share(np.require(vectors, np.float32, ["C", "W"]))  # torch needs writable memory
+
+    def share(self, vectors: Float32[np.ndarray, "V D"]) -> None:
+        """As `build`, with vectors that another index has checked and holds."""
+        self.vectors = vectors
         self._prepare()
+
+    def build_for(
+        self, vectors: Float32[np.ndarray, "V D"], queries: Float32[np.ndarray, "B D"], exclude: Exclude | None = None
+    ) -> "Index":
+        """Builds the index for queries like these; returns the one to save, which is this index except for `Auto`.
+
+        Args:
+            vectors: vectors of items 1..V.
+            queries: a sample of query vectors.
+            exclude: items not to return, as in `search`.
+        """
+        self.build(vectors)
+        return self
 
     @abstractmethod
     def search(
@@ -131,8 +150,8 @@ class Index(ABC):
 
     def _check_allowed(
         self, queries: np.ndarray, allowed: Bool[np.ndarray, "*rows V"] | None
-    ) -> Bool[np.ndarray, "B V"] | None:
-        """Validates the argument `allowed` of `search`; returns a row for each query."""
+    ) -> Bool[np.ndarray, "*rows V"] | None:
+        """Validates the argument `allowed` of `search`; returns it."""
         if allowed is None:
             return None
         shape = (len(queries), len(self.vectors))
@@ -141,18 +160,4 @@ class Index(ABC):
                 f"allowed has the shape {allowed.shape}, expected {shape[1:]} for all queries or {shape}; give one "
                 "value for each item"
             )
-        return np.broadcast_to(allowed, shape)
-
-    def _search_allowed(
-        self, queries: np.ndarray, k: int, exclude: Exclude, allowed: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Exact search that scores only the allowed items of each query, one query after another."""
-        top_scores, top_items = empty_result(len(queries), k)
-        items, offsets = exclude
-        for row, (query, mask) in enumerate(zip(queries, allowed, strict=True)):
-            own = 1 + np.flatnonzero(mask)
-            own = own[~np.isin(own, items[offsets[row] : offsets[row + 1]])]
-            scores, own = best_first((self.vectors[own - 1] @ query)[None], own[None])
-            count = min(k, scores.shape[1])
-            top_scores[row, :count], top_items[row, :count] = scores[0, :count], own[0, :count]
-        return top_scores, top_items
+        return allowed

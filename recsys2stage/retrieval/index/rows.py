@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int64, Integer
+from jaxtyping import Bool, Float32, Int64, Integer
 
 CELLS = 1 << 24  # maximum number of scores or fetched vector components in memory, whatever the number of queries
 
@@ -36,6 +36,34 @@ def exclusion_keys(items: np.ndarray, offsets: np.ndarray, count: int) -> np.nda
     """row · (count + 1) + item for each excluded (row, item): sorted, unique, without padding."""
     keys = np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * (count + 1) + items)
     return keys[keys % (count + 1) > 0]
+
+
+def count_allowed(allowed: np.ndarray, rows: int) -> np.ndarray:
+    """Number of allowed items of each row (B,), from one mask (V,) for all rows or masks (B, V)."""
+    if allowed.ndim == 1:
+        return np.full(rows, np.count_nonzero(allowed))
+    return np.array([np.count_nonzero(mask) for mask in allowed], np.int64)
+
+
+def masks_of(allowed: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    """The mask (V,) of all rows, or those (b, V) of the given rows (b,) of (B, V)."""
+    return allowed if allowed is None or allowed.ndim == 1 else allowed[rows]
+
+
+def mask_groups(allowed: np.ndarray | None, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Groups of the given rows (b,) that share a mask, and their mask (V,): all together, or one after another."""
+    if allowed is None or allowed.ndim == 1:
+        yield rows, allowed
+    else:
+        yield from ((rows[number : number + 1], allowed[row]) for number, row in enumerate(rows))
+
+
+def finite_rows(vectors: Float32[np.ndarray, "V D"]) -> Bool[np.ndarray, " V"]:
+    """Whether each row is finite, block by block: a mask of all numbers would take a quarter of their memory."""
+    finite = np.empty(len(vectors), bool)
+    for rows in chunks(np.arange(len(vectors)), vectors.shape[1]):
+        finite[rows] = np.isfinite(vectors[rows[0] : rows[-1] + 1]).all(axis=1)
+    return finite
 
 
 def best_first(scores: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ own gradient; or `pairwise.Pointwise` for one whose gradient autograd computes f
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ class Catalogue(NamedTuple):
 
 
 class Loss(nn.Module, ABC):
-    """Training loss of the retriever. It chooses its own negatives."""
+    """Training loss of the retriever, a mean over the targets. It chooses its own negatives."""
+
+    every_item: ClassVar[bool] = False  # whether each step computes the gradient of every item of the catalogue
 
     @property
     def scheduled(self) -> bool:

@@ -127,6 +127,8 @@ class FullSoftmax(Sampled):
         temperature: τ; None: 0.05 for cosines, 1 for dot products.
     """
 
+    every_item = True
+
     def __init__(self, temperature: float | None = None) -> None:
         super().__init__(temperature, _AllItems())
 

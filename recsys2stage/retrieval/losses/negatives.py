@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from recsys2stage.columns import PAD
 from recsys2stage.options import check_integer, check_number, check_option
+from recsys2stage.processes import gather_rows, share_of
 from recsys2stage.retrieval.losses.base import Catalogue, Targets
 from recsys2stage.retrieval.losses.schedule import Schedule
 
@@ -50,20 +52,28 @@ class InBatch(Negatives):
 
     Args:
         alpha: popularity exponent of q. 1: distribution of the targets; below 1: weaker correction.
+        gather: with several processes, whether M counts the targets of all of them, as in one process with the same
+            global batch; False: each process has its own targets as negatives.
     """
 
-    def __init__(self, alpha: float = 1.0) -> None:
+    def __init__(self, alpha: float = 1.0, gather: bool = True) -> None:
         super().__init__()
         check_number("alpha", alpha, low=0, example=1.0)
-        self.alpha = alpha
+        self.alpha, self.gather = alpha, gather
+        self.log_shares = LogShares(alpha)
 
     def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
-        expected = log_share(catalogue.counts, self.alpha) + math.log(max(len(targets.items) - 1, 1))
-        return merge_duplicates(targets.items, expected, targets)
+        # only item numbers are gathered: each process has the whole item table, so it looks the vectors up itself, and
+        # the average of the gradients over the processes is exact
+        items = gather_rows(targets.items) if self.gather else targets.items
+        log_count = math.log(max(len(items) - 1, 1))
+        return merge_duplicates(items, lambda these: self.log_shares(these, catalogue.counts) + log_count, targets)
 
 
 class Uniform(Negatives):
     """Uniform samples from the catalogue with replacement: q = 1 / V, or 1 / number of active items.
+
+    With several processes, each samples for its own targets.
 
     Args:
         count: samples N per set; None: the number of targets M, only with `per: batch`.
@@ -84,32 +94,46 @@ class Uniform(Negatives):
         check_integer("count", count, 1, MAX_COUNT, other="null for the number of targets", example=256)
         self.count, self.per, self.active_after = count, per, active_after
         self.after = None if active_after is None else _seconds(active_after)
+        self.active = Cached(self._active_items)
 
     def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
-        num_targets, pool, starts = len(targets.items), self.pool(catalogue), None
+        num_targets, size, starts = len(targets.items), self.size(catalogue), None
+        device = catalogue.counts.device
         if self.per == "sequence":
-            starts = torch.searchsorted(targets.rows, torch.arange(len(targets.window_items) + 1, device=pool.device))
+            starts = torch.searchsorted(targets.rows, torch.arange(len(targets.window_items) + 1, device=device))
         sets = {"event": num_targets, "sequence": len(targets.window_items), "batch": 1}[self.per]
         count = num_targets if self.count is None else self.count
-        sampled = pool[torch.randint(len(pool), (sets, count), device=pool.device)]
-        expected = torch.tensor(math.log(count / len(pool)), dtype=torch.float64, device=pool.device)
+        sampled = self.sample((sets, count), catalogue)
+        expected = torch.tensor(math.log(count / size), dtype=torch.float64, device=device)
         if sets == 1:
-            return merge_duplicates(sampled[0], expected.expand(len(catalogue.counts)), targets)
+            return merge_duplicates(sampled[0], lambda items: expected.expand(len(items)), targets)
         ones = torch.ones_like(expected).expand(sampled.shape)
         return SampledNegatives(sampled, ones, expected.expand(sampled.shape), expected.expand(num_targets), starts)
 
-    def pool(self, catalogue: Catalogue) -> Int[Tensor, " P"]:
-        """Items to sample from."""
-        if self.after is None:
-            return torch.arange(1, len(catalogue.counts), device=catalogue.counts.device)
-        pool = (catalogue.last_times > self.after).nonzero()[:, 0]
-        if not len(pool):
-            newest = datetime.fromtimestamp(int(catalogue.last_times.max()), UTC)
+    def size(self, catalogue: Catalogue) -> int:
+        """Number of items that samples are drawn from."""
+        return len(catalogue.counts) - 1 if self.after is None else len(self.active(catalogue.last_times))
+
+    def sample(self, shape: tuple[int, ...], catalogue: Catalogue) -> Int[Tensor, "*shape"]:
+        """Uniform samples, with replacement."""
+        numbers = torch.randint(self.size(catalogue), shape, device=catalogue.counts.device)
+        return numbers + 1 if self.after is None else self.active(catalogue.last_times)[numbers]
+
+    def probability(self, items: Int[Tensor, " N"], catalogue: Catalogue) -> Float[Tensor, " N"]:
+        """Probability of each item in a sample: 0 for items that are not active."""
+        active = items != PAD if self.after is None else catalogue.last_times[items] > self.after
+        return active.double() / self.size(catalogue)
+
+    def _active_items(self, last_times: Int[Tensor, " W"]) -> Int[Tensor, " P"]:
+        assert self.after is not None
+        active = (last_times > self.after).nonzero()[:, 0]
+        if not len(active):
+            newest = datetime.fromtimestamp(int(last_times.max()), UTC)
             raise ValueError(
                 f"active_after is {self.active_after}, but no item has a training event after it; "
                 f"the newest event is at {newest:%Y-%m-%d %H:%M:%S} UTC, give an earlier date"
             )
-        return pool
+        return active
 
 
 class Mixed(Negatives):
@@ -123,10 +147,16 @@ class Mixed(Negatives):
         share: fraction of all samples that come from the pool, from 0 to below 1; or points [[share of the run,
             value], ...].
         alpha: popularity exponent of q, as in InBatch.
+        gather: with several processes, whether M counts the targets of all of them, and they share the n samples of the
+            pool, as in one process with the same global batch; False: each process has a set of its own.
     """
 
     def __init__(
-        self, pool: Uniform | None = None, share: float | list[tuple[float, float]] = 0.5, alpha: float = 1.0
+        self,
+        pool: Uniform | None = None,
+        share: float | list[tuple[float, float]] = 0.5,
+        alpha: float = 1.0,
+        gather: bool = True,
     ) -> None:
         super().__init__()
         self.pool = Uniform(count=None, per="batch") if pool is None else pool
@@ -135,50 +165,92 @@ class Mixed(Negatives):
                 f"pool samples {self.pool.count} per {self.pool.per}, but share sets the number; use Uniform with "
                 "count: null and per: batch"
             )
-        self.share, self.alpha = Schedule("share", share), alpha
+        self.share, self.alpha, self.gather = Schedule("share", share), alpha, gather
         for value in self.share.values:  # for samples of the pool only: Uniform
             check_number("share", value, low=0, below=1, example=0.5, what="a share")
         check_number("alpha", alpha, low=0, example=1.0)
+        self.log_shares = LogShares(alpha)
 
     @property
     def scheduled(self) -> bool:
         return self.share.varies
 
     def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
-        share, num_in_batch = self.share.at(targets.progress), max(len(targets.items) - 1, 1)
-        count, pool = round(share / (1 - share) * num_in_batch), self.pool.pool(catalogue)
-        expected = num_in_batch * log_share(catalogue.counts, self.alpha).exp()
-        expected[pool] += count / len(pool)
-        sampled = pool[torch.randint(len(pool), (count,), device=pool.device)]
-        return merge_duplicates(torch.cat([targets.items, sampled]), expected.log(), targets)
+        items = gather_rows(targets.items) if self.gather else targets.items
+        share, num_in_batch = self.share.at(targets.progress), max(len(items) - 1, 1)
+        count = round(share / (1 - share) * num_in_batch)
+        sampled = self.pool.sample((share_of(count) if self.gather else count,), catalogue)
+        if self.gather:
+            sampled = gather_rows(sampled)
+
+        def log_expected(these: Tensor) -> Tensor:
+            in_batch = num_in_batch * self.log_shares(these, catalogue.counts).exp()
+            return (in_batch + count * self.pool.probability(these, catalogue)).log()
+
+        return merge_duplicates(torch.cat([items, sampled]), log_expected, targets)
 
     def facts(self, progress: float) -> dict[str, float]:
         return {"global_share": self.share.at(progress)} if self.scheduled else {}
 
 
 def merge_duplicates(
-    sampled: Int[Tensor, " N"], log_expected: Float[Tensor, " W"], targets: Targets
+    sampled: Int[Tensor, " N"], log_expected: Callable[[Tensor], Tensor], targets: Targets
 ) -> SampledNegatives:
     """One set for the whole batch, with equal items merged.
 
     Args:
         sampled: sampled items, with repeats.
-        log_expected: log n·q of every item of the catalogue.
+        log_expected: items (U,) -> log n·q of each, (U,).
         targets: targets of the batch.
     """
     items, sample_counts = torch.unique(sampled, return_counts=True)
     starts = torch.tensor([0, len(targets.items)], device="cpu")  # read on the CPU; a GPU tensor would force a sync
     return SampledNegatives(
-        items[None], sample_counts[None].double(), log_expected[items][None], log_expected[targets.items], starts
+        items[None], sample_counts[None].double(), log_expected(items)[None], log_expected(targets.items), starts
     )
 
 
-def log_share(counts: Int[Tensor, " W"], alpha: float = 1.0) -> Float[Tensor, " W"]:
-    """log q of each item as a training target, q ∝ (count + 1)^alpha; −inf for padding (row 0)."""
-    weight = alpha * (counts + 1).double().log()
-    share = weight - weight[1:].logsumexp(0)
-    share[PAD] = -torch.inf
-    return share
+class Cached:
+    """A function of a table of the catalogue, computed again only if the table is another one or has changed.
+
+    It costs as much as the catalogue is large, and a training step must not.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        self.compute = compute
+        self.table: Tensor | None = None
+        self.version, self.value = -1, torch.empty(0)
+
+    def __call__(self, table: Tensor) -> Tensor:
+        if self.table is not table or self.version != table._version:
+            self.value, self.table, self.version = self.compute(table), table, table._version
+        return self.value
+
+
+class LogShares:
+    """log q of items as training targets, q ∝ (count + 1)^alpha.
+
+    Args:
+        alpha: popularity exponent.
+    """
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = alpha
+        self.log_total = Cached(self._log_total)
+
+    def __call__(self, items: Int[Tensor, " N"], counts: Int[Tensor, " W"]) -> Float[Tensor, " N"]:
+        """
+        Args:
+            items: item numbers; −inf for padding, 0.
+            counts: (V + 1,) how often each item is a training target.
+        """
+        return (self._log_weight(counts[items]) - self.log_total(counts)).masked_fill_(items == PAD, -torch.inf)
+
+    def _log_total(self, counts: Tensor) -> Tensor:
+        return self._log_weight(counts[1:]).logsumexp(0)
+
+    def _log_weight(self, counts: Tensor) -> Tensor:
+        return self.alpha * (counts + 1).double().log()
 
 
 def _seconds(date: str) -> float:

@@ -66,11 +66,8 @@ class Sampled(Loss):
         if not len(queries):
             raise ValueError("the loss got no rows; a batch needs at least one target position")
         sampled, num_items = self.negatives(targets, catalogue), len(catalogue.counts) - 1
-        used = torch.zeros(num_items + 1, dtype=torch.bool, device=queries.device)
-        used[targets.items] = used[sampled.items] = True
-        index = used.cumsum(0) - 1  # into the distinct items, so that each vector is computed once
-        vectors = catalogue.vectors(used.nonzero()[:, 0])
-        target, sets = index[targets.items], index[sampled.items]
+        distinct, target, sets = distinct_items(targets.items, sampled.items, num_items)
+        vectors = catalogue.vectors(distinct)  # each is computed once
         temperature = self.temperature or {"cosine": 0.05, "dot": 1.0}[catalogue.similarity]
         masks = self.masks(targets, sampled, target, sets, vectors.detach()[:, : catalogue.dim], num_items)
         sample_counts, expected, target_log_q = (
@@ -110,6 +107,22 @@ class Sampled(Loss):
         """Loss per row, and its gradients for `positive` and `negative`."""
 
 
+def distinct_items(
+    targets: Int[Tensor, " M"], sampled: Int[Tensor, "S N"], num_items: int
+) -> tuple[Int[Tensor, " U"], Int[Tensor, " M"], Int[Tensor, "S N"]]:
+    """The distinct items, ascending, and the index of each target and sample among them.
+
+    Neither way costs more than the targets and samples are many, however large the catalogue.
+    """
+    if num_items > targets.numel() + sampled.numel():
+        distinct, index = torch.unique(torch.cat([targets, sampled.flatten()]), return_inverse=True)
+        return distinct, index[: len(targets)], index[len(targets) :].view_as(sampled)
+    used = torch.zeros(num_items + 1, dtype=torch.bool, device=targets.device)  # several times as fast as sorting
+    used[targets] = used[sampled] = True
+    index = used.cumsum(0) - 1
+    return used.nonzero()[:, 0], index[targets], index[sampled]
+
+
 def mask_target(target: Int[Tensor, " M"], sets: Int[Tensor, "S N"], dtype: torch.dtype) -> MaskCandidates:
     """Masks the target itself among its candidates."""
     if len(sets) > 1:
@@ -122,15 +135,16 @@ def mask_target(target: Int[Tensor, " M"], sets: Int[Tensor, "S N"], dtype: torc
 
 def mask_window_items(targets: Targets, sampled: SampledNegatives, num_items: int) -> MaskCandidates:
     """Masks items of the row's own window."""
-    users, width = torch.arange(len(targets.window_items), device=targets.window_items.device)[:, None], num_items + 1
-    if len(sampled.items) == 1:
-        columns = sampled.items.size(1)
-        column = torch.full((width,), columns, device=users.device)
-        column[sampled.items[0]] = torch.arange(columns, device=users.device)
-        window_items = torch.zeros(len(users), columns + 1, dtype=torch.bool, device=users.device)
-        window_items = window_items.scatter_(1, column[targets.window_items], True)[:, :-1]
+    window = targets.window_items
+    if len(sampled.items) == 1:  # sorted and unique
+        items = sampled.items[0]
+        column = torch.searchsorted(items, window).clamp_(max=len(items) - 1)
+        column = column.where(items[column] == window, len(items))  # a last column for items that are no candidates
+        window_items = torch.zeros(len(window), len(items) + 1, dtype=torch.bool, device=window.device)
+        window_items = window_items.scatter_(1, column, True)[:, :-1]
         return lambda negative, rows, part: negative.masked_fill_(window_items[targets.rows[rows]], -torch.inf)
-    window_keys = (users * width + targets.window_items).flatten().sort().values
+    users, width = torch.arange(len(window), device=window.device)[:, None], num_items + 1
+    window_keys = (users * width + window).flatten().sort().values
 
     def mask(negative: Tensor, rows: slice, part: slice) -> Tensor:
         candidate_keys = targets.rows[rows, None] * width + sampled.items[part]
