@@ -29,8 +29,8 @@ def export_onnx(bundle: Path = RUN / "bundle", output: Path | None = None, trust
         output: folder to write; None: onnx, next to the bundle.
         trust: modules outside this package from which the bundle may load classes.
     """
-    check_packages()
     recommender, output = Recommender.load(bundle, trust), output or bundle.parent / "onnx"
+    check_packages()
     with locked(output), atomic_write(output, KIND) as folder:
         folder.mkdir()
         try:

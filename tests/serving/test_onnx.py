@@ -1,5 +1,7 @@
 """Export to ONNX: files compute what the model computes, at any batch size and length, or are refused."""
 
+import contextlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -254,7 +256,9 @@ def onnx() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def exported(onnx: None, informed: Run) -> Path:
     """The files of the informed run, written by the verb."""
-    recsys("export-onnx", "--bundle", informed.bundle)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        recsys("export-onnx", "--bundle", informed.bundle)
+    (informed.folder / "printed.txt").write_text(printed.getvalue())
     return informed.folder / "onnx"
 
 
@@ -316,6 +320,14 @@ def test_the_manifest_describes_the_files(exported: Path, informed: Run) -> None
     assert {"signals", "recent", "ages"} <= {port["name"] for port in manifest["graphs"]["ranker"]["inputs"]}
 
 
+def test_the_verb_prints_inputs_outputs_and_the_largest_difference(exported: Path, informed: Run) -> None:
+    head, retriever, ranker, difference, *_ = (informed.folder / "printed.txt").read_text().splitlines()
+    assert head == f"{exported}: retriever.onnx and ranker.onnx, opset 20"
+    assert retriever == "  retriever: items, lengths, times, request_time → queries"
+    assert ranker == "  ranker: state, items, score, rank, signals, recent, ages → scores"
+    assert re.fullmatch(r"  largest difference from torch \de-0[6-9], at 10 shapes", difference)
+
+
 def test_the_files_hold_no_paths_of_the_machine_that_wrote_them(exported: Path) -> None:
     for path in exported.glob("*.onnx"):
         assert not re.search(rb"recsys2stage/|site-packages|\.py\b", path.read_bytes()), path
@@ -326,7 +338,7 @@ def test_the_documentation_runs(exported: Path, informed: Run, tmp_path: Path, m
     (tmp_path / "runs/ml-1m").symlink_to(informed.folder)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "documentation"}
-    for block in blocks_of(ROOT / "docs/onnx.md"):
+    for block in blocks_of(ROOT / "docs/howto/onnx.md"):
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), names)
     expected = Recommender.load(informed.bundle).recommend(
