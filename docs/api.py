@@ -91,7 +91,7 @@ API: dict[str, tuple[str, str, list[Section]]] = {
         "Maximum inner product search over item vectors.",
         [
             Section("Indexes", ["retrieval.index.approximate.Approximate"], (index.Index,)),
-            Section("Results", ["retrieval.index.rows.SearchResult", "retrieval.index.recall.measure"]),
+            Section("Recall", ["retrieval.index.recall.measure"]),
         ],
     ),
     "signals": (

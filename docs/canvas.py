@@ -36,6 +36,7 @@ DARK = {
 SANS = "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, monospace"
 TEXT = 13.0
+SCALE = 1.1  # of all text: pages show drawings at about two thirds of their size
 DPI = 72  # one pixel is one point
 
 Point = tuple[float, float]
@@ -97,7 +98,7 @@ class Canvas:
         mono: bool = False,
     ) -> None:
         """Text, vertically centred on y. Lines are 1.35 times its size apart."""
-        lines = text.split("\n")
+        lines, size = text.split("\n"), SCALE * size
         for number, line in enumerate(lines):
             self.axes.text(
                 x,

@@ -38,7 +38,10 @@ class Family(NamedTuple):
     def concrete(self) -> dict[type, int]:
         """The classes of this package that a config may name, as `bases`: the bases themselves first, then by name."""
         found = {
-            kind: filled for base, filled in self.bases.items() for kind in classes.subclasses(base) if is_public(kind)
+            kind: filled
+            for base, filled in self.bases.items()
+            for kind in classes.subclasses(base)
+            if is_public(kind) and kind.__module__.startswith(base.__module__.rpartition(".")[0])
         }
         return dict(sorted(found.items(), key=lambda pair: (pair[0] not in self.bases, pair[0].__name__.lower())))
 

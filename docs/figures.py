@@ -253,7 +253,7 @@ def cold_items() -> Canvas:
     c.text(46, 226, "0 training events", size=12, color=RED, weight="bold", ha="left")
     rows = [
         ("ItemTable", "a vector for each id", "never trained: not retrieved", False),
-        ("ItemTower", "id and features to a vector", "retrieved by its features", True),
+        ("ItemTower", "id and features to a vector", "found by its features", True),
         ("Content", "a signal: items like the user's, by features", "named as a candidate", True),
     ]
     for row, (name, what, outcome, found) in enumerate(rows):

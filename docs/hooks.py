@@ -1,6 +1,5 @@
 """MkDocs hooks: pages that are made at build (changelog, command line, Python API), and relative links in llms.txt."""
 
-import logging
 import posixpath
 import re
 import sys
@@ -18,8 +17,9 @@ sys.path[:0] = [str(ROOT)]  # the package of this checkout, and docs
 
 from docs import api, reference  # noqa: E402
 
-LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
-logger = logging.getLogger("mkdocs.hooks")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+CODE = re.compile(r"(^ *```.*?^ *```)", re.DOTALL | re.MULTILINE)
+AT_THE_TOP = {"README.md": "readme.md", "CHANGELOG.md": "changelog.md"}  # files outside docs/ -> their pages
 generated: dict[str, str] = {}
 
 
@@ -28,8 +28,10 @@ def on_startup(command: str, dirty: bool) -> None:
     generated.update(reference.pages() | api.pages())
 
 
+@event_priority(100)  # before plugins that ask for the address
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Puts the generated pages into the navigation; anchors are those that GitHub gives the same headings."""
+    config.site_url = config.site_url or ""  # SITE_URL that is set and empty is None
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
     if not generated:
         generated.update(reference.pages() | api.pages())
@@ -49,23 +51,43 @@ def _fill(nav: list[dict[str, Any]]) -> None:
 
 @event_priority(100)  # before plugins that look for pages
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages and the changelog."""
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    for name, text in {**generated, "changelog.md": LINK.sub(_from_the_root, changelog)}.items():
+    """Adds the generated pages, the README and the changelog."""
+    top = {page: site_links((ROOT / name).read_text(encoding="utf-8"), "", page) for name, page in AT_THE_TOP.items()}
+    for name, text in {**generated, **top}.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
-def _from_the_root(link: re.Match[str]) -> str:
-    """A link of a file in the root, as one of a page in docs/."""
-    before, target, after = link.groups()
-    return link[0] if ":" in target else f"{before}{posixpath.relpath(target, 'docs')}{after}"
-
-
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to README.md lead to the home page: the README is not a page of the site, and the home page opens it."""
-    home = posixpath.relpath("index.md", posixpath.dirname(page.file.src_uri) or ".")
-    return re.sub(r"\]\((?:\.\./)+README\.md(?:#[^)]*)?\)", f"]({home})", markdown)
+    """Links of pages to files at the top of the repository lead to their pages."""
+    if page.file.src_uri in generated or page.file.src_uri in AT_THE_TOP.values():
+        return markdown
+    return site_links(markdown, posixpath.dirname(f"docs/{page.file.src_uri}"), page.file.src_uri)
+
+
+def site_links(markdown: str, folder: str, page: str) -> str:
+    """Markdown of a file in the repository, with links that hold on a page of the site.
+
+    Args:
+        markdown: the text of the file.
+        folder: its folder, from the top of the repository.
+        page: the page in docs/ that shows it. Links to files of which the site has no page become text.
+    """
+
+    def replaced(link: re.Match[str]) -> str:
+        image, text, target, anchor = link.groups(default="")
+        if ":" in target or target.startswith("/"):
+            return link[0]
+        path = posixpath.normpath(posixpath.join(folder, target))
+        if path in AT_THE_TOP:
+            path = f"docs/{AT_THE_TOP[path]}"
+        if not path.startswith("docs/"):
+            return text
+        return f"{image}[{text}]({posixpath.relpath(path, posixpath.dirname(f'docs/{page}'))}{anchor})"
+
+    parts = CODE.split(markdown)
+    parts[::2] = [LINK.sub(replaced, part) for part in parts[::2]]
+    return re.sub(r'\b(src|srcset|href)="docs/', r'\1="', "".join(parts)) if folder == "" else "".join(parts)
 
 
 def on_post_build(config: MkDocsConfig) -> None:

@@ -159,7 +159,7 @@ def command_page(verb: str) -> str:
     words = [f"{named.upper()}" if name == named else f"--{name} {name.upper()}" for name in required]
     if named and named not in required:
         words = [f"[{named.upper()}]", *words]
-    usage = " ".join([f"recsys {verb}", *(["--config FILE"] if verb not in ("init", "list") else []), *words])
+    usage = " ".join([f"recsys {verb}", *(["[--config FILE]"] if verb not in ("init", "list") else []), *words])
     groups = [name for name in GROUPS if any(option.startswith(f"{name}.") for option in options)]
     rows = option_rows(parser, "--", "../", lambda name: name.partition(".")[0] not in groups)
     parts = [f"# recsys {verb}", escaped(first), f"```text\n{usage} [options]\n```", rest, table(HEAD, rows)]

@@ -280,6 +280,19 @@ class RecsysModule(LightningModule):
     def on_train_start(self) -> None:
         self.planned_steps = float(self.trainer.estimated_stepping_batches)
 
+    def leave_out_of_ddp(self, rows: int, weights: Iterable[Tensor] = ()) -> None:
+        """Keeps DistributedDataParallel from reducing some gradients, and from copying tables of the data at each step.
+
+        Args:
+            rows: V + 1; buffers with as many rows are tables of the data, which are equal in all processes.
+            weights: parameters whose gradients it does not reduce.
+        """
+        left = {id(weight) for weight in weights}
+        self._ddp_params_and_buffers_to_ignore = [
+            *(name for name, buffer in self.named_buffers() if buffer.dim() and len(buffer) == rows),
+            *(name for name, weight in self.named_parameters() if id(weight) in left),
+        ]
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Averages sparse gradients over processes, as DistributedDataParallel does with others; merges equal rows."""
         for weight in sparse_gradients(self.parameters()):

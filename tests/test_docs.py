@@ -100,16 +100,18 @@ def of_program(name: str) -> list[Any]:
     return [pytest.param(words, id=f"{place} {' '.join(words)[:40]}") for place, words in of]
 
 
+STAGES = ("retriever", "ranker")
+
+
 @pytest.fixture(scope="module")
 def workspace(raw: Path, informed: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the examples expect it: a small world, a small bundle, and configs/demo made small."""
+    """A folder as the examples expect it: a small world, a small bundle, and fits of a few steps."""
     folder = tmp_path_factory.mktemp("workspace")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    for stage in ("retriever", "ranker"):
-        path = folder / f"configs/demo/{stage}.yaml"
+    for path in (folder / f"configs/{name}/{stage}.yaml" for name in ("demo", "small") for stage in STAGES):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         config["trainer"] |= {"limit_train_batches": 2, "accelerator": "cpu"}
-        if stage == "retriever":
+        if path.stem == "retriever":
             config["model"]["init_args"]["dim"] = 16
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
     shutil.copytree(folder / "configs/ml-1m", folder / "configs/mine")  # as the README says to begin
@@ -137,6 +139,8 @@ def test_python_blocks_run(page: Path, workspace: Path, informed: Run, monkeypat
     for block in PYTHON[page]:
         exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), names)
     if page.name == "README.md":
+        assert names["model"].recommend(users=[1], k=3).height == 3
+    if page.name == "getting_started.md":
         found = names["recommender"].recommend(["50", "110", "32"], times=[978300760] * 3, request_time=978302268)
         assert found[0].keys() == {"item_id", "title", "score", "rank", "retriever_score"}
         assert (workspace / "runs/mine/bundle").is_dir()
@@ -184,7 +188,7 @@ def test_make_has_the_target_and_the_variables(words: list[str]) -> None:
         name, equals, value = word.partition("=")
         assert name in (VARIABLES if equals else TARGETS), word
         if name == "DATASET":
-            assert (ROOT / "configs" / value).is_dir() or value == "mine", word
+            assert (ROOT / "configs" / value).is_dir() or value in ("mine", "shop", "NAME"), word
         if name == "WITH":
             assert [one for one in value.split() if not (ROOT / f"configs/with/{one}.yaml").is_file()] == []
 

@@ -26,7 +26,10 @@ OVERLAYS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs
 QUICK = {
     *("configs/ml-1m/retriever.yaml", "configs/likes-ml-1m/retriever.yaml", "configs/demo/ranker.yaml"),
     *(f"configs/with/{name}.yaml" for name in ("bert4rec", "esasrec", "fuxi", "mamba4rec", "sasrec", "taac")),
-    *(f"configs/with/{name}.yaml" for name in ("full-softmax", "gbce", "norm-penalty", "skrec-regressor")),
+    *(
+        f"configs/with/{name}.yaml"
+        for name in ("full-softmax", "gbce", "norm-penalty", "skrec-regressor", "sparse-items")
+    ),
 }
 SHORT = (  # two training steps and a validation step
     *("--trainer.gradient_clip_val=1", "--trainer.max_epochs=1"),

@@ -32,7 +32,7 @@ from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vect
 from recsys2stage.data.split import GlobalTime, LeaveOneOut
 from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
-from recsys2stage.optim import RecsysAdamW
+from recsys2stage.optim import RecsysAdamW, RowwiseAdagrad, SparseAdamW
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.losses import LambdaRank
 from recsys2stage.ranking.ranker import Ranker
@@ -173,6 +173,7 @@ def movielens(**names: str) -> Callable[[Path], Any]:
 
 ENCODERS = (Transformer, SASRec, BERT4Rec, HSTU, FuXi, LiGR, Mamba4Rec)
 OPTIMIZED = partial(RecsysAdamW, [torch.nn.Parameter(torch.zeros(1))])
+BY_ROWS = partial(SparseAdamW, [torch.nn.Parameter(torch.zeros(1))])
 MINED = partial(mine_negatives, NOWHERE, NOWHERE, NOWHERE / "out")
 EVALUATED = partial(evaluate, NOWHERE, output=NOWHERE / "out")
 RETRIEVER, RANKER = partial(Retriever, 5, 4), partial(Ranker, 5, 4, [])
@@ -241,6 +242,16 @@ CLASSES = [
     Row("similarity", lambda _: RETRIEVER(similarity="cos"), "similarity is 'cos'", "cosine or dot", "one of|mean"),
     number("RecsysAdamW", "lr", -1e-3, OPTIMIZED, "at least 0|from 0"),
     number("RecsysAdamW", "lr", INF, OPTIMIZED, "from 0 to 1000"),
+    number("SparseAdamW", "table_lr", -1e-3, BY_ROWS, "from 0 to 1000"),
+    number("SparseAdamW", "lr", "fast", BY_ROWS, "from 0 to 1000"),
+    number("RowwiseAdagrad", "table_lr", INF, partial(RowwiseAdagrad, OPTIMIZED.args[0]), "from 0 to 1000"),
+    Row(
+        "by-rows-ranker",
+        lambda _: RANKER(optimizer=SparseAdamW).configure_optimizers(),
+        "optimizer is SparseAdamW",
+        "a ranker has none",
+        "use RecsysAdamW",
+    ),
     number("RecsysAdamW", "betas", (0.9, 1.0), OPTIMIZED, "two numbers from 0 to below 1"),
     number("Candidates", "batch_size", 0, partial(Candidates, NOWHERE), "at least 1"),
     number("Candidates", "recent", -1, partial(Candidates, NOWHERE), "at least 0"),

@@ -1,7 +1,7 @@
 """Build time, memory, recall@100 and latency of Exact, IVF, IVF-PQ and HNSW, without and with a filter.
 
     python benchmarks/speed/indexes.py --items 1000000 --scratch /tmp/indexes
-    python benchmarks/speed/indexes.py --items 10000000 --kinds exact ivf ivf-pq --scratch /tmp/indexes
+    python benchmarks/speed/indexes.py --items 10000000 --kinds exact ivf ivf-pq --queries 100 --scratch /tmp/indexes
     python benchmarks/speed/indexes.py --table
     python benchmarks/alternate.py --before ../before indexes benchmarks/speed/indexes.py --ratios --items 1000000
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 MEASURED = ROOT / "docs/measured/indexes.jsonl"
 WIDTH, CENTRES, K, QUERIES = 64, 1000, 100, 200
 SHARES = (1.0, 0.5, 0.1, 0.01)
-LISTS = {1_000_000: 4096, 10_000_000: 8192}
+LISTS = {1_000_000: 4096, 10_000_000: 8192}  # as `Auto` chooses
 PROBES = (8, 16, 32, 64, 128)
 PER_LIST = {"ivf-256": 256}  # vectors for each list that k-means is trained on; 64 for the other kinds
 # kind: factory, then for each setting: parameters, k_factor, and whether it is measured with filters
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--kinds", nargs="+", default=["exact", "ivf", "ivf-pq", "hnsw"], choices=KINDS)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/indexes"), help="folder for vectors and indexes")
+    parser.add_argument("--queries", type=int, default=QUERIES, help=f"queries to search with, at most {QUERIES}")
     parser.add_argument("--kind", choices=KINDS, help="measure one kind in this process")
     parser.add_argument("--table", action="store_true", help="print the rows as a Markdown table")
     parser.add_argument("--ratios", action="store_true", help="print numbers for benchmarks/alternate.py")
@@ -59,13 +60,13 @@ def main() -> None:
     elif options.ratios:
         print(json.dumps(ratios(options.items)))
     elif options.kind:
-        measure_kind(options.kind, options.items, options.scratch)
+        measure_kind(options.kind, options.items, options.scratch, options.queries)
     else:
         options.scratch.mkdir(parents=True, exist_ok=True)
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         for kind in options.kinds:
             command = [sys.executable, __file__, "--kind", kind, "--items", str(options.items)]
-            command += ["--scratch", str(options.scratch)]
+            command += ["--scratch", str(options.scratch), "--queries", str(options.queries)]
             subprocess.run(command, check=True, env={**os.environ, **one, "PYTHONPATH": str(ROOT)})
 
 
@@ -97,7 +98,7 @@ def make_mask(items: int, share: float) -> np.ndarray | None:
     return np.random.default_rng(int(1 / share)).random(items, dtype=np.float32) < share
 
 
-def measure_kind(kind: str, items: int, scratch: Path) -> None:
+def measure_kind(kind: str, items: int, scratch: Path, count: int) -> None:
     """Builds an index and measures its settings that have no row yet."""
     factory, settings = KINDS[kind]
     factory = factory.format(lists=LISTS.get(items, 1 << int(np.log2(4 * np.sqrt(items)))))
@@ -122,13 +123,13 @@ def measure_kind(kind: str, items: int, scratch: Path) -> None:
         vectors, queries = make_vectors(items)
         np.save(scratch / f"queries-{items}.npy", queries)
         np.save(path, vectors)
-    vectors, queries = np.load(path), np.load(scratch / f"queries-{items}.npy")
+    vectors, queries = np.load(path), np.load(scratch / f"queries-{items}.npy")[:count]
     index, built = build(kind, factory, train_on, vectors, scratch / f"index-{kind}-{items}")
     exact = Exact()
     exact.build(vectors)
     for parameters, k_factor, share in jobs:
         mask = make_mask(items, share)
-        truth_path = scratch / f"truth-{items}-{share}.npy"
+        truth_path = scratch / f"truth-{items}-{share}-{count}.npy"
         if not truth_path.is_file():
             np.save(truth_path, exact.search(queries, K, allowed=mask)[1])
         truth = np.load(truth_path)
@@ -235,11 +236,16 @@ def print_table() -> None:
     rows = read_rows()
     for items in sorted({row["items"] for row in rows}):
         print(f"\n### {items:,} items\n")
-        print("| index | setting | build, CPU s | memory, MB | on disk, MB | recall@100 | p50, ms | p99, ms |")
-        print("|---" * 8 + "|")
+        print(
+            "| index | trained on | setting | build, CPU s | memory, MiB | disk, MiB | recall@100 | p50, ms | p99, ms |"
+        )
+        print("|---" * 9 + "|")
         for row in (one for one in rows if one["items"] == items and one["allowed"] == 1):
             sizes = f"{row['build_s']:g} | {row['memory_mb']:,} | {row['disk_mb']:,}"
-            print(f"| {row['index']} | {setting(row)} | {sizes} | {row['recall@100']:.3f} | {latency(row)} |")
+            trained = f"{row['train_on']:,}" if row["train_on"] else ""
+            print(
+                f"| {row['index']} | {trained} | {setting(row)} | {sizes} | {row['recall@100']:.3f} | {latency(row)} |"
+            )
         print("\n| index | setting | allowed | recall@100 | p50, ms | p99, ms |")
         print("|---" * 6 + "|")
         for row in (one for one in rows if one["items"] == items and one["allowed"] < 1):

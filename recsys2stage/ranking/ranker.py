@@ -85,6 +85,7 @@ class Ranker(RecsysModule):
         if candidates.folds and "state" not in self.reranker.without:
             raise ValueError("folds have states of other retrievers; remove them: --model.init_args.without '[state]'")
         dataset = candidates.dataset
+        self.leave_out_of_ddp(len(self.reranker.vectors))
         self.reranker.load_item_tables(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
         lists = [batch for batch, _ in zip(candidates.train_dataloader(), range(16), strict=False)]
         width = max(batch.candidates.items.size(1) for batch in lists)

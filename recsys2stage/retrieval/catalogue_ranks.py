@@ -1,7 +1,7 @@
 """Scores and ranks of items in the whole catalogue, and its best items, computed in blocks.
 
 The scores of a batch and a catalogue, (B, V), are never in memory at once: a block holds some of the queries and some
-of the items. Scores that are compared come from matrix products of the same shape, so items with equal vectors tie.
+of the items. An item's own score is taken from its block, so that it is rounded as those it is compared to.
 """
 
 from collections.abc import Iterator

@@ -178,18 +178,13 @@ class Retriever(RecsysModule):
         """Gives the item tables sparse gradients if the optimiser updates them by rows; returns whether it does.
 
         DistributedDataParallel must then leave them out, as NCCL cannot reduce sparse gradients: see
-        `on_before_optimizer_step`. Tables of the data are constant, so it need not copy them at each step either.
+        `on_before_optimizer_step`.
         """
         rowwise = rowwise_name(self.optimizer) is not None
         sparse = rowwise and not self.loss.every_item  # the gradient of every row is better dense
         for table in self.item_tables:
             table.sparse = sparse
-        constant = [name for name, buffer in self.named_buffers() if len(self.target_counts) == len(buffer.view(-1, 1))]
-        learned = {id(table.weight) for table in self.item_tables} if sparse else set()
-        self._ddp_params_and_buffers_to_ignore = [
-            *constant,
-            *(name for name, weight in self.named_parameters() if id(weight) in learned),
-        ]
+        self.leave_out_of_ddp(len(self.target_counts), [table.weight for table in self.item_tables if table.sparse])
         return rowwise
 
     def on_train_start(self) -> None:

@@ -22,9 +22,9 @@ def nearest_vectors(vectors: np.ndarray, count: int, exact: int, seed: int = 0) 
         seed: of k-means.
 
     Returns:
-        rows (N, count) int64 and cosines (N, count) float32, best first.
+        rows (N, count) int32 and cosines (N, count) float32, best first.
     """
-    rows = np.zeros((len(vectors), count), dtype=np.int64)
+    rows = np.zeros((len(vectors), count), dtype=np.int32)
     cosines = np.zeros((len(vectors), count), dtype=np.float32)
     everything = [(np.arange(len(vectors)), slice(None))]
     parts = everything if len(vectors) <= exact else _neighbourhoods(vectors, count, seed)

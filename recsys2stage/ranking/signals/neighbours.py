@@ -46,11 +46,13 @@ class Neighbours(Proposer):
         self.history, self.count, self.decay, self.exact = history, count, decay, exact
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
-        vectors = unit(np.asarray(vectors))
         nonzero = np.flatnonzero(vectors.any(axis=1))  # items with a zero vector have no neighbours
         nonzero = nonzero[nonzero > 0]
+        own = vectors[nonzero]
+        length = np.sqrt(np.einsum("vd,vd->v", own, own))[:, None]
+        own /= np.where(length > 0, length, 1)  # in place: a catalogue may be large
         width = min(self.count, max(len(nonzero) - 1, 0))
-        rows, cosine = nearest_vectors(vectors[nonzero], width, self.exact)
+        rows, cosine = nearest_vectors(own, width, self.exact)
         nearest = np.zeros((len(vectors), width), dtype=np.int32)
         cosines = np.zeros((len(vectors), width), dtype=np.float32)
         nearest[nonzero], cosines[nonzero] = nonzero[rows], cosine

@@ -72,15 +72,14 @@ class Exact(Index):
             )
             chosen = torch.from_numpy(np.ascontiguousarray(queries[rows])).to(self._table.device)
             masks = masks_of(allowed, rows)
-            barred = None if masks is None else torch.from_numpy(~masks).to(self._table.device)
             if cells is None:
                 scores = chosen @ self._table.T  # (b, V)
                 scores[excluded] = -torch.inf
-                if barred is not None:
-                    scores.masked_fill_(barred, -torch.inf)
+                if masks is not None:
+                    scores.masked_fill_(torch.from_numpy(~masks).to(scores.device), -torch.inf)
                 best, columns = top_columns(scores, top)
             else:
-                best, columns = search_blocks(self._table, chosen, top, excluded, barred)
+                best, columns = search_blocks(self._table, chosen, top, excluded, masks)
             top_scores[rows, :top], top_items[rows, :top] = best_first(best.cpu().numpy(), columns.cpu().numpy() + 1)
         return top_scores, top_items
 

@@ -3,6 +3,7 @@
 Among equal scores the lower column, that is the lower item, comes first.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
@@ -11,6 +12,7 @@ LARGE = 1 << 16  # items from which blocks are faster than a matrix of all score
 BLOCK = 1 << 17  # scores computed at once: they stay in the processor's cache
 GROUP = 32  # neighbouring items of which only the largest score is kept
 SPARE = 16  # groups scored again beyond the k that suffice, for scores that are equal up to rounding
+CEILING = np.array([-np.inf, np.inf], np.float32)  # of the scores of an item that is not allowed, and that is
 ROUNDING = 1e-6  # difference between two ways to add up one inner product, relative to the lengths of its vectors
 
 
@@ -39,7 +41,7 @@ def search_blocks(
     queries: Float32[Tensor, "B D"],
     k: int,
     excluded: tuple[Int64[Tensor, " E"], Int64[Tensor, " E"]],
-    barred: Bool[Tensor, "*rows V"] | None = None,
+    allowed: Bool[np.ndarray, "*rows V"] | None = None,
 ) -> tuple[Float32[Tensor, "B k"], Int64[Tensor, "B k"]]:
     """As `top_columns` of queries @ table.T, without that matrix; for sizes that have `block_cells`.
 
@@ -51,24 +53,28 @@ def search_blocks(
         queries: one vector per row.
         k: number of items per query.
         excluded: row and column (item - 1) of each excluded item.
-        barred: True for items that are not allowed, (V,) for all rows or (B, V); None: all are allowed.
+        allowed: True for each item that may be returned, (V,) for all rows or (B, V); None: all.
     """
     count, owners = len(table), excluded[0]
     columns, order = excluded[1].sort()
     owners = owners[order]
 
-    def score(start: int, stop: int) -> Tensor:
-        scores = queries @ table[start:stop].T
-        if barred is not None:
-            scores.masked_fill_(barred[..., start:stop], -torch.inf)
-        first, last = torch.searchsorted(columns, torch.tensor([start, stop])).tolist()
-        scores[owners[first:last], columns[first:last] - start] = -torch.inf
+    def score(rows: slice, start: int, stop: int, held: slice | Tensor) -> Tensor:
+        """Scores of a block of items, -inf where they may not be returned; `held`: exclusions in it."""
+        scores = queries[rows] @ table[start:stop].T
+        if allowed is not None:  # the minimum with a ceiling takes a quarter of the time of masked_fill
+            own = allowed if allowed.ndim == 1 else allowed[rows]
+            ceiling = CEILING.take(own[..., start:stop].view(np.uint8))
+            torch.minimum(scores, torch.from_numpy(ceiling), out=scores)
+        scores[owners[held] - rows.start, columns[held] - start] = -torch.inf
         return scores
 
     step = max(1, BLOCK // (len(queries) * GROUP)) * GROUP
     largest = torch.empty(len(queries), -(-count // GROUP))
     for start in range(0, count, step):
-        scores = score(start, min(start + step, count))
+        stop = min(start + step, count)
+        held = slice(*torch.searchsorted(columns, torch.tensor([start, stop])).tolist())
+        scores = score(slice(0, len(queries)), start, stop, held)
         scores = torch.nn.functional.pad(scores, (0, -scores.shape[1] % GROUP), value=-torch.inf)
         groups = scores.view(len(queries), -1, GROUP).amax(2)
         largest[:, start // GROUP :][:, : groups.shape[1]] = groups
@@ -79,13 +85,16 @@ def search_blocks(
     vectors = table[again]  # (B, columns, D)
     scores = torch.bmm(vectors, queries[:, :, None]).squeeze(2)
     out = padding | torch.isin(again + torch.arange(len(queries))[:, None] * count, owners * count + columns)
-    if barred is not None:
-        out |= barred[again] if barred.ndim == 1 else barred.gather(1, again)
+    if allowed is not None:
+        columns_of = again.numpy()
+        own = allowed[columns_of] if allowed.ndim == 1 else np.take_along_axis(allowed, columns_of, axis=1)
+        out |= torch.from_numpy(~own)
     top, places = top_columns(scores.masked_fill_(out, -torch.inf), k)
     found = again.gather(1, places)
     # another group may hold an equal item, where its largest score is that of the k-th group up to rounding
     scale = queries.norm(dim=1) * vectors.norm(dim=2).amax(1)
     unsure = (best[:, -1] > -torch.inf) & (best[:, -1] >= best[:, k - 1] - ROUNDING * scale)
-    if unsure.any():
-        top[unsure], found[unsure] = top_columns(score(0, count)[unsure], k)
+    for row in unsure.nonzero().flatten().tolist():
+        rows = slice(row, row + 1)
+        top[rows], found[rows] = top_columns(score(rows, 0, count, owners == row), k)
     return top, found
