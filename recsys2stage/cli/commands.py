@@ -4,6 +4,7 @@ from typing import Any
 
 from recsys2stage.cli.evaluate import evaluate
 from recsys2stage.cli.export import export_bundle, export_index
+from recsys2stage.cli.export_onnx import export_onnx
 from recsys2stage.cli.listing import list_parts
 from recsys2stage.cli.project import init
 from recsys2stage.cli.recommend import recommend
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Any] = {
     "export-index": export_index,
     "mine-negatives": mine_negatives,
     "export-bundle": export_bundle,
+    "export-onnx": export_onnx,
     "recommend": recommend,
     "evaluate": evaluate,
     "serve": serve,

@@ -223,7 +223,7 @@ def append_masked_event(history: History) -> History:
     expect.
     """
     items, lengths, times, request = history[:4]
-    rows, last = torch.arange(len(lengths), device=lengths.device), (lengths - 1).clamp(min=0)
+    rows, last = torch.arange(lengths.size(0), device=lengths.device), (lengths - 1).clamp(min=0)
     seconds = (times if request is None else request)[rows, last]
     items, times = F.pad(items, (0, 1)), F.pad(times, (0, 1))
     items[rows, lengths], times[rows, lengths] = MASK, seconds

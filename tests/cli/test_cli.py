@@ -31,7 +31,7 @@ from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.retriever import Retriever
 
 VERBS = {
-    *("simulate", "prepare-data", "fit", "validate", "test", "export-index"),
+    *("simulate", "prepare-data", "fit", "validate", "test", "export-index", "export-onnx"),
     *("serve", "export-log", "mine-negatives", "export-bundle", "recommend", "evaluate", "init", "list"),
 }
 RECSYS = Path(sys.executable).with_name("recsys")

@@ -76,6 +76,7 @@ ROWS = [
     Wrong("recommend -k 3", "-k is not an option", "did you mean --k", "recsys recommend --help"),
     Wrong("recommend --k --seen keep", "--k has no value", "a whole number", "write --k VALUE"),
     Wrong("export-bundle --rankr x", "--rankr is not an option", "did you mean --ranker", "export-bundle --help"),
+    Wrong("export-onnx --bundel x", "--bundel is not an option", "did you mean --bundle", "export-onnx --help"),
     Wrong("simulate --outptu x", "--outptu is not an option", "did you mean --output", "simulate --help"),
     Wrong(f"{PREPARE} --time_unit iso", "--time_unit is not an option", "one of .*--core", "prepare-data --help"),
     Wrong(f"{PREPARE} --split.vall 3", "--split.vall is not an option of LeaveOneOut", "did you mean val", "split.help"),
@@ -224,6 +225,8 @@ def test_the_table_is_long_enough() -> None:
         ("export-index --retriever {folder}/retriever --data {data} --output O", "is a folder", "a check", "best.ckpt"),
         ("export-index --retriever {ranker} --data {data} --output O", "of a ranker", "of a retriever", "recsys fit"),
         ("export-bundle --ranker {ranker} --index {data} --output O", "holds a dataset", "an index", "export-index"),
+        ("export-onnx --bundle {data} --output O", "holds a dataset", "expected an index", "export-index wrote"),
+        ("export-onnx --bundle {bundle} --output {index}", "holds an index", "another folder", "name another"),
         ("mine-negatives --data {index} --index {index} --output O", "holds an index", "a dataset", "prepare-data"),
     ],
 )  # fmt: skip

@@ -56,6 +56,7 @@ def test_gaps_beyond_the_last_bucket_and_before_the_event_are_capped() -> None:
     assert buckets([2**31 - 2, 2**31 - 1, 2**32, 2**40]) == [30, 31, 31, 31]
     assert buckets([0, 6, 7, 2**20], number=4) == [0, 2, 3, 3]
     assert buckets([-1, -(10**9)]) == [0, 0]
+    assert buckets([2**61 - 2, 2**61 - 1], number=70) == [60, 61], "a float64 would round them to one"
 
 
 def test_request_gap_is_added_to_the_input() -> None:

@@ -99,7 +99,7 @@ def bias_attention(v: Heads, bias: Bias) -> Heads:
         mixed = _blockwise(None, None, v, bias, None, _Options("identity", True, 1.0, 1.0, 0.0))
     else:
         mixed = _full_bias(bias, v.dtype).masked_fill(~_attention_mask(v.size(2), True, None, v.device), 0) @ v
-    return mixed[:, 0].view(len(v), v.size(2), heads, -1).transpose(1, 2) if shared else mixed
+    return mixed[:, 0].view(v.size(0), v.size(2), heads, -1).transpose(1, 2) if shared else mixed
 
 
 def _attention_mask(length: int, causal: bool, lengths: Tensor | None, device: torch.device) -> Tensor:
@@ -114,7 +114,7 @@ def _full_bias(bias: Bias, dtype: torch.dtype) -> Tensor:
     """The bias as a full tensor, (1 or B, 1 or H, L, L)."""
     parts = [] if bias.position is None else [bias.position[None]]
     if bias.table is not None and bias.buckets is not None:
-        parts.append(bias.table[:, bias.buckets.int()].transpose(0, 1))
+        parts.append(bias.table[:, bias.buckets.long()].transpose(0, 1))
     return sum(parts[1:], start=parts[0]).to(dtype)
 
 

@@ -281,11 +281,13 @@ class Mamba2(nn.Module):
         state: S.
         heads: H.
         conv_width: W.
-        chunk: maximum chunk length.
+        chunk: maximum chunk length; None: one chunk of any length, for a model that is exported.
         skip: whether to add D v to y.
     """
 
-    def __init__(self, dim: int, width: int, state: int, heads: int, conv_width: int, chunk: int, skip: bool) -> None:
+    def __init__(
+        self, dim: int, width: int, state: int, heads: int, conv_width: int, chunk: int | None, skip: bool
+    ) -> None:
         super().__init__()
         self.heads, self.chunk = heads, chunk
         self.vbc = [width, state, state]
@@ -308,8 +310,10 @@ class Mamba2(nn.Module):
             keep: gets the state after so many events.
         """
         length = x.size(1)
-        chunks = (length + self.chunk - 1) // self.chunk
-        chunk_length = -(-length // chunks) if use_cpu_blocks(x) else self.chunk  # static for the compiler
+        chunks, chunk_length = 1, length
+        if self.chunk is not None:
+            chunks = (length + self.chunk - 1) // self.chunk
+            chunk_length = -(-length // chunks) if use_cpu_blocks(x) else self.chunk  # static for the compiler
         extra = chunks * chunk_length - length  # padding at the end; the scan is causal
         z, vbc, dt = self._project(x)
         dt = F.pad(dt, (0, 0, 0, extra))

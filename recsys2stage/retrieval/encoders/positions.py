@@ -171,6 +171,9 @@ class PerDistance(Position):
 def by_distance(diagonals: Float[Tensor, "#H P"]) -> Float[Tensor, "#H L L"]:
     """The matrix with value[i − j] at (i, j), from the values of distances −L + 1 to L − 1."""
     length = (diagonals.size(-1) + 1) // 2
+    if torch.compiler.is_compiling():  # `unfold` would fix the length of an exported model
+        position = torch.arange(length, device=diagonals.device)
+        return diagonals[:, position[:, None] - position + length - 1]
     return diagonals.unfold(-1, length, 1).flip(-1)  # row i: distances i, i − 1, ..., i − L + 1
 
 

@@ -57,7 +57,7 @@ def _full_scan(v: Tensor, b: Tensor, c: Tensor, dt: Tensor, rate: Tensor, chunk_
 
 
 def _chunked(x: Tensor, chunk_length: int) -> Tensor:
-    return x.reshape(len(x), -1, chunk_length, *x.shape[2:])
+    return x.reshape(x.size(0), -1, chunk_length, *x.shape[2:])
 
 
 class _Scan(torch.autograd.Function):

@@ -20,6 +20,7 @@ from recsys2stage.shapes import Embedded, Shape, Times
 
 DAY = 86_400
 WEEK, YEAR = 7 * DAY, 365.2425 * DAY
+MAX_BUCKETS = 63  # of gaps of int64 seconds
 BUCKETS_IN_FLIGHT = 1 << 18  # pairs of positions per block, which stays in cache
 
 
@@ -99,18 +100,20 @@ class RequestGap(Time):
     """
 
     local = True
+    powers: Tensor
 
     def __init__(self, shape: Shape, buckets: int = 32) -> None:
         super().__init__(shape)
         check_integer("buckets", buckets, 1, MAX_WIDTH, example=32)  # 32 reach 68 years
         _require_causal(shape, self)
+        # whole numbers: a logarithm may round to the bucket below, and does so differently elsewhere
+        self.register_buffer("powers", 2 ** torch.arange(1, min(buckets, MAX_BUCKETS)), persistent=False)
         self.vectors = nn.Embedding(buckets, shape.dim)
         nn.init.normal_(self.vectors.weight, std=0.02)
 
     def embed(self, x: Embedded, times: Times, request: Times | None) -> Embedded:
-        gap = (require_request(request, self) - times).clamp(min=0).double()  # float32 would round gaps of years
-        bucket = torch.log2(1 + gap).long().clamp(max=self.vectors.num_embeddings - 1)
-        return x + self.vectors(bucket)
+        gap = (require_request(request, self) - times).clamp(min=0)
+        return x + self.vectors(torch.bucketize(1 + gap, self.powers, right=True))
 
 
 class _TimeBias(Time):
@@ -137,13 +140,18 @@ class _TimeBias(Time):
     def buckets(self, times: Times, request: Int[Tensor, "B S"] | None) -> Integer[Tensor, "B S L"]:
         request, (rows, length) = require_request(request, self), times.shape
         dtype = torch.uint8 if len(self.boundaries) < 256 else torch.int16
+        if not use_cpu_blocks(times):
+            return self._bucket(times, request).to(dtype)
         out = torch.empty(rows, request.size(1), length, dtype=dtype, device=times.device)
-        block = max(1, BUCKETS_IN_FLIGHT // length**2) if use_cpu_blocks(times) else rows
+        block = max(1, BUCKETS_IN_FLIGHT // length**2)
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            between = (request[part, :, None] - times[part, None, :]).abs()
-            out[part] = torch.bucketize(between, self.boundaries, right=True)
+            out[part] = self._bucket(times[part], request[part])
         return out
+
+    def _bucket(self, times: Times, request: Int[Tensor, "B S"]) -> Int[Tensor, "B S L"]:
+        between = (request[:, :, None] - times[:, None, :]).abs()
+        return torch.bucketize(between, self.boundaries, right=True)
 
     def table(self, layer: int) -> Float[Tensor, "#H N"]:
         return self.tables[0 if self.shared else layer]
