@@ -8,7 +8,7 @@ Histories are left-aligned: the oldest event first, padding at the end, with exp
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +22,7 @@ Ratings = Float[Tensor, "B L"]  # as in the log; 0 after the end
 Actions = Int[Tensor, "B L"]  # action types, numbered from 1; 0 is unknown
 Lengths = Int[Tensor, " B"]
 Embedded = Float[Tensor, "B L D"]
+Rows = Float[Tensor, "B T D"]  # T of the positions of embedded events
 Heads = Float[Tensor, "B H L K"]
 
 
@@ -46,6 +47,36 @@ class History(NamedTuple):
         """Selects users."""
         fields = {name: field[rows] for name, field in self._asdict().items() if isinstance(field, Tensor)}
         return self._replace(**fields, user=None if self.user is None else tuple(values[rows] for values in self.user))
+
+    def select(self, rows: Tensor | None, length: int) -> "History":
+        """Selects users by their numbers (None: all), and the first `length` positions."""
+        own = self if rows is None else History(*(_at(field, rows) for field in self))
+        return own._cut(slice(length))
+
+    def newest(self, count: int) -> "History":
+        """The last `count` positions, of histories without padding."""
+        return self._cut(slice(-count, None))._replace(lengths=self.lengths.clamp(max=count))
+
+    def _cut(self, positions: slice) -> "History":
+        """Selects positions, and leaves the lengths as they are."""
+        request, ratings, actions, target_action = (
+            None if field is None else field[:, positions]
+            for field in (self.request, self.ratings, self.actions, self.target_action)
+        )
+        return self._replace(
+            items=self.items[:, positions],
+            times=self.times[:, positions],
+            request=request,
+            ratings=ratings,
+            actions=actions,
+            target_action=target_action,
+        )
+
+
+def _at(field: Any, rows: Tensor) -> Any:
+    if isinstance(field, tuple):
+        return tuple(values[rows] for values in field)
+    return None if field is None else field[rows]
 
 
 class CandidateBatch(NamedTuple):

@@ -33,6 +33,7 @@ def serve(
     max_list: int = Settings.max_list,
     max_batch: int = Settings.max_batch,
     cached_events: int = Settings.cached_events,
+    cached_states: int = Settings.cached_states,
     log_requests: bool = Settings.log_requests,
     trust: Trust = None,
 ) -> None:
@@ -63,6 +64,8 @@ def serve(
         max_batch: most requests of a batch, and most events of one request.
         cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
             counts as 32 events more.
+        cached_states: most MiB of a worker's memory for what a causal encoder has computed of returning users, so that
+            a request computes only new events; 0: every request computes the whole history.
         log_requests: whether each request is logged.
         trust: modules outside this package from which the bundle may load classes.
     """

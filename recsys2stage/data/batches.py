@@ -116,7 +116,7 @@ def as_history(
 def newest_first(values: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
     """The newest `count` of left-aligned (B, L) values, newest first, (B, count), padded with 0."""
     position = np.asarray(lengths)[:, None] - 1 - np.arange(count)
-    return np.where(position >= 0, np.take_along_axis(values, position.clip(min=0), axis=1), 0)
+    return np.where(position >= 0, values[np.arange(len(values))[:, None], np.maximum(position, 0)], 0)
 
 
 def recent_events(

@@ -42,7 +42,15 @@ def kind_of(path: str | Path) -> str:
 
 
 def bundle_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a bundle or an index folder."""
+    """The manifest of a bundle or an index folder.
+
+    Raises:
+        FileNotFoundError: if the folder is neither.
+    """
+    if not (Path(path) / c.MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{path} holds neither a bundle nor an index; run: recsys export-bundle --output {path}"
+        )
     kind = kind_of(path)
     return read_manifest(path, kind, f"recsys export-{kind} --output {path}")
 
@@ -79,13 +87,9 @@ def read_bundle(path: str | Path, trust: Sequence[str] | str | None = ()) -> dic
     Raises:
         ValueError: for a folder that is damaged, has another format, or refers to other classes.
     """
-    path, kind = Path(path), kind_of(path)
-    if not (path / c.MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"{path} holds neither a bundle nor an index; run: recsys export-bundle --output {path}"
-        )
+    path, manifest = Path(path), bundle_manifest(path)
+    kind = kind_of(path)
     make = f"recsys export-{kind} --output {path}"
-    manifest = read_manifest(path, kind, make)
     verify(path, manifest, make)
     field, where = functools.partial(take, manifest, where=path / c.MANIFEST), path / c.MANIFEST
     with trusting(trust):

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from recsys2stage.ranking.signals.base import Proposer, Requests, Signal, propos
 from recsys2stage.ranking.signals.merge import merge, reciprocal_ranks
 from recsys2stage.retrieval.index import Index
 from recsys2stage.retrieval.inputs import Field, fields_read
+from recsys2stage.retrieval.states import UserStates
 from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.shapes import CandidateBatch
 
@@ -135,13 +136,22 @@ class Stages:
         return named + [{"name": f"source.{name}", "by_id": True, "counted": False} for name in sources]
 
     @torch.inference_mode()
-    def queries(self, padded: Padded, request: PerRequest, target_action: PerRequest = None) -> np.ndarray:
+    def queries(
+        self,
+        padded: Padded,
+        request: PerRequest,
+        target_action: PerRequest = None,
+        states: UserStates | None = None,
+        users: Sequence[Hashable | None] | None = None,
+    ) -> np.ndarray:
         """Query vectors of histories, (B, D) float32; scores are their dot products with the item vectors.
 
         Args:
             padded: histories, newest `max_length` events at most.
             request: (B,) request times in seconds; None: the time of the newest event.
             target_action: (B,) action types, 0 for unknown; None: `default_action`, with a warning if that is unknown.
+            states: of users, so that only new events are computed; as in `TwoTower.queries`.
+            users: the user of each history, for `states`.
         """
         if target_action is not None and self.next_action == "none":
             raise ValueError(NO_TARGET_ACTION)
@@ -153,7 +163,8 @@ class Stages:
                     "no target action given, using 'unknown'; pass one of those this model was trained with: %s",
                     ", ".join(self.actions),
                 )
-        return self.towers.queries(as_history(padded, self.request_time, request, target_action)).float().numpy()
+        history = as_history(padded, self.request_time, request, target_action)
+        return self.towers.queries(history, states, users).float().numpy()
 
     def ranker_request_time(self, padded: Padded, request: PerRequest) -> np.ndarray:
         """Request time for the second stage: the given one, or that of the newest event, (B,) int64 seconds."""

@@ -25,6 +25,9 @@ class Input(nn.Module, ABC):
     """
 
     reads: ClassVar[tuple[Field, ...]] = ()  # fields it reads; unknown everywhere if the history lacks them
+    # Whether `forward` embeds each event by its own fields alone, so that it may be given the newest events only; a
+    # subclass that overrides `forward` sets it anew.
+    local: ClassVar[bool] = False
 
     def __init__(self, dim: int, actions: Sequence[str]) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ InputFactory = Callable[[int, Sequence[str]], Input]  # (dim, actions) -> Input
 class ActionEmbedding(Input):
     """Learned embedding of the action type of each event, with one for unknown."""
 
-    reads = ("actions",)
+    reads, local = ("actions",), True
 
     def __init__(self, dim: int, actions: Sequence[str]) -> None:
         super().__init__(dim, actions)
@@ -66,7 +69,7 @@ class RatingEmbedding(Input):
         levels: number of levels. The defaults are the half stars of MovieLens.
     """
 
-    reads = ("ratings",)
+    reads, local = ("ratings",), True
 
     def __init__(
         self, dim: int, actions: Sequence[str] = (), low: float | int = 0.5, high: float | int = 5.0, levels: int = 10
@@ -108,7 +111,7 @@ class NextAction(Input):
     `next_action` in the data's options.
     """
 
-    reads = ("target_action",)
+    reads, local = ("target_action",), True
 
     def __init__(self, dim: int, actions: Sequence[str]) -> None:
         super().__init__(dim, actions)

@@ -1,6 +1,6 @@
 """The two-tower model: histories to query vectors, items to item vectors; a score is their inner product."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,19 @@ from torch.nn import functional as F
 from recsys2stage.columns import MASK, PAD
 from recsys2stage.options import MAX_LENGTH, MAX_WIDTH, check_integer, check_option
 from recsys2stage.retrieval.encoders import EncoderFactory
+from recsys2stage.retrieval.encoders.base import Memory, declares, is_inference
+from recsys2stage.retrieval.encoders.layers import use_cpu_blocks
 from recsys2stage.retrieval.inputs import InputFactory
 from recsys2stage.retrieval.items import ItemsFactory, ItemTable
+from recsys2stage.retrieval.states import Continuable, UserStates
 from recsys2stage.retrieval.users import UserFactory
-from recsys2stage.shapes import History, Similarity
+from recsys2stage.shapes import Embedded, History, Lengths, Similarity, Times
 
 TOWERS = "towers.pt"  # file of their weights in an exported folder
+POSITIONS = 256  # of histories that are computed together on a CPU: their intermediate results stay in cache
 
 
-class TwoTower(nn.Module):
+class TwoTower(nn.Module, Continuable):
     """A sequence encoder over histories, and an item table shared by histories and candidates.
 
     Args:
@@ -71,33 +75,97 @@ class TwoTower(nn.Module):
 
     def forward(self, history: History) -> Float[Tensor, "B L D"]:
         """States at every position; `query_vectors` turns them into queries."""
+        states: Tensor = self.encoder(*self.encoder_inputs(history))
+        return states[:, self.tokens :]
+
+    @property
+    def tokens(self) -> int:
+        """The number of positions of the encoder before the first event: 1 with a user token, else 0."""
+        return int(self.user is not None and self.user.token)
+
+    def encoder_inputs(self, history: History, later: bool = False) -> tuple[Embedded, Lengths, Times, Times | None]:
+        """The arguments of the encoder.
+
+        Args:
+            history: B histories.
+            later: whether these are only later events of longer histories, so that there is no user token.
+        """
         x = self.items(history.items.clamp(min=PAD))
         if self.mask is not None:
             x = torch.where((history.items == MASK)[..., None], self.mask.to(x.dtype), x)
         for add in self.inputs:
             x = add(x, history)
         if self.user is None:
-            return self.encoder(x, history.lengths, history.times, history.request)
-        user = self.user(history.user, len(x))
+            return x, history.lengths, history.times, history.request
+        user = self.user(history.user, x.size(0))
         x = self.user.condition(x, user)
-        if not self.user.token:
-            return self.encoder(x, history.lengths, history.times, history.request)
-        x, first = torch.cat([user[:, None].to(x.dtype), x], dim=1), history.times[:, :1]  # the user is the first token
-        times = torch.cat([first, history.times], dim=1)
-        request = None if history.request is None else torch.cat([first, history.request], dim=1)
-        return self.encoder(x, history.lengths + 1, times, request)[:, 1:]
+        if later or not self.user.token:
+            return x, history.lengths, history.times, history.request
+        x = torch.cat([user[:, None].to(x.dtype), x], dim=1)  # the user is the first token
+        return x, history.lengths + 1, *self.encoder_times(history)
+
+    def encoder_times(self, history: History) -> tuple[Times, Times | None]:
+        """Seconds and request time of each position of the encoder; a user token has the time of the first event."""
+        times, request, first = history.times, history.request, history.times[:, :1]
+        if not self.tokens:
+            return times, request
+        return torch.cat([first, times], dim=1), None if request is None else torch.cat([first, request], dim=1)
 
     def query_vectors(self, states: Float[Tensor, "*S D"]) -> Float[Tensor, "*S E"]:
         """Query vectors of states, of width E = D; with item biases, E = D + 1 and the last element is 1."""
         query = unit(states) if self.similarity == "cosine" else full_precision(states)
         return query if self.bias is None else F.pad(query, (0, 1), value=1.0)
 
-    def queries(self, history: History) -> Float[Tensor, "B E"]:
-        """Query vector at the newest position of each history; for an empty history, the state of padding."""
+    def queries(
+        self,
+        history: History,
+        states: UserStates | None = None,
+        users: Sequence[Hashable | None] | None = None,
+    ) -> Float[Tensor, "B E"]:
+        """Query vector at the newest position of each history; for an empty history, the state of padding.
+
+        Args:
+            history: B histories, newest `max_length` events at most.
+            states: what was computed of the users' earlier events; only the events after it are computed, and it is
+                kept for the next call. The result is that without states, to rounding. None: computes all events.
+            users: with states, the user of each history; None for one that is not kept. Any history may be given for
+                a user: what is kept is used as far as both are equal.
+        """
         if self.mask is not None:
             history = append_masked_event(history)
-        last = (history.lengths - 1).clamp(min=0)
-        return self.query_vectors(self(history)[torch.arange(len(last), device=last.device), last])
+        if self.training or not is_inference(self.items.table.weight):
+            last = (history.lengths - 1).clamp(min=0)
+            return self.query_vectors(self(history)[torch.arange(last.size(0), device=last.device), last])
+        if states is None:
+            return self.query_vectors(self.newest_states(history))
+        return self.query_vectors(states.newest_states(self, history, users or [None] * len(history.lengths)))
+
+    @property
+    def extends(self) -> bool:
+        """Whether states of users can be kept: the encoder is causal, and all parts take new events alone."""
+        user = self.user is None or declares(type(self.user), "local", "condition")
+        return self.encoder.extends and user and all(declares(type(add), "local", "forward") for add in self.inputs)
+
+    def newest_states(self, history: History, keep: list[Memory] | None = None) -> Float[Tensor, "B D"]:
+        """States at the newest position of each history.
+
+        Args:
+            history: B histories, with a masked event if the encoder is bidirectional.
+            keep: gets the memory of each history, as in `Encoder.newest`.
+        """
+        parts, order = list[Tensor](), list[int]()
+        kept: list[Memory] | None = None if keep is None else []
+        for rows, part in alike(history):
+            parts.append(self.encoder.newest(*self.encoder_inputs(part), keep=kept))
+            order += rows
+        if len(parts) == 1 and order == sorted(order):
+            if keep is not None:
+                keep += kept or []
+            return parts[0]
+        places = torch.tensor(order, device=history.lengths.device).argsort()
+        if keep is not None and kept is not None:
+            keep += [kept[place] for place in places.tolist()]
+        return torch.cat(parts)[places]
 
     def item_vectors(self, items: Int[Tensor, " U"]) -> Float[Tensor, "U E"]:
         """Item vectors; the inner product with a query is the score. With item biases, the last element is the bias."""
@@ -124,6 +192,28 @@ class TwoTower(nn.Module):
                 table.load_item_tables(features, trained)
         if self.user is not None:
             self.user.load_user_features(user_features)
+
+
+def alike(history: History) -> Iterator[tuple[list[int], History]]:
+    """Splits a batch for computation: on a CPU, histories of similar lengths, few enough to stay in cache.
+
+    Returns:
+        The rows of each part, and their histories without common padding.
+    """
+    count, length = history.items.shape
+    if not use_cpu_blocks(history.items):
+        yield list(range(count)), history
+        return
+    lengths = history.lengths.clamp(min=1)
+    if count == 1:
+        yield [0], history if int(lengths[0]) == length else history.select(None, int(lengths[0]))
+        return
+    sizes, order = (part.tolist() for part in lengths.sort(descending=True, stable=True))
+    start = 0
+    while start < count:
+        rows = order[start : start + max(1, POSITIONS // sizes[start])]
+        yield rows, history.select(torch.tensor(rows), sizes[start])
+        start += len(rows)
 
 
 def append_masked_event(history: History) -> History:

@@ -36,6 +36,7 @@ class UserTower(nn.Module):
     """
 
     token: bool
+    local = True  # whether `condition` treats each event alone; a subclass that overrides it sets it anew
 
     def __init__(
         self,

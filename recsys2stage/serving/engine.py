@@ -16,6 +16,7 @@ from recsys2stage.ranking.histories import pad_events
 from recsys2stage.ranking.signals.base import unit
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import Exact
+from recsys2stage.retrieval.states import UserStates
 from recsys2stage.serving.answers import Answers, Found
 from recsys2stage.serving.filters import ItemFeatures, unknown_item
 from recsys2stage.serving.histories import UserEvents
@@ -43,7 +44,12 @@ class Engine:
         features: the catalogue with its declared features.
         identity: of the bundle: the beginning of the hash of its manifest.
         facts: what /v1/info tells of the bundle.
+
+    Attributes:
+        states: of users that requests name by id, so that only their new events are computed; None: keeps none.
     """
+
+    states: UserStates | None = None
 
     def __init__(
         self, recommender: Recommender, features: ItemFeatures, identity: str, facts: Mapping[str, Any] | None = None
@@ -146,7 +152,8 @@ class Engine:
                 model.reads_actions,
             )
             request = np.array([query.request_time for query in queries], dtype=np.int64)
-            vectors = model.queries(padded, request, self._target_actions(queries))
+            users = [query.body.user_id for query in queries]  # None where the request brings its own history
+            vectors = model.queries(padded, request, self._target_actions(queries), self.states, users)
         with timed(stages, "search"):
             excluded = ragged([query.excluded for query in queries])
             allowed = self._masks(queries)
@@ -243,8 +250,8 @@ def add_items(
     return model.retrieved(queries, np.concatenate([found.items, more], axis=1), found.proposed)
 
 
-def read_metrics(bundle: Path) -> dict[str, dict[str, float]] | None:
-    """The main metrics of both stages from the report beside a bundle; None without one."""
+def read_metrics(bundle: Path) -> dict[str, dict[str, dict[str, float]]] | None:
+    """The main metrics of both stages, {"value", "low", "high"} each, from the report beside a bundle; None without."""
     path = bundle.resolve().parent / "report.json"
     if not path.is_file():
         return None
@@ -252,7 +259,7 @@ def read_metrics(bundle: Path) -> dict[str, dict[str, float]] | None:
         models = read_json(path, dict, "recsys evaluate")["models"]
         return {
             stage: {
-                name: float(models[stage][name]["value"])
+                name: {part: float(models[stage][name][part]) for part in ("value", "low", "high")}
                 for name in ("hr@10", "ndcg@10", "mrr", "recall@100")
                 if name in models[stage]
             }

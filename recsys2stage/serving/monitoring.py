@@ -63,6 +63,9 @@ class Metrics:
             "stage_seconds", "Time of a stage of a request: queue, encode, ...", ["stage"], buckets=SECONDS, **named
         )
         self.batches = Histogram("batch_size", "Requests that were computed together", buckets=SIZES, **named)
+        self.states = Counter(
+            "encoded", "Histories by what a cached state of the user was good for: hit, miss, ...", ["state"], **named
+        )
         self.events = Counter("events", "Events accepted", **named)
         self.impressions = Counter("impressions", "Impressions by what became of them", ["outcome"], **named)
         self.reloads = Counter("reloads", "New bundles by what became of them", ["outcome"], **named)
@@ -75,6 +78,8 @@ class Metrics:
                 "queue_length": "Requests that wait to be computed",
                 "cached_users": "Users with new events whose history is held in memory",
                 "cached_events": "Events of these users",
+                "cached_states": "Users with a cached state of the encoder",
+                "cached_states_bytes": "Memory of these states",
                 "impressions_waiting": "Impressions that wait to be written",
                 "resident_bytes": "Memory of the worker processes; shared pages count once for each",
             }.items()
@@ -99,6 +104,11 @@ class Metrics:
     def observe_batch(self, size: int) -> None:
         """Records how many requests were computed together."""
         self.batches.observe(size)
+
+    def observe_states(self, outcomes: Mapping[str, int]) -> None:
+        """Counts histories by the outcomes of `retrieval.states.OUTCOMES`."""
+        for outcome, count in outcomes.items():
+            self.states.labels(outcome).inc(count)
 
     def watch(self, name: str, value: Callable[[], float]) -> None:
         """Takes one of `gauges` from a function, at every scrape and once a second."""

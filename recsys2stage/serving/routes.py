@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
+from recsys2stage.serving.deliveries import MAX_KEY
 from recsys2stage.serving.problems import nearest, wrong
 from recsys2stage.serving.schemas import (
     MAX_ID,
@@ -28,6 +29,15 @@ from recsys2stage.serving.schemas import (
 from recsys2stage.serving.service import Service, json_response
 
 Limit = Annotated[int, Query(ge=1, le=1_000, description="Most entries of the page.")]
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=MAX_KEY,
+        description="Of this delivery, such as a UUID: remembered for a day.",
+    ),
+]
 Offset = Annotated[int, Query(ge=0, le=1_000_000_000, description="Number of entries to skip.")]
 
 PROBLEM = {"model": ProblemDetails, "content": {"application/problem+json": {}}}
@@ -85,11 +95,15 @@ async def similar(body: SimilarRequest, request: Request) -> Response:
 
 
 @router.post("/v1/events", response_model=Accepted, status_code=202, responses=WRONG, tags=["users"])
-async def keep_events(body: EventsRequest, request: Request) -> Response:
-    """Keep events. They are on disk before the answer is sent, and known to the next request of their users."""
+async def keep_events(body: EventsRequest, request: Request, idempotency_key: Key = None) -> Response:
+    """Keep events. They are on disk before the answer is sent, and known to the next request of their users.
+
+    A delivery that comes again under the same key is answered the same and kept once.
+    """
     service = service_of(request)
     service.check_count("events", body.events)
-    return json_response(await service.keep_events(body.events), status=202)
+    answer, repeated = await service.keep_events(body.events, idempotency_key)
+    return json_response(answer, {"Idempotency-Replayed": "true"} if repeated else None, status=202)
 
 
 @router.get("/v1/items", response_model=ItemsAnswer, responses=WRONG, tags=["catalogue"])
@@ -135,7 +149,7 @@ async def erase(user_id: str, request: Request) -> Response:
     """Erase every stored event and impression of a user, and hide a user of the data for good."""
     if not 1 <= len(user_id) <= MAX_ID:
         raise wrong("user_id", user_id, f"the id has {len(user_id)} characters, expected 1 to {MAX_ID}; correct it")
-    await asyncio.to_thread(service_of(request).histories.delete, user_id)
+    await asyncio.to_thread(service_of(request).erase, user_id)
     return Response(status_code=204)
 
 

@@ -11,7 +11,9 @@ from fastapi.responses import Response
 
 from recsys2stage import __version__
 from recsys2stage.columns import YEAR_2100
+from recsys2stage.retrieval.states import UserStates
 from recsys2stage.serving.batching import Batcher
+from recsys2stage.serving.deliveries import Delivery
 from recsys2stage.serving.engine import Computed, Engine, Result
 from recsys2stage.serving.histories import Histories, UserEvents
 from recsys2stage.serving.monitoring import Metrics
@@ -36,6 +38,8 @@ class Service:
         self.settings, self.metrics = settings, metrics
         self.engine = Engine.load(settings.bundle, settings.trust)
         self.engine.warm()
+        if settings.cached_states:
+            self.engine.states = UserStates(settings.cached_states << 20)
         model = self.engine.recommender
         known = load_known_users(settings.bundle, settings.data)
         self.store = Store(settings.store_path)
@@ -44,6 +48,10 @@ class Service:
         metrics.watch("queue_length", lambda: self.batcher.waiting)
         metrics.watch("cached_users", lambda: self.histories.cached_users)
         metrics.watch("cached_events", lambda: self.histories.cached_events)
+        states = self.engine.states
+        if states is not None:
+            metrics.watch("cached_states", lambda: len(states))
+            metrics.watch("cached_states_bytes", lambda: states.nbytes)
         metrics.watch("impressions_waiting", lambda: self.store.pending)
         self.info = self._info()
 
@@ -58,11 +66,21 @@ class Service:
         for body in bodies:
             user_id = getattr(body, "user_id", None)
             histories.append(None if user_id is None else self.histories.events(user_id))
+            if user_id is not None and histories[-1] is None and self.engine.states is not None:
+                self.engine.states.forget(user_id)  # erased, perhaps by another worker
         results = self.engine.compute(bodies, histories)
+        if self.engine.states is not None:
+            self.metrics.observe_states(self.engine.states.take_outcomes())
         return [
             result._replace(stages={"queue": seconds, **result.stages}) if isinstance(result, Result) else result
             for result, seconds in zip(results, waited, strict=True)
         ]
+
+    def erase(self, user_id: str) -> None:
+        """Erases what the service has of a user, and hides the user of the prepared data for good."""
+        self.histories.delete(user_id)
+        if self.engine.states is not None:
+            self.engine.states.forget(user_id)
 
     async def answer(self, request: Request, body: Computed) -> Response:
         """The answer to one request, logged as an impression, with the time of each stage in its header."""
@@ -139,8 +157,16 @@ class Service:
             detail = f"the list has {len(entries):,} entries, expected at most {self.settings.max_batch:,}"
             raise wrong(name, len(entries), f"{detail}; send several bodies")
 
-    async def keep_events(self, events: Sequence[NewEvent]) -> dict[str, int]:
-        """Keeps events; returns once they are on disk."""
+    async def keep_events(self, events: Sequence[NewEvent], key: str | None = None) -> tuple[dict[str, int], bool]:
+        """Keeps events; returns once they are on disk.
+
+        Args:
+            events: as sent.
+            key: of the delivery: if the same events came before under the same key, they are not kept again.
+
+        Returns:
+            The answer, and whether the events had come before.
+        """
         now, model = int(time.time()), self.engine.recommender
         latest = min(max(now, model.newest_time or 0) + DAY, YEAR_2100)
         for place, event in enumerate(events):
@@ -162,9 +188,19 @@ class Service:
             for event in events
         ]
         unknown = int((model.catalogue.numbers([event.item_id for event in events]) == 0).sum())
-        await asyncio.wrap_future(self.store.submit(rows))
-        self.metrics.events.inc(len(rows))
-        return {"accepted": len(rows), "unknown_items": unknown}
+        delivery = None if key is None else Delivery(key, json.dumps([event.model_dump() for event in events]))
+        await asyncio.wrap_future(self.store.submit(rows, delivery))
+        repeated = delivery is not None and delivery.outcome == "repeated"
+        if delivery is not None and delivery.outcome == "other":
+            raise wrong(
+                "Idempotency-Key",
+                key,
+                f"the key {shorten(key)} came with other events before, expected a new key for each delivery; send "
+                "them with another key",
+            )
+        if not repeated:
+            self.metrics.events.inc(len(rows))
+        return {"accepted": len(rows), "unknown_items": unknown}, repeated
 
     def user_page(self, user_id: str, limit: int, offset: int) -> dict[str, Any]:
         """A page of a user's events, newest first."""

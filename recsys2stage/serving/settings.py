@@ -20,6 +20,7 @@ COUNTS = {  # option -> least value
     "max_list": 1,
     "max_batch": 1,
     "cached_events": 0,
+    "cached_states": 0,
 }
 SECONDS = ("timeout", "keep_alive", "shutdown_timeout")
 
@@ -51,6 +52,8 @@ class Settings:
         max_batch: most requests of /v1/recommend/batch, and most events of /v1/events.
         cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
             counts as 32 events more.
+        cached_states: most MiB of a worker's memory for what a causal encoder has computed of returning users, so that
+            a request computes only new events; 0: every request computes the whole history.
         log_requests: whether each request is logged.
     """
 
@@ -74,6 +77,7 @@ class Settings:
     max_list: int = 10_000
     max_batch: int = 100
     cached_events: int = 2_000_000
+    cached_states: int = 256
     log_requests: bool = True
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recsys2stage.serving.deliveries import Delivery
 from recsys2stage.serving.store_file import open_store
 
 FLUSH = 0.2  # seconds that impressions wait for company
@@ -90,8 +91,12 @@ class Store:
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
         self._thread.start()
 
-    def submit(self, events: Sequence[Event]) -> "Future[None]":
+    def submit(self, events: Sequence[Event], delivery: Delivery | None = None) -> "Future[None]":
         """Queues events; the future is done once they are committed, all or none.
+
+        Args:
+            events: new events.
+            delivery: its key, if it has one: unless that is new, no event is kept.
 
         Raises:
             ValueError: for text that is not valid Unicode, and numbers beyond 64 bits.
@@ -106,6 +111,8 @@ class Store:
         users = [(user,) for user in dict.fromkeys(event.user_id for event in events)]
 
         def insert(connection: sqlite3.Connection) -> None:
+            if delivery is not None and not delivery.claim(connection, self._salt):
+                return
             connection.executemany(
                 "INSERT INTO events (user_id, item_id, time, rating, action, request_id, received) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",

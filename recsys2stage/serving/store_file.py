@@ -6,6 +6,8 @@ import secrets
 import sqlite3
 from pathlib import Path
 
+from recsys2stage.serving import deliveries
+
 SCHEMA = 1  # increase it when older versions of the package cannot use the file
 APPLICATION = 0x72325373  # marks the SQLite file as ours
 BUSY = 30.0  # seconds to wait for another process's transaction
@@ -73,6 +75,8 @@ def _prepare(writer: sqlite3.Connection, path: Path) -> None:
             writer.execute("INSERT INTO meta VALUES ('salt', ?)", (secrets.token_bytes(16),))
             writer.execute(f"PRAGMA application_id = {APPLICATION}")
             writer.execute(f"PRAGMA user_version = {SCHEMA}")
+        for statement in deliveries.TABLES:
+            writer.execute(statement)
         writer.execute("COMMIT")
     except BaseException:
         with contextlib.suppress(sqlite3.Error):

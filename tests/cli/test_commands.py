@@ -46,7 +46,7 @@ def refused(message: str, *words: object) -> None:
 
 
 def test_an_index_holds_all_that_the_first_stage_needs(trained: Run) -> None:
-    names = {"manifest.json", "index.json", "index.npy", "towers.pt", "popularity.npy", "items.parquet"}
+    names = {"manifest.json", "index.json", "index.npy", "towers.pt", "popularity.npy", "items.parquet"} | {"README.md"}
     assert {file.name for file in trained.index.iterdir()} == names
     dataset, manifest = Dataset(trained.data), read_manifest(trained.index, "index", "")
     assert manifest["items"] == dataset.num_items

@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys2stage.ranking import scorers
 from recsys2stage.ranking.reranker import PARTS, Reranker
 from recsys2stage.ranking.scorers import DIN, MLP, RankerInputs, Scorer
+from recsys2stage.ranking.scorers.deep import concat_inputs
 from recsys2stage.shapes import CandidateBatch
 
 V, D, B, C, R = 30, 8, 5, 12, 4
@@ -486,3 +487,34 @@ def test_equal_scores_are_calibrated_to_something_finite() -> None:
     reranker.calibrate(torch.full((4, 3), 2.5), torch.tensor([0, 1, 2, 0]), torch.ones(4, 3, dtype=torch.bool))
     assert reranker.log_scale.isfinite()
     assert reranker.center == 2.5
+
+
+@pytest.mark.parametrize("without", [[], ["state"], ["vectors"], ["state", "vectors"], ["features"]], ids="-".join)
+def test_the_mlp_leaves_out_only_what_is_zero(without: list[str], rng: np.random.Generator) -> None:
+    """As if all inputs were concatenated, with zeros for what is left out."""
+    reranker, batch = built(rng, without=without), lists(rng)
+    scorer = reranker.scorer
+    assert isinstance(scorer, MLP)
+    _, inputs = reranker.scorer_inputs(batch)
+    whole = scorer.deep(*concat_inputs(inputs)).squeeze(-1) + scorer.wide(inputs.features)
+    torch.testing.assert_close(scorer(inputs), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_no_mask_is_a_mask_of_nothing(rng: np.random.Generator) -> None:
+    reranker, batch = built(rng), lists(rng)
+    nothing = torch.zeros_like(batch.items, dtype=torch.bool)
+    for cold in (False, True):
+        reranker.cold.fill_(False)
+        reranker.cold[batch.items[0, 0]] = cold
+        torch.testing.assert_close(reranker(batch), reranker(batch, nothing))
+
+
+def test_frozen_features_are_those_of_the_weights_until_training_goes_on(rng: np.random.Generator) -> None:
+    reranker, items = built(rng), torch.arange(V + 1)[None]
+    want = reranker.item_features(items)
+    assert reranker.freeze().encoded is not None
+    torch.testing.assert_close(reranker.item_features(items), want)
+    assert "encoded" not in reranker.state_dict()
+    reranker.train()
+    assert reranker.encoded is None
+    assert built(rng, without=["features"]).freeze().encoded is None

@@ -35,7 +35,7 @@ from recsys2stage.ranking.signals import (
     Signal,
     Transitions,
 )
-from recsys2stage.ranking.signals.base import is_excluded, load_signals, save_signals, specify
+from recsys2stage.ranking.signals.base import is_excluded, load_signals, propose_excluding, save_signals, specify
 from recsys2stage.ranking.signals.merge import merge, reciprocal_ranks
 from recsys2stage.trust import trusting
 
@@ -191,6 +191,32 @@ def test_a_candidate_is_measured_alone(
         now, query = requests.request_time[row : row + 1], requests.queries[row : row + 1]
         alone = Requests(requests.items[row : row + 1, 3:5], history, now, vectors, query)
         np.testing.assert_allclose(signal(alone)[0], numbers[row, 3:5], rtol=1e-5, atol=1e-5)
+
+
+@every
+def test_the_order_and_the_repeats_of_candidates_do_not_matter(
+    kind: type[Signal], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
+) -> None:
+    signal, (requests, _) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    once = np.tile(np.arange(ITEMS + 1), (len(requests.items), 1))
+    values = signal(requests._replace(items=once))
+    items = np.random.default_rng(7).integers(0, ITEMS + 1, (len(once), 3 * ITEMS))
+    want = np.take_along_axis(values, items[..., None], axis=1)
+    np.testing.assert_allclose(signal(requests._replace(items=items)), want, rtol=1e-5, atol=1e-6)
+
+
+@proposers
+def test_a_proposer_reads_what_is_allowed_as_it_reads_exclusions(
+    kind: type[Proposer], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
+) -> None:
+    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    assert isinstance(signal, Proposer)
+    for share in (0.1, 0.6, 1.0):
+        allowed = np.random.default_rng(8).random((len(requests.items), ITEMS)) < share
+        own = requests._replace(allowed=allowed)
+        proposed = signal.propose(own, known)
+        assert np.array_equal(proposed, propose_excluding(signal, own, known))
+        assert (proposed > 0).any()
 
 
 @every

@@ -105,6 +105,17 @@ def test_two_events_that_say_the_same_are_not_counted_twice(dataset: Dataset) ->
     assert two + one == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("models", [1, 2, 3, 4])
+def test_tables_of_earlier_versions_say_the_same(dataset: Dataset, models: int) -> None:
+    """They have a table of weights for each model."""
+    signal, (requests, known) = fitted(dataset, candidates=5, decays=[0.4, 0.6, 0.8, 1.0][:models]), asked(dataset)
+    old = {f"weights_{number}": signal.tables["weights"][..., number].copy() for number in range(models)}
+    other = SLIT(**{name: getattr(signal, name) for name in ("candidates", "decays", "ridge", "history", "items")})
+    other.restore({"row": signal.tables["row"], **old})
+    assert np.array_equal(other(requests), signal(requests))
+    assert np.array_equal(other.propose(requests, known), signal.propose(requests, known))
+
+
 def test_no_pair_of_events_says_nothing(dataset: Dataset) -> None:
     requests, known = asked(dataset)
     dataset.offsets = np.arange(len(dataset.items) + 1)

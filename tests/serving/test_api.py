@@ -299,6 +299,26 @@ def test_new_events_are_known_to_the_next_request(client: TestClient, catalogue:
     assert client.post("/v1/recommend", json={"user_id": "ann/lee é"}).status_code == 404
 
 
+def test_a_delivery_with_a_key_is_kept_once(client: TestClient, catalogue: pl.DataFrame) -> None:
+    body = {"events": [{"user_id": "twice", "item_id": catalogue["item_id"][0]}, {"user_id": "twice", "item_id": "x"}]}
+    headers = {"Idempotency-Key": "8e03978e"}
+    first, again = (client.post("/v1/events", json=body, headers=headers) for _ in range(2))
+    assert first.status_code == again.status_code == 202
+    assert first.json() == again.json() == {"accepted": 2, "unknown_items": 1}
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    assert client.get("/v1/users/twice").json()["total"] == 2
+    other = client.post("/v1/events", json={"events": body["events"][:1]}, headers=headers)
+    assert other.status_code == 422
+    assert "the key '8e03978e' came with other events before" in other.json()["detail"]
+    assert client.post("/v1/events", json=body).status_code == 202  # without a key every delivery is a new one
+    assert client.get("/v1/users/twice").json()["total"] == 4
+    for key in ("", "k" * 256):
+        wrong = client.post("/v1/events", json=body, headers={"Idempotency-Key": key})
+        assert wrong.status_code == 422, wrong.text
+        assert "Idempotency-Key" in wrong.text
+
+
 def test_an_erased_user_of_the_data_stays_hidden(client: TestClient) -> None:
     assert client.get("/v1/users/149").status_code == 200
     assert client.delete("/v1/users/149").status_code == 204

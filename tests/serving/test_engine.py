@@ -15,6 +15,7 @@ import torch
 from http_client import served
 from pipeline_fixtures import Run
 
+from recsys2stage.artifacts import write_json
 from recsys2stage.ranking.histories import pad_events
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders import Transformer
@@ -24,7 +25,7 @@ from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.retrieval.users import UserTower
 from recsys2stage.serving.batching import Batcher
 from recsys2stage.serving.diversity import mmr
-from recsys2stage.serving.engine import Engine, Result, ragged
+from recsys2stage.serving.engine import Engine, Result, ragged, read_metrics
 from recsys2stage.serving.explain import ITEM, POPULARITY, RETRIEVER, SOURCE
 from recsys2stage.serving.filters import ItemFeatures
 from recsys2stage.serving.problems import Problem
@@ -444,3 +445,13 @@ def test_filters_of_a_large_batch_reach_the_generators_in_parts(
     parts = [result.fields for result in engine.compute(requests) if isinstance(result, Result)]
     assert len(whole) == 7
     assert parts == whole
+
+
+def test_metrics_come_with_their_intervals(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "bundle") is None
+    row = {"value": 0.25, "low": 0.2, "high": 0.3}
+    models = {"retriever": {"ndcg@10": row, "coverage@10": row}, "ranker": {"mrr": row}, "popular": {"mrr": row}}
+    write_json(tmp_path / "report.json", {"models": models})
+    assert read_metrics(tmp_path / "bundle") == {"retriever": {"ndcg@10": row}, "ranker": {"mrr": row}}
+    write_json(tmp_path / "report.json", {"models": {"retriever": {"mrr": {"value": 0.25}}}})
+    assert read_metrics(tmp_path / "bundle") is None

@@ -89,12 +89,12 @@ def test_every_option_of_the_command_reaches_the_settings(monkeypatch: pytest.Mo
     words = ["--bundle", "b", "--data", "d", "--store", "s", "--host", "0.0.0.0", "--port", 1, "--workers", 3]
     words += ["--api_keys", keys, "--cors", '["https://a.example", "*"]', "--torch_threads", 4, "--batch_size", 5]
     words += ["--queue", 6, "--timeout", 7, "--keep_alive", 8, "--shutdown_timeout", 9, "--max_body", 1_024]
-    words += ["--max_k", 11, "--max_list", 12, "--max_batch", 13, "--cached_events", 14, "--log_requests", "false"]
-    recsys("serve", *words, "--trust", "mine")
+    words += ["--max_k", 11, "--max_list", 12, "--max_batch", 13, "--cached_events", 14, "--cached_states", 15]
+    recsys("serve", *words, "--log_requests", "false", "--trust", "mine")
     assert seen == [
         Settings(
             *(Path("b"), Path("d"), Path("s"), "0.0.0.0", 1, 3, keys, ("https://a.example", "*"), ("mine",)),
-            *(4, 5, 6, 7.0, 8.0, 9.0, 1_024, 11, 12, 13, 14, False),
+            *(4, 5, 6, 7.0, 8.0, 9.0, 1_024, 11, 12, 13, 14, 15, False),
         )
     ]
     recsys("serve")

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from recsys2stage.serving import deliveries
+from recsys2stage.serving.deliveries import Delivery
 from recsys2stage.serving.store import Event, Store, StoreError
 from recsys2stage.serving.store_file import SCHEMA
 
 WRITER = """
 import sys
+from recsys2stage.serving import deliveries
+from recsys2stage.serving.deliveries import Delivery
 from recsys2stage.serving.store import Event, Store
 store = Store(sys.argv[1])
 for number in range(10**6):
@@ -245,3 +249,66 @@ def test_stores_that_are_made_together_make_one(tmp_path: Path) -> None:
     assert items(made[0], "u") == ["0", "1", "2", "3", "4"]
     for store in made:
         store.close()
+
+
+def deliver(store: Store, key: str, *events: Event, content: str = "") -> str:
+    """What became of a delivery."""
+    delivery = Delivery(key, content or repr(events))
+    store.submit(events, delivery).result()
+    return delivery.outcome
+
+
+def test_a_delivery_that_comes_again_is_kept_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert deliver(store, "k", event("u", "a"), event("v", "b")) == "new"
+    with Store(store.path) as other:  # another worker, and one after a restart
+        assert deliver(other, "k", event("u", "a"), event("v", "b")) == "repeated"
+        assert deliver(other, "k", event("u", "c")) == "other"
+        assert deliver(other, "l", event("u", "a"), event("v", "b")) == "new"  # another key is another delivery
+    assert deliver(store, "k", event("u", "a"), event("v", "b")) == "repeated"
+    assert items(store, "u") == ["a", "a"]
+    assert items(store, "v") == ["b", "b"]
+    monkeypatch.setattr(deliveries, "KEPT", -1.0)  # a day later
+    assert deliver(store, "k", event("u", "c")) == "new"
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("SELECT count(*) FROM deliveries").fetchone() == (1,)
+
+
+def test_of_deliveries_at_once_one_is_kept(tmp_path: Path) -> None:
+    outcomes: list[str] = []
+
+    def worker() -> None:
+        with Store(tmp_path / "store.sqlite") as own:
+            outcomes.extend(deliver(own, f"key {number}", event("u", str(number))) for number in range(20))
+
+    threads = [threading.Thread(target=worker) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["new"] * 20 + ["repeated"] * 60
+    with Store(tmp_path / "store.sqlite") as store:
+        assert sorted(items(store, "u"), key=int) == [str(number) for number in range(20)]
+
+
+def test_a_delivery_that_cannot_be_written_may_come_again(store: Store) -> None:
+    with pytest.raises(StoreError):
+        store.submit([Event("u", "a", 1, rating=object())], Delivery("k", "x")).result()  # type: ignore[arg-type]
+    assert deliver(store, "k", event("u", "a"), content="x") == "new"
+
+
+def test_keys_and_contents_are_kept_as_hashes(store: Store) -> None:
+    deliver(store, "key of ann", event("ann", "a"))
+    store.delete("ann")
+    store.close()
+    for path in store.path.parent.iterdir():
+        assert b"ann" not in path.read_bytes()
+
+
+def test_a_store_of_an_earlier_version_gets_the_table_of_deliveries(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.sqlite") as store:
+        store.append([event("u", "a")])
+    with sqlite3.connect(tmp_path / "store.sqlite") as connection:
+        connection.execute("DROP TABLE deliveries")
+    with Store(tmp_path / "store.sqlite") as store:
+        assert deliver(store, "k", event("u", "b")) == "new"
+        assert items(store, "u") == ["a", "b"]

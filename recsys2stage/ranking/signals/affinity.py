@@ -70,35 +70,59 @@ class Affinity(Signal):
             self.tables["released"] = years(dataset, self.released)
             names.append("years_since_release")
         self.tables["names"] = np.array(names)
+        self.restore(self.tables)
+
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        super().restore(tables)
+        # all features with classes side by side, so that one pass counts them: classes are numbered through
+        numbers = [int(name.removeprefix("classes")) for name in tables if name.startswith("classes")]
+        parts: list[np.ndarray] = []
+        usual, first = [], 0
+        self._starts = np.zeros(len(numbers), dtype=np.int64)  # first column of each feature in `_classes`
+        for place, number in enumerate(sorted(numbers)):
+            classes, share = np.asarray(tables[f"classes{number}"]), np.asarray(tables[f"shares{number}"])
+            self._starts[place] = sum(part.shape[1] for part in parts)
+            parts.append(np.where(classes != UNKNOWN, classes + np.int32(first), np.int32(UNKNOWN)))
+            first += int(classes.max(initial=0))
+            usual.append(np.where(share > 0, share, 1))  # of items without classes any: their lift is set to 0
+        if parts:
+            self._classes, self._usual = np.concatenate(parts, axis=1), np.stack(usual, axis=1)
+            self._own = np.add.reduceat(self._classes != UNKNOWN, self._starts, axis=1, dtype=np.int32)  # classes each
 
     def __call__(self, requests: Requests) -> np.ndarray:
         length = requests.history.items.shape[1]
         lag = np.asarray(requests.history.lengths)[:, None] - 1 - np.arange(length)  # (B, L), 0 is the newest event
         weights = np.stack([lag >= 0, np.where(lag >= 0, self.decay ** lag.clip(min=0), 0), lag == 0])
-        parts = []  # (values, B, C) each
+        values = np.zeros((*requests.items.shape, len(self.names)), dtype=np.float32)
+        if len(self._starts):
+            by_class, place = self._class_values(requests, weights), 0
+        column = 0
         for number in range(len(self.tables)):
             if f"classes{number}" in self.tables:
-                parts.append(self._class_values(number, requests, weights))
+                values[..., column : column + 3] = by_class[:, :, place]
+                column, place = column + 3, place + 1
             elif f"values{number}" in self.tables:
-                parts.append(self._numeric_values(number, requests, lag))
+                values[..., column : column + 2] = np.moveaxis(self._numeric_values(number, requests, lag), 0, -1)
+                column += 2
         if self.released is not None:
             age = 1970 + requests.request_time[:, None] / YEAR - np.asarray(self.tables["released"])[requests.items]
-            parts.append(np.log1p(np.nan_to_num(age).clip(min=0))[None])
-        values = np.where(requests.items > 0, np.concatenate(parts), 0)
-        return np.ascontiguousarray(np.moveaxis(values, 0, -1), dtype=np.float32)
+            values[..., column] = np.log1p(np.nan_to_num(age).clip(min=0))
+        values[requests.items <= 0] = 0
+        return values
 
-    def _class_values(self, number: int, requests: Requests, weights: np.ndarray) -> np.ndarray:
-        classes = np.asarray(self.tables[f"classes{number}"])
-        history, candidates = classes[requests.history.items], classes[requests.items]  # (B, L, P), (B, C, P)
-        sums = class_weights(history, weights, candidates)
-        usual = np.asarray(self.tables[f"shares{number}"])[requests.items]
-        usual = np.where(usual > 0, usual, 1)  # for candidates without classes; their lift is set to 0 below
-        total = weights[:2].sum(2)[:, :, None]
+    def _class_values(self, requests: Requests, weights: np.ndarray) -> np.ndarray:
+        """Three values of each feature with classes, (B, C, features, 3)."""
+        history, candidates = self._classes[requests.history.items], self._classes[requests.items]  # (B, L or C, P)
+        sums = class_weights(history, weights, candidates, self._starts)
+        usual, own = self._usual[requests.items], self._own[requests.items]
+        total = weights[:2].sum(2)[:, :, None, None]
         lifts = np.log((sums[:2] + self.smoothing * usual) / ((total + self.smoothing) * usual))
-        own = (candidates != UNKNOWN).sum(2)
-        newest = ((history != UNKNOWN).sum(2) * weights[2]).sum(1)[:, None]
+        newest = (self._own[requests.history.items] * weights[2][..., None]).sum(1)[:, None]
         overlap = sums[2] / (own + newest - sums[2]).clip(min=1)
-        return np.concatenate([np.where(own > 0, lifts, 0), overlap[None]])
+        values = np.empty((*own.shape, 3), dtype=np.float32)
+        values[..., :2] = np.moveaxis(np.where(own > 0, lifts, 0), 0, -1)
+        values[..., 2] = overlap
+        return values
 
     def _numeric_values(self, number: int, requests: Requests, lag: np.ndarray) -> np.ndarray:
         values = np.asarray(self.tables[f"values{number}"])
@@ -112,13 +136,14 @@ class Affinity(Signal):
         return np.where(np.isnan(distance), 0, distance.clip(max=FURTHEST))
 
 
-def class_weights(history: np.ndarray, weights: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Summed weights of the events that share a class with each candidate, one term per class, (W, B, C) float64.
+def class_weights(history: np.ndarray, weights: np.ndarray, candidates: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Summed weights of the events that share a class with each candidate, one term per class, (W, B, C, F) float64.
 
     Args:
         history: (B, L, P) classes of the events, padded with 0.
         weights: (W, B, L) W alternative weightings of the events.
         candidates: (B, C, P) classes of the candidates.
+        starts: (F,) first column of each feature.
     """
     size = 1 + max(int(history.max(initial=0)), int(candidates.max(initial=0)))
     row = size * np.arange(len(history))[:, None, None]
@@ -127,11 +152,12 @@ def class_weights(history: np.ndarray, weights: np.ndarray, candidates: np.ndarr
         distinct, inverse = np.unique(keys.ravel(), return_inverse=True)
         index = np.searchsorted(distinct, queries).clip(max=len(distinct) - 1)
         keys, cells = inverse, len(distinct) + 1
-        queries = np.where(distinct[index] == queries, index, len(distinct))
-    sums = np.empty((len(weights), *candidates.shape[:2]))
+        queries = np.where((distinct[index] == queries) & (candidates != UNKNOWN), index, len(distinct))
+    sums = np.empty((len(weights), *candidates.shape[:2], len(starts)))
     for number, weight in enumerate(weights):
         mass = np.where(history != UNKNOWN, weight[:, :, None], 0.0)
-        sums[number] = np.bincount(keys.ravel(), mass.ravel(), cells)[queries].sum(2)
+        of_class = np.bincount(keys.ravel(), mass.ravel(), cells)
+        sums[number] = np.add.reduceat(of_class[queries], starts, axis=2)
     return sums
 
 

@@ -36,9 +36,11 @@ class Requests(NamedTuple):
 
     def newest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Items and times of the newest `count` events, newest first, (B, count) int64 each; padded with 0."""
-        return newest_first(self.history.items, self.history.lengths, count), newest_first(
-            self.history.times, self.history.lengths, count
-        )
+        return self.newest_items(count), newest_first(self.history.times, self.history.lengths, count)
+
+    def newest_items(self, count: int) -> np.ndarray:
+        """Items of the newest `count` events, newest first, (B, count) int64; padded with 0."""
+        return newest_first(self.history.items, self.history.lengths, count)
 
 
 class Signal(ABC):

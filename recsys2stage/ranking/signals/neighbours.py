@@ -59,7 +59,7 @@ class Neighbours(Proposer):
         self.tables = {"nearest": nearest, "cosines": cosines}
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        items, (newest, _) = requests.items.clip(min=0), requests.newest(self.history)
+        items, newest = requests.items.clip(min=0), requests.newest_items(self.history)
         values = np.zeros((*items.shape, len(self.names)), dtype=np.float32)
         block = max(1, NUMBERS_IN_FLIGHT // max(requests.vectors.shape[1] * items.shape[1], 1))
         for begin in range(0, len(items), block):
@@ -100,7 +100,7 @@ class Neighbours(Proposer):
         return share / max(nearest.shape[1], 1)
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
-        newest, _ = requests.newest(self.history)
+        newest = requests.newest_items(self.history)
         nearest, cosines = self.tables["nearest"], self.tables["cosines"]
         weights = self.decay ** np.arange(self.history)
         parts = []

@@ -1,5 +1,8 @@
 """Session: time since the newest event, state of the current session, and calendar time of the request."""
 
+import itertools
+import math
+
 import numpy as np
 
 from recsys2stage.data.dataset import Dataset
@@ -50,23 +53,32 @@ class Session(Signal):
 
     def request_values(self, requests: Requests) -> np.ndarray:
         """(B, 10) float64, the values of each request."""
-        times, lengths, now = requests.history.times, np.asarray(requests.history.lengths), requests.request_time
-        column, nonempty = np.arange(times.shape[1]), lengths > 0
-        newest = np.take_along_axis(times, (lengths - 1).clip(min=0)[:, None], axis=1)[:, 0]
-        gap = np.where(nonempty, (now - newest).clip(min=0), 0)
-
-        gaps = np.diff(times, axis=1, prepend=0).clip(min=0)  # before each event
-        inner = (column > 0) & (column < lengths[:, None])
-        start = np.where(inner & (gaps > self.session), column, 0).max(axis=1)  # first event of the newest session
-        fresh = ~nonempty | (gap > self.session)
-        first = np.take_along_axis(times, start[:, None], axis=1)[:, 0]
-        events = np.where(fresh, 0, lengths - start)
-        seconds = np.where(fresh, 0, (now - first).clip(min=0))
-
-        recent = inner & (column > lengths[:, None] - RECENT)
-        pace = np.where(recent, np.log1p(gaps), 0).sum(axis=1) / recent.sum(axis=1).clip(min=1)
+        now, lengths = requests.request_time, np.asarray(requests.history.lengths)
+        values = np.zeros((len(now), len(self.names)))
+        rows = zip(requests.history.times, lengths.tolist(), now.tolist(), strict=True)
+        for row, (times, length, request) in enumerate(rows):  # a handful of numbers each: arrays would be slower
+            values[row, [0, 1, 2, 3, 4, 9]] = self._session(times[:length].tolist(), request)
         hour = 2 * np.pi * (now % DAY) / DAY
         weekday = 2 * np.pi * ((now // DAY + 4) % 7) / 7
-        circles = [np.sin(hour), np.cos(hour), np.sin(weekday), np.cos(weekday)]
-        clock = [np.log1p(gap), np.log1p(lengths), np.log1p(events), fresh, np.log1p(seconds)]
-        return np.stack([*clock, *circles, pace], axis=1)
+        values[:, 5:9] = np.stack([np.sin(hour), np.cos(hour), np.sin(weekday), np.cos(weekday)], axis=1)
+        return values
+
+    def _session(self, times: list[int], request: int) -> tuple[float, ...]:
+        """All values of a request but the calendar's.
+
+        Args:
+            times: of the events, ascending.
+            request: the request's time.
+        """
+        if not times:
+            return 0.0, 0.0, 0.0, 1.0, 0.0, 0.0
+        gaps = [max(later - time, 0) for time, later in itertools.pairwise(times[-RECENT:])]
+        pace = sum(map(math.log1p, gaps)) / max(len(gaps), 1)
+        gap = max(request - times[-1], 0)
+        if gap > self.session:
+            return math.log1p(gap), math.log1p(len(times)), 0.0, 1.0, 0.0, pace
+        start = len(times) - 1  # first event of the newest session
+        while start and times[start] - times[start - 1] <= self.session:
+            start -= 1
+        seconds = math.log1p(max(request - times[start], 0))
+        return math.log1p(gap), math.log1p(len(times)), math.log1p(len(times) - start), 0.0, seconds, pace

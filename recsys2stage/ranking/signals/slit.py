@@ -102,7 +102,7 @@ class SLIT(Proposer):
         longest = max(1, int(np.max(requests.history.lengths, initial=0)))
         fades = self._fades(min(longest, max(map(self._reach, self.decays))))
         items = row[requests.items.clip(min=0)]
-        newest = row[requests.newest(fades.shape[1])[0]]
+        newest = row[requests.newest_items(fades.shape[1])]
         values = np.zeros((*items.shape, len(fades)), dtype=np.float32)
         block = max(1, NUMBERS_IN_FLIGHT // max(fades.numel() * items.shape[1], 1))
         for begin in range(0, len(items), block):
@@ -134,7 +134,7 @@ class SLIT(Proposer):
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
         row, weights = self.tables["row"], self.tables["weights"]
         item = self._items
-        newest = row[requests.newest(max(map(self._reach, self.decays)))[0]]
+        newest = row[requests.newest_items(max(map(self._reach, self.decays)))]
         proposals = np.zeros((len(newest), self.candidates), dtype=np.int64)
         for begin in range(0, len(newest), ROWS_IN_FLIGHT):
             rows = slice(begin, begin + ROWS_IN_FLIGHT)

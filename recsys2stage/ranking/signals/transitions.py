@@ -87,7 +87,7 @@ class Transitions(Proposer):
             self.tables |= {f"{part}_{name}": table for part, table in counted.items()}
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        items, (newest, _) = requests.items.clip(min=0), requests.newest(max(self.history, *self.lags))
+        items, newest = requests.items.clip(min=0), requests.newest_items(max(self.history, *self.lags))
         values, lags = np.zeros((*items.shape, len(self.names)), dtype=np.float32), len(self.lags)
         before = np.concatenate([newest[:, [lag - 1 for lag in self.lags]], newest[:, : self.history]], axis=1)
         real = newest[:, : self.history] > 0
@@ -119,7 +119,8 @@ class Transitions(Proposer):
             for part in ("totals", "rest", "least")
         )
         observed = np.minimum(rest[..., None] * expected, least[..., None])  # of pairs that are not stored
-        stored = [self._stored(name, before[:, own]) for name, own in columns.items()]
+        edges = self._edges(before)
+        stored = [self._stored(name, edges[..., own]) for name, own in columns.items()]
         place, start = np.arange(items.shape[1]), items.shape[1] * np.arange(before.shape[1])
         with item_marks(len(self.tables["share"])) as marks:
             for row, own in enumerate(items):
@@ -135,14 +136,24 @@ class Transitions(Proposer):
                 marks[own] = 0
         return (observed + self.alpha) / (totals[..., None] * expected + self.alpha)
 
-    def _stored(self, name: str, before: np.ndarray) -> Callable[[int], Iterator[tuple[np.ndarray, np.ndarray, int]]]:
-        """Stored pairs of a table: a function of the row that gives the items after each of its (B, n) items `before`,
-        their counts, and their number."""
+    def _edges(self, before: np.ndarray) -> np.ndarray:
+        """The keys of the pairs of each item `before`: the first possible one, and the first of the next, (2, B, n)."""
+        edges, size = np.empty((2, *before.shape), dtype=np.int64), len(self.tables["share"])
+        np.multiply(before, size, out=edges[0])
+        np.add(edges[0], size, out=edges[1])
+        return edges
+
+    def _stored(self, name: str, edges: np.ndarray) -> Callable[[int], Iterator[tuple[np.ndarray, np.ndarray, int]]]:
+        """Stored pairs of a table: a function of the row that gives the items after each of its items, their counts,
+        and their number.
+
+        Args:
+            name: of the table.
+            edges: of (B, n) items, as `_edges` gives them.
+        """
         keys, counts = self.tables[f"keys_{name}"], self.tables[f"counts_{name}"]
-        size = len(self.tables["share"])
-        first = before * size
-        begins, ends = np.searchsorted(keys, np.stack([first, first + size])).tolist()
-        first = first.tolist()
+        begins, ends = keys.searchsorted(edges).tolist()
+        first = edges[0].tolist()
 
         def pairs(row: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
             for begin, end, low in zip(begins[row], ends[row], first[row], strict=True):
@@ -151,12 +162,13 @@ class Transitions(Proposer):
         return pairs
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
-        newest, _ = requests.newest(max(self.lags))
+        newest = requests.newest_items(max(self.lags))
         size, parts = len(self.tables["share"]), []
         for start in range(0, len(newest), ROWS_IN_FLIGHT):
             own = newest[start : start + ROWS_IN_FLIGHT]
+            edges = self._edges(own)
             stored = [
-                (self._stored(str(lag), own[:, lag - 1, None]), self.tables[f"totals_{lag}"]) for lag in self.lags
+                (self._stored(str(lag), edges[:, :, lag - 1 : lag]), self.tables[f"totals_{lag}"]) for lag in self.lags
             ]
             rows, items, scores = [], [], []
             for row in range(len(own)):

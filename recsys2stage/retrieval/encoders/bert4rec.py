@@ -14,7 +14,8 @@ Initial weights are N(0, 0.02²), truncated at two standard deviations, and bias
 from functools import partial
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys2stage.options import MAX_LENGTH, check_integer
@@ -43,7 +44,7 @@ class BERT4Rec(AttentiveEncoder):
         time: time encoding; None: no time encoding.
     """
 
-    causal = False
+    causal, partial = False, True
 
     def __init__(
         self,
@@ -73,8 +74,14 @@ class BERT4Rec(AttentiveEncoder):
             nn.init.trunc_normal_(self.segment, std=0.02, a=-0.04, b=0.04)
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
-        x = self.embed(x, times, request)
+        x = self.enter(x, times, request)
+        return self.leave(self.apply_blocks(self.blocks, x, lengths, times, request))
+
+    def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
+        x = self.embed(x, times, request, start)
         if self.segment is not None:
             x = x + self.segment
-        x = self.apply_blocks(self.blocks, self.dropout(self.input_norm(x)), lengths, times, request)
+        return self.dropout(self.input_norm(x))
+
+    def leave(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
         return self.norm(F.gelu(self.dense(x)))

@@ -10,16 +10,18 @@ U, V, Q, K from N(0, 0.02) and the others Xavier-uniform, but that bias is zero.
 """
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys2stage.retrieval.encoders.attention import Bias, bias_attention, pointwise_attention
 from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, initialise
 from recsys2stage.retrieval.encoders.hstu import learned_and_per_distance
 from recsys2stage.retrieval.encoders.layers import Dropout, RMSNorm, SwiGLU
+from recsys2stage.retrieval.encoders.partial import Part
 from recsys2stage.retrieval.encoders.positions import Position, PositionFactory
 from recsys2stage.retrieval.encoders.times import TimeFactory
-from recsys2stage.shapes import Embedded, Lengths, Shape, Times
+from recsys2stage.shapes import Embedded, Lengths, Rows, Shape, Times
 
 
 class FuXi(AttentiveEncoder):
@@ -36,6 +38,8 @@ class FuXi(AttentiveEncoder):
         position: position encoding; None: Learned and PerDistance.
         time: time encoding, in the paper times.LogBuckets; None: no time encoding.
     """
+
+    partial = True
 
     def __init__(
         self,
@@ -57,13 +61,21 @@ class FuXi(AttentiveEncoder):
         self.blocks = nn.ModuleList(Block(dim, max_length, heads, channels, expansion, dropout) for _ in range(layers))
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
-        x = self.dropout(self.embed(self.scale * x, times, request))
+        x = self.enter(x, times, request)
         for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
             x = block(x, self.position, bias)
         return x
 
+    def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
+        return self.dropout(self.embed(self.scale * x, times, request, start))
+
+    def leave(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
+        return x
+
 
 class Block(nn.Module):
+    partial = True
+
     def __init__(self, dim: int, max_length: int, heads: int, channels: int, expansion: float, dropout: float) -> None:
         super().__init__()
         self.divisor, self.heads = float(max_length), heads
@@ -86,3 +98,20 @@ class Block(nn.Module):
         mixed = torch.cat(channels, dim=-1)  # (B, H, L, channels · K)
         x = x + self.out(self.dropout(self.mixed_norm(mixed.transpose(1, 2).flatten(2)) * u))
         return x + self.feed_forward(self.dropout(self.feed_forward_norm(x)))
+
+    def extend(self, x: Embedded, part: Part) -> Rows:
+        """As `forward` without dropout, for the rows that `part` owns."""
+        own, h, wide = part.own(x), self.norm(x), self.out.in_features
+        sizes = [wide, *(3 * [self.out.out_features])]
+        if own is x:
+            u, v, q, k = torch.split(F.silu(self.uvqk(h), inplace=True), sizes, dim=-1)
+        else:  # gates and queries of the newest position only
+            own_h, weights = self.norm(own), torch.split(self.uvqk.weight, sizes)
+            u, v, q, k = (F.silu(F.linear(*of)) for of in zip((own_h, h, own_h, h), weights, strict=True))
+        part.put(k, v, self.heads)
+        channels = [part.attend("identity", terms=term) for term in part.terms()]
+        channels.append(part.attend("silu", q, divisor=self.divisor, terms="none"))
+        per_head = [channel.view(*own.shape[:2], self.heads, -1) for channel in channels]
+        mixed = torch.stack(per_head, dim=3).flatten(2)
+        x = own + self.out(self.mixed_norm(mixed) * u)
+        return x + self.feed_forward(self.feed_forward_norm(x))

@@ -18,16 +18,18 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys2stage.options import MAX_WIDTH, check_integer, check_option
 from recsys2stage.retrieval.encoders.attention import Bias, pointwise_attention
 from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, initialise
 from recsys2stage.retrieval.encoders.layers import Dropout, LayerNorm
+from recsys2stage.retrieval.encoders.partial import Part
 from recsys2stage.retrieval.encoders.positions import Combined, Learned, PerDistance, Position, PositionFactory
 from recsys2stage.retrieval.encoders.times import TimeFactory
-from recsys2stage.shapes import Embedded, Lengths, Shape, Times
+from recsys2stage.shapes import Embedded, Lengths, Rows, Shape, Times
 
 Scaling = Literal["length", "width", "both"]
 Biases = Literal["none", "out", "all"]
@@ -57,6 +59,8 @@ class HSTU(AttentiveEncoder):
         position: position encoding; None: Learned and PerDistance.
         time: time encoding, in the paper times.LogBuckets; None: no time encoding.
     """
+
+    partial = True
 
     def __init__(
         self,
@@ -97,13 +101,21 @@ class HSTU(AttentiveEncoder):
         self.norm = LayerNorm(dim, affine=affine) if final_norm else nn.Identity()
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
-        x = self.dropout(self.embed(self.scale * x, times, request))
+        x = self.enter(x, times, request)
         for block, bias in zip(self.blocks, self.biases(times, request), strict=True):
             x = block(x, self.position, bias)
+        return self.leave(x)
+
+    def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
+        return self.dropout(self.embed(self.scale * x, times, request, start))
+
+    def leave(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
         return self.norm(x)
 
 
 class Block(nn.Module):
+    partial = True
+
     def __init__(
         self,
         dim: int,
@@ -132,3 +144,16 @@ class Block(nn.Module):
         v, q, k = (part.view(B, L, self.heads, -1).transpose(1, 2) for part in vqk)  # each (B, H, L, K)
         mixed = pointwise_attention(position.rotate(q), position.rotate(k), v, bias, self.scale, self.divisor)
         return x + self.out(self.dropout(self.mixed_norm(mixed.transpose(1, 2).flatten(2)) * u))
+
+    def extend(self, x: Embedded, part: Part) -> Rows:
+        """As `forward` without dropout, for the rows that `part` owns."""
+        own, h = part.own(x), self.norm(x)
+        if own is x:
+            u, v, q, k = F.silu(self.uvqk(h), inplace=True).chunk(4, dim=-1)
+        else:  # gates and queries of the newest position only
+            own_h, weights = self.norm(own), self.uvqk.weight.chunk(4)
+            biases = [None] * 4 if self.uvqk.bias is None else self.uvqk.bias.chunk(4)
+            inputs = (own_h, h, own_h, h)
+            u, v, q, k = (F.silu(F.linear(*of)) for of in zip(inputs, weights, biases, strict=True))
+        part.put(k, v, self.heads)
+        return own + self.out(self.mixed_norm(part.attend("silu", q, self.scale, self.divisor)) * u)

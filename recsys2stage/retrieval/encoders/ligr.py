@@ -8,7 +8,8 @@ The gates read the unnormalised residual stream. The feed-forward has hidden wid
 biases. There is no final norm. Initial weights are Xavier-normal, biases zero.
 """
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, Gated, blocks, initialise
 from recsys2stage.retrieval.encoders.layers import Dropout, FeedForwardFactory, LayerNorm, SwiGLU
@@ -32,6 +33,8 @@ class LiGR(AttentiveEncoder):
         time: time encoding; None: no time encoding.
     """
 
+    partial = True
+
     def __init__(
         self,
         dim: int,
@@ -51,5 +54,10 @@ class LiGR(AttentiveEncoder):
         initialise(nn.init.xavier_normal_, self.blocks)
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
-        x = self.dropout(self.embed(x, times, request))
-        return self.apply_blocks(self.blocks, x, lengths, times, request)
+        return self.apply_blocks(self.blocks, self.enter(x, times, request), lengths, times, request)
+
+    def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
+        return self.dropout(self.embed(x, times, request, start))
+
+    def leave(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
+        return x

@@ -17,24 +17,23 @@ heads of K), S the state width, W the convolution width and C = E + 2 S its chan
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recsys2stage.options import MAX_LENGTH, MAX_WIDTH, check_integer
-from recsys2stage.retrieval.encoders.base import Encoder
+from recsys2stage.retrieval.encoders.base import Encoder, Memory, declares, is_inference
 from recsys2stage.retrieval.encoders.blocks import initialise
 from recsys2stage.retrieval.encoders.layers import GELU, Dropout, LayerNorm, RMSNorm, use_cpu_blocks, without_autocast
 from recsys2stage.retrieval.encoders.positions import Position, PositionFactory
+from recsys2stage.retrieval.encoders.scan import decay_to, final_state, scan
 from recsys2stage.retrieval.encoders.times import Time, TimeFactory
 from recsys2stage.shapes import Embedded, Lengths, Shape, Times
 
 EPS = 1e-12  # of the LayerNorms, as published
-MIN_LOG_DECAY = -60.0  # e^-60 is negligible; denormals, not far below it, are 80 times slower on a CPU
 
 Event = Float[Tensor, "B D"]
 Seconds = Int[Tensor, " B"]
@@ -52,6 +51,27 @@ class State(NamedTuple):
 
     events: int
     layers: tuple[LayerState, ...]
+
+
+class Recurrence(Memory):
+    """The memory of one history: the state after its first positions. It cannot go back.
+
+    Args:
+        state: with a batch of one.
+    """
+
+    truncatable = False
+
+    def __init__(self, state: State) -> None:
+        self.state, self.positions = state, state.events
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for layer in self.state.layers for part in layer)
+
+    def truncate(self, positions: int) -> None:
+        if positions != self.positions:
+            raise ValueError(f"the state after {self.positions} events has no state after {positions}; start anew")
 
 
 class Mamba4Rec(Encoder):
@@ -72,6 +92,8 @@ class Mamba4Rec(Encoder):
         position: position encoding, added to the input; None: no position encoding.
         time: time encoding, added to the input; None: no time encoding.
     """
+
+    partial = True
 
     def __init__(
         self,
@@ -121,9 +143,64 @@ class Mamba4Rec(Encoder):
         return type(self.time) is not Time
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
-        x = self.norm(self.dropout(self.time.embed(self.position.embed(x), times, request)))
+        x = self.enter(x, times, request)
         for block in self.blocks:
             x = block(x)
+        return x
+
+    def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
+        """The input of the first block, whose first row is position `start`."""
+        x = self.position.embed(x, start) if start else self.position.embed(x)
+        return self.norm(self.dropout(self.time.embed(x, times, request)))
+
+    @property
+    def extends(self) -> bool:
+        return declares(type(self), "partial", "forward") and self.position.is_local and self.time.is_local
+
+    def newest(
+        self,
+        x: Embedded,
+        lengths: Lengths,
+        times: Times,
+        request: Times | None,
+        keep: list[Memory] | None = None,
+    ) -> Float[Tensor, "B D"]:
+        if not (declares(type(self), "partial", "forward") and is_inference(x)):
+            return super().newest(x, lengths, times, request)
+        last, states = (lengths - 1).clamp(min=0), list[LayerState]()
+        x = self.enter(x, times, request)
+        for block in self.blocks[:-1]:
+            x = block(x, last, None if keep is None else states)
+        x = self.blocks[-1].newest(x, last, None if keep is None else states)
+        if keep is not None:
+            for row, events in enumerate(last.tolist()):
+                own = tuple(LayerState(*(part[row : row + 1].clone() for part in layer)) for layer in states)
+                keep.append(Recurrence(State(events, own)))
+        return x
+
+    def extend(
+        self, x: Embedded, memories: Sequence[Memory], times: Sequence[Tensor], request: Sequence[Tensor | None]
+    ) -> Float[Tensor, "B D"]:
+        known, count = cast(Sequence[Recurrence], memories), x.size(1)
+        rows = []
+        for row, (memory, seconds, asked) in enumerate(zip(known, times, request, strict=True)):
+            new = slice(memory.positions, memory.positions + count)
+            own = x[row : row + 1], seconds[:, new], None if asked is None else asked[:, new]
+            rows.append(self.enter(*own, start=memory.positions))
+        events = torch.cat(rows)
+        layers = [
+            LayerState(*(torch.cat([memory.state.layers[number][part] for memory in known]) for part in (0, 1)))
+            for number in range(len(self.blocks))
+        ]
+        for place in range(count):
+            if place == count - 1:  # the newest position stays out
+                for row, memory in enumerate(known):
+                    own_states = (LayerState(*(part[row : row + 1].clone() for part in layer)) for layer in layers)
+                    memory.positions += count - 1
+                    memory.state = State(memory.positions, tuple(own_states))
+            x = events[:, place]
+            for number, block in enumerate(self.blocks):
+                x, layers[number] = block.step(x, layers[number])
         return x
 
     def start(self, batch: int) -> State:
@@ -179,8 +256,12 @@ class Block(nn.Module):
         self.mamba, self.feed_forward, self.dropout = mamba, feed_forward, Dropout(dropout)
         self.mamba_norm, self.feed_forward_norm = LayerNorm(dim, EPS), LayerNorm(dim, EPS)
 
-    def forward(self, x: Embedded) -> Embedded:
-        return self._after(x, self.mamba(x))
+    def forward(self, x: Embedded, events: Lengths | None = None, keep: list[LayerState] | None = None) -> Embedded:
+        return self._after(x, self.mamba(x, events, keep))
+
+    def newest(self, x: Embedded, last: Lengths, keep: list[LayerState] | None) -> Event:
+        """The output of `forward` at one position of each history; the state before it goes to `keep`."""
+        return self._after(x[torch.arange(len(x), device=x.device), last], self.mamba.newest(x, last, keep))
 
     def step(self, x: Event, state: LayerState) -> tuple[Event, LayerState]:
         mixed, state = self.mamba.step(x, state)
@@ -219,19 +300,48 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(width, 1e-5)
         self.out = nn.Linear(width, dim, bias=False)
 
-    def forward(self, x: Embedded) -> Embedded:
+    def forward(self, x: Embedded, events: Lengths | None = None, keep: list[LayerState] | None = None) -> Embedded:
+        """
+        Args:
+            x: inputs.
+            events: with `keep`, a number of events of each history.
+            keep: gets the state after so many events.
+        """
         length = x.size(1)
         chunks = (length + self.chunk - 1) // self.chunk
         chunk_length = -(-length // chunks) if use_cpu_blocks(x) else self.chunk  # static for the compiler
         extra = chunks * chunk_length - length  # padding at the end; the scan is causal
         z, vbc, dt = self._project(x)
         dt = F.pad(dt, (0, 0, 0, extra))
-        vbc = F.silu(self._convolve(F.pad(vbc, (0, 0, self.taps.size(1) - 1, extra)))).to(dt.dtype)
+        padded = F.pad(vbc, (0, 0, self.taps.size(1) - 1, extra))
+        vbc = F.silu(self._convolve(padded)).to(dt.dtype)
         v, b, c = torch.split(vbc, self.vbc, dim=-1)
         v = v.view(*v.shape[:-1], self.heads, -1)
         with without_autocast(x):  # sums over a history need more than bf16's 8 bits
             y = scan(v, b, c, dt, self.log_rate.exp(), chunk_length)
+        if keep is not None and events is not None:
+            keep.append(LayerState(self._window(padded, events), final_state(v, b, dt, self.log_rate.exp(), events)))
         return self._finish(y[:, :length], v[:, :length], z)
+
+    def newest(self, x: Embedded, last: Lengths, keep: list[LayerState] | None) -> Event:
+        """The output of `forward` at one position of each history; the state before it goes to `keep`."""
+        width, rate, row = self.vbc[0], self.log_rate.exp(), torch.arange(len(x), device=x.device)
+        w_z, w_vbc, w_dt = torch.split(self.into.weight, self.parts)
+        dt = F.softplus(F.linear(x, w_dt) + self.dt_bias)
+        padded = F.pad(F.linear(x, w_vbc), (0, 0, self.taps.size(1) - 1, 0))
+        v, b, c = torch.split(F.silu(self._convolve(padded)), self.vbc, dim=-1)
+        v = v.view(*v.shape[:-1], self.heads, -1)
+        products = (b @ c[row, last][..., None]) * decay_to(dt, rate, last + 1)  # c_n·b_j e^(s_n - s_j) dt_j, (B, L, H)
+        y = (products.transpose(1, 2)[:, :, None] @ v.transpose(1, 2))[:, :, 0]
+        if keep is not None:
+            keep.append(LayerState(self._window(padded, last), final_state(v, b, dt, rate, last)))
+        z = F.linear(x[row, last], w_z)
+        return self._finish(y.view(len(x), self.heads, width // self.heads), v[row, last], z)
+
+    def _window(self, padded: Float[Tensor, "B longer C"], events: Lengths) -> Float[Tensor, "B shorter C"]:
+        """The inputs of the convolution at the last W - 1 of the first events of each history."""
+        places = events[:, None] + torch.arange(self.taps.size(1) - 1, device=events.device)
+        return padded[torch.arange(len(padded), device=events.device)[:, None], places]
 
     def start(self, batch: int) -> LayerState:
         conv_state = self.taps.new_zeros(batch, self.taps.size(1) - 1, len(self.taps))
@@ -261,125 +371,3 @@ class Mamba2(nn.Module):
         if self.skip is not None:
             y = y + self.skip[:, None] * v
         return self.out(self.norm(y.flatten(-2) * F.silu(z)))
-
-
-def scan(
-    v: Float[Tensor, "B L H K"],
-    b: Float[Tensor, "B L S"],
-    c: Float[Tensor, "B L S"],
-    dt: Float[Tensor, "B L H"],
-    rate: Float[Tensor, " H"],
-    chunk_length: int,
-) -> Float[Tensor, "B L H K"]:
-    """Computes y of the recurrence in chunks: matrix products inside a chunk, a recurrence between chunks.
-
-    With u_i = dt_i v_i, s_i the sum of -rate · dt from a chunk's first position to its position i, and h the state
-    before the chunk (Dao & Gu 2024, section 6),
-
-        y_i = Σ_{j ≤ i} (c_i·b_j) e^(s_i - s_j) u_j + e^(s_i) c_i h
-        h after the chunk = e^(s_n) h + Σ_j e^(s_n - s_j) b_j u_j,  n its last position
-
-    Args:
-        v: inputs (x in Mamba-2).
-        b: input projection into the state (B).
-        c: output projection from the state (C).
-        dt: step sizes (Δ).
-        rate: decay rates (−A).
-        chunk_length: P; L is a multiple of it.
-    """
-    if use_cpu_blocks(v):
-        return _Scan.apply(v, b, c, dt, rate, chunk_length)  # type: ignore[no-untyped-call]  # torch: no types
-    return _full_scan(v, b, c, dt, rate, chunk_length)
-
-
-def _full_scan(v: Tensor, b: Tensor, c: Tensor, dt: Tensor, rate: Tensor, chunk_length: int) -> Tensor:
-    """Computes all n chunks of length P at once; the recurrence between them is one product with n × n weights."""
-    u, b, c, s = (_chunked(x, chunk_length) for x in (v * dt[..., None], b, c, dt * -rate))
-    s = s.cumsum(2).transpose(2, 3)  # (B, n, H, P)
-    inside = (c @ b.mT).tril()[:, :, None] * (s[..., None] - s[..., None, :]).clamp(max=0).exp()
-    y = (inside @ u.transpose(2, 3)).transpose(2, 3)
-    added = torch.einsum("bnphk,bnhp,bnps->bnshk", u, (s[..., -1:] - s).exp(), b)
-    total = s[..., -1].cumsum(1)  # (B, n, H)
-    between = (F.pad(total[:, :-1], (0, 0, 1, 0))[:, :, None] - total[:, None]).clamp(max=0).exp()  # (B, n, n, H)
-    earlier = torch.ones_like(between[0, :, :, 0]).tril(-1)
-    states = torch.einsum("bnmh,nm,bmshk->bnshk", between, earlier, added)
-    return (y + torch.einsum("bnps,bnshk,bnhp->bnphk", c, states, s.exp())).reshape(v.shape)
-
-
-def _chunked(x: Tensor, chunk_length: int) -> Tensor:
-    return x.reshape(len(x), -1, chunk_length, *x.shape[2:])
-
-
-class _Scan(torch.autograd.Function):
-    """Computes the weights inside chunks for one head at a time, so that they stay in cache, and recomputes them in
-    backward. As s_i scales y_i by e^(s_i) and u_i by e^(-s_i), its gradient is y_i·dy_i - u_i·du_i."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, b: Tensor, c: Tensor, dt: Tensor, rate: Tensor, chunk_length: int) -> Tensor:
-        chunks = _Chunks(v, b, c, dt, rate, chunk_length)
-        states = chunks.b.mT @ (chunks.u * chunks.decay_to_end).flatten(2)  # added by each chunk, (B n, S, E)
-        chunks.carry(states, range(chunks.count))
-        y = (chunks.c @ states).view_as(chunks.u).mul_(chunks.decay_from_start)
-        for head in range(len(rate)):
-            y[:, :, head] += chunks.decay(head).mul_(chunks.products) @ chunks.u[:, :, head]
-        y = y.view(v.shape)
-        ctx.save_for_backward(v, b, c, dt, rate, states, y)
-        ctx.chunk_length = chunk_length
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        v, b, c, dt, rate, states, y = ctx.saved_tensors
-        with without_autocast(v):
-            chunks = _Chunks(v, b, c, dt, rate, ctx.chunk_length)
-            dy_chunks = dy.reshape(chunks.u.shape)
-            dy_decayed = (dy_chunks * chunks.decay_from_start).flatten(2)
-            dstates = chunks.c.mT @ dy_decayed
-            chunks.carry(dstates, range(chunks.count - 1, -1, -1))
-            dc = dy_decayed @ states.mT
-            db = (chunks.u * chunks.decay_to_end).flatten(2) @ dstates.mT
-            du = (chunks.b @ dstates).view_as(chunks.u).mul_(chunks.decay_to_end)
-            dproducts = torch.zeros_like(chunks.products)
-            for head in range(len(rate)):
-                decay, dy_head = chunks.decay(head), dy_chunks[:, :, head]
-                dproducts.addcmul_(decay, dy_head @ chunks.u[:, :, head].mT)
-                du[:, :, head] += decay.mul_(chunks.products).mT @ dy_head
-            dproducts.tril_()
-            dc.baddbmm_(dproducts, chunks.b)
-            db.baddbmm_(dproducts.mT, chunks.c)
-            du = du.view(v.shape)
-            ddt = (du * v).sum(-1)
-            ds = (dy * y).sum(-1) - dt * ddt
-            later = ds.flip(1).cumsum(1).flip(1)  # dt_i is part of s at i and all later positions
-            dv = du.mul_(dt[..., None])
-            return dv, db.view(b.shape), dc.view(c.shape), ddt - rate * later, -(dt * later).sum((0, 1)), None
-
-
-class _Chunks:
-    """Intermediate results of forward and backward, with the chunks of all histories stacked, (B n, P, ...)."""
-
-    def __init__(self, v: Tensor, b: Tensor, c: Tensor, dt: Tensor, rate: Tensor, chunk_length: int) -> None:
-        self.count = v.size(1) // chunk_length
-        self.u, self.b, self.c, s = (
-            _chunked(x, chunk_length).flatten(0, 1) for x in (v * dt[..., None], b, c, dt * -rate)
-        )
-        s = s.cumsum(1)  # (B n, P, H)
-        self.s = s.permute(2, 0, 1).contiguous()
-        self.decay_from_start = s.clamp(min=MIN_LOG_DECAY).exp_()[..., None]
-        self.decay_to_end = (s[:, -1:] - s).clamp_(min=MIN_LOG_DECAY).exp_()[..., None]
-        self.products = (self.c @ self.b.mT).tril_()  # c_i·b_j
-
-    def decay(self, head: int) -> Tensor:
-        """e^(s_i - s_j) of one head; clamped so that the unused part above the diagonal does not overflow."""
-        return (self.s[head, :, :, None] - self.s[head, :, None]).clamp_(MIN_LOG_DECAY, 0).exp_()
-
-    def carry(self, states: Tensor, order: range) -> None:
-        """Replaces, in place, the state added by each chunk by the state before it; chunks are taken in `order`."""
-        decay = self.decay_from_start[:, -1].view(-1, self.count, 1, self.u.size(2), 1)
-        added = states.view(-1, self.count, states.size(1), *self.u.shape[2:])  # (B, n, S, H, K)
-        state = torch.zeros_like(added[:, 0])
-        for chunk in order:
-            next_state = torch.addcmul(added[:, chunk], state, decay[:, chunk])
-            added[:, chunk] = state
-            state = next_state

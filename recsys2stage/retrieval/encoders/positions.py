@@ -5,6 +5,7 @@ The base class `Position` is the identity: every hook has a neutral default, so 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,26 +13,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys2stage.options import MAX_LENGTH, MAX_WIDTH, check_integer, check_number
+from recsys2stage.retrieval.encoders.base import declares
 from recsys2stage.shapes import Embedded, Heads, Shape
 
 
 class Position(nn.Module):
-    """No position encoding; base class of all. Subclasses override the hooks they need."""
+    """No position encoding; base class of all. Subclasses override the hooks they need.
+
+    A subclass with `local = True` has hooks that take `start`: the position of the first row that they are given. Its
+    embeddings and rotations of a position must not depend on other positions. Serving then computes new positions only
+    (`TwoTower.queries` with states). A subclass that overrides a hook without setting `local` is computed in full.
+    """
+
+    local: ClassVar[bool] = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
 
-    def embed(self, x: Embedded) -> Embedded:
+    def embed(self, x: Embedded, start: int = 0) -> Embedded:
         """Adds position embeddings to the input; called once."""
         return x
 
-    def rotate(self, q: Heads) -> Heads:
+    def rotate(self, q: Heads, start: int = 0) -> Heads:
         """Rotates queries and keys; called in each layer."""
         return q
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"] | None:
         """Bias added to the attention logit of query i (row) and key j (column); called in each layer."""
         return None
+
+    def bias_from(self, layer: int, length: int, start: int) -> Float[Tensor, "#H S L"] | None:
+        """The rows of `bias` from position `start` on."""
+        bias = self.bias(layer, length)
+        return None if bias is None else bias[:, start:]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its hooks can be given part of the positions."""
+        return all(declares(type(self), "local", hook) for hook in ("embed", "rotate"))
 
     @property
     def in_attention(self) -> bool:
@@ -50,14 +69,16 @@ class Learned(Position):
         std: standard deviation of the initial vectors; the default is that of item vectors.
     """
 
+    local = True
+
     def __init__(self, shape: Shape, std: float = 0.02) -> None:
         super().__init__(shape)
         check_number("std", std, low=0, example=0.02)
         self.table = nn.Parameter(torch.empty(shape.max_length, shape.dim))
         nn.init.normal_(self.table, std=std)
 
-    def embed(self, x: Embedded) -> Embedded:
-        return x + self.table[: x.size(1)]
+    def embed(self, x: Embedded, start: int = 0) -> Embedded:
+        return x + self.table[start : start + x.size(1)]
 
 
 class Sinusoidal(Position):
@@ -69,6 +90,7 @@ class Sinusoidal(Position):
             drown them; use 1 with encoders that multiply their input by √D.
     """
 
+    local = True
     waves: Tensor
 
     def __init__(self, shape: Shape, scale: float = 0.02) -> None:
@@ -79,8 +101,8 @@ class Sinusoidal(Position):
         waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, : shape.dim]  # (L, D)
         self.register_buffer("waves", scale * waves, persistent=False)
 
-    def embed(self, x: Embedded) -> Embedded:
-        return x + self.waves[: x.size(1)]
+    def embed(self, x: Embedded, start: int = 0) -> Embedded:
+        return x + self.waves[start : start + x.size(1)]
 
 
 class Rotary(Position):
@@ -91,6 +113,7 @@ class Rotary(Position):
         base: periods range from 2π to nearly 2π·base positions; histories are short, so not 10,000.
     """
 
+    local = True
     cos: Tensor
     sin: Tensor
 
@@ -108,11 +131,11 @@ class Rotary(Position):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def rotate(self, q: Heads) -> Heads:
-        length = q.size(2)
+    def rotate(self, q: Heads, start: int = 0) -> Heads:
+        rows = slice(start, start + q.size(2))
         first, second = q.chunk(2, dim=-1)
         rotated = torch.cat([-second, first], dim=-1)
-        return (q * self.cos[:length] + rotated * self.sin[:length]).to(q.dtype)
+        return (q * self.cos[rows] + rotated * self.sin[rows]).to(q.dtype)
 
 
 class PerDistance(Position):
@@ -138,6 +161,11 @@ class PerDistance(Position):
         else:
             diagonals = F.pad(table[:, :length], (length - 1, 0))  # future keys are masked
         return by_distance(diagonals)
+
+    def bias_from(self, layer: int, length: int, start: int) -> Float[Tensor, "#H S L"]:
+        if self.negative or start < length - 1:
+            return self.bias(layer, length)[:, start:]
+        return self.tables[0 if self.shared else layer][:, None, :length].flip(-1)  # distances L − 1, ..., 0
 
 
 def by_distance(diagonals: Float[Tensor, "#H P"]) -> Float[Tensor, "#H L L"]:
@@ -195,26 +223,38 @@ class Combined(Position):
         parts: the encodings.
     """
 
+    local = True
+
     def __init__(self, shape: Shape, parts: list[PositionFactory]) -> None:
         super().__init__(shape)
         # torch types the elements of a ModuleList as Module
         self.parts: Sequence[Position] = nn.ModuleList(part(shape) for part in parts)  # type: ignore[assignment]
 
-    def embed(self, x: Embedded) -> Embedded:
+    def embed(self, x: Embedded, start: int = 0) -> Embedded:
         for part in self.parts:
-            x = part.embed(x)
+            x = part.embed(x, start) if start else part.embed(x)  # other classes need not take it
         return x
 
-    def rotate(self, q: Heads) -> Heads:
+    def rotate(self, q: Heads, start: int = 0) -> Heads:
         for part in self.parts:
-            q = part.rotate(q)
+            q = part.rotate(q, start) if start else part.rotate(q)
         return q
 
+    @property
+    def is_local(self) -> bool:
+        return super().is_local and all(part.is_local for part in self.parts)
+
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"] | None:
-        biases = [part.bias(layer, length) for part in self.parts]
-        present = [bias for bias in biases if bias is not None]
-        return sum(present[1:], start=present[0]) if present else None
+        return _total([part.bias(layer, length) for part in self.parts])
+
+    def bias_from(self, layer: int, length: int, start: int) -> Float[Tensor, "#H S L"] | None:
+        return _total([part.bias_from(layer, length, start) for part in self.parts])
 
     @property
     def in_attention(self) -> bool:
         return any(part.in_attention for part in self.parts)
+
+
+def _total(biases: Sequence[Tensor | None]) -> Tensor | None:
+    present = [bias for bias in biases if bias is not None]
+    return sum(present[1:], start=present[0]) if present else None

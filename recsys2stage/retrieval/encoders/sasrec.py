@@ -10,7 +10,8 @@ authors' code also multiplies item vectors by √D (`scale_input` true). It take
 unlike the paper and this module. Initial weights are Xavier-uniform, biases zero.
 """
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, PreNorm, blocks, initialise
 from recsys2stage.retrieval.encoders.layers import GELU, Dropout, FeedForwardFactory, LayerNorm
@@ -36,6 +37,8 @@ class SASRec(AttentiveEncoder):
         time: time encoding; None: no time encoding.
     """
 
+    partial = True
+
     def __init__(
         self,
         dim: int,
@@ -60,5 +63,11 @@ class SASRec(AttentiveEncoder):
         initialise(nn.init.xavier_uniform_, self.blocks)
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
-        x = self.dropout(self.input_norm(self.embed(self.scale * x, times, request)))
-        return self.norm(self.apply_blocks(self.blocks, x, lengths, times, request))
+        x = self.enter(x, times, request)
+        return self.leave(self.apply_blocks(self.blocks, x, lengths, times, request))
+
+    def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
+        return self.dropout(self.input_norm(self.embed(self.scale * x, times, request, start)))
+
+    def leave(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
+        return self.norm(x)

@@ -7,13 +7,14 @@ prediction (cloze) the time of the masked event itself.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from recsys2stage.options import MAX_WIDTH, check_integer, check_number, check_option
+from recsys2stage.retrieval.encoders.base import declares
 from recsys2stage.retrieval.encoders.layers import use_cpu_blocks
 from recsys2stage.shapes import Embedded, Shape, Times
 
@@ -23,7 +24,14 @@ BUCKETS_IN_FLIGHT = 1 << 18  # pairs of positions per block, which stays in cach
 
 
 class Time(nn.Module):
-    """No time encoding; base class of all. Subclasses override the hooks they need."""
+    """No time encoding; base class of all. Subclasses override the hooks they need.
+
+    A subclass with `local = True` embeds each position by its own times alone, and finds buckets for part of the
+    requests: `request` (B, S) beside `times` (B, L) gives (B, S, L). Serving then computes new positions only
+    (`TwoTower.queries` with states). A subclass that overrides a hook without setting `local` is computed in full.
+    """
+
+    local: ClassVar[bool] = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -38,13 +46,18 @@ class Time(nn.Module):
         """
         return x
 
-    def buckets(self, times: Times, request: Times | None) -> Integer[Tensor, "B L L"] | None:
+    def buckets(self, times: Times, request: Int[Tensor, "B S"] | None) -> Integer[Tensor, "B S L"] | None:
         """Bucket of the time from event j (column) to the request of position i (row); called once for all layers."""
         return None
 
     def table(self, layer: int) -> Float[Tensor, "#H N"] | None:
         """Attention bias of each bucket in a layer."""
         return None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its hooks can be given part of the positions."""
+        return all(declares(type(self), "local", hook) for hook in ("embed", "buckets"))
 
     @property
     def in_attention(self) -> bool:
@@ -55,7 +68,7 @@ class Time(nn.Module):
 TimeFactory = Callable[[Shape], Time]
 
 
-def require_request(request: Times | None, encoding: Time) -> Times:
+def require_request(request: Int[Tensor, "B S"] | None, encoding: Time) -> Int[Tensor, "B S"]:
     """Returns the request times; raises where there are none, as `encoding` needs them."""
     if request is None:
         raise ValueError(
@@ -85,6 +98,8 @@ class RequestGap(Time):
         buckets: number of buckets; 32 reach 68 years.
     """
 
+    local = True
+
     def __init__(self, shape: Shape, buckets: int = 32) -> None:
         super().__init__(shape)
         check_integer("buckets", buckets, 1, MAX_WIDTH, example=32)  # 32 reach 68 years
@@ -101,6 +116,7 @@ class RequestGap(Time):
 class _TimeBias(Time):
     """A learned attention bias per bucket of the time between an event and a request."""
 
+    local = True
     boundaries: Tensor
 
     def __init__(self, shape: Shape, boundaries: Int[Tensor, " N"], shared: bool, per_head: bool) -> None:
@@ -118,10 +134,10 @@ class _TimeBias(Time):
         self.tables = nn.Parameter(torch.empty(layers, heads, len(boundaries) + 1))
         nn.init.normal_(self.tables, std=0.02)
 
-    def buckets(self, times: Times, request: Times | None) -> Integer[Tensor, "B L L"]:
+    def buckets(self, times: Times, request: Int[Tensor, "B S"] | None) -> Integer[Tensor, "B S L"]:
         request, (rows, length) = require_request(request, self), times.shape
         dtype = torch.uint8 if len(self.boundaries) < 256 else torch.int16
-        out = torch.empty(rows, length, length, dtype=dtype, device=times.device)
+        out = torch.empty(rows, request.size(1), length, dtype=dtype, device=times.device)
         block = max(1, BUCKETS_IN_FLIGHT // length**2) if use_cpu_blocks(times) else rows
         for start in range(0, rows, block):
             part = slice(start, start + block)
@@ -182,6 +198,8 @@ class Calendar(Time):
         of: which time to encode: that of each event ("event") or of its position's request ("request").
     """
 
+    local = True
+
     def __init__(self, shape: Shape, of: Literal["event", "request"] = "event") -> None:
         super().__init__(shape)
         check_option("of", of, Literal["event", "request"])
@@ -209,6 +227,8 @@ class HybridTimestamp(Time):
         shape: sizes of the encoder.
         periods: number of relative periods.
     """
+
+    local = True
 
     def __init__(self, shape: Shape, periods: int = 16) -> None:
         super().__init__(shape)
@@ -247,6 +267,8 @@ class Combined(Time):
         parts: the encodings; at most one may act inside attention.
     """
 
+    local = True
+
     def __init__(self, shape: Shape, parts: list[TimeFactory]) -> None:
         super().__init__(shape)
         # torch types the elements of a ModuleList as Module
@@ -265,11 +287,15 @@ class Combined(Time):
             x = part.embed(x, times, request)
         return x
 
-    def buckets(self, times: Times, request: Times | None) -> Integer[Tensor, "B L L"] | None:
+    def buckets(self, times: Times, request: Int[Tensor, "B S"] | None) -> Integer[Tensor, "B S L"] | None:
         return self.inside.buckets(times, request) if self.inside else None
 
     def table(self, layer: int) -> Float[Tensor, "#H N"] | None:
         return self.inside.table(layer) if self.inside else None
+
+    @property
+    def is_local(self) -> bool:
+        return super().is_local and all(part.is_local for part in self.parts)
 
     @property
     def in_attention(self) -> bool:

@@ -10,7 +10,8 @@ feed-forward, block, position and time encoding are options.
 """
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from recsys2stage.retrieval.encoders.blocks import AttentiveEncoder, BlockFactory, PreNorm, blocks, initialise
 from recsys2stage.retrieval.encoders.layers import Dropout, FeedForwardFactory, NormFactory, RMSNorm, SwiGLU
@@ -35,6 +36,8 @@ class Transformer(AttentiveEncoder):
         position: position encoding; None: Rotary.
         time: time encoding; None: no time encoding.
     """
+
+    partial = True
 
     def __init__(
         self,
@@ -63,5 +66,11 @@ class Transformer(AttentiveEncoder):
                     weight.div_((2 * layers) ** 0.5)
 
     def forward(self, x: Embedded, lengths: Lengths, times: Times, request: Times | None) -> Embedded:
-        x = self.dropout(self.embed(x, times, request))
-        return self.projection(self.norm(self.apply_blocks(self.blocks, x, lengths, times, request)))
+        x = self.enter(x, times, request)
+        return self.leave(self.apply_blocks(self.blocks, x, lengths, times, request))
+
+    def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
+        return self.dropout(self.embed(x, times, request, start))
+
+    def leave(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
+        return self.projection(self.norm(x))
