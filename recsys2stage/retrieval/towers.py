@@ -133,7 +133,7 @@ class TwoTower(nn.Module, Continuable):
         """
         if self.mask is not None:
             history = append_masked_event(history)
-        if self.training or not is_inference(self.items.table.weight):
+        if self.training or not is_inference(history.items):
             last = (history.lengths - 1).clamp(min=0)
             return self.query_vectors(self(history)[torch.arange(last.size(0), device=last.device), last])
         if states is None:
