@@ -57,7 +57,8 @@ API: dict[str, tuple[str, str, list[Section]]] = {
         "Retriever",
         "The first stage: its modules, data module, item tables, inputs and objectives.",
         [
-            Section("Model", ["retrieval.retriever.Retriever", "retrieval.towers.TwoTower", "optim.RecsysAdamW"]),
+            Section("Model", ["retrieval.retriever.Retriever", "retrieval.towers.TwoTower"]),
+            Section("Optimizers", [f"optim.{name}" for name in ("RecsysAdamW", "SparseAdamW", "RowwiseAdagrad")]),
             Section("Data module", ["retrieval.histories.Histories", "shapes.History"]),
             Section("Item tables", [], (items.ItemTable,)),
             Section("Event inputs", [], (inputs.Input,)),

@@ -25,7 +25,7 @@ from recsys2stage.ranking import scorers
 from recsys2stage.ranking.candidates import Lists
 from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.recommender import Recommender
-from recsys2stage.retrieval import encoders, inputs, losses, objectives
+from recsys2stage.retrieval import encoders, inputs, losses, objectives, towers
 from recsys2stage.retrieval.encoders import (
     HSTU,
     BERT4Rec,
@@ -38,8 +38,10 @@ from recsys2stage.retrieval.encoders import (
     layers,
     mamba4rec,
     positions,
+    scan,
     times,
 )
+from recsys2stage.retrieval.encoders import partial as partial_positions
 from recsys2stage.retrieval.histories import Queries
 from recsys2stage.retrieval.inputs import ActionEmbedding, NextAction, RatingEmbedding
 from recsys2stage.retrieval.items import ItemTower
@@ -99,7 +101,7 @@ class LargestSizes(TorchFunctionMode):
 @pytest.fixture(params=["meta", "cpu"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Any]]:
     """Moves modules and batches to where the test runs."""
-    for module in (layers, attention, mamba4rec, times):
+    for module in (layers, attention, mamba4rec, partial_positions, scan, times, towers):
         monkeypatch.setattr(module, "use_cpu_blocks", lambda x: False)
     device, mode = torch.device(request.param), ExitStack()
 

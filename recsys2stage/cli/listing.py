@@ -7,7 +7,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
-from recsys2stage import optim
 from recsys2stage.cli import configs
 from recsys2stage.data import sources
 from recsys2stage.ranking import losses as ranking_losses
@@ -63,6 +62,8 @@ def describe_overlays() -> Lines:
 
 def describe_optimizers() -> Lines:
     """The optimisers of this package; those of torch can be named too."""
+    from recsys2stage import optim  # imports Lightning
+
     return {"RecsysAdamW": first_line(optim.RecsysAdamW)} | classes(optim, optim.RecsysAdamW)
 
 

@@ -49,7 +49,8 @@ def bundle_manifest(path: str | Path) -> dict[str, Any]:
     """
     if not (Path(path) / c.MANIFEST).is_file():
         raise FileNotFoundError(
-            f"{path} holds neither a bundle nor an index; run: recsys export-bundle --output {path}"
+            f"{path} holds neither a bundle nor an index; make a bundle: recsys export-bundle --output {path}, or an "
+            "index of the first stage: recsys export-index"
         )
     kind = kind_of(path)
     return read_manifest(path, kind, f"recsys export-{kind} --output {path}")

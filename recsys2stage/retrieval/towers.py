@@ -212,7 +212,7 @@ def alike(history: History) -> Iterator[tuple[list[int], History]]:
     start = 0
     while start < count:
         rows = order[start : start + max(1, POSITIONS // sizes[start])]
-        yield rows, history.select(torch.tensor(rows), sizes[start])
+        yield rows, history.select(torch.tensor(rows, device=lengths.device), sizes[start])
         start += len(rows)
 
 

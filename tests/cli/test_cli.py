@@ -341,7 +341,7 @@ def test_a_real_process_ends_with_code_1_and_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         f"recsys evaluate: {tmp_path} holds neither a bundle nor an index; "
-        f"run: recsys export-bundle --output {tmp_path}"
+        f"make a bundle: recsys export-bundle --output {tmp_path}, or an index of the first stage: recsys export-index"
     ]
 
 

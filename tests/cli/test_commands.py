@@ -176,7 +176,7 @@ def test_without_anyone_to_select_on_training_says_so(trained: Run, tmp_path: Pa
 def test_a_bundle_is_the_index_and_the_second_stage(trained: Run) -> None:
     shared = {file.name for file in trained.index.iterdir()} - {"manifest.json"}
     assert {file.name for file in trained.bundle.iterdir()} == shared | {"manifest.json", "reranker.pt"}
-    for name in shared:
+    for name in shared - {"README.md"}:  # the model cards differ
         assert (trained.bundle / name).read_bytes() == (trained.index / name).read_bytes()
     manifest = read_manifest(trained.bundle, "bundle", "")
     assert manifest["candidates"] == K

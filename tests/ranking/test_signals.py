@@ -44,7 +44,7 @@ KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (Affinity, {"decay": 0.5, "smoothing": 2.0, "released": None}),
     (Content, {"candidates": 3, "rare": 6, "ridge": 2.0, "classes": 2}),
     (Demographics, {"alpha": 2.0}),
-    (Neighbours, {"candidates": 4, "history": 3, "count": 5, "decay": 0.5}),
+    (Neighbours, {"candidates": 4, "history": 3, "count": 5, "decay": 0.5, "exact": 50_000}),
     (OtherRetriever, {"index": "index", "candidates": 4}),  # as `placed` has it
     (PopularityAsOf, {"candidates": 6, "windows": [86_400, 20 * 86_400], "trending": 86_400}),
     (Ratings, {"prior": 3.0}),
@@ -354,7 +354,7 @@ def test_the_page_lists_every_number_of_every_signal_and_what_is_hidden(dataset:
         for name in fitted(kind, needed, dataset, vectors).names:
             assert name in words or any(word[0] == "_" and name.endswith(word) for word in words), name
         assert (row[1] == "0") == kind.by_id
-        (counted,) = re.findall(r"what counts its events\n?\s*\((.*?)\)", PAGE, re.DOTALL)
+        (counted,) = re.findall(r"Features that count an item's events \((.*?)\)", PAGE, re.DOTALL)
         assert (f"`{kind.__name__}`" in counted) == bool(fitted(kind, needed, dataset, vectors).counted)
 
 

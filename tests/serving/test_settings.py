@@ -110,7 +110,9 @@ def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch: pytest
 
 
 def test_what_cannot_be_served_is_refused_in_a_sentence(trained: Run, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"there is no index in .*; run: recsys export-index"):
+    with pytest.raises(
+        SystemExit, match=r"gone holds neither a bundle nor an index; make a bundle: recsys export-bundle"
+    ):
         recsys("serve", "--bundle", tmp_path / "gone", "--port", 0)
     with pytest.raises(SystemExit, match=r"items.parquet cannot be opened .*expected a file of this service"):
         recsys("serve", "--bundle", trained.bundle, "--store", trained.bundle / "items.parquet", "--port", 0)

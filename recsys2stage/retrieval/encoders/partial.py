@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recsys2stage.retrieval.encoders.attention import Bias, softmax_attention
+from recsys2stage.retrieval.encoders.layers import use_cpu_blocks
 from recsys2stage.retrieval.encoders.memory import KeysValues
 from recsys2stage.retrieval.encoders.positions import Position
 from recsys2stage.retrieval.encoders.times import Time
@@ -154,7 +155,8 @@ class Whole(Part):
         self.lengths, self.times, self.request = lengths, times, request
         self.length, self.causal = times.size(1), encoder.causal
         self.last, self.row = (lengths - 1).clamp(min=0), torch.arange(len(lengths), device=lengths.device)
-        self.even = bool((self.last == self.length - 1).all())  # no padding
+        # whether there is no padding; elsewhere than on a CPU the device would have to be waited for
+        self.even = use_cpu_blocks(times) and bool((self.last == self.length - 1).all())
         self.kept: list[tuple[Heads, Heads]] | None = [] if keep else None
         self.k = self.v = torch.empty(0)
         self._tiles: list[Tensor | None] | None = None
