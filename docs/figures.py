@@ -172,8 +172,8 @@ def request_time() -> Canvas:
     c.text(request, 36, "request: what next?", size=11, color=ORANGE, weight="bold")
     c.text(930, 78, "time", size=11, color=QUIET, ha="right")
     rows = [
-        ("none", "the order of the events", "No clock. The log may have an order only."),
-        ("last_event", "the gaps between events", "The clock stops at the newest event."),
+        ("none", "the order of the events", "No times. The log may have an order only."),
+        ("last_event", "the gaps between events", "No time after the newest event."),
         ("target", "and the gap to the request", "A server knows the time of the request."),
     ]
     for number, (name, what, note) in enumerate(rows):
@@ -292,7 +292,7 @@ def results() -> Canvas:
         for number, row in enumerate(found):
             y = 80 + 30 * number
             ours = row["source"] == "ours"
-            stage = row["name"].partition(",")[0].rstrip("*")
+            stage = row["name"].partition(" + ")[0].rstrip("*")
             color = {"ranker": ORANGE, "retriever": BLUE}.get(stage, QUIET)
             c.text(left + 168, y, row["name"], size=12, ha="right", weight="bold" if ours else "normal")
             fill = CARD if stage in ("markov", "popularity") else color
@@ -303,7 +303,7 @@ def results() -> Canvas:
     notes = [
         "Leave-one-out, all items ranked, seen items filtered. Bold: this project, test set, mean of three seeds "
         "(* one seed); the others are published.",
-        "Clock: the model knows the time of the request. The rankers of three seeds also use a second retriever. "
+        "+ time: the model knows the time of the request. The rankers of three seeds also use a second retriever. "
         "Our copy of MovieLens-1M has",
         "10.3 % of its timestamps estimated, so its targets are not all those of the published numbers. "
         "Our copy of Amazon Beauty has no times.",
@@ -333,8 +333,8 @@ def results_of(dataset: str) -> list[dict[str, Any]]:
 
 
 def labelled(row: dict[str, Any]) -> str:
-    clock = ", clock" if row.get("request_time") == "target" else ""
-    return f"{row['name']}{clock}{'*' if row.get('seeds') == 1 else ''}"
+    time = " + time" if row.get("request_time") == "target" else ""
+    return f"{row['name']}{time}{'*' if row.get('seeds') == 1 else ''}"
 
 
 FIGURES: dict[str, Callable[[], Canvas]] = {
