@@ -941,7 +941,7 @@ def test_the_bundle_serves_as_many_candidates_as_it_was_made_for(recommender: Re
 
 
 def test_a_folder_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"run: recsys export-bundle"):
+    with pytest.raises(FileNotFoundError, match=r"make a bundle: recsys export-bundle"):
         Recommender.load(tmp_path)
 
 
