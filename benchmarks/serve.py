@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,11 +93,12 @@ class Client:
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
-        self.free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.free: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = deque()
 
     async def send(self, request: bytes) -> tuple[int, bytes]:
         """Sends a request; returns the status and the body."""
-        reader, writer = self.free.pop() if self.free else await asyncio.open_connection(self.host, self.port)
+        # in turn: the newest would always lead to the same worker
+        reader, writer = self.free.popleft() if self.free else await asyncio.open_connection(self.host, self.port)
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
         length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
@@ -366,7 +368,7 @@ def main() -> None:
                 print("| requests | memory, MiB |\n|---|---|")
                 facts["memory_mib"] = asyncio.run(fill(options, service))
             else:
-                print(f"| {' | '.join((*COLUMNS, 'errors'))} |\n{'|---' * (len(COLUMNS) + 1)}|")
+                print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
                 measured = asyncio.run(loads(options, service))
                 best = max((one.rate for one in measured if one.load.endswith("connections")), default=float("nan"))
                 facts["memory_mib_after"] = service.memory()
