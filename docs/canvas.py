@@ -123,7 +123,7 @@ class Canvas:
             shrinkA=0,
             shrinkB=0,
             joinstyle="round",
-            **style,  # type: ignore[arg-type]
+            **style,  # type: ignore[arg-type]  # one dict for arguments of several types
         )
         arrow.set_fill(False) if not head else None
         self.axes.add_patch(arrow)

@@ -15,7 +15,7 @@ from pymdownx.slugs import slugify
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]  # the package of this checkout, and docs
 
-from docs import api, reference  # noqa: E402
+from docs import api, reference  # noqa: E402  # found through the path that is set above
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"(^ *```.*?^ *```)", re.DOTALL | re.MULTILINE)

@@ -125,13 +125,13 @@ def training_parser(verb: str) -> ArgumentParser:
         raise _Parser(parser)
 
     original = training.RecsysCLI.parse_arguments
-    training.RecsysCLI.parse_arguments = stop  # type: ignore[assignment, method-assign]
+    training.RecsysCLI.parse_arguments = stop  # type: ignore[assignment, method-assign]  # only the parser is wanted
     try:
         training.train(verb, [])
     except _Parser as found:
         return next(one.choices[verb] for one in found.parser._actions if getattr(one, "choices", None))
     finally:
-        training.RecsysCLI.parse_arguments = original  # type: ignore[method-assign]
+        training.RecsysCLI.parse_arguments = original  # type: ignore[method-assign]  # as it was
     raise AssertionError(f"the parser of {verb} was not made")
 
 
@@ -170,6 +170,7 @@ def command_page(verb: str) -> str:
             "`--data.init_args.batch_size 64`."
         )
     for group in groups:
+        # the default binds the group of this turn, which mypy cannot type
         inside = option_rows(parser, "--", "../", lambda name, group=group: name.startswith(f"{group}."))  # type: ignore[misc]
         parts += [f"## {group}", GROUPS[group], table(HEAD, inside)]
     if raised:

@@ -17,7 +17,7 @@ LABEL, RETRIEVER_SCORE, RETRIEVER_RANK, ORIGIN, FOLD = "label", "retriever_score
 YEAR_2100 = 4_102_444_800  # seconds since 1970; the latest valid time
 
 MANIFEST = "manifest.json"  # in every artifact: its kind, options, parents and versions
-CARD = "README.md"  # model card of a bundle or an index; without a checksum, as evaluations and people edit it
+CARD = "README.md"  # model card of a bundle or an index; no checksum: evaluations and users edit it
 
 # files of a prepared dataset; E events sorted by user and time, U users, V items
 EVENT_ITEMS = "events.item.npy"  # (E,) int32

@@ -158,7 +158,7 @@ def model_card(folder: Path, dataset: Dataset | None, evaluation: Evaluation | N
         "Ranking items of this catalogue for users with a history, in the service and the period that the data are "
         "from. Offline metrics measure how well held-out events are predicted; they do not measure the effect of "
         "recommendations on users, so test online before you rely on them. The model is not meant for decisions about "
-        "people.",
+        "individuals, such as credit or hiring.",
         "## Limits",
         list_limits(folder, manifest, None if dataset is None else dataset.manifest),
         "## How to load and serve it",

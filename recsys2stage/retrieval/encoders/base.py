@@ -92,6 +92,7 @@ class Encoder(nn.Module, ABC):
             times: (1, L) seconds of all events of each history.
             request: (1, L) request times of all positions of each history; None without request times.
         """
+        # not abstract: an encoder of one's own need not keep memories
         raise NotImplementedError(f"{type(self).__name__} keeps no memory; call newest")
 
 

@@ -51,7 +51,8 @@ class AttentiveEncoder(Encoder):
 
     def enter(self, x: Embedded, times: Times, request: Times | None, start: int = 0) -> Embedded:
         """The input of the first block; arguments as in `embed`."""
-        raise NotImplementedError(f"{type(self).__name__} has partial = True and no enter")
+        # not abstract: only encoders that set `partial` need it
+        raise NotImplementedError(f"{type(self).__name__} sets partial = True but has no method enter; add one")
 
     def leave(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
         """The states, of the output of the last block."""
