@@ -26,6 +26,7 @@ from recsys2stage.artifacts import (
 from recsys2stage.checkpoints import build, read_checkpoint
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, feature_specs
+from recsys2stage.data.folds import Fold, without_fold
 from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
@@ -81,6 +82,8 @@ def export_index(
             f"{retriever} has {options['num_items']} items but {data} has {dataset.num_items}; fit again on {data}"
         )
     dataset.check_split(retriever, options["split_hash"])
+    fold = take({"fold": None, **options}, "fold", str | None, retriever)
+    trained = dataset if fold is None else without_fold(dataset, Fold.parse(fold))
     towers = {name: options[name] for name in inspect.signature(TwoTower).parameters if name in options}
     index = index or Exact()
     with torch.inference_mode():
@@ -96,17 +99,18 @@ def export_index(
         "actions": options["actions"] or [],
         "split_hash": dataset.manifest["split_hash"],
         "repeats": dataset.protocol["repeats"],
-        "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
+        "newest_time": int(trained.last_times.max()) if dataset.has_time else None,
         "user_features": user_specs(dataset),
         "item_features": feature_specs(dataset.item_features),
         "log": source_log(dataset.manifest, data / c.MANIFEST)._asdict(),
         "towers": towers,
+        "fold": fold,
     }
     with locked(output), atomic_write(output, "index") as folder:
         folder.mkdir()
         first.save(folder)
         torch.save(weights, folder / TOWERS)
-        np.save(folder / POPULARITY, dataset.train_counts)
+        np.save(folder / POPULARITY, trained.train_counts)
         (folder / c.ITEM_TABLE).write_bytes((dataset.path / c.ITEM_TABLE).read_bytes())
         parents = {"retriever": retriever, "data": data}
 
@@ -137,7 +141,7 @@ def export_index(
         f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {name.rpartition('.')[2]}",
         *describe_choice(index.tried),
         *describe_search(facts.get("measured")),
-        then=f"recsys mine-negatives --data {data} --index {output}",
+        then=f"recsys mine-negatives --data {data} --index {output}{'' if fold is None else f' --fold {fold}'}",
     )
 
 

@@ -27,6 +27,8 @@ class Dataset:
         path: folder of the prepared dataset.
     """
 
+    fold: str | None = None  # users whose training events are left out, see `without_fold`
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")

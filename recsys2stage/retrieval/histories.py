@@ -18,6 +18,7 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.data.batches import as_history, windows
 from recsys2stage.data.dataset import Dataset, feature_specs
+from recsys2stage.data.folds import Fold, without_fold
 from recsys2stage.options import MAX_LENGTH, Part, RequestTime, check_integer, check_option
 from recsys2stage.shapes import History
 
@@ -190,6 +191,8 @@ class Histories(ArrayModule):
             the target's own time (`target`), which matches a server that knows the current time.
         next_action: target action given to the model: none (`none`), the target's own action (`target`), or the name of
             an action: then the target's own in training and this one at every request.
+        fold: users left out of training, as NUMBER/TOTAL: 0/5 is the first of five folds, by a hash of the user. Then
+            mine-negatives makes lists around all their events. None: train on all users. All users validate.
     """
 
     def __init__(
@@ -201,6 +204,7 @@ class Histories(ArrayModule):
         eval_batch_size: int = 256,
         request_time: RequestTime = "none",
         next_action: str = "none",
+        fold: str | None = None,
     ) -> None:
         super().__init__()
         check_integer("max_length", max_length, 1, MAX_LENGTH, example=200)
@@ -215,7 +219,9 @@ class Histories(ArrayModule):
         self.dataset = Dataset(path)
         self.dataset.check_request_time(request_time)
         self.dataset.check_next_action(next_action)
-        train_ends = np.asarray(self.dataset.train_ends)
+        self.fold = None if fold is None else str(Fold.parse(fold))
+        self.trained = self.dataset if fold is None else without_fold(self.dataset, Fold.parse(fold))
+        train_ends = np.asarray(self.trained.train_ends)
         self.window_starts, self.window_ends = windows(np.asarray(self.dataset.offsets[:-1]), train_ends, max_length)
         self.window_users = np.searchsorted(self.dataset.offsets, self.window_starts, side="right") - 1
 
