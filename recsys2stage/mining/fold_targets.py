@@ -97,7 +97,7 @@ def fold_targets(
             f"no event of fold {fold} of {dataset.path} resembles a validation target in its {' and '.join(pool)}; set "
             "match to false"
         )
-    count = largest_close(weights, pool, shares) if targets is None else targets * len(np.unique(owner))
+    count = largest_close(weights, pool, shares) if targets is None else float(targets * len(np.unique(owner)))
     kept = sampled_mask(inclusion(weights, count), owner, places, seed)
     return FoldTargets(owner[kept], places[kept], len(places), distances(kept, pool, shares))
 

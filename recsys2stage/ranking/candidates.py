@@ -72,10 +72,6 @@ class Candidates(ArrayModule):
                 f"{self.path} holds lists of fold {fold} of the users, expected those of a retriever fitted on "
                 f"all users; give these as path, and {self.path} as one of data.folds"
             )
-        given = [folder.resolve() for folder in map(Path, [self.path, *self.folds])]
-        if len(set(given)) < len(given):
-            twice = next(folder for folder in given if given.count(folder) > 1)
-            raise ValueError(f"{twice} is given twice, expected path and folds to differ; leave one out")
         self.dataset = Dataset(_parent(self.path, self.manifest, "data"))
         self.dataset.check_split(self.path, self.manifest["split_hash"])
 
@@ -139,6 +135,10 @@ class Candidates(ArrayModule):
         return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
 
     def setup(self, stage: str) -> None:
+        given = [folder.resolve() for folder in map(Path, [self.path, *self.folds])]
+        if len(set(given)) < len(given):
+            twice = next(folder for folder in given if given.count(folder) > 1)
+            raise ValueError(f"{twice} is given twice, expected path and folds to differ; leave one out")
         names = [signal["name"] for signal in self.signals]
         own = read_candidates(self.path, names, self.dataset)
         self._refuse_test_events(self.path, own)
