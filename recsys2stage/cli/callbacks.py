@@ -255,6 +255,7 @@ class WriteManifest(Callback):
             "steps": trainer.global_step,
             "seconds": round(self.seconds + time.monotonic() - self.started, 1),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
+            **getattr(pl_module, "manifest_facts", {}),
         }
         write_manifest(
             folder,

@@ -43,7 +43,7 @@ from recsys2stage.serving.packed import FOLDER as HISTORIES
 from recsys2stage.serving.packed import pack
 from recsys2stage.trust import Trust, arguments, trusts
 
-RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
+RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without", "mask_ids")
 KEPT = (  # fields copied from the manifest of the index to that of the bundle
     *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
     *("repeats", "newest_time", "user_features", "item_features"),
@@ -207,7 +207,7 @@ def export_bundle(
     other = "null for the number in the ranker's training"
     check_integer("candidates", candidates, other=other, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
-    reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
+    reranker = {name: take({"mask_ids": False, **options}, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
     for name in ("vector_dim", "num_candidates", "recent"):
         take(options, name, int, ranker)

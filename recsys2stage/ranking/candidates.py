@@ -10,14 +10,14 @@ from torch import Tensor
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import find_parent, fingerprint, read_array, read_manifest, take, verify
-from recsys2stage.checkpoints import SPLIT, load_checkpoint
+from recsys2stage.checkpoints import OPTIONS, SPLIT, load_checkpoint
 from recsys2stage.data.batches import padded_indices, recent_events
 from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.options import MAX_LENGTH, RequestTime, check_integer
 from recsys2stage.ranking.lists import STATES, CandidateLists, concatenate_lists, read_candidates
 from recsys2stage.ranking.signals.base import FOLDER, MAX_CANDIDATES
 from recsys2stage.ranking.signals.other import DESCRIBED
-from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
+from recsys2stage.retrieval.histories import ArrayModule, BatchLoader, seed
 from recsys2stage.retrieval.index import VECTORS
 from recsys2stage.shapes import CandidateBatch
 
@@ -109,9 +109,16 @@ class Candidates(ArrayModule):
         self.dataset.check_split(self.refit / "best.ckpt", best[SPLIT])
         if not take(best, "global_step", int, self.refit / "best.ckpt"):
             raise ValueError(
-                f"the best checkpoint of {self.refit} is step 0, the retriever's order; there is nothing to refit"
+                f"the best checkpoint of {self.refit} is step 0, before any training; there is nothing to refit"
             )
         return int(take(best, "epoch", int, self.refit / "best.ckpt")) + 1
+
+    @property
+    def masks_ids(self) -> bool:
+        """Whether the ranker to refit was chosen with its IDs always masked."""
+        assert self.refit is not None
+        best = load_checkpoint(self.refit / "best.ckpt", f"recsys fit --output {self.refit}, without refit")
+        return bool(best[OPTIONS].get("mask_ids"))
 
     @property
     def features(self) -> list[dict[str, Any]]:
@@ -189,14 +196,25 @@ class Candidates(ArrayModule):
         if (late := int((lists.position >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
             raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
 
-    def train_dataloader(self) -> BatchLoader:
+    def training_lists(self) -> Int[np.ndarray, " N"]:
+        """Numbers of the training lists, which contain their target."""
         used = self.lists.fold == "train" if self.refit is None else np.ones(len(self.lists.fold), dtype=bool)
         train = np.flatnonzero(used & (self.lists.positive >= 0))
         if not len(train):
             raise ValueError(
                 f"no candidate list in {self.path} contains its target; mine more candidates (k) or train the retriever"
             )
+        return train
+
+    def train_dataloader(self) -> BatchLoader:
+        train = self.training_lists()
         return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
+
+    def sample_lists(self, count: int) -> tuple[Lists, Int[np.ndarray, " N"]]:
+        """At most `count` training lists, sampled by the seed of the run, and the user of each."""
+        train = self.training_lists()
+        sampled = train if len(train) <= count else np.random.default_rng(seed()).choice(train, count, replace=False)
+        return self.read(sampled), self.lists.user[sampled]
 
     def val_dataloader(self) -> BatchLoader:
         validation = np.flatnonzero(self.lists.fold == "select")
