@@ -31,8 +31,8 @@ def choose_part(reranker: Reranker, candidates: Candidates, best: Path, device: 
         device: of the weights.
 
     Returns:
-        For the manifest: "chosen" (ranker, ranker with IDs masked, linear or retriever), and NDCG@10 on the validation
-        lists of the ranker and with its IDs masked.
+        For the manifest: "chosen" (ranker, linear or retriever, each perhaps "with IDs masked"), and under "validation"
+        NDCG@10 on the validation lists, without and with IDs masked.
     """
     checkpoint = load_checkpoint(best, f"recsys fit --output {best.parent}")
     trained = {name: value.clone() for name, value in reranker.state_dict().items()}
@@ -58,7 +58,7 @@ def choose_part(reranker: Reranker, candidates: Candidates, best: Path, device: 
         with atomic_write(best) as temporary:
             torch.save(checkpoint, temporary)
     names = {False: METRIC, True: f"masked_{METRIC}"}
-    return {"chosen": chosen, **{names[masked]: float(value.mean()) for masked, value in values.items()}}
+    return {"chosen": chosen, "validation": {names[masked]: float(value.mean()) for masked, value in values.items()}}
 
 
 @torch.no_grad()
