@@ -88,6 +88,8 @@ def mine_negatives(
     check_integer("k", k, example=200)
     check_integer("targets", targets, other="null for all", example=5)
     check_integer("gap", gap, 0, example=3600)
+    if fold is not None:
+        Fold.parse(fold)
     check_number("select", select, low=0, below=1, example=0.2, what="a share of the users")
     check_integer("users", users, other="null for all", example=1000)
     check_integer("batch_size", batch_size, example=256)
@@ -192,8 +194,6 @@ def check_fold(folder: Path, fold: str | None) -> None:
         folder: written by export-index.
         fold: NUMBER/TOTAL; None: no fold.
     """
-    if fold is not None:
-        Fold.parse(fold)
     own = bundle_manifest(folder).get("fold")
     if own != fold:
         given, held = ("all users" if one is None else f"the users outside fold {one}" for one in (fold, own))
