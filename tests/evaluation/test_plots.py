@@ -86,7 +86,7 @@ def test_points_by_gap_are_the_values_with_their_intervals(report: Path) -> None
             shown = [group["models"][name]["ndcg@10"] for group in groups.values()]
             assert points.get_xdata() == pytest.approx([one["value"] for one in shown])
             spans = [(segment[0, 0], segment[1, 0]) for segment in lines.get_segments()]
-            assert spans == pytest.approx([(one["low"], one["high"]) for one in shown])
+            assert np.array(spans) == pytest.approx(np.array([(one["low"], one["high"]) for one in shown]))
         names = [label.get_text() for label in ax.get_yticklabels()]
         assert names == [f"{label}\n({group['targets']:,} targets)" for label, group in groups.items()]
     with pytest.raises(ValueError, match="the reports old have no metrics by gap"):
