@@ -10,7 +10,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indices, spans
 from recsys2stage.data.manifest import check_dataset_manifest
-from recsys2stage.options import Part, RequestTime, Seen, check_integer, check_option
+from recsys2stage.options import Part, RequestTime, Seen, Until, check_integer, check_option
 
 At = Part | Literal["all"] | np.ndarray  # the val or test target, after the last event, or (B,) indices of targets
 
@@ -25,9 +25,12 @@ class Dataset:
 
     Args:
         path: folder of the prepared dataset.
+        until: each user's training events are those before the validation targets (`val`), those before the test
+            targets (`test`), or all (`end`). All but `val` are for a refit, when validation has chosen everything.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, until: Until = "val") -> None:
+        check_option("until", until, Until)
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
         check_dataset_manifest(self.manifest, self.path / c.MANIFEST)
@@ -35,8 +38,10 @@ class Dataset:
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
         self.offsets = self._load(c.USER_OFFSETS)
-        self.train_ends = self._load(c.TRAIN_ENDS)
+        self.val_starts = self._load(c.TRAIN_ENDS)
         self.val_ends = self._load(c.VAL_ENDS)
+        self.until = until
+        self.train_ends = {"val": self.val_starts, "test": self.val_ends, "end": self.offsets[1:]}[until]
         self.ratings = self._load(c.EVENT_RATINGS) if self.manifest["has"]["rating"] else None
         self.actions = self._load(c.EVENT_ACTIONS) if self.manifest["has"]["action"] else None
 
@@ -104,7 +109,7 @@ class Dataset:
     def target_indices(self, split: Part) -> np.ndarray:
         """Index of each user's target among all events; valid for `users(split)` only, (U,) int64."""
         check_option("split", split, Part)
-        return np.asarray(self.train_ends if split == "val" else self.val_ends)
+        return np.asarray(self.val_starts if split == "val" else self.val_ends)
 
     def events(self, starts: np.ndarray, ends: np.ndarray) -> Padded:
         """Events starts[b] .. ends[b] - 1 of each row, left-aligned."""
@@ -127,7 +132,7 @@ class Dataset:
             newest: at most this many newest ones per user; None: all.
             gap: minimum seconds since the previous event.
         """
-        starts = np.maximum(np.asarray(self.train_ends), self.offsets[:-1] + 1)
+        starts = np.maximum(np.asarray(self.val_starts), self.offsets[:-1] + 1)
         targets = spans(starts, np.asarray(self.val_ends))
         users, indices = targets.rows, targets.values
         if gap:
