@@ -142,7 +142,9 @@ def export_index(
         f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {name.rpartition('.')[2]}",
         *describe_choice(index.tried),
         *describe_search(facts.get("measured")),
-        then=f"recsys mine-negatives --data {data} --index {output}",
+        then=f"recsys mine-negatives --data {data} --index {output}"
+        if dataset.until == "val"
+        else f"recsys export-bundle --index {output} --ranker RANKER/best.ckpt --data {data}",
     )
 
 
@@ -244,8 +246,8 @@ def export_bundle(
             `OtherRetriever`.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    other = "null for the number in the ranker's training"
-    check_integer("candidates", candidates, other=other, example=200)
+    unset = "null for the number in the ranker's training"
+    check_integer("candidates", candidates, other=unset, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
@@ -311,5 +313,5 @@ def export_bundle(
         f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
         *([] if until == "val" else [f"retriever and signals learned from {STRETCH[until]}"]),
         *packed,
-        then=f"recsys evaluate --bundle {output}",
+        then=f"recsys {'serve' if until == 'end' else 'evaluate'} --bundle {output}",
     )
