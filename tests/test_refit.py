@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from closeness import close
+from lightning import LightningDataModule, LightningModule, Trainer
 from pipeline_fixtures import TOLD, Run, recsys
 
 from recsys2stage import TwoStageRecommender
@@ -109,13 +111,16 @@ def test_a_refit_takes_the_epochs_of_the_best_and_is_not_validated(informed: Run
 def test_the_learning_rate_follows_the_schedule_of_the_chosen_run(
     informed: Run, planned: int | None, schedule: int | None
 ) -> None:
-    stopping = SimpleNamespace(patience=1, strict=True)
-    loop = SimpleNamespace(max_epochs=planned)
-    trainer: Any = SimpleNamespace(
-        fit_loop=loop, max_epochs=planned, early_stopping_callbacks=[stopping], checkpoint_callbacks=[]
-    )
-    model: Any = SimpleNamespace(hparams={}, planned_epochs=None)
-    data: Any = SimpleNamespace(epochs=3, refit=informed.folder / "retriever")
+    stopping, loop = SimpleNamespace(patience=1, strict=True), SimpleNamespace(max_epochs=planned)
+    state = {
+        "fit_loop": loop,
+        "max_epochs": planned,
+        "early_stopping_callbacks": [stopping],
+        "checkpoint_callbacks": [],
+    }
+    trainer = mock.MagicMock(spec=Trainer, **state)
+    model = mock.MagicMock(spec=LightningModule, hparams={}, planned_epochs=None)
+    data = mock.MagicMock(spec=LightningDataModule, epochs=3, refit=informed.folder / "retriever")
     prepare_refit(trainer, model, data, {})
     assert loop.max_epochs == 3
     assert model.planned_epochs == schedule

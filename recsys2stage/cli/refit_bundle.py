@@ -59,8 +59,8 @@ def refit_signals(mined: Path, dataset: Dataset, vectors: np.ndarray, other: Pat
         indexed = read_manifest(other, "index", f"recsys export-index --output {other}")
         _check_same_retriever(other, indexed, Path(signal.index), f"signal OtherRetriever of {mined}")
         signal.index = str(other)
-    for signal in signals:
-        signal.fit(dataset, vectors)
+    for one in signals:
+        one.fit(dataset, vectors)
     return signals
 
 

@@ -22,7 +22,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from recsys2stage.checkpoints import OPTIONS, load_checkpoint, trained_until
 from recsys2stage.cli.callbacks import (
-    BEST,
     KeepLast,
     MeasureTheEnd,
     NextEpoch,
@@ -55,7 +54,7 @@ from recsys2stage.ranking.ranker import Ranker  # noqa: F401
 # short class names in YAML resolve once their module is imported
 from recsys2stage.retrieval import encoders, inputs, losses, objectives, users  # noqa: F401
 from recsys2stage.retrieval.encoders import positions, times  # noqa: F401
-from recsys2stage.retrieval.histories import Histories  # noqa: F401
+from recsys2stage.retrieval.histories import BEST, Histories  # noqa: F401
 from recsys2stage.retrieval.retriever import Retriever  # noqa: F401
 from recsys2stage.trust import Trust, arguments, trusting
 
