@@ -115,6 +115,11 @@ def as_history(
 
 def newest_first(values: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
     """The newest `count` of left-aligned (B, L) values, newest first, (B, count), padded with 0."""
+    if len(values) == 1:  # one request: slices take a fraction of the time of index arrays
+        length = int(lengths[0])
+        own, newest = min(length, count), np.zeros((1, count), dtype=values.dtype)
+        newest[0, :own] = values[0, length - own : length][::-1]
+        return newest
     position = np.asarray(lengths)[:, None] - 1 - np.arange(count)
     return np.where(position >= 0, values[np.arange(len(values))[:, None], np.maximum(position, 0)], 0)
 
