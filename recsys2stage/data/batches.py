@@ -65,6 +65,15 @@ def left_aligned(
     if not len(items):  # nothing to gather from
         empty = np.zeros((len(starts), 1), dtype=np.int64)
         return Padded(empty, empty, np.zeros(len(starts), dtype=np.int64))
+    if len(starts) == 1 and ends[0] > starts[0]:  # one request: a slice takes a fraction of the time of index arrays
+        own = slice(int(starts[0]), int(ends[0]))
+        return Padded(
+            items=items[own].astype(np.int64)[None],
+            times=np.array(times[own])[None],
+            lengths=ends - starts,
+            ratings=None if ratings is None else ratings[own].astype(np.float32)[None],
+            actions=None if actions is None else actions[own].astype(np.int64)[None],
+        )
     index, real = padded_indices(starts, ends)
     return Padded(
         items=np.where(real, items[index], c.PAD).astype(np.int64),

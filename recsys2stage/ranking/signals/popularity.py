@@ -88,12 +88,14 @@ class PopularityAsOf(Proposer):
         times, keys, starts = (np.asarray(self.tables[name]) for name in ("times", "keys", "starts"))
         items, now, base = np.maximum(requests.items, 0), requests.request_time, len(times) + 1
         older = np.searchsorted(times, now[:, None] - np.array([*self.windows[::-1], 0]))  # (B, windows + 1) ranks
-        # the index of each item's first event with at least each of these ranks; ascending, if the items are
-        other = np.append(True, (older[:, 1:] != older[:, :-1]).any(axis=0))
-        queries = items[..., None] * base + older[:, None, other]
-        index = np.searchsorted(keys, queries)  # (B, C, windows + 1)
-        if not other.all():  # windows without events, as after the end of the log: looked up once
-            index = index[..., np.cumsum(other) - 1]
+        # the index of each item's first event with at least each of these ranks
+        index = np.empty((*items.shape, older.shape[1]), dtype=np.int64)
+        for column, rank in enumerate(older.T):
+            if (rank == len(times)).all():  # as where the log ends before the window, which most requests come after
+                index[..., column:] = starts[items + 1][..., None]
+                break
+            # ascending, if the items are: consecutive searches hit the cache
+            index[..., column] = np.searchsorted(keys, items * base + rank[:, None])
         begins, ends = starts[items], index[..., -1]
         total, number = ends - begins, len(self.windows)
 

@@ -82,6 +82,8 @@ class Ratings(Signal):
         if "clock" not in self.tables:
             return np.asarray(self.tables["starts"])[requests.items + 1]
         first, span = self.tables["clock"].tolist()
+        if (requests.request_time >= first + span - 1).all():  # after all ratings, as most requests of a service are
+            return np.asarray(self.tables["starts"])[requests.items + 1]
         time = np.minimum(np.maximum(requests.request_time - first, 0), span - 1)[:, None]
         return batched_searchsorted(np.asarray(self.tables["keys"]), requests.items * span + time)
 
