@@ -60,6 +60,6 @@ def without_fold(dataset: Dataset, fold: Fold) -> Dataset:
                 f"some outside it; {dataset.num_users:,} users are too few: prepare data of more users, or leave fold "
                 "out"
             )
-    view = Dataset(dataset.path)
+    view = Dataset(dataset.path, dataset.until)
     view.fold, view.train_ends = str(fold), np.where(members, starts, ends)
     return view

@@ -60,12 +60,15 @@ def fold_targets(
     Raises:
         ValueError: if no event is eligible.
     """
-    last = np.asarray(dataset.train_ends if is_split_in_time(dataset) else dataset.val_ends)
+    last = np.asarray(dataset.val_starts if is_split_in_time(dataset) else dataset.val_ends)
     starts = np.asarray(dataset.offsets[:-1]) + 1
     found = spans(starts, last)
     owner, places = found.rows, found.values
+    if dataset.baskets:  # the first one has no history
+        later = dataset.ends(owner, places) > dataset.offsets[owner]
+        owner, places = owner[later], places[later]
     if gap:
-        late = dataset.times[places] - dataset.times[places - 1] >= gap
+        late = dataset.times[places] - dataset.times[dataset.ends(owner, places) - 1] >= gap
         owner, places = owner[late], places[late]
     eligible = fold.members(dataset.num_users)[owner] & ~validation_users(owner, select, seed)
     owner, places = owner[eligible], places[eligible]
@@ -106,8 +109,8 @@ def is_split_in_time(dataset: Dataset) -> bool:
     """Whether all validation events come after all training events, as under GlobalTime."""
     if not dataset.has_time:
         return False
-    train = dataset.times[spans(dataset.offsets[:-1], dataset.train_ends).values]
-    validation = dataset.times[spans(dataset.train_ends, dataset.val_ends).values]
+    train = dataset.times[spans(dataset.offsets[:-1], dataset.val_starts).values]
+    validation = dataset.times[spans(dataset.val_starts, dataset.val_ends).values]
     return bool(len(train) and len(validation) and train.max() <= validation.min())
 
 
@@ -117,14 +120,15 @@ def request_bins(dataset: Dataset, users: np.ndarray, places: np.ndarray, period
     Args:
         dataset: prepared dataset.
         users: (n,) user of each target.
-        places: (n,) index of each target among all events, with an event of the user before it.
+        places: (n,) index of each target among all events, with a history before it.
         periods: (PERIODS − 1,) bounds of the bins of the request time, ascending.
     """
-    lengths = places - np.asarray(dataset.offsets)[users]
+    ends = dataset.ends(users, places)
+    lengths = ends - np.asarray(dataset.offsets)[users]
     bins = {"history length": np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)}
     if dataset.has_time:
         times = np.asarray(dataset.times[places])
-        bins["gap"] = np.searchsorted(GAPS, times - dataset.times[places - 1], side="right")
+        bins["gap"] = np.searchsorted(GAPS, times - dataset.times[ends - 1], side="right")
         bins["time"] = np.searchsorted(periods, times, side="right")
     return bins
 

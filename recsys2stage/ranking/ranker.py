@@ -82,7 +82,7 @@ class Ranker(RecsysModule):
         check_schedule(warmup_steps, final_lr)
         self.save_hyperparameters(ignore=["loss"])
         self.reranker = Reranker(
-            num_items, vector_dim, features, scorer, feature_dim, signals or (), scores_cold, without, mask_ids
+            num_items, vector_dim, features, scorer, feature_dim, signals or (), scores_cold, without, mask_ids=mask_ids
         )
         self.loss = loss or Listwise()
         self.id_dropout, self.cold_dropout, self.optimizer = id_dropout, cold_dropout, optimizer

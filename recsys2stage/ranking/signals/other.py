@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from recsys2stage.artifacts import read_manifest, take, verify
-from recsys2stage.checkpoints import build, load_tensors
+from recsys2stage.checkpoints import build, load_tensors, trained_until
 from recsys2stage.data.batches import Padded, Ragged, as_history
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import STRETCH
 from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
 from recsys2stage.retrieval.index import Index
@@ -54,6 +55,12 @@ class OtherRetriever(Proposer):
             raise ValueError(
                 f"the retriever of {folder} was fitted on all users but {theirs}, expected all but {ours}, as the "
                 "first retriever was; fit it with the same data.fold and export its index"
+            )
+        until = trained_until(manifest, folder)
+        if until != dataset.until:
+            raise ValueError(
+                f"{folder} was trained on {STRETCH[until]}, expected {STRETCH[dataset.until]}, as the first retriever; "
+                f"give the index of one that was: {make}"
             )
         verify(folder, manifest, make)
         own = Index.load(folder).vectors
