@@ -100,6 +100,7 @@ def test_an_open_question_is_asked_by_prepare_data_until_it_is_answered(
     recsys("init", "log", "--events", "log.csv")
     shown = capsys.readouterr().out
     assert "Open questions: user, item" in shown
+    assert shown.endswith("Next: write the answers, then cd log && make pipeline\n")
     monkeypatch.chdir(shop / "log")
     path = shop / "log/configs/log/prepare.yaml"
     assert "# QUESTION: which column holds the user ids? columns: alpha, beta, gamma" in path.read_text()
