@@ -62,7 +62,7 @@ def trained_until(content: dict[str, Any], where: str | Path) -> Until:
         where: the file, for the error.
     """
     until = content.get(UNTIL, "val")
-    if until not in TRAINED_TARGETS:
+    if not isinstance(until, str) or until not in TRAINED_TARGETS:
         expected = ", ".join(TRAINED_TARGETS)
         raise ValueError(f"{where} has the {UNTIL} {str(until)[:80]!r}, expected one of {expected}; make it again")
     return cast(Until, until)

@@ -14,7 +14,6 @@ from closeness import close
 from lightning import LightningDataModule, LightningModule, Trainer
 from pipeline_fixtures import TOLD, Run, recsys
 
-from recsys2stage import TwoStageRecommender
 from recsys2stage.cli.refit import prepare_refit
 from recsys2stage.cli.refit_bundle import rotation_between
 from recsys2stage.columns import MANIFEST
@@ -247,10 +246,6 @@ def test_a_refit_with_other_options_or_of_other_data_is_refused(
     assert "is the selected of this fit and would be overwritten" in refusal(
         *told(informed), "--output", chosen, "--data.init_args.refit", chosen
     )
-    with pytest.raises(ValueError, match="until is 'end' without refit, expected the folder of a finished retriever"):
-        Histories(informed.data, until="end")
-    with pytest.raises(ValueError, match="until is 'val', expected test or end"):
-        Histories(informed.data, refit=chosen, until="val")  # type: ignore[arg-type]
 
 
 def test_a_bundle_of_a_refit_takes_the_ranker_of_the_chosen_retriever_only(
@@ -267,8 +262,3 @@ def test_a_bundle_of_a_refit_takes_the_ranker_of_the_chosen_retriever_only(
     (other / MANIFEST).write_text(json.dumps(manifest(other) | {"trained_until": "tomorrow"}))
     assert "has the trained_until 'tomorrow', expected one of val, test, end" in refusal(*of, "--index", other)
     assert not (tmp_path / "bundle").exists()
-
-
-def test_the_estimator_refuses_other_refits() -> None:
-    with pytest.raises(ValueError, match="refit is 'some', expected all or production"):
-        TwoStageRecommender(refit="some").fit(None)  # type: ignore[arg-type]
