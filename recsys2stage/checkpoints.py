@@ -4,7 +4,7 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -65,7 +65,7 @@ def trained_until(content: dict[str, Any], where: str | Path) -> Until:
     if not isinstance(until, str) or until not in TRAINED_TARGETS:
         expected = ", ".join(TRAINED_TARGETS)
         raise ValueError(f"{where} has the {UNTIL} {str(until)[:80]!r}, expected one of {expected}; make it again")
-    return cast(Until, until)
+    return until
 
 
 def load_tensors(file: Path | io.BytesIO, where: str | Path, make: str) -> dict[str, Any]:
