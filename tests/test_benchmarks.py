@@ -493,5 +493,8 @@ def test_a_recorded_run_has_its_report_and_the_manifest_of_every_ancestor(tmp_pa
     assert kinds[-1] == "bundle"
     assert {"retriever", "index", "candidates", "ranker"} < set(kinds)
     assert str(tmp_path.parent) not in content
+    (run / "refit-all").symlink_to(run)
+    (folder,) = importlib.import_module("record").record("world-refit", [run / "refit-all"], tmp_path)
+    assert folder == tmp_path / "docs/measured/world-refit/run", "the name of the run, of which there are several"
     with pytest.raises(SystemExit, match="no report"):
         importlib.import_module("record").record("world", [tmp_path], tmp_path)
