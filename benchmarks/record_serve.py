@@ -34,7 +34,7 @@ def main() -> None:
         "rounds": 1,
     }
     rows = [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines()]
-    earlier = next((old for old in rows if old["name"] == options.name), {})
+    earlier: dict[str, Any] = next((old for old in rows if old["name"] == options.name), {})
     if options.before:
         before = read(options.before)
         row["commits"] = {"before": options.before_commit or before["commit"], **row["commits"]}
