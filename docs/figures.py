@@ -5,7 +5,7 @@ tests/test_site.py compares the files with what this script draws.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from docs.canvas import (
     RULE,
     Canvas,
 )
+from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 
 HERE = Path(__file__).parent
 FOLDER, MEASURED = HERE / "figures", HERE / "measured"
+BY_GAP = MEASURED / "by_gap"  # a file for each protocol, in the order of their names
 
 
 def flow() -> Canvas:
@@ -74,7 +76,9 @@ def flow() -> Canvas:
 
 def two_stages() -> Canvas:
     """One request: from all items to the list that is shown."""
-    c = Canvas(960, 360, "One request: retriever and signals name candidates among all items, the ranker orders them")
+    c = Canvas(
+        960, 360, "One request: retriever and signals propose candidates among all items, the ranker orders them"
+    )
     c.text(30, 34, "A request: the events of one user, oldest first", size=12, color=QUIET, ha="left")
     for number in range(6):
         c.box(30 + 34 * number, 50, 26, 26, fill=BLUE_TINT if number < 5 else BLUE, edge=BLUE, radius=4)
@@ -88,7 +92,7 @@ def two_stages() -> Canvas:
     c.box(500, 118, 150, 58, "Candidates", "200 items")
     c.arrow([(440, 147), (498, 147)])
     c.arrow([(226, 260), (520, 260), (520, 178)])
-    c.text(370, 250, "name more candidates", size=11, color=QUIET)
+    c.text(370, 250, "propose more candidates", size=11, color=QUIET)
     c.box(700, 118, 230, 58, "Ranker", "retriever's score + correction", fill=ORANGE_TINT, edge=ORANGE)
     c.arrow([(650, 147), (698, 147)])
     c.arrow([(226, 284), (724, 284), (724, 178)])
@@ -100,8 +104,8 @@ def two_stages() -> Canvas:
         y = 264 + 22 * number
         c.text(774, y, str(number + 1), size=11, color=QUIET)
         c.box(788, y - 6, 126 * share, 12, fill=ORANGE, edge=ORANGE, radius=3)
-    c.text(365, 196, "First stage: fast, over everything", size=11, color=BLUE, weight="bold")
-    c.text(815, 102, "Second stage: careful, over a few", size=11, color=ORANGE, weight="bold")
+    c.text(365, 196, "First stage: fast, all items", size=11, color=BLUE, weight="bold")
+    c.text(815, 102, "Second stage: precise, few items", size=11, color=ORANGE, weight="bold")
     return c
 
 
@@ -115,7 +119,7 @@ VALIDATION, TEST = 0.65, 0.8
 
 
 def split() -> Canvas:
-    """Leave-one-out beside two cut times."""
+    """Leave-one-out and two cut times."""
     c = Canvas(960, 350, "The split: the last events of each user, or the events after two cut times")
     titles = {20: "LeaveOneOut: the last events of each user", 500: "GlobalTime: two cut times for all users"}
     for left, title in titles.items():
@@ -137,7 +141,10 @@ def split() -> Canvas:
                 x = start + at * width
                 c.arrow([(x, 52), (x, 262)], color=ORANGE if name == "validation" else GREEN, head=False, dashed=True)
                 c.text(x, 276, name, size=11, color=ORANGE if name == "validation" else GREEN)
-    keys = [(BLUE, "trains the retriever", False), (ORANGE, "validation target: selects it, trains the ranker", False)]
+    keys = [
+        (BLUE, "trains the retriever", False),
+        (ORANGE, "validation target, trains the ranker", False),
+    ]
     keys += [(GREEN, "test target", False), (QUIET, "later event: no target of the report", True)]
     x = 34.0
     for color, text, ring in keys:
@@ -254,7 +261,7 @@ def cold_items() -> Canvas:
     rows = [
         ("ItemTable", "a vector for each id", "never trained: not retrieved", False),
         ("ItemTower", "id and features to a vector", "found by its features", True),
-        ("Content", "a signal: items like the user's, by features", "named as a candidate", True),
+        ("Content", "a signal: items like the user's, by features", "a candidate", True),
     ]
     for row, (name, what, outcome, found) in enumerate(rows):
         y = 60 + 92 * row
@@ -269,19 +276,19 @@ def cold_items() -> Canvas:
     c.text(852, 164, "Ranker", weight="bold")
     c.text(852, 212, "its id is masked,\nits counts are hidden,\nits features remain", size=12, color=QUIET)
     c.text(852, 256, "cold_dropout: 0.05", size=11, color=ORANGE, mono=True)
-    note = (
-        "cold_dropout treats some candidates as cold in training, so that the ranker learns what such an item is worth."
-    )
+    note = "cold_dropout treats some candidates as cold in training, so that the ranker learns to score such items."
     c.text(30, 334, note, size=12, color=QUIET, ha="left")
-    c.text(290, 40, "Who finds it?", size=12, color=QUIET, ha="left")
+    c.text(290, 40, "What finds it?", size=12, color=QUIET, ha="left")
     return c
 
 
 def results() -> Canvas:
-    """NDCG@10 beside published numbers."""
+    """NDCG@10 of this project and published numbers."""
     bars = {name: results_of(name) for name in ("ml-1m", "amazon-beauty")}
     rows = max(len(one) for one in bars.values())
-    c = Canvas(960, 152 + 30 * rows, "NDCG@10 beside published models, on MovieLens-1M and Amazon Beauty")
+    c = Canvas(
+        960, 152 + 30 * rows, "NDCG@10 of this project and of published models, on MovieLens-1M and Amazon Beauty"
+    )
     titles = {"ml-1m": "MovieLens-1M", "amazon-beauty": "Amazon Beauty"}
     for left, (name, found) in zip((24, 500), bars.items(), strict=True):
         c.text(left, 32, titles[name], size=15, weight="bold", ha="left")
@@ -337,6 +344,55 @@ def labelled(row: dict[str, Any]) -> str:
     return f"{row['name']}{time}{'*' if row.get('seeds') == 1 else ''}"
 
 
+def by_gap(panels: Sequence[dict[str, Any]] | None = None) -> Canvas:
+    """NDCG@10 of both stages by the time since the event before, a panel for each protocol.
+
+    Args:
+        panels: title and by_gap of each, as `benchmarks/results.py --json` writes them; None: the measured ones, by the
+            names of their files.
+    """
+    if panels is None:
+        panels = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(BY_GAP.glob("*.json"))]
+    labels = [label for label in (EVERYTHING, *GROUPS) if any(label in panel["by_gap"] for panel in panels)]
+    step = 30
+    height = 92 + step * len(labels)
+    rows = -(-len(panels) // 2)
+    c = Canvas(
+        960, 64 + height * rows, "NDCG@10 of both stages by the time since the event before, with 95 % intervals"
+    )
+    for number, panel in enumerate(panels):
+        left, top = 20 + 475 * (number % 2), 16 + height * (number // 2)
+        shown = [(at, panel["by_gap"][label]) for at, label in enumerate(labels) if label in panel["by_gap"]]
+        models = [one["ndcg@10"] for _, group in shown for one in group["models"].values()]
+        longest = max(one["high"] for one in models)
+        start, width = left + 196, 236
+        c.text(left, top + 16, panel["title"], weight="bold", ha="left")
+        c.arrow([(start, top + 40), (start, top + 44 + step * len(labels))], color=RULE, head=False)
+        for at, label in enumerate(labels):
+            y = top + 56 + step * at
+            group = panel["by_gap"].get(label)
+            c.text(left, y, label, size=12, ha="left", color=INK if group else QUIET)
+            c.text(start - 10, y, f"{group['targets']:,}" if group else "–", size=11, color=QUIET, ha="right")
+            for offset, (name, color) in zip((-5, 5), (("retriever", BLUE), ("ranker", ORANGE)), strict=True):
+                if not group or name not in group["models"]:
+                    continue
+                one = group["models"][name]["ndcg@10"]
+                low, value, high = (start + width * one[key] / longest for key in ("low", "value", "high"))
+                c.arrow([(low, y + offset), (high, y + offset)], color=color, head=False)
+                c.dot(value, y + offset, 4, fill=color)
+        foot = top + 56 + step * len(labels)
+        c.text(start, foot, "0", size=11, color=QUIET)
+        c.text(start + width, foot, f"{longest:.2f}", size=11, color=QUIET)
+    y = 16 + height * rows + 14
+    c.dot(30, y, 5, fill=BLUE)
+    c.text(42, y, "retriever", size=12, ha="left")
+    c.dot(130, y, 5, fill=ORANGE)
+    c.text(142, y, "both stages", size=12, ha="left")
+    note = "NDCG@10, test; lines: 95 % intervals over users; the numbers beside the groups count targets."
+    c.text(250, y, note, size=11, color=QUIET, ha="left")
+    return c
+
+
 FIGURES: dict[str, Callable[[], Canvas]] = {
     "flow": flow,
     "two_stages": two_stages,
@@ -345,6 +401,7 @@ FIGURES: dict[str, Callable[[], Canvas]] = {
     "repeats": repeats,
     "cold_items": cold_items,
     "results": results,
+    **({"by_gap": by_gap} if any(BY_GAP.glob("*.json")) else {}),
 }
 
 

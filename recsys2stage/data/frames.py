@@ -18,6 +18,7 @@ from recsys2stage.options import TimeUnit, check_integer, check_option, check_se
 
 FRAMES = {"events": "the frame of events", "items": "the frame of items", "users": "the frame of users"}
 ADVICE = "Correct these rows of the frame, or leave them out."
+Refit = Literal["all", "production"]  # on all events before the test targets, or on all events
 Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
 
 
@@ -67,8 +68,10 @@ class FrameColumns:
     def mark_parts(self, events: Any, validation: Any) -> pl.DataFrame:
         """Selects the event columns; with validation events, appends the first of each user and adds a part column."""
         events = as_polars(events, (self.user, self.item), FRAMES["events"])
-        names = [self.user, self.item, *filter(None, (self.time, self.rating, self.action))]
-        require(names, events.columns, FRAMES["events"])
+        given = {"user": self.user, "item": self.item, "time": self.time, "rating": self.rating, "action": self.action}
+        names = list(filter(None, given.values()))
+        options = ", ".join(f"{option}=..." for option, name in given.items() if name and name not in events.columns)
+        require(names, events.columns, FRAMES["events"], f"name one of these in TwoStageRecommender({options})")
         if not len(events):
             raise ValueError("the frame of events has no rows, expected one for each event; pass a frame with events")
         events = events.select(names)
@@ -237,6 +240,8 @@ def check_arguments(params: Mapping[str, Any]) -> None:
     patience = params["early_stopping"]
     if not isinstance(patience, bool):
         check_integer("early_stopping", patience, example=5)
+    if params["refit"] is not None:
+        check_option("refit", params["refit"], Refit)
     check_seed("seed", params["seed"])
     if isinstance(params["overlays"], str | Path):
         overlay = str(params["overlays"])

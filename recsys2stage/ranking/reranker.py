@@ -21,6 +21,7 @@ from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 
 PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # removable by `without`
+VECTOR_PARTS = ("state", "vectors", "recent")  # of them, those that are vectors of the retriever
 MAX_KEPT = 1 << 24  # numbers of a table of all items that is computed once, 4 bytes each
 
 
@@ -50,6 +51,7 @@ class Reranker(nn.Module):
         scores_cold: whether the retriever's scores of cold items are usable.
         without: inputs removed from the scorer (set to zero): parts (score, rank, margin, popularity, features, state,
             vectors, recent), signals, or single signal features. None: nothing is removed.
+        rotated: whether user states are rotated to the space of the vectors, as beside a refitted retriever.
     """
 
     vectors: Tensor
@@ -62,6 +64,7 @@ class Reranker(nn.Module):
     cold: Tensor
     hidden: Tensor
     encoded: Tensor | None
+    rotation: Tensor | None
     units: Tensor | None
 
     def __init__(
@@ -74,6 +77,7 @@ class Reranker(nn.Module):
         signals: Sequence[dict[str, Any]] = (),
         scores_cold: bool = False,
         without: Sequence[str] | None = None,
+        rotated: bool = False,
     ) -> None:
         super().__init__()
         check_integer("feature_dim", feature_dim, 1, MAX_WIDTH, example=16)
@@ -86,6 +90,7 @@ class Reranker(nn.Module):
                 f"without has {', '.join(unknown)}, expected some of {', '.join(sorted(inputs))}; leave the others out"
             )
         self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # of the retriever, not normalised
+        self.register_buffer("rotation", torch.eye(dim) if rotated else None)
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
@@ -162,7 +167,7 @@ class Reranker(nn.Module):
         else:
             vectors = shown(self.unit_vectors(batch.items), None if masked is None else ~masked[..., None])
         inputs = RankerInputs(
-            state=self.ablate("state", unit(batch.state)),
+            state=self.ablate("state", unit(batch.state if self.rotation is None else batch.state @ self.rotation)),
             vectors=vectors,
             features=features,
             recent=self.unit_vectors(batch.recent),
