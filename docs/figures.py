@@ -76,7 +76,9 @@ def flow() -> Canvas:
 
 def two_stages() -> Canvas:
     """One request: from all items to the list that is shown."""
-    c = Canvas(960, 360, "One request: retriever and signals name candidates among all items, the ranker orders them")
+    c = Canvas(
+        960, 360, "One request: retriever and signals propose candidates among all items, the ranker orders them"
+    )
     c.text(30, 34, "A request: the events of one user, oldest first", size=12, color=QUIET, ha="left")
     for number in range(6):
         c.box(30 + 34 * number, 50, 26, 26, fill=BLUE_TINT if number < 5 else BLUE, edge=BLUE, radius=4)
@@ -90,7 +92,7 @@ def two_stages() -> Canvas:
     c.box(500, 118, 150, 58, "Candidates", "200 items")
     c.arrow([(440, 147), (498, 147)])
     c.arrow([(226, 260), (520, 260), (520, 178)])
-    c.text(370, 250, "name more candidates", size=11, color=QUIET)
+    c.text(370, 250, "propose more candidates", size=11, color=QUIET)
     c.box(700, 118, 230, 58, "Ranker", "retriever's score + correction", fill=ORANGE_TINT, edge=ORANGE)
     c.arrow([(650, 147), (698, 147)])
     c.arrow([(226, 284), (724, 284), (724, 178)])
@@ -102,8 +104,8 @@ def two_stages() -> Canvas:
         y = 264 + 22 * number
         c.text(774, y, str(number + 1), size=11, color=QUIET)
         c.box(788, y - 6, 126 * share, 12, fill=ORANGE, edge=ORANGE, radius=3)
-    c.text(365, 196, "First stage: fast, over everything", size=11, color=BLUE, weight="bold")
-    c.text(815, 102, "Second stage: careful, over a few", size=11, color=ORANGE, weight="bold")
+    c.text(365, 196, "First stage: fast, all items", size=11, color=BLUE, weight="bold")
+    c.text(815, 102, "Second stage: precise, few items", size=11, color=ORANGE, weight="bold")
     return c
 
 
@@ -155,7 +157,7 @@ def split() -> Canvas:
     ]
     for number, note in enumerate(notes):
         c.text(570, 350 + 22 * number, note, size=12, color=QUIET, ha="left")
-    keys = [(BLUE, "trains the retriever", False), (ORANGE, "validation target: selects it, trains the ranker", False)]
+    keys = [(BLUE, "trains the retriever", False), (ORANGE, "validation target, trains the ranker", False)]
     keys += [(GREEN, "test target", False), (QUIET, "later event: no target of the report", True)]
     x = 34.0
     for color, text, ring in keys:
@@ -279,7 +281,7 @@ def cold_items() -> Canvas:
     rows = [
         ("ItemTable", "a vector for each id", "never trained: not retrieved", False),
         ("ItemTower", "id and features to a vector", "found by its features", True),
-        ("Content", "a signal: items like the user's, by features", "named as a candidate", True),
+        ("Content", "a signal: items like the user's, by features", "a candidate", True),
     ]
     for row, (name, what, outcome, found) in enumerate(rows):
         y = 60 + 92 * row
@@ -294,19 +296,19 @@ def cold_items() -> Canvas:
     c.text(852, 164, "Ranker", weight="bold")
     c.text(852, 212, "its id is masked,\nits counts are hidden,\nits features remain", size=12, color=QUIET)
     c.text(852, 256, "cold_dropout: 0.05", size=11, color=ORANGE, mono=True)
-    note = (
-        "cold_dropout treats some candidates as cold in training, so that the ranker learns what such an item is worth."
-    )
+    note = "cold_dropout treats some candidates as cold in training, so that the ranker learns to score such items."
     c.text(30, 334, note, size=12, color=QUIET, ha="left")
-    c.text(290, 40, "Who finds it?", size=12, color=QUIET, ha="left")
+    c.text(290, 40, "What finds it?", size=12, color=QUIET, ha="left")
     return c
 
 
 def results() -> Canvas:
-    """NDCG@10 beside published numbers."""
+    """NDCG@10 of this project and published numbers."""
     bars = {name: results_of(name) for name in ("ml-1m", "amazon-beauty")}
     rows = max(len(one) for one in bars.values())
-    c = Canvas(960, 152 + 30 * rows, "NDCG@10 beside published models, on MovieLens-1M and Amazon Beauty")
+    c = Canvas(
+        960, 152 + 30 * rows, "NDCG@10 of this project and of published models, on MovieLens-1M and Amazon Beauty"
+    )
     titles = {"ml-1m": "MovieLens-1M", "amazon-beauty": "Amazon Beauty"}
     for left, (name, found) in zip((24, 500), bars.items(), strict=True):
         c.text(left, 32, titles[name], size=15, weight="bold", ha="left")

@@ -369,7 +369,13 @@ DATA = [
 ESTIMATOR = [
     Row("fit-path", fit("events.csv"), "'events.csv'", "a polars or pandas frame", "read a file first"),
     Row("fit-empty", fit(frame().head(0)), "events has no rows", "one for each event", "pass a frame"),
-    Row("fit-column", fit(user="usr"), "the frame of events has no column 'usr'", "did you mean", "name one of these"),
+    Row(
+        "fit-column",
+        fit(user="usr"),
+        "the frame of events has no column 'usr'",
+        "did you mean",
+        r"name one of these in TwoStageRecommender\(user=\.\.\.\)",
+    ),
     Row(
         "fit-fraction",
         fit(frame(item_id=0.5)),
