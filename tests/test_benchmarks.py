@@ -426,9 +426,7 @@ def test_the_error_of_an_ablation_counts_users(ablation: ModuleType, tmp_path: P
     assert once["standard_error"] == pytest.approx(gain.std() / 200**0.5, abs=1e-5)
 
 
-def test_results_by_gap_are_of_the_means_over_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_by_gap_are_of_the_means_over_the_runs(tmp_path: Path) -> None:
     """Two runs of three users; user 0 has two targets."""
     keys = {"user": [0, 0, 1, 2], "place": [3, 5, 9, 12], "target": [1, 2, 3, 4], "gap": [0, 7_200, 10_000, -1]}
     for run, ranks in (("a", [1, 1, 3, 1]), ("b", [3, 1, 1, 1])):
