@@ -304,6 +304,7 @@ VERBS = [
     *(number("mine", name, -3, MINED, "at least 1") for name in ("k", "targets", "users", "batch_size")),
     number("mine", "k", 10.0, MINED, "an integer"),
     number("mine", "gap", -1, MINED, "at least 0"),
+    Row("mine-fold", lambda _: MINED(fold="5/5"), "fold is '5/5'", "expected NUMBER/TOTAL", "set fold to 0/5"),
     number("mine", "select", 1.0, MINED, "a share of the users from 0 to below 1"),
     number("mine", "seed", -1, MINED, "at least 0"),
     *(number("evaluate", name, 0, EVALUATED, "at least 1") for name in ("users", "resamples", "batch_size")),
