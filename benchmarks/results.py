@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recsys2stage.evaluation.report import TITLES, metric_title, table
+from recsys2stage.evaluation.report import metric_title, model_title, table
 
 METRICS = ("hr@10", "ndcg@10", "mrr", "recall@100")
 
@@ -38,7 +38,7 @@ def summary(reports: list[dict[str, Any]]) -> str:
     """Two Markdown tables: means with the values of each run, and the ranker over its retriever."""
     rows = []
     for name in reports[0]["models"]:
-        row = [TITLES[name]]
+        row = [model_title(name)]
         for metric in METRICS:
             values = [report["models"][name][metric]["value"] for report in reports]
             row.append(f"{sum(values) / len(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})")

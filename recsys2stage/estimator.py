@@ -257,7 +257,7 @@ class TwoStageRecommender:
         return frame.to_pandas() if self._pandas else frame
 
     def evaluate(self, split: Part = "test", protocol: str = "full") -> dict[str, Any]:
-        """Evaluates both stages and two baselines with `recsys evaluate`; returns the content of its report.json.
+        """Evaluates both stages and baselines with `recsys evaluate`; returns the content of its report.json.
 
         Args:
             split: val or test targets. Select models on val, report test once.

@@ -1,4 +1,4 @@
-"""Evaluation of both stages and two baselines on the same users, with full ranking or sampled negatives."""
+"""Evaluation of both stages and the baselines on the same users, with full ranking or sampled negatives."""
 
 import re
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ import torch
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.summary import progress
-from recsys2stage.evaluation.baselines import Baseline, Markov, Popularity
+from recsys2stage.evaluation.baselines import Baseline, Popularity, fit_baselines
 from recsys2stage.evaluation.cohorts import cohorts
 from recsys2stage.evaluation.compare import paired_differences
 from recsys2stage.evaluation.ranked_items import RankedItems
-from recsys2stage.evaluation.report import TITLES
+from recsys2stage.evaluation.report import STAGES
 from recsys2stage.metrics import (
     bootstrap,
     compute_calibration,
@@ -69,6 +69,7 @@ def rank_users(
     batch_size: int = 256,
     negatives: int | None = None,
     seed: int = 0,
+    baselines: dict[str, Baseline] | None = None,
 ) -> RankingResult:
     """Ranks each user's target with every model and counts the items in the top 10.
 
@@ -79,10 +80,12 @@ def rank_users(
     Args:
         negatives: number of sampled negatives that each target is ranked against; None: full ranking.
         seed: of the samples, which depend on seed and user only and so are the same for every model.
+        baselines: fitted baselines by name; None: the default ones.
     """
-    baselines: dict[str, Baseline] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
+    baselines = fit_baselines(None, dataset) if baselines is None else baselines
+    popularity = Popularity().fit(dataset)
     vectors = recommender.towers.all_item_vectors().detach().float()
-    names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
+    names = [*baselines, *(name for name in STAGES if recommender.reranker or "ranker" not in name)]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "candidate_rank", "confidence", "hit"]}
     top_counts = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
     for part in progress(list(in_chunks(len(users), batch_size)), f"rank {split} targets"):
@@ -90,12 +93,13 @@ def rank_users(
         padded = dataset.histories(batch, split, recommender.towers.max_length)
         filtered, target = dataset.filtered_items(batch, split), dataset.targets(batch, split)
         pool = RankedItems.of(filtered, target, dataset.num_items, batch, negatives, seed)
-        last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
+        history = dataset.seen(batch, split)
+        most_popular = pool.baseline_ranks(popularity, history)
         tops: dict[str, np.ndarray] = {}
         for name, baseline in baselines.items():
-            parts[name].append(pool.baseline_ranks(baseline, last))
+            parts[name].append(pool.baseline_ranks(baseline, history))
             if negatives is None:
-                tops[name] = baseline.top(last, pool.excluded, TOP)
+                tops[name] = baseline.best(history, pool.excluded, TOP)
         target_action = dataset.target_action(batch, split, recommender.next_action)
         request_times = dataset.request_times(batch, split)
         queries = recommender.queries(padded, request_times, target_action)
@@ -103,7 +107,7 @@ def rank_users(
         items, depth = candidates.items, candidates.items.shape[1]
         retriever_rank, scores, tops["retriever"] = pool.retriever_ranks(queries, vectors, items, TOP)
         new = padded.lengths == 0  # served by popularity
-        parts["retriever"].append(np.where(new, parts["popularity"][-1], retriever_rank))
+        parts["retriever"].append(np.where(new, most_popular, retriever_rank))
         is_target = items == target[:, None]
         parts["candidate_rank"].append(np.where(is_target.any(1), is_target.argmax(1), depth) + 1)
         confidence, hit = np.full(len(batch), np.nan, np.float32), np.zeros(len(batch), dtype=bool)
@@ -115,14 +119,15 @@ def rank_users(
                 logits = recommender.rerank(inputs, ids_masked=masked)
                 logits[~ranked] = -np.inf
                 rank = second_stage_rank(np.where(ranked, items, -1), logits, target, retriever_rank, above)
-                parts[name].append(np.where(new, parts["popularity"][-1], rank))
+                parts[name].append(np.where(new, most_popular, rank))
                 tops[name] = top_items(torch.from_numpy(logits), items)
                 if not masked:
                     confidence, hit = top_probability(logits, is_target)
         parts["confidence"].append(np.where(new, np.float32(np.nan), confidence))
         parts["hit"].append(hit)
+        fallback = popularity.best(history, pool.excluded, TOP) if negatives is None and new.any() else None
         for name, top in tops.items() if negatives is None else ():
-            served = np.where(new[:, None], tops["popularity"], top)
+            served = top if fallback is None else np.where(new[:, None], fallback, top)
             top_counts[name] += np.bincount(served[served > 0], minlength=dataset.num_items + 1)
     merged = {name: np.concatenate(values) for name, values in parts.items()}
     ranks = {name: merged[name] for name in names}
@@ -177,7 +182,7 @@ def summarise(
     dataset: Dataset, ranks: dict[str, np.ndarray], users: np.ndarray, split: Part, resamples: int, seed: int
 ) -> dict[str, Any]:
     """Mean metrics with 95 % bootstrap intervals, the paired difference of the stages with its test, and cohorts."""
-    names = [name for name in TITLES if name in ranks]
+    names = [*ranks]
     values = {name: compute_metrics(ranks[name]) for name in names}
     metrics = list(values[names[0]])
     table = np.stack([values[name][metric] for name in names for metric in metrics], axis=1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
 from recsys2stage.evaluation.compare import STAGES
-from recsys2stage.evaluation.report import TITLES, metric_title
+from recsys2stage.evaluation.report import metric_title, model_title
 from recsys2stage.ranking.bundle import bundle_manifest
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}
@@ -56,7 +56,7 @@ def cohorts_figure(report: dict[str, Any]) -> Figure:
         for row, name in enumerate(stages):
             values = [group[name]["ndcg@10"] for group in groups.values()]
             high = 0.8 / len(stages)
-            ax.barh(at + row * high, values, high, align="edge", color=COLOURS[name], label=TITLES[name])
+            ax.barh(at + row * high, values, high, align="edge", color=COLOURS[name], label=model_title(name))
         labels = [f"{label} ({group['users']:,} users)" for label, group in groups.items()]
         ax.set_yticks(at + 0.4, labels)
         ax.invert_yaxis()
