@@ -50,7 +50,7 @@ class EASE(SLIT):
         users, items = distinct_pairs(dataset)
         columns, known = row[items].astype(np.int64), row[items] > 0
         gram = np.zeros((len(frequent) + 1, len(frequent) + 1))
-        for _, _, first, second, together in co_occurrences(users[known], columns[known], len(gram)):
+        for first, second, together in co_occurrences(users[known], columns[known], len(gram)):
             gram[first, second] = together
         gram = gram[1:, 1:]
         weights = np.zeros((len(frequent) + 1, len(frequent) + 1, 1), dtype=np.float16)

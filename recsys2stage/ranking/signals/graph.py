@@ -66,24 +66,24 @@ class TransitionGraph(StoredNeighbours):
         size = dataset.num_items + 1
         offsets, followers, counts = count_transitions(dataset, self.edges)
         similarity = FeatureSimilarity(dataset.item_features, size)
-        lists, scores, rings, cosines = ([np.zeros(0)] for _ in range(4))  # of item 0
-        popularity = np.asarray(dataset.train_counts)
+        popularity, sources = np.asarray(dataset.train_counts), np.flatnonzero(np.diff(offsets))
+        kept: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0))]
         with item_marks(size) as marks:
-            for item in range(1, size):
+            for item in sources.tolist():
                 near, ring = self._rings(item, offsets, followers, marks)
-                cosine = similarity(item, near)
+                cosine, strength = similarity(item, near), np.zeros(len(near))
                 own = np.log1p(counts[offsets[item] : offsets[item + 1]])
-                strength = np.zeros(len(near))
-                strength[: len(own)] = own / own.max() if len(own) else 0
+                strength[: len(own)] = own / own.max()
                 score = self.hops - ring + ((1 + cosine) / 2 + self.weight * strength) / (1 + self.weight)
                 best = np.lexsort((near, -popularity[near], -score))[: self.top]
                 best = best[score[best] > 0]
-                for table, values in ((lists, near), (scores, score), (rings, ring), (cosines, cosine)):
-                    table.append(values[best])
+                kept.append((near[best], score[best], ring[best], cosine[best]))
+        owners = np.repeat(sources, [len(own[0]) for own in kept[1:]])
+        neighbours, scores, rings, cosines = (np.concatenate(parts) for parts in zip(*kept, strict=True))
         self.tables = {
-            **pack(lists, scores, size),
-            "rings": np.concatenate(rings).astype(np.int8),
-            "similarities": np.concatenate(cosines).astype(np.float32),
+            **pack(owners, neighbours, scores, size),
+            "rings": rings.astype(np.int8),
+            "similarities": cosines.astype(np.float32),
         }
 
     def _rings(

@@ -52,18 +52,16 @@ class ItemKNN(StoredNeighbours):
         size = dataset.num_items + 1
         users, items = distinct_pairs(dataset)
         root = np.sqrt(np.bincount(items, minlength=size))
-        lists, scores = [], []
-        for begin, end, first, second, together in co_occurrences(users, items, size):
+        kept: list[tuple[np.ndarray, ...]] = []
+        for first, second, together in co_occurrences(users, items, size):
             other = first != second
             first, second = first[other], second[other]
             cosine = together[other] / (root[first] * root[second] + self.shrink)
-            best = np.lexsort((second, -cosine, first))
-            first, second, cosine = first[best], second[best], cosine[best]
-            for start, stop in itertools.pairwise(np.searchsorted(first, np.arange(begin, end + 1)).tolist()):
-                kept = slice(start, min(stop, start + self.neighbours))
-                lists.append(second[kept])
-                scores.append(cosine[kept])
-        self.tables = pack(lists, scores, size)
+            order = np.lexsort((second, -cosine, first))
+            best = order[np.arange(len(order)) - np.searchsorted(first, first) < self.neighbours]
+            kept.append((first[best], second[best], cosine[best]))
+        owners, neighbours, scores = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+        self.tables = pack(owners, neighbours, scores, size)
 
     def weigh(self, requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         longest = max(1, min(self.history, int(np.max(requests.history.lengths, initial=0))))
@@ -94,7 +92,7 @@ def distinct_pairs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def co_occurrences(
     users: np.ndarray, items: np.ndarray, size: int
-) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The number of users of each pair of items, in blocks of first items.
 
     Args:
@@ -103,8 +101,8 @@ def co_occurrences(
         size: V + 1.
 
     Yields:
-        first and one past the last first item of the block; first item, second item and number of users of each pair
-        that occurs, (n,) each, by first and second item. The pairs of an item with itself are included.
+        first item, second item and number of users of each pair that occurs, (n,) each, by first and second item. The
+        pairs of an item with itself are included.
     """
     bounds = np.searchsorted(users, np.arange(users.max(initial=-1) + 2))
     order = np.argsort(items, kind="stable")  # the users of each item
@@ -123,4 +121,4 @@ def co_occurrences(
         else:
             keys, counts = np.unique(keys, return_counts=True)
         first, second = np.divmod(keys, size)
-        yield begin, end, first + begin, second, counts
+        yield first + begin, second, counts

@@ -100,17 +100,17 @@ def rows_per_block(pairs_of_row: np.ndarray) -> list[slice]:
     return [*blocks, slice(begin, len(pairs_of_row))] if len(pairs_of_row) else []
 
 
-def pack(lists: list[np.ndarray], scores: list[np.ndarray], size: int) -> dict[str, np.ndarray]:
+def pack(owners: np.ndarray, neighbours: np.ndarray, scores: np.ndarray, size: int) -> dict[str, np.ndarray]:
     """Tables of stored neighbours.
 
     Args:
-        lists: items of each item's list, of items 0 to V.
-        scores: of the same.
+        owners: (n,) the item that each neighbour is stored for, ascending.
+        neighbours: (n,).
+        scores: (n,).
         size: V + 1.
     """
-    assert len(lists) == size
     return {
-        "offsets": np.concatenate([[0], np.cumsum([len(own) for own in lists])]).astype(np.int64),
-        "neighbours": np.concatenate(lists).astype(np.int32),
-        "scores": np.concatenate(scores).astype(np.float32),
+        "offsets": np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=size))]).astype(np.int64),
+        "neighbours": neighbours.astype(np.int32),
+        "scores": scores.astype(np.float32),
     }
