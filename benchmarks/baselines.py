@@ -22,43 +22,41 @@ from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.evaluation.baselines import Baseline, fit_baselines, specify_baseline
 from recsys2stage.evaluation.ranked_items import RankedItems
 from recsys2stage.evaluation.report import MAIN_METRICS, metric_title, model_title, table
-from recsys2stage.metrics import bootstrap, compute_metrics, interval
-from recsys2stage.options import Part
+from recsys2stage.evaluation.targets import Targets
+from recsys2stage.metrics import bootstrap, interval
 from recsys2stage.trust import factory
 
 ALL = [{"class_path": name} for name in ("Popularity", "Markov", "TransitionGraph", "ItemKNN", "EASE")]
 BATCH = 256  # users
 
 
-def measure(
-    dataset: Dataset, name: str, baseline: Baseline, users: np.ndarray, split: Part, seed: int
-) -> dict[str, Any]:
-    """Fits a baseline and ranks the target of each user.
+def measure(dataset: Dataset, baseline: Baseline, targets: Targets, seed: int) -> dict[str, Any]:
+    """Fits a baseline and ranks the targets.
 
     Returns:
-        Each metric as value, low and high (95 % bootstrap over users), CPU seconds of the fit and milliseconds a user.
+        Each metric as value, low and high (95 % bootstrap over users), CPU seconds and milliseconds a target.
     """
     start = time.process_time()
     fit_baselines([baseline], dataset)
     fitted = time.process_time()
     ranks = []
-    for part in in_chunks(len(users), BATCH):
-        own = users[part]
-        filtered, targets = dataset.filtered_items(own, split), dataset.targets(own, split)
-        pool = RankedItems.of(filtered, targets, dataset.num_items, own, None, seed)
-        ranks.append(pool.baseline_ranks(baseline, dataset.seen(own, split)))
+    for part in in_chunks(len(targets.users), BATCH):
+        users, events = targets.users[part], targets.events[part]
+        filtered, items = dataset.filtered_items(users, events), dataset.targets(users, events)
+        pool = RankedItems.of(filtered, items, dataset.num_items, users, None, seed)
+        ranks.append(pool.baseline_ranks(baseline, dataset.seen(users, events)))
     seconds = time.process_time() - fitted
-    values = compute_metrics(np.concatenate(ranks))
+    values = targets.metrics(np.concatenate(ranks))
     means = np.stack([values[metric] for metric in MAIN_METRICS], axis=1)
-    low, high = interval(bootstrap(means, 1000, seed))
+    low, high = interval(bootstrap(means, 1000, seed, targets.requests().users))
     return {
-        "label": name,
+        "label": baseline.name,
         **{
             metric: {"value": round(float(means[:, j].mean()), 5), "low": round(low[j], 5), "high": round(high[j], 5)}
             for j, metric in enumerate(MAIN_METRICS)
         },
         "fit_cpu_seconds": round(fitted - start, 2),
-        "rank_cpu_ms_per_user": round(1000 * seconds / len(users), 3),
+        "rank_cpu_ms_per_target": round(1000 * seconds / len(targets.users), 3),
     }
 
 
@@ -66,23 +64,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="prepared dataset")
     parser.add_argument("--split", choices=["val", "test"], default="val")
+    parser.add_argument("--until", choices=["val", "test"], default="val", help="count events before these targets")
     parser.add_argument("--baselines", type=json.loads, default=ALL, help="JSON list of class_path and init_args")
     parser.add_argument("--users", type=int, help="users, sampled at random; all by default")
     parser.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap")
     parser.add_argument("--json", type=Path, help="file to append the rows to")
     options = parser.parse_args()
-    dataset, rows = Dataset(options.data), []
-    users = sample_users(dataset.users(options.split), options.users, options.seed)
+    if (options.split, options.until) == ("val", "test"):
+        raise SystemExit("--until test counts the validation targets; measure on --split test, or leave it out")
+    dataset, rows = Dataset(options.data, options.until), []
+    users, events = dataset.target_events(options.split)
+    chosen = np.isin(users, sample_users(np.unique(users), options.users, options.seed))
+    targets = Targets.of(dataset, users[chosen], events[chosen])
     for described in options.baselines:
         baseline = factory(described, Baseline, "--baselines")()  # type: ignore[type-abstract]  # the base class
-        row = measure(dataset, baseline.name, baseline, users, options.split, options.seed)
+        row = measure(dataset, baseline, targets, options.seed)
         print(f"{model_title(row['label'])}: fit {row['fit_cpu_seconds']} s", file=sys.stderr)
         rows.append(
             [model_title(row["label"]), *("{value:.4f} [{low:.4f}, {high:.4f}]".format(**row[m]) for m in MAIN_METRICS)]
         )
         if options.json:
             facts = {
-                **{"data": options.data.name, "evaluated": options.split, "users": len(users), "seed": options.seed},
+                **{
+                    "data": options.data.name,
+                    "evaluated": options.split,
+                    "until": options.until,
+                    "targets": len(targets.users),
+                    "seed": options.seed,
+                },
                 **{"protocol": dataset.protocol, "split_hash": dataset.manifest["split_hash"], "commit": commit()},
                 "command": "python benchmarks/baselines.py " + " ".join(sys.argv[1:]),
             }
