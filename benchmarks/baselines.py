@@ -77,7 +77,7 @@ def main() -> None:
     chosen = np.isin(users, sample_users(np.unique(users), options.users, options.seed))
     targets = Targets.of(dataset, users[chosen], events[chosen])
     for described in options.baselines:
-        baseline = factory(described, Baseline, "--baselines")()  # type: ignore[type-abstract]  # the base class
+        baseline = factory(described, Baseline, "--baselines")()
         row = measure(dataset, baseline, targets, options.seed)
         print(f"{model_title(row['label'])}: fit {row['fit_cpu_seconds']} s", file=sys.stderr)
         rows.append(
