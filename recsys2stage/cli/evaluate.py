@@ -121,7 +121,7 @@ def evaluate(
         report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
         report["baselines"] = {name: specify_baseline(baseline) for name, baseline in fitted.items()}
         report |= summarise(dataset, outcome.ranks, measured, places, resamples, seed)
-        report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
+        report |= beyond_accuracy(dataset, outcome, recommender.num_candidates, rows)
         if against is not None:
             report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed, rows)
         line = protocol_line(conditions, report["users"], dataset.num_items, len(measured))
