@@ -21,10 +21,12 @@ from recsys2stage.data.sources import MovieLens
 from recsys2stage.ranking import signals
 from recsys2stage.ranking.lists import NONE
 from recsys2stage.ranking.signals import (
+    EASE,
     SLIT,
     Affinity,
     Content,
     Demographics,
+    ItemKNN,
     Neighbours,
     OtherRetriever,
     PopularityAsOf,
@@ -33,6 +35,7 @@ from recsys2stage.ranking.signals import (
     Requests,
     Session,
     Signal,
+    TransitionGraph,
     Transitions,
 )
 from recsys2stage.ranking.signals.base import is_excluded, load_signals, propose_excluding, save_signals, specify
@@ -44,12 +47,18 @@ KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (Affinity, {"decay": 0.5, "smoothing": 2.0, "released": None}),
     (Content, {"candidates": 3, "rare": 6, "ridge": 2.0, "classes": 2}),
     (Demographics, {"alpha": 2.0}),
+    (EASE, {"candidates": 4, "ridge": 0.5, "history": 4, "items": 28}),
+    (ItemKNN, {"candidates": 4, "neighbours": 12, "shrink": 1.0, "history": 4, "decay": 0.7}),
     (Neighbours, {"candidates": 4, "history": 3, "count": 5, "decay": 0.5, "exact": 50_000}),
     (OtherRetriever, {"index": "index", "candidates": 4}),  # as `placed` has it
     (PopularityAsOf, {"candidates": 6, "windows": [86_400, 20 * 86_400], "trending": 86_400}),
     (Ratings, {"prior": 3.0}),
     (Session, {"session": 7_200}),
     (SLIT, {"candidates": 5, "decays": [0.5, 1.0], "ridge": 0.1, "history": 4, "items": 29}),
+    (
+        TransitionGraph,
+        {"candidates": 5, "hops": 2, "items": 3, "weight": 0.5, "decay": 0.4, "edges": 9, "top": 20},
+    ),
     (Transitions, {"candidates": 5, "lags": [1, 3], "top": 4, "alpha": 2.0, "history": 4, "window": 2, "decay": 0.5}),
 ]
 every = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ for kind, _ in KINDS])
