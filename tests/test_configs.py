@@ -24,6 +24,8 @@ VERBS = {
     "bundle": "export-bundle",
     "recommend": "recommend",
     "evaluate": "evaluate",
+    "tune": "tune",
+    "tune-retriever": "tune",
 }
 DATASETS = {"demo", "ml-20m", "ml-20m-plain", "ml-1m", "ml-1m-plain", "likes-ml-1m", "ml-latest-small", "amazon-beauty"}
 
