@@ -26,8 +26,9 @@ from recsys2stage.evaluation.card_model import (
 from recsys2stage.evaluation.report import (
     MAIN_METRICS,
     as_table,
-    cohort_table,
+    cohort_tables,
     exposure_table,
+    interval_text,
     metric_title,
     paired_table,
 )
@@ -179,12 +180,15 @@ def data_section(dataset: Dataset | None) -> str:
     source = manifest.get("options", {}).get("source") or {}
     files = [Path(str(path)).name for path in manifest.get("inputs") or []]
     parts = [f"{counts[f'{part}_events']:,} {title}" for part, title in PARTS.items()]
+    targets = {
+        part: f"{counts[f'{part}_targets']:,} " if f"{part}_targets" in counts else "" for part in ("val", "test")
+    }
     lines = [
         f"Prepared dataset {code(dataset.path.name)}, read by {name_class(source)}"
         + (f" from {codes(files)}" if files else ""),
         f"{counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events",
-        f"{', '.join(parts[:-1])} and {parts[-1]} events; {counts['val_users']:,} users have validation targets, "
-        f"{counts['test_users']:,} have test targets",
+        f"{', '.join(parts[:-1])} and {parts[-1]} events; {counts['val_users']:,} users have {targets['val']}"
+        f"validation targets, {counts['test_users']:,} have {targets['test']}test targets",
         _time_span(dataset),
         f"Split: {code(protocol['split'])}"
         + "".join(f", {code(f'{name}={protocol[name]}')}" for name in ("val", "test") if name in protocol)
@@ -237,7 +241,7 @@ def evaluation_section(evaluation: Evaluation | None) -> str:
         f"<!-- evaluation: {part} targets of {users} users -->",
         escape(line[0].upper() + line[1:] + "."),
         as_table(report),
-        f"Each value stands with its 95 % interval, a bootstrap over {users:,} users.",
+        f"Each value stands with its 95 % interval, a {interval_text(report)}.",
     ]
     if "ranker_ids_masked" in report["models"]:
         parts[-1] += (
@@ -259,7 +263,7 @@ def evaluation_section(evaluation: Evaluation | None) -> str:
             f"these, so this share is the upper bound of its HR@k for k up to {k:,}."
         )
     parts.append("### Cohorts")
-    parts += [cohort_table(cohort, groups, stages) for cohort, groups in report["cohorts"].items()]
+    parts += cohort_tables(report, stages)
     if "exposure" in report:
         parts += ["### Beyond accuracy", exposure_table(report)]
     if "calibration" in report:

@@ -47,6 +47,7 @@ def mine_negatives(
 ) -> None:
     """Mine a candidate list for each validation target of each user; the retriever was not trained on these targets.
 
+    The targets are all validation events or, with the splits SessionStarts and Baskets, the validation targets only.
     Candidates come from the serving code path: the index and the signals that propose candidates, without the user's
     seen items and the items withheld as cold. The target and all earlier positives are excluded from the negatives;
     test events are never read. With `repeats: keep` seen items are not excluded: each is a candidate and, unless it is
@@ -208,9 +209,9 @@ class ListBuilder:
         allowed = None if self.withheld is None else ~self.withheld[1:]
         retrieved = recommender.candidates(queries, seen, padded, request_time, allowed=allowed)
         validation = validation_users(users, self.select, self.seed)
-        request = Request.from_exclusions(
-            retrieved.items, target, seen.rows, seen.values, dataset.train_counts, self.withheld
-        )
+        together = dataset.co_targets(users, at)
+        rows, items = np.concatenate([seen.rows, together.rows]), np.concatenate([seen.values, together.values])
+        request = Request.from_exclusions(retrieved.items, target, rows, items, dataset.train_counts, self.withheld)
         negatives = self.miner.choose(request, ListDraws.of(self.seed, users, at))
         exact = self.exact_ranks(queries, seen)
         table = build_lists(request.candidates, request.target, retrieved.score, negatives, exact, validation)

@@ -199,7 +199,7 @@ class Candidates(ArrayModule):
     def read(self, batch: np.ndarray) -> Lists:
         starts, ends = self.lists.offsets[batch], self.lists.offsets[batch + 1]
         index, real = padded_indices(starts, ends)
-        ends = self.lists.position[batch]
+        ends = self.dataset.ends(self.lists.user[batch], self.lists.position[batch])
         length = min(self.recent, self.manifest["max_length"])  # maximum length in serving
         newest = self.dataset.events(np.maximum(ends - length, self.dataset.offsets[self.lists.user[batch]]), ends)
         recent, ages = recent_events(newest, self.lists.request_time[batch], self.recent, self.dataset.has_time)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys2stage import columns as c
 from recsys2stage.data.batches import as_history, windows
-from recsys2stage.data.dataset import Dataset, feature_specs
+from recsys2stage.data.dataset import At, Dataset, feature_specs
 from recsys2stage.options import MAX_LENGTH, Part, RequestTime, check_integer, check_option
 from recsys2stage.shapes import History
 
@@ -154,22 +154,27 @@ class ArrayModule(LightningDataModule):
 
         return BatchLoader(read, plan, epoch)
 
-    def _in_order(self, read: Callable[[np.ndarray], Any], users: np.ndarray, batch_size: int) -> BatchLoader:
-        """Evaluation batches of this process: each user once, and the same number of batches in every process.
+    def _in_order(self, read: Callable[[np.ndarray], Any], rows: np.ndarray, batch_size: int) -> BatchLoader:
+        """Evaluation batches of this process: each row once, and the same number of batches in every process.
+
+        Args:
+            read: rows -> batch.
+            rows: (n,) numbers of the targets or lists to evaluate.
+            batch_size: rows per batch.
 
         Raises:
-            ValueError: if there are fewer users than processes.
+            ValueError: if there are fewer rows than processes.
         """
         rank, processes = self._rank()
-        batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)]
-        if len(users) < processes:
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        if len(rows) < processes:
             raise ValueError(
-                f"{processes} processes share {len(users)} evaluation users, expected at least one per process; set "
-                f"trainer.devices to at most {len(users)}"
+                f"{processes} processes share {len(rows)} evaluation targets, expected at least one per process; set "
+                f"trainer.devices to at most {len(rows)}"
             )
         if processes > 1:
             count = -(-len(batches) // processes) * processes
-            batches = np.array_split(users, count if count <= len(users) else count - processes)[rank::processes]
+            batches = np.array_split(rows, count if count <= len(rows) else count - processes)[rank::processes]
         return BatchLoader(read, lambda: batches)
 
     def _rank(self) -> tuple[int, int]:
@@ -185,7 +190,7 @@ class Histories(ArrayModule):
         prepare: configuration of `recsys prepare-data`, used if `path` has no dataset yet.
         max_length: maximum history length L.
         batch_size: windows per training batch.
-        eval_batch_size: users per validation or test batch.
+        eval_batch_size: targets per validation or test batch.
         request_time: request time given to the model: none (`none`), the time of the newest event (`last_event`), or
             the target's own time (`target`), which matches a server that knows the current time.
         next_action: target action given to the model: none (`none`), the target's own action (`target`), or the name of
@@ -268,10 +273,14 @@ class Histories(ArrayModule):
         return self._queries("test")
 
     def _queries(self, split: Part) -> BatchLoader:
-        users = self.dataset.users(split)
+        users, events = self.dataset.target_events(split)
         if not len(users):
             raise ValueError(f"{self.path} has no user with a {split} target; see counts in {self.path / c.MANIFEST}")
-        return self._in_order(lambda batch: self.read_queries(batch, split), users, self.eval_batch_size)
+
+        def read(batch: np.ndarray) -> Queries:
+            return self.read_queries(users[batch], events[batch])
+
+        return self._in_order(read, np.arange(len(users)), self.eval_batch_size)
 
     def read_windows(self, batch: np.ndarray) -> History:
         padded = self.dataset.events(self.window_starts[batch], self.window_ends[batch])
@@ -279,18 +288,24 @@ class Histories(ArrayModule):
         unknown = None if self.next_action == "none" else np.zeros(len(batch), np.int64)  # after the newest event
         return as_history(padded._replace(user=user_values), self.request_time, target_action=unknown)
 
-    def read_queries(self, users: np.ndarray, split: Part) -> Queries:
-        padded = self.dataset.histories(users, split, self.max_length)
-        excluded = self.dataset.filtered_items(users, split)
+    def read_queries(self, users: np.ndarray, at: At) -> Queries:
+        """Queries of one target for each row.
+
+        Args:
+            users: (B,) user of each target; a user may have several.
+            at: (B,) indices of the targets, or `val` or `test` for each user's (first) target.
+        """
+        padded = self.dataset.histories(users, at, self.max_length)
+        excluded = self.dataset.filtered_items(users, at)
         return Queries(
             users=torch.from_numpy(users),
             history=as_history(
                 padded,
                 self.request_time,
-                self.dataset.request_times(users, split),
-                self.dataset.target_action(users, split, self.next_action),
+                self.dataset.request_times(users, at),
+                self.dataset.target_action(users, at, self.next_action),
             ),
-            target=torch.from_numpy(self.dataset.targets(users, split)),
+            target=torch.from_numpy(self.dataset.targets(users, at)),
             excluded_rows=torch.from_numpy(excluded.rows),
             excluded_items=torch.from_numpy(excluded.values),
         )
