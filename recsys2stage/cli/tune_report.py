@@ -170,8 +170,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     parts = [
         "# Tuning",
         f"Trial {best['trial']} is the best: {report['metric']} {best['value']:.4f} in epoch {best['epoch']}. "
-        "Trials are chosen by validation; test events were not read. The value of the best of many trials is flattering: "
-        "fit it with other seeds before you compare it.",
+        "Trials are chosen by validation; test events were not read. The value of the best of many trials is "
+        "flattering: fit it with other seeds before you compare it.",
         f"```bash\n{report['command']}\n```",
         f"{counts_text(report['counts']).capitalize()}. Sampler {search['sampler']} with seed {search['seed']}, the "
         f"first {search['startup']} trials at random; pruner {search['pruner']}. {report['seconds']:,.0f} s of fits.",
