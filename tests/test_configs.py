@@ -29,16 +29,6 @@ VERBS = {
 }
 DATASETS = {"demo", "ml-20m", "ml-20m-plain", "ml-1m", "ml-1m-plain", "likes-ml-1m", "ml-latest-small"}
 DATASETS |= {"amazon-beauty", "retail"}
-    "demo",
-    "ml-20m",
-    "ml-20m-plain",
-    "ml-1m",
-    "ml-1m-plain",
-    "likes-ml-1m",
-    "ml-latest-small",
-    "amazon-beauty",
-    "retail",
-}
 
 shipped = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "with")
 overlays = sorted(path.relative_to(ROOT).as_posix() for path in (CONFIGS / "with").glob("*.yaml"))
