@@ -29,11 +29,16 @@ from recsys2stage.evaluation.evaluate import (
 from recsys2stage.evaluation.plots import write_figures
 from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdown, as_table
 from recsys2stage.evaluation.targets import BASKET, GAP, Targets, gaps
-from recsys2stage.options import Part, check_integer, check_option, check_seed
-from recsys2stage.ranking.bundle import bundle_data, check_split
+from recsys2stage.options import Part, Until, check_integer, check_option, check_seed, check_untrained
+from recsys2stage.ranking.bundle import bundle_data, bundle_until, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.trust import Trust, trusts
 
+NO_FIGURES: dict[Until, str] = {
+    "val": "",
+    "test": "measure test targets, or evaluate the bundle that was chosen",
+    "end": "evaluate the bundle that was chosen, or its refit until the test targets",
+}
 MAX_RESAMPLES = 1_000_000  # their means are kept in memory
 
 
@@ -80,8 +85,10 @@ def evaluate(
     check_seed("seed", seed)
     negatives = num_negatives(protocol)
     identity = fingerprint(bundle)  # before it is loaded: another bundle in its place gets no evaluation of this one
+    until = bundle_until(bundle)
+    check_untrained(bundle, until, split, NO_FIGURES[until])
     recommender, output = Recommender.load(bundle), output or bundle.parent
-    dataset = Dataset(data or bundle_data(bundle))
+    dataset = Dataset(data or bundle_data(bundle), until)
     check_split(dataset, bundle)
     recommender.check(dataset)
     measured, places = dataset.target_events(split)

@@ -11,7 +11,7 @@ from recsys2stage.artifacts import read_array, read_manifest
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indices, spans
 from recsys2stage.data.manifest import check_dataset_manifest
 from recsys2stage.data.split import basket_starts
-from recsys2stage.options import Part, RequestTime, Seen, check_integer, check_option
+from recsys2stage.options import Part, RequestTime, Seen, Until, check_integer, check_option
 
 At = Part | Literal["all"] | np.ndarray  # the val or test target, after the last event, or (B,) indices of targets
 
@@ -26,9 +26,12 @@ class Dataset:
 
     Args:
         path: folder of the prepared dataset.
+        until: each user's training events are those before the validation targets (`val`), those before the test
+            targets (`test`), or all (`end`). All but `val` are for a refit, when validation has chosen everything.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, until: Until = "val") -> None:
+        check_option("until", until, Until)
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
         check_dataset_manifest(self.manifest, self.path / c.MANIFEST)
@@ -36,9 +39,11 @@ class Dataset:
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
         self.offsets = self._load(c.USER_OFFSETS)
-        self.train_ends = self._load(c.TRAIN_ENDS)
+        self.val_starts = self._load(c.TRAIN_ENDS)
         self.val_ends = self._load(c.VAL_ENDS)
         self.listed_targets = self._load_targets()
+        self.until = until
+        self.train_ends = {"val": self.val_starts, "test": self.val_ends, "end": self.offsets[1:]}[until]
         self.ratings = self._load(c.EVENT_RATINGS) if self.manifest["has"]["rating"] else None
         self.actions = self._load(c.EVENT_ACTIONS) if self.manifest["has"]["action"] else None
 
@@ -49,7 +54,7 @@ class Dataset:
         """Validation and test targets of a split with several per user, checked; None: one per user."""
         if "targets" not in self.manifest:
             return None
-        bounds = {"val": (self.train_ends, self.val_ends), "test": (self.val_ends, self.offsets[1:])}
+        bounds = {"val": (self.val_starts, self.val_ends), "test": (self.val_ends, self.offsets[1:])}
         listed = {}
         for (part, (starts, ends)), name in zip(bounds.items(), (c.VAL_TARGETS, c.TEST_TARGETS), strict=True):
             events = np.array(read_array(self.path / name, np.int64, (None,)))
@@ -131,7 +136,7 @@ class Dataset:
     def target_indices(self, split: Part) -> np.ndarray:
         """Index of each user's first target among all events; valid for `users(split)` only, (U,) int64."""
         check_option("split", split, Part)
-        first = np.asarray(self.train_ends if split == "val" else self.val_ends)
+        first = np.asarray(self.val_starts if split == "val" else self.val_ends)
         if self.listed_targets is None:
             return first
         users, events = self.target_events(split)
@@ -193,7 +198,7 @@ class Dataset:
             gap: minimum seconds since the previous event.
         """
         if self.listed_targets is None:
-            starts = np.maximum(np.asarray(self.train_ends), self.offsets[:-1] + 1)
+            starts = np.maximum(np.asarray(self.val_starts), self.offsets[:-1] + 1)
             targets = spans(starts, np.asarray(self.val_ends))
             users, indices = targets.rows, targets.values
         else:

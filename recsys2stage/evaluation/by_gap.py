@@ -11,6 +11,7 @@ from recsys2stage.metrics import bootstrap, interval
 from recsys2stage.retrieval.encoders.times import DAY
 
 METRICS = ("hr@10", "ndcg@10")
+EVERYTHING = "all"  # the group of all requests, in the tables of several runs
 BEGINNINGS = "an hour or more"  # session beginnings: the last two groups together
 GROUPS = {  # label -> seconds since the event before, from and below
     "the same second": (0, 1),

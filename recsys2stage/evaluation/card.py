@@ -32,7 +32,8 @@ from recsys2stage.evaluation.report import (
     metric_title,
     paired_table,
 )
-from recsys2stage.ranking.bundle import bundle_manifest
+from recsys2stage.options import STRETCH, Until
+from recsys2stage.ranking.bundle import bundle_manifest, bundle_until
 from recsys2stage.retrieval.index import DESCRIPTION
 
 IDENTITY = re.compile(r"<!-- recsys2stage model card of the manifest ([0-9a-f]{64}) -->")
@@ -136,7 +137,7 @@ def model_card(folder: Path, dataset: Dataset | None, evaluation: Evaluation | N
         evaluation: the latest evaluation; None: not evaluated yet.
     """
     manifest = bundle_manifest(folder)
-    both = manifest["kind"] == "bundle"
+    both, until = manifest["kind"] == "bundle", bundle_until(folder)
     index = read_json(folder / DESCRIPTION, dict, "recsys export-index")
     data_name = Path(manifest["parents"]["data"]["path"]).name
     stages = "retriever and ranker" if both else "retriever without a ranker"
@@ -148,13 +149,14 @@ def model_card(folder: Path, dataset: Dataset | None, evaluation: Evaluation | N
             f"The retriever finds {manifest['candidates']:,} candidates for a request, and the ranker sorts them."
             if both
             else "It holds the first stage only: items are sorted by the retriever's scores."
-        ),
+        )
+        + ("" if until == "val" else f" It was refitted: retriever and signals learned from {STRETCH[until]}."),
         "## Model",
         describe_model(folder, manifest, index),
         "## Data",
         data_section(dataset),
         "## Evaluation",
-        evaluation_section(evaluation),
+        evaluation_section(evaluation, until),
         "## Intended use",
         "Ranking items of this catalogue for users with a history, in the service and the period that the data are "
         "from. Offline metrics measure how well held-out events are predicted; they do not measure the effect of "
@@ -229,10 +231,19 @@ def _dropped(manifest: dict[str, Any]) -> str:
     return "; ".join(dropped) or "no events"
 
 
-def evaluation_section(evaluation: Evaluation | None) -> str:
-    """Metrics, the difference of the stages, and cohorts, between comments."""
+def evaluation_section(evaluation: Evaluation | None, until: Until = "val") -> str:
+    """Metrics, the difference of the stages, and cohorts, between comments.
+
+    Args:
+        evaluation: None: not evaluated.
+        until: where the training events of the retriever end.
+    """
     if evaluation is None:
-        todo = "Not evaluated yet. This command writes the metrics here: `recsys evaluate --bundle BUNDLE`"
+        todo = (
+            "There are no figures of this folder: it learned from all events, those of the test too."
+            if until == "end"
+            else "Not evaluated yet. This command writes the metrics here: `recsys evaluate --bundle BUNDLE`"
+        )
         return f"<!-- evaluation: none -->\n\n{todo}\n\n{END_EVALUATION}"
     report, line = evaluation
     users, part = int(report["users"]), report["protocol"]["evaluated"]

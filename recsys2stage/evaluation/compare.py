@@ -10,6 +10,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_json, take
 from recsys2stage.evaluation.targets import Targets
 from recsys2stage.metrics import bootstrap, compute_metrics, interval, randomisation_test
+from recsys2stage.options import STRETCH
 
 TARGET = "target"  # column of ranks.parquet: each user's target item
 STAGES = ("retriever", "ranker")  # the models compared between two runs
@@ -150,6 +151,10 @@ def check_baseline_run(
             f"{moved:,} of {len(users):,} {'targets are' if several else 'users have'} another "
             f"{'item' if several else 'target'} in {other.folder}; prepare both with the same split and tie_break"
         )
+    if "refit" in changed:
+        here, there = (f"learned from {one or STRETCH['val']}" for one in changed.pop("refit"))
+        changed.pop("validation_item", None)  # says the same
+        changed["retriever and signals"] = (here, there)
     texts = [f"{name} {pair[0]} here, {pair[1]} there" for name, pair in changed.items() if name != "split_hash"]
     return texts + (["the events before the targets or the training events differ"] if "split_hash" in changed else [])
 

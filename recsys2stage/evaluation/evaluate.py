@@ -23,12 +23,15 @@ from recsys2stage.metrics import (
     compute_rank,
     interval,
 )
-from recsys2stage.options import Part, RequestTime
+from recsys2stage.options import STRETCH, Part, RequestTime
 from recsys2stage.recommender import Recommender
 
 TOP = 10  # length of the lists that the beyond-accuracy metrics measure
 
 SEEN_FILTER = {"filter": "seen items", "keep": "none, seen items are ranked too"}
+
+VALIDATION_ITEM = "in the input at test time; the ranker trains on it"
+REFITTED = "; retriever, signals and baselines learned again from all events before the test targets"
 
 SAMPLED = (
     "sampled: 1 positive and {} random negatives; sampled metrics are not comparable to full ranking and may order "
@@ -269,7 +272,8 @@ def describe(
         "ranking": "full, over all rated items" if negatives is None else SAMPLED.format(negatives),
         **({} if negatives is None else {"negatives_seed": seed}),
         "seen_filter": SEEN_FILTER[dataset.seen_rule],
-        "validation_item": "in the input at test time; the ranker trains on it, the retriever never does",
+        "validation_item": VALIDATION_ITEM + (REFITTED if dataset.until == "test" else ", the retriever never does"),
+        **({} if dataset.until == "val" else {"refit": STRETCH[dataset.until]}),
         "request_time": request_time,
         **({} if next_action == "none" else {"next_action": next_action}),
         "score_ties": "counted against the target",

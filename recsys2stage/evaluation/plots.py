@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
-from recsys2stage.evaluation.by_gap import GROUPS
+from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 from recsys2stage.evaluation.compare import STAGES
 from recsys2stage.evaluation.report import TITLES, metric_title
 from recsys2stage.ranking.bundle import bundle_manifest
@@ -74,7 +74,8 @@ def gaps_figure(reports: Mapping[str, dict[str, Any]], metric: str = "ndcg@10") 
     """A metric of both stages by the time since the event before, with 95 % intervals; a panel for each report.
 
     Args:
-        reports: title of the panel -> content of a report.json with times, such as those of several splits.
+        reports: title of the panel -> content of a report.json with times, or of a file that `benchmarks/results.py`
+            wrote; such as those of several splits.
         metric: hr@10 or ndcg@10.
 
     Raises:
@@ -85,14 +86,15 @@ def gaps_figure(reports: Mapping[str, dict[str, Any]], metric: str = "ndcg@10") 
             f"the reports {', '.join(without)} have no metrics by gap, expected reports of data with times; evaluate "
             "again: recsys evaluate"
         )
-    labels = [label for label in GROUPS if any(label in report["by_gap"] for report in reports.values())]
+    labels = [label for label in (EVERYTHING, *GROUPS) if any(label in report["by_gap"] for report in reports.values())]
     columns = min(len(reports), 2)
     rows = -(-len(reports) // columns)
     figure, axes = new_figure(1.5 + 4.5 * columns, 0.8 + (0.6 + 0.45 * len(labels)) * rows, rows, columns)
     handles: dict[str, Any] = {}
     for ax, (title, report) in zip(axes, reports.items(), strict=False):
         groups = report["by_gap"]
-        for row, name in enumerate(name for name in STAGES if name in report["models"]):
+        measured = next(iter(groups.values()))["models"]
+        for row, name in enumerate(name for name in STAGES if name in measured):
             shown = [(at, groups[label]["models"][name][metric]) for at, label in enumerate(labels) if label in groups]
             at = np.array([at for at, _ in shown]) + 0.2 * row - 0.1
             value, low, high = (np.array([one[key] for _, one in shown]) for key in ("value", "low", "high"))

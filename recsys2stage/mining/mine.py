@@ -15,7 +15,8 @@ from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.data.summary import config_option, print_summary, progress
 from recsys2stage.mining.draws import ListDraws
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
-from recsys2stage.options import check_integer, check_number, check_seed
+from recsys2stage.options import check_integer, check_number, check_seed, check_untrained
+from recsys2stage.ranking.bundle import bundle_until
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, ExactRanks, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Proposer, Signal, save_signals, specify
@@ -80,6 +81,7 @@ def mine_negatives(
     check_seed("seed", seed)
     output, dataset = output or index.parent / "candidates", Dataset(data)
     k = min(k, dataset.num_items)
+    check_untrained(index, bundle_until(index), "val", "mine with the index of the retriever that it was refitted from")
     recommender = load_recommender(dataset, index)
     if gap and not dataset.has_time:
         raise ValueError(f"gap is {gap} seconds, but {data} has an order and no times; leave it out")

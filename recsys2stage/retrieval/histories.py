@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,14 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from recsys2stage import columns as c
+from recsys2stage.artifacts import fingerprint, read_manifest, take
+from recsys2stage.checkpoints import SPLIT, load_checkpoint, trained_until
 from recsys2stage.data.batches import as_history, windows
 from recsys2stage.data.dataset import At, Dataset, feature_specs
-from recsys2stage.options import MAX_LENGTH, Part, RequestTime, check_integer, check_option
+from recsys2stage.options import MAX_LENGTH, Part, RequestTime, Until, check_integer, check_option, check_untrained
 from recsys2stage.shapes import History
+
+BEST = "best.ckpt"  # in the folder of a fit
 
 
 class Queries(NamedTuple):
@@ -139,6 +143,11 @@ class ArrayModule(LightningDataModule):
         """Hash of the prepared dataset's split; stored in checkpoints."""
         return self.dataset.manifest["split_hash"]
 
+    @property
+    def until(self) -> Until:
+        """Where the training events end; stored in checkpoints."""
+        return self.dataset.until
+
     def __str__(self) -> str:  # Lightning's own reads a batch of every loader
         return f"{type(self).__name__}({self.path})"
 
@@ -195,6 +204,10 @@ class Histories(ArrayModule):
             the target's own time (`target`), which matches a server that knows the current time.
         next_action: target action given to the model: none (`none`), the target's own action (`target`), or the name of
             an action: then the target's own in training and this one at every request.
+        refit: folder of a finished retriever that was chosen by validation on this dataset: trains with its options on
+            the events until `until`, for the number of epochs of its best checkpoint, and does not validate.
+        until: where the training events of a refit end: before each user's test targets (`test`, if it is None), or
+            nowhere (`end`: there can be no test then).
     """
 
     def __init__(
@@ -206,8 +219,17 @@ class Histories(ArrayModule):
         eval_batch_size: int = 256,
         request_time: RequestTime = "none",
         next_action: str = "none",
+        refit: Path | None = None,
+        until: Literal["test", "end"] | None = None,
     ) -> None:
         super().__init__()
+        if until is not None:
+            check_option("until", until, Literal["test", "end"])
+            if refit is None:
+                raise ValueError(
+                    f"until is {until!r} without refit, expected the folder of a finished retriever as refit: a fit on "
+                    "validation events cannot choose its number of epochs; set refit, or leave out until"
+                )
         check_integer("max_length", max_length, 1, MAX_LENGTH, example=200)
         check_integer("batch_size", batch_size, example=128)
         check_integer("eval_batch_size", eval_batch_size, example=256)
@@ -215,9 +237,9 @@ class Histories(ArrayModule):
         self.path, self.max_length = Path(path), max_length
         self.request_time, self.next_action = request_time, next_action
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.prepare = prepare
+        self.prepare, self.refit = prepare, None if refit is None else Path(refit)
         self.prepare_data()  # before Lightning calls it, because the model's size comes from the data
-        self.dataset = Dataset(path)
+        self.dataset = Dataset(path, "val" if refit is None else until or "test")
         self.dataset.check_request_time(request_time)
         self.dataset.check_next_action(next_action)
         train_ends = np.asarray(self.dataset.train_ends)
@@ -244,7 +266,21 @@ class Histories(ArrayModule):
 
     @property
     def parents(self) -> dict[str, Path]:
-        return {"data": self.path}
+        return {"data": self.path} | ({} if self.refit is None else {"selected": self.refit / BEST})
+
+    @property
+    def epochs(self) -> int | None:
+        """Number of training epochs for a refit; None: as configured."""
+        if self.refit is None:
+            return None
+        make = f"recsys fit --output {self.refit}, without refit"
+        made = read_manifest(self.refit, "retriever", make)
+        if made["parents"].get("data", {}).get("hash") != fingerprint(self.path):
+            raise ValueError(
+                f"{self.refit} was not chosen on {self.path} as it is now, expected a retriever of these data; refit "
+                "on the data it was chosen on, or choose one on these first"
+            )
+        return chosen_epochs(self.refit / BEST, self.dataset, make)
 
     @property
     def features(self) -> list[dict[str, Any]]:
@@ -309,6 +345,25 @@ class Histories(ArrayModule):
             excluded_rows=torch.from_numpy(excluded.rows),
             excluded_items=torch.from_numpy(excluded.values),
         )
+
+
+def chosen_epochs(best: Path, dataset: Dataset, make: str) -> int:
+    """Number of epochs after which the best checkpoint of a fit was saved.
+
+    Args:
+        best: the checkpoint.
+        dataset: of the refit.
+        make: command that makes such a checkpoint, for the error.
+
+    Raises:
+        ValueError: for a checkpoint of another split, of a refit, or from before the first step.
+    """
+    checkpoint = load_checkpoint(best, make)
+    dataset.check_split(best, checkpoint[SPLIT])
+    check_untrained(best, trained_until(checkpoint, best), "val", "refit the run that was chosen by validation")
+    if not take(checkpoint, "global_step", int, best):
+        raise ValueError(f"{best} is step 0, before any training; there is nothing to refit")
+    return int(take(checkpoint, "epoch", int, best)) + 1
 
 
 def prepare_dataset(config: Path, output: Path) -> None:

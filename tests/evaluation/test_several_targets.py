@@ -1,6 +1,7 @@
 """Several targets per user, from the split to the report: datasets whose targets and ranks are known."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,23 @@ def test_early_stopping_reads_all_validation_targets(tmp_path: Path) -> None:
 # from end to end
 
 
-@pytest.fixture(scope="module")
-def sessions(raw: Path, trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The trained index and ranker, as if trained on another split: up to three test targets of a user."""
-    run = Run(tmp_path_factory.mktemp("sessions"))
-    run.prepare(raw, "--split", "SessionStarts", "--split.gap", 3600, "--split.test", 3, "--split.val", 2)
-    import shutil
-
+def as_if_trained_on(folder: Path, raw: Path, trained: Run, *split: object) -> Run:
+    """The trained index and bundle, as if trained on another split."""
+    run = Run(folder)
+    run.prepare(raw, *split)
     for source, copy in ((trained.index, run.index), (trained.bundle, run.bundle)):
         shutil.copytree(source, copy)
         manifest = json.loads((copy / "manifest.json").read_text())
         manifest["split_hash"] = read_manifest(run.data, "dataset", "")["split_hash"]
         (copy / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+@pytest.fixture(scope="module")
+def sessions(raw: Path, trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Up to three test targets of a user, and a report of them."""
+    split = ("--split", "SessionStarts", "--split.gap", 3600, "--split.test", 3, "--split.val", 2)
+    run = as_if_trained_on(tmp_path_factory.mktemp("sessions"), raw, trained, *split)
     words = ("--bundle", run.bundle, "--data", run.data, "--plots", "false", "--resamples", 100)
     recsys("evaluate", *words, "--output", run.folder / "one")
     return run
@@ -196,6 +202,30 @@ def test_lists_are_mined_for_the_validation_session_starts(sessions: Run, tmp_pa
     requests = pl.read_parquet(tmp_path / "lists" / "requests.parquet")
     users, events = Dataset(sessions.data).target_events("val")
     assert (requests["user"].to_list(), requests["place"].to_list()) == (users.tolist(), events.tolist())
+
+
+def test_baskets_are_ranked_as_sets(raw: Path, trained: Run, tmp_path: Path) -> None:
+    run = as_if_trained_on(tmp_path, raw, trained, "--split", "Baskets", "--repeats", "keep")
+    words = ("--bundle", run.bundle, "--data", run.data, "--plots", "false", "--resamples", 20)
+    recsys("evaluate", *words, "--output", tmp_path / "one")
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    ranks = pl.read_parquet(tmp_path / "one" / "ranks.parquet")
+    expected = ranks.group_by("basket").agg((pl.col("ranker") <= 50).mean())["ranker"].mean()
+    assert report["models"]["ranker"]["recall@50"]["value"] == pytest.approx(expected)
+    assert report["baskets"] == ranks["basket"].n_unique() <= report["targets"] == len(ranks)
+    recsys("evaluate", *words, "--output", tmp_path / "two", "--against", tmp_path / "one")
+    with pytest.raises(SystemExit, match=r"protocol is sampled-20, but the targets of .* are baskets"):
+        recsys("evaluate", *words, "--output", tmp_path / "three", "--protocol", "sampled-20")
+    assert not (tmp_path / "three").exists()
+    mine_negatives(run.data, run.index, tmp_path / "lists", k=20, select=0.3)
+    requests, dataset = pl.read_parquet(tmp_path / "lists" / "requests.parquet"), Dataset(run.data)
+    rows = pl.read_parquet(tmp_path / "lists" / "candidates.parquet").filter(fold="train")
+    users, events = requests["user"].to_numpy(), requests["place"].to_numpy()
+    together = dataset.co_targets(users, events)
+    basket = pl.DataFrame({"request": together.rows, "item": together.values}).cast(pl.Int32)
+    assert rows.join(basket, on=["request", "item"])["label"].min() == 1, (
+        "no item of a basket is a negative of another one"
+    )
 
 
 def test_groups_by_gap_have_their_own_means_and_intervals(tmp_path: Path) -> None:
