@@ -130,9 +130,9 @@ def quadratic(options: dict[str, Any]) -> list[float]:
 def test_the_best_epoch_of_the_best_trial_wins_and_keeps_its_checkpoint(
     run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    report = run(quadratic, trials=6, pruner="none")
+    report = run(quadratic, trials=4, pruner="none")
     values = [trial["value"] for trial in report["trials"]]
-    assert len(values) == 6
+    assert len(values) == 4
     assert report["best"] == values.index(max(values))
     assert all(trial["epoch"] == 2 for trial in report["trials"])
     kept = [path.parent.name for path in (tmp_path / "tune").glob("trial-*/best.ckpt")]
@@ -145,9 +145,9 @@ def test_the_best_epoch_of_the_best_trial_wins_and_keeps_its_checkpoint(
 
 
 def test_trials_below_the_median_are_pruned_and_min_is_minimised(run: Callable[..., dict[str, Any]]) -> None:
-    report = run(lambda options: [-value for value in quadratic(options)], mode="min", trials=9, startup=3, keep="all")
+    report = run(lambda options: [-value for value in quadratic(options)], mode="min", trials=6, startup=2, keep="all")
     states = [trial["state"] for trial in report["trials"]]
-    assert states[:3] == ["complete"] * 3
+    assert states[:2] == ["complete"] * 2
     assert "pruned" in states
     complete = [trial for trial in report["trials"] if trial["state"] == "complete"]
     assert report["best"] == min(complete, key=lambda trial: trial["value"])["number"]
@@ -156,10 +156,10 @@ def test_trials_below_the_median_are_pruned_and_min_is_minimised(run: Callable[.
 
 def test_a_study_in_two_parts_equals_one_in_one(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Trials are sampled by their number and the trials before, not by a generator that a restart would reset."""
-    run(quadratic, trials=2, startup=2)
-    parts = run(quadratic, trials=4, startup=2)["trials"]
+    run(quadratic, trials=1, startup=1)
+    parts = run(quadratic, trials=3, startup=1)["trials"]
     (tmp_path / "tune").rename(tmp_path / "parts")
-    once = run(quadratic, trials=4, startup=2)["trials"]
+    once = run(quadratic, trials=3, startup=1)["trials"]
     assert [trial["options"] for trial in parts] == [trial["options"] for trial in once]
 
 
@@ -174,8 +174,8 @@ def test_a_failed_trial_is_recorded_and_the_study_goes_on(
             raise ValueError("the loss of step 3 is NaN or infinite")
         return quadratic(options)
 
-    trials = run(some_fail, trials=4)["trials"]
-    assert [trial["state"] for trial in trials] == ["failed", "complete"] * 2
+    trials = run(some_fail, trials=2)["trials"]
+    assert [trial["state"] for trial in trials] == ["failed", "complete"]
     assert all("NaN" in trial["error"] for trial in trials[::2])
     assert "failed (the loss of step 3 is NaN or infinite)" in capsys.readouterr().out
 
