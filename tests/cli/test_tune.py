@@ -302,34 +302,52 @@ def test_a_study_of_fits_is_reported_and_its_best_can_be_fitted(
     assert fitted["trainer"]["max_epochs"] == 3, "the epochs of a full fit"
 
 
+MONITOR = {"checkpoint.monitor": "val/ndcg@10", "checkpoint.mode": "max"}
+
+
 @pytest.mark.parametrize(
     ("ranges", "options", "value", "expected", "step"),
     [
         ({"model.init_args.dmi": Range(8, 16)}, {}, "ranges: model.init_args.dmi is not an option", "mean dim", "help"),
-        ({DIM: Range(0.5, 1.5)}, {}, "ranges: model.init_args.dim is 0.5", "a whole number", "see: recsys fit"),
         ({ENCODER: Range(choices=["SASRec", "HTSU"])}, {}, "ranges: .*'HTSU'", "HSTU", "recsys list encoders"),
         ({DIM: Range(8, 16)}, {"trainer.max_epoch": 2}, "trial_options: trainer.max_epoch", "max_epochs", "help"),
-        ({DIM: Range(8, 16)}, {"trainer.devices": 2}, "devices is 2", "one device", "CUDA_VISIBLE_DEVICES"),
         ({DIM: Range(8, 16)}, {DIM: 8}, "model.init_args.dim is in ranges and", "in one", "remove it"),
         ({DIM: Range(8, 16)}, {"output": "x"}, "output is set by recsys tune", "other options", "leave it out"),
-        ({DIM: Range(8, 16)}, {"data.init_args.path": "no"}, "no/manifest.json", "the data", "recsys prepare-data"),
     ],
-    ids=["name", "type", "class", "trial option", "devices", "twice", "own", "data"],
+    ids=["name", "class", "trial option", "twice", "own"],
 )
 def test_wrong_ranges_are_found_before_the_study(
     trained: Run, ranges: dict[str, Range], options: dict[str, Any], value: str, expected: str, step: str
 ) -> None:
-    monitor = {"checkpoint.monitor": "val/ndcg@10", "checkpoint.mode": "max"}
     own = {"data.init_args.path": str(trained.data)} | options
-    with pytest.raises((ValueError, UsageError, FileNotFoundError)) as error:
-        tune_trials.check_ranges([trained.folder / "retriever.yaml"], ranges, own, monitor)
+    with pytest.raises((ValueError, UsageError)) as error:
+        tune_trials.check_ranges([trained.folder / "retriever.yaml"], ranges, own, MONITOR)
     check_message(str(error.value), value, expected, step)
 
 
-def test_a_metric_that_a_retriever_does_not_log_is_found_before_the_study(trained: Run) -> None:
-    own, fixed = {"data.init_args.path": str(trained.data)}, {"checkpoint.monitor": "val/ndgc@10"}
+def test_what_no_trial_could_do_is_found_before_the_study(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several devices, data that are not there, and a metric that is not logged."""
+    path = ["--config", str(trained.folder / "retriever.yaml"), "--data.init_args.path", str(trained.data)]
+    parsed = tune_trials.parse_fit([*path, "--output", "x"])
+    monkeypatch.setattr(tune_trials, "parse_fit", lambda _: parsed)
+    arguments: tuple[Any, ...] = ([], {DIM: Range(8, 16)}, {})
+    assert tune_trials.check_ranges(*arguments, MONITOR) is parsed
     with pytest.raises(ValueError, match="'val/ndgc@10' is not logged by a Retriever; did you mean val/ndcg@10"):
-        tune_trials.check_ranges([trained.folder / "retriever.yaml"], {DIM: Range(8, 16)}, own, fixed)
+        tune_trials.check_ranges(*arguments, {"checkpoint.monitor": "val/ndgc@10"})
+    parsed.data.init_args.path = "no"
+    with pytest.raises(FileNotFoundError, match=r"no/manifest\.json does not exist, .*run recsys prepare-data first"):
+        tune_trials.check_ranges(*arguments, MONITOR)
+    parsed.trainer.devices = 2
+    with pytest.raises(ValueError, match=r"devices is 2, expected one device.*CUDA_VISIBLE_DEVICES"):
+        tune_trials.check_ranges(*arguments, MONITOR)
+
+
+def test_test_metrics_and_empty_ranges_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'test/ndcg@10', expected one of validation"):
+        tune(tmp_path / "a.yaml", RANGES, tmp_path / "tune", metric="test/ndcg@10")
+    with pytest.raises(ValueError, match="ranges is empty, expected one option or more; add to the config"):
+        tune(tmp_path / "a.yaml", {}, tmp_path / "tune")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow  # two processes that import torch
