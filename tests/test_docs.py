@@ -25,7 +25,7 @@ from recsys2stage.data.dataset import Dataset
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: .{10,} -->\s*$")
-VERBS = {"source": "prepare-data", "signals": "mine-negatives", "miner": "mine-negatives"}
+VERBS = {"ranges": "tune", "source": "prepare-data", "signals": "mine-negatives", "miner": "mine-negatives"}
 VERBS |= dict.fromkeys(("model", "data", "trainer"), "fit")
 OTHER_COMMANDS = set(
     [

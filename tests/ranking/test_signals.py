@@ -32,6 +32,7 @@ from recsys2stage.ranking.signals import (
     PopularityAsOf,
     Proposer,
     Ratings,
+    Repeats,
     Requests,
     Session,
     Signal,
@@ -53,6 +54,7 @@ KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (OtherRetriever, {"index": "index", "candidates": 4}),  # as `placed` has it
     (PopularityAsOf, {"candidates": 6, "windows": [86_400, 20 * 86_400], "trending": 86_400}),
     (Ratings, {"prior": 3.0}),
+    (Repeats, {"candidates": 3, "half_life": 86_400.0}),
     (Session, {"session": 7_200}),
     (SLIT, {"candidates": 5, "decays": [0.5, 1.0], "ridge": 0.1, "history": 4, "items": 29}),
     (
@@ -101,8 +103,11 @@ def vectors() -> np.ndarray:
     return table
 
 
-def asked(dataset: Dataset, vectors: np.ndarray) -> tuple[Requests, Ragged]:
-    """Of every user's test item: 12 items each, a few of them none; one request comes without a history."""
+def asked(dataset: Dataset, vectors: np.ndarray, kind: type[Signal] | None = None) -> tuple[Requests, Ragged]:
+    """Of every user's test item: 12 items each, a few of them none; one request comes without a history.
+
+    The histories for Repeats hold some items several times, and only the first of them is excluded.
+    """
     users = dataset.users("test")
     padded = dataset.histories(users, "test", 8)
     parts = (padded.items, padded.times, padded.lengths, padded.ratings)
@@ -113,6 +118,9 @@ def asked(dataset: Dataset, vectors: np.ndarray) -> tuple[Requests, Ragged]:
     items = np.random.default_rng(5).integers(0, ITEMS + 1, size=(len(users), 12))
     queries = np.random.default_rng(6).normal(size=(len(users), D)).astype(np.float32)
     requests = Requests(items, padded, dataset.request_times(users, "test"), vectors, queries)
+    if kind is Repeats:
+        padded.items[:] = np.where(padded.items > 0, 1 + padded.items % 5, 0)
+        return requests, Ragged(np.ones(len(users), np.int64), np.arange(len(users) + 1))
     return requests, dataset.filtered_items(users, "test")
 
 
@@ -176,7 +184,7 @@ def test_a_signal_is_the_same_after_it_was_kept(
 def test_numbers_are_named_finite_and_0_where_no_candidate_is(
     kind: type[Signal], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
 ) -> None:
-    signal, (requests, _) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    signal, (requests, _) = fitted(kind, options, dataset, vectors), asked(dataset, vectors, kind)
     numbers = signal(requests)
     assert numbers.shape == (*requests.items.shape, len(signal.names))
     assert numbers.dtype == np.float32
@@ -218,7 +226,7 @@ def test_the_order_and_the_repeats_of_candidates_do_not_matter(
 def test_a_proposer_reads_what_is_allowed_as_it_reads_exclusions(
     kind: type[Proposer], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
 ) -> None:
-    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors, kind)
     assert isinstance(signal, Proposer)
     for share in (0.1, 0.6, 1.0):
         allowed = np.random.default_rng(8).random((len(requests.items), ITEMS)) < share
@@ -244,7 +252,7 @@ def test_nobody_may_ask(kind: type[Signal], options: dict[str, Any], dataset: Da
 def test_proposals_are_new_to_the_user_and_each_is_made_once(
     kind: type[Proposer], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
 ) -> None:
-    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors, kind)
     assert isinstance(signal, Proposer)
     named = signal.propose(requests, known)
     assert named.shape == (len(requests.items), signal.candidates)

@@ -13,6 +13,7 @@ from recsys2stage.ranking.signals.neighbours import Neighbours as Neighbours
 from recsys2stage.ranking.signals.other import OtherRetriever as OtherRetriever
 from recsys2stage.ranking.signals.popularity import PopularityAsOf as PopularityAsOf
 from recsys2stage.ranking.signals.ratings import Ratings as Ratings
+from recsys2stage.ranking.signals.repeats import Repeats as Repeats
 from recsys2stage.ranking.signals.session import Session as Session
 from recsys2stage.ranking.signals.slit import SLIT as SLIT
 from recsys2stage.ranking.signals.transitions import Transitions as Transitions
