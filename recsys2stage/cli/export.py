@@ -24,6 +24,7 @@ from recsys2stage.artifacts import (
     write_manifest,
 )
 from recsys2stage.checkpoints import build, read_checkpoint
+from recsys2stage.cli.averages import average as average_rankers
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.locks import locked
@@ -186,6 +187,7 @@ def export_bundle(
     candidates: int | None = None,
     with_histories: bool = False,
     data: Path | None = None,
+    average: list[Path] | None = None,
     trust: Trust = None,
 ) -> None:
     """Export both stages as one folder for serving, which needs no training data.
@@ -198,6 +200,8 @@ def export_bundle(
         with_histories: whether to pack the users' histories into the folder, so that `recsys serve` knows them without
             the prepared data. They are all events of the data, with the users' ids.
         data: prepared dataset with the histories, of the index's split; None: the one the index was made from.
+        average: checkpoints of further rankers of the same candidates, such as those of other seeds; the bundle ranks
+            by the mean of the standardised scores of all. None: by `ranker` alone.
         trust: modules outside this package from which the checkpoint may load classes.
     """
     other = "null for the number in the ranker's training"
@@ -221,6 +225,9 @@ def export_bundle(
         )
     if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
         raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
+    further: list[dict[str, Any]] = []
+    if average:
+        further, weights = average_rankers(ranker, average, options, weights, RERANKER_OPTIONS)
     made_from = data or locate_parent(index, indexed["parents"]["data"])
     dataset = Dataset(made_from) if with_histories or data is not None else None
     if dataset is not None:
@@ -245,10 +252,12 @@ def export_bundle(
             folder,
             "bundle",
             options={"candidates": candidates, "with_histories": with_histories},
-            parents={"index": index, "ranker": ranker, "data": made_from},
+            parents={"index": index, "ranker": ranker, "data": made_from}
+            | {f"ranker {number}": path for number, path in enumerate(average or [], start=2)},
             candidates=candidates,
             reranker={"dim": options["vector_dim"], **reranker},
             recent=options["recent"],
+            **({"average": further} if further else {}),
             log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
             **histories,
@@ -258,6 +267,7 @@ def export_bundle(
     print_summary(
         output,
         f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
+        *([f"the mean of {1 + len(further)} rankers"] if further else []),
         *packed,
         then=f"recsys evaluate --bundle {output}",
     )

@@ -178,13 +178,18 @@ class Candidates(ArrayModule):
         if (late := int((lists.position >= np.asarray(self.dataset.val_ends)[lists.user]).sum())) > 0:
             raise ValueError(f"{late:,} targets of {folder} are test events of {self.dataset.path}; mine earlier ones")
 
-    def train_dataloader(self) -> BatchLoader:
+    def training_lists(self) -> Int[np.ndarray, " N"]:
+        """Numbers of the training lists, which contain their target."""
         used = self.lists.fold == "train" if self.refit is None else np.ones(len(self.lists.fold), dtype=bool)
         train = np.flatnonzero(used & (self.lists.positive >= 0))
         if not len(train):
             raise ValueError(
                 f"no candidate list in {self.path} contains its target; mine more candidates (k) or train the retriever"
             )
+        return train
+
+    def train_dataloader(self) -> BatchLoader:
+        train = self.training_lists()
         return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
 
     def val_dataloader(self) -> BatchLoader:
