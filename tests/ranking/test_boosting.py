@@ -201,7 +201,7 @@ def averaged(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_bundle_of_an_average_needs_no_lightgbm(averaged: Run, trained: Run) -> None:
     with mock.patch.dict(sys.modules, {"lightgbm": None}):
         both = Recommender.load(averaged.bundle)
-        history = both.catalogue.ids[:5]
+        history = both.catalogue.items["item_id"].to_list()[:5]
         assert len(both.recommend(history, k=5)) == 5
     assert isinstance(both.reranker, Average)
     first, second = both.reranker.members

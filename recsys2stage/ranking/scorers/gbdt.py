@@ -13,8 +13,8 @@ from recsys2stage.options import check_integer, check_number, check_option
 from recsys2stage.ranking.scorers.base import BoostedScorer, ListTable, RankerInputs
 
 MAX_TREES, MAX_LEAVES = 10_000, 255
-CHUNK = 32  # trees that are evaluated at once: their intermediate values fit in a processor's cache
-UNREACHED = -1  # of `lefts`: no number of decisions equals it
+CHUNK = 16  # trees that are evaluated at once: their intermediate values fit in a processor's cache
+UNREACHED = -1  # in `lefts`: a tree has fewer leaves
 
 Objective = Literal["lambdarank", "rank_xendcg"]
 
@@ -115,13 +115,14 @@ class GBDT(BoostedScorer):
         total = columns.new_zeros(columns.size(1))
         for start in range(0, self.count, CHUNK):
             part = slice(start, min(start + CHUNK, self.count))
-            feature, value = self.feature[part], self.value[part]
+            feature, value, lefts = self.feature[part], self.value[part], self.lefts[part].to(columns.dtype)
             left = columns.index_select(0, feature.flatten()) <= self.threshold[part].flatten()[:, None]
             turns = left.view(*feature.shape, -1).to(columns.dtype)  # (trees, decisions, N)
+            # integers of at most 1, and 1 only at the leaf that is reached: all others are clamped to 0
+            bias = (1 - lefts).masked_fill(lefts == UNREACHED, -MAX_LEAVES)[..., None]
             with torch.autocast(columns.device.type, enabled=False):
-                met = torch.bmm(self.route[part].to(columns.dtype).transpose(1, 2), turns)  # (trees, leaves, N)
-            reached = met == self.lefts[part].to(columns.dtype)[..., None]
-            total = total + (reached * value[..., None]).sum(dim=(0, 1))
+                reached = torch.baddbmm(bias, self.route[part].to(columns.dtype).transpose(1, 2), turns).relu()
+                total = total + (value.reshape(1, -1) @ reached.flatten(0, 1))[0]
         return total.view(features.shape[:2])
 
     def check_installed(self) -> None:
