@@ -9,7 +9,7 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, locate_parent, read_manifest, take
 from recsys2stage.checkpoints import SPLIT, build, read_checkpoint
-from recsys2stage.ranking.average import EQUAL, MAX_MEMBERS, equal_weights, shared_weights, spread
+from recsys2stage.ranking.average import EQUAL, MAX_MEMBERS, equal_weights, score, shared_weights, spread
 from recsys2stage.ranking.reranker import Reranker
 
 FIT = "recsys fit --config configs/NAME/ranker.yaml"
@@ -62,7 +62,7 @@ def average(
     rankers = [
         build(Reranker, own, part, path) for own, part, path in zip(members, parts, [first, *others], strict=True)
     ]
-    spreads = [spread(ranker, validation_batches(folder, int(options["recent"]))) for ranker in rankers]
+    spreads = [spread(score(ranker, validation_batches(folder, int(options["recent"])))) for ranker in rankers]
     return members[1:], shared_weights(parts, equal_weights(spreads))
 
 

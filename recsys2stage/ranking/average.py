@@ -1,6 +1,6 @@
 """The average of several rankers of one set of candidate lists, such as those of several seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from recsys2stage.checkpoints import build
+from recsys2stage.columns import PAD
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.shapes import CandidateBatch
 
@@ -75,19 +76,28 @@ class Average(nn.Module):
 SecondStage = Reranker | Average
 
 
-@torch.no_grad()
-def spread(ranker: Reranker, batches: Iterable[CandidateBatch]) -> float:
-    """Root mean square of a ranker's logits around the mean of their list; 0 if they never differ."""
+def spread(scored: Iterable[tuple[Float[Tensor, "B C"], Bool[Tensor, "B C"]]]) -> float:
+    """Root mean square of logits around the mean of their list, over at most MOST_LISTS lists; 0 if they never differ.
+
+    Args:
+        scored: batches of logits, each with the mask of its real candidates.
+    """
     squares, count, lists = 0.0, 0, 0
-    for batch in batches:
-        real = batch.items != 0
-        logits = ranker(batch).double()
-        mean = logits.where(real, 0).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-        squares += float((logits - mean)[real].square().sum())
+    for logits, real in scored:
+        values = logits.double().where(real, 0)
+        mean = values.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        squares += float((values - mean)[real].square().sum())
         count, lists = count + int(real.sum()), lists + len(real)
         if lists >= MOST_LISTS:
             break
     return (squares / max(count, 1)) ** 0.5
+
+
+@torch.no_grad()
+def score(ranker: Reranker, batches: Iterable[CandidateBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of batches of candidates and the masks of the real ones, for `spread`."""
+    for batch in batches:
+        yield ranker(batch), batch.items != PAD
 
 
 def equal_weights(spreads: Sequence[float]) -> Float[Tensor, " K"]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.cli.export import export_bundle
 from recsys2stage.evaluation.card_model import class_of
-from recsys2stage.ranking.average import Average, spread
+from recsys2stage.ranking.average import Average, score, spread
 from recsys2stage.ranking.bundle import RERANKER
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.reranker import Reranker
@@ -222,7 +222,10 @@ def test_the_rankers_of_an_average_count_alike(averaged: Run, trained: Run) -> N
     data = Candidates(trained.candidates)
     data.setup("validate")
     batches = [lists.candidates for lists in data.val_dataloader()]
-    sizes = [spread(member, batches) * weight.item() for member, weight in zip(both.members, both.weights, strict=True)]
+    sizes = [
+        spread(score(member, batches)) * weight.item()
+        for member, weight in zip(both.members, both.weights, strict=True)
+    ]
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
     with torch.no_grad():
         logits = [member(batches[0]) for member in both.members]
