@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="prepared dataset")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--show", action="store_true", help="print the recorded rows only")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     if not options.show:
         measure(options)
