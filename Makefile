@@ -29,14 +29,20 @@ setup: .venv/ready ## install the package and its tools into .venv
 demo: ## the whole pipeline on a simulated log, in a few minutes
 	@$(MAKE) --no-print-directory pipeline DATASET=demo
 
-serve: demo ## the demo's recommendations as a service with a page, at http://127.0.0.1:8000/ (PORT=)
-	$(RECSYS) serve --bundle runs/demo/bundle --data data/demo --port $(or $(PORT),8000)
+serve: ## the demo's recommendations as a service with a page, at http://127.0.0.1:8000/ (PORT=)
+	@$(MAKE) --no-print-directory pipeline DATASET=demo REFIT=all
+	$(RECSYS) serve --bundle runs/demo/refit-all/bundle --data data/demo --port $(or $(PORT),8000)
 
+# each table without and with the refit, which is REFIT=all unless another one is given; REFIT= for none
+refit_results := $(if $(filter file,$(origin REFIT)),all,$(REFIT))
 results: ## the headline of DATASET: seeds 0, 1 and 2 (SEEDS), each beside the next one's retriever (PAIR= for none)
-	@for seed in $(SEEDS); do $(MAKE) --no-print-directory SEED=$$seed $(NAME)-seed$$seed/index/manifest.json; done
-	@set -- $(SEEDS); for seed in $(SEEDS); do shift; $(MAKE) --no-print-directory stages SEED=$$seed \
-		$(if $(PAIR),OTHER=$(NAME)-seed$${1:-$(firstword $(SEEDS))}/index); done
-	@$(BIN)/python benchmarks/results.py $(SEEDS:%=$(NAME)$(if $(PAIR),-pair)-seed%)
+	@for seed in $(SEEDS); do $(MAKE) --no-print-directory retriever SEED=$$seed REFIT=$(refit_results); done
+	@for refit in '' $(refit_results); do set -- $(SEEDS); for seed in $(SEEDS); do shift; \
+		$(MAKE) --no-print-directory stages SEED=$$seed REFIT=$$refit \
+		$(if $(PAIR),OTHER=$(NAME)-seed$${1:-$(firstword $(SEEDS))}/index); done; done
+	@for refit in '' $(refit_results:%=/refit-%); do \
+		for seed in $(SEEDS); do echo $(NAME)$(if $(PAIR),-pair)-seed$$seed$$refit; done | \
+		xargs $(BIN)/python benchmarks/results.py; done
 
 test: .venv/ready ## the tests
 	$(PYTEST) -m "not slow"

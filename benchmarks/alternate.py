@@ -1,7 +1,7 @@
 """Speed of two versions of the package, as ratios in one run: a script runs with one, then the other, in turn.
 
     git worktree add ../before ba74d47
-    python benchmarks/alternate.py --before ../before --rounds 5 requests benchmarks/speed/requests.py --users 200
+    python benchmarks/alternate.py --before ../before --rounds 5 requests benchmarks/speed/request_stages.py --users 200
 
 The script prints one JSON object of numbers, name -> value, as its last line; everything else it prints is shown when
 it fails. It runs in a process of its own with PYTHONPATH set to the version, one thread, and one core (--cores). The

@@ -8,6 +8,15 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.metrics import compute_rank
 
 
+def check_one_target(dataset: Dataset) -> None:
+    """Exits for a split with several targets per user, of which only the first would be measured."""
+    if dataset.listed_targets is not None:
+        raise SystemExit(
+            f"{dataset.path} has the split {dataset.protocol['split']} with several targets per user, expected one; "
+            "prepare it with LeaveOneOut or GlobalTime"
+        )
+
+
 def export(dataset: Dataset) -> dict[str, np.ndarray]:
     """Exports events, by user in chronological order, and test requests without their targets.
 
@@ -17,6 +26,7 @@ def export(dataset: Dataset) -> dict[str, np.ndarray]:
         history_user, history_item, history_time: all events before each user's test target;
         request_user, request_time: user and time of each test request.
     """
+    check_one_target(dataset)
     users = dataset.users("test")
     held = np.zeros(dataset.num_users, dtype=np.int64)
     held[dataset.users("val")] = 1
@@ -42,6 +52,7 @@ def ranks(dataset: Dataset, vectors: dict[str, np.ndarray], batch_size: int = 25
             do all items of missing users.
         batch_size: users per batch.
     """
+    check_one_target(dataset)
     users = dataset.users("test")
     row = np.full(dataset.num_users, -1)
     row[vectors["users"]] = np.arange(len(vectors["users"]))

@@ -3,7 +3,9 @@
     python benchmarks/record.py ml-1m runs/ml-1m-pair-seed0 runs/ml-1m-pair-seed1 runs/ml-1m-pair-seed2
 
 Each run gets a folder in docs/measured/NAME with its report.json and a manifests.json: the command, options, hashes and
-counts of every artifact of the run. Absolute paths are reduced to their last part.
+counts of every artifact of the run. Absolute paths are reduced to their last part. Refits get a NAME of their own:
+
+    python benchmarks/record.py ml-1m-refit runs/ml-1m-pair-seed*/refit-all
 """
 
 import argparse
@@ -54,7 +56,8 @@ def record(name: str, runs: list[Path], root: Path = ROOT) -> list[Path]:
         manifests = ancestors(run / "bundle")
         if not report.is_file() or not manifests:
             raise SystemExit(f"{run} has no report.json, or no bundle with its manifest; run make pipeline first")
-        folder = root / "docs/measured" / name / run.name
+        refitted = run.name.startswith("refit-")  # such as runs/ml-1m-seed0/refit-all
+        folder = root / "docs/measured" / name / (run.parent if refitted else run).name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / report.name).write_bytes(report.read_bytes())
         facts = {"commit": commit(), "machine": platform.machine(), "artifacts": shorten_paths(manifests)}

@@ -1,9 +1,13 @@
 """Mean metrics over several runs of one pipeline, for `make results`.
 
     python benchmarks/results.py runs/ml-1m-seed0 runs/ml-1m-seed1 runs/ml-1m-seed2
+    python benchmarks/results.py runs/ml-1m-seed? --json docs/measured/by_gap/1-ml-1m.json --title "leave-one-out"
 
 Prints the metrics of each run, their means, and the gain of each run's ranker over its retriever. All runs must have
 the same protocol and users. Confidence intervals and tests of a run are in its report.md.
+
+With times, also prints NDCG@10 by the time since the event before: means over the runs, with intervals that sample
+users, of the retriever, the ranker, their difference and their ratio. --json writes these for the figure of the docs.
 """
 
 import argparse
@@ -11,7 +15,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recsys2stage.evaluation.report import TITLES, metric_title, table
+import numpy as np
+import polars as pl
+
+from recsys2stage import columns as c
+from recsys2stage.evaluation.by_gap import EVERYTHING, group_metrics, metrics_by_gap
+from recsys2stage.evaluation.by_gap import METRICS as GAP_METRICS
+from recsys2stage.evaluation.compare import STAGES, TARGET
+from recsys2stage.evaluation.report import TITLES, gap_table, metric_title, table
+from recsys2stage.evaluation.targets import BASKET, GAP, Targets
 
 METRICS = ("hr@10", "ndcg@10", "mrr", "recall@100")
 
@@ -62,13 +74,62 @@ def summary(reports: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def by_gap(runs: list[Path], resamples: int = 1000) -> dict[str, Any]:
+    """Metrics by the time since the event before, of each target's mean over the runs; {} without times.
+
+    Args:
+        runs: folders with a ranks.parquet.
+        resamples: of intervals and tests.
+
+    Returns:
+        As `metrics_by_gap`, of both stages, with a first entry `all`.
+    """
+    keys = (c.USER, c.PLACE, TARGET, BASKET, GAP)
+    tables = []
+    for run in runs:
+        ranks = pl.read_parquet(run / "ranks.parquet")
+        if c.PLACE not in ranks.columns:
+            raise SystemExit(f"{run} was evaluated by an older version; run again: recsys evaluate --output {run}")
+        tables.append(ranks.sort(c.USER, c.PLACE))
+    first = tables[0].select(name for name in keys if name in tables[0].columns)
+    for run, ranks in zip(runs[1:], tables[1:], strict=True):
+        if not first.equals(ranks.select(name for name in keys if name in ranks.columns)):
+            raise SystemExit(f"{run} has other targets than {runs[0]}; give runs of one dataset")
+    if GAP not in first.columns:
+        return {}
+    columns = {name: first[name].to_numpy() for name in first.columns}
+    targets = Targets(columns[c.USER], columns[c.PLACE], columns.get(BASKET))
+    values: dict[str, dict[str, np.ndarray]] = {}
+    for name in (name for name in STAGES if name in tables[0].columns):
+        each = [targets.metrics(ranks[name].to_numpy()) for ranks in tables]
+        values[name] = {metric: np.mean([own[metric] for own in each], axis=0) for metric in GAP_METRICS}
+    requests = targets.requests()
+    gap = columns[GAP][np.searchsorted(columns[c.PLACE], requests.events)]
+    return {
+        EVERYTHING: group_metrics(values, requests.users, resamples, seed=0),
+        **metrics_by_gap(values, gap, requests.users, resamples, seed=0),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders with a report.json")
-    runs = parser.parse_args().runs
+    parser.add_argument("--json", type=Path, help="also write the metrics by gap to this file")
+    parser.add_argument("--title", default="", help="title of these runs in the figure by gap")
+    options = parser.parse_args()
+    runs = options.runs
     reports = [read(run) for run in runs]
     check_comparable(runs, reports)
     print(f"{(runs[0] / 'report.md').read_text(encoding='utf-8').splitlines()[2]}\n\n{summary(reports)}")
+    groups = by_gap(runs)
+    if groups:
+        print(f"\n{gap_table(groups)}")
+    if options.json:
+        protocol = reports[0]["protocol"]
+        title = options.title or f"{protocol['split']}, equal times in {protocol['tie_break']}"
+        content = {"title": title, "runs": [run.name for run in runs], "protocol": protocol, "by_gap": groups}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

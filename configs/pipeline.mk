@@ -27,7 +27,12 @@ NAME := runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))
 seeded := $(if $(SEED),-seed$(SEED))
 RUN ?= $(NAME)$(if $(OTHER),-pair)$(seeded)
 FIRST = $(if $(OTHER),$(NAME)$(seeded),$(RUN))# with OTHER, the first stage is that of the run without it
-RANKER = $(RUN)/$(if $(REFIT),refit,ranker)
+# REFIT trains again what validation has chosen, in folders of its own: the ranker on all its lists (ranker); or
+# retriever and signals on all events before the test targets (all) or on all events (production, without a report)
+OUT = $(RUN)$(if $(REFIT),/refit-$(REFIT))
+relearned := $(filter all production,$(REFIT))
+INDEX = $(FIRST)$(if $(relearned),/refit-$(REFIT))/index
+RANKER = $(if $(relearned),$(RUN),$(OUT))/ranker
 
 # the word of $(2) that is spelt most like $(1), as a question
 nearest = $(addprefix ; did you mean ,$(addsuffix ?,$(shell $(PYTHON) -c 'import difflib, sys; \
@@ -54,9 +59,20 @@ known := $(sort $(notdir $(basename $(wildcard configs/with/*.yaml))))
 $(error $(unknown) does not exist; WITH takes $(known)$(call nearest,$(notdir $(basename $(firstword $(unknown)))),$(known)))
 endif
 
+refits := ranker all production
+ifneq ($(filter-out $(refits),$(REFIT))$(word 2,$(REFIT)),)
+$(error REFIT=$(REFIT), expected one of: $(refits)$(if $(filter 1,$(REFIT)),; what was REFIT=1 is REFIT=ranker,$(call nearest,$(REFIT),$(refits))))
+endif
+
 ifneq ($(OTHER),)
 ifeq ($(wildcard $(OTHER)/manifest.json),)
 $(error OTHER=$(OTHER) has no manifest.json, expected the folder of another run's index; make that run first)
+endif
+again := $(if $(relearned),$(patsubst %/,%,$(dir $(OTHER)))/refit-$(REFIT)/index)
+ifneq ($(again),)
+ifeq ($(wildcard $(again)/manifest.json),)
+$(error OTHER=$(OTHER) was not refitted, expected $(again)/manifest.json; make that run with REFIT=$(REFIT) first)
+endif
 endif
 endif
 
@@ -85,27 +101,31 @@ resume = $$(for parent in $^; do [[ $(@D)/last.ckpt -nt $$parent ]] || { rm -f $
 fit_options = $(addprefix --seed_everything ,$(SEED)) $(trust) --output $(@D)
 
 # $(call stage,NAME,TEXT) prints "[3/8] TEXT: the folder or file"; it stands in a recipe, so only where that runs
-stages := $(if $(simulated),simulate) prepare retriever index candidates ranker $(if $(REFIT),refit) bundle report lists
+stages := $(if $(simulated),simulate) prepare retriever index candidates ranker $(if $(REFIT),refit) \
+	$(if $(relearned),reindex) bundle $(if $(filter production,$(REFIT)),,report) lists
 up_to = $(if $(filter $(1),$(firstword $(2))),x,x $(call up_to,$(1),$(wordlist 2,$(words $(2)),$(2))))
 stage = $(info [$(words $(call up_to,$(1),$(stages)))/$(words $(stages))] $(2): $(3))
 interrupted := trap 'echo "Interrupted. The same command goes on where it stopped." >&2; exit 130' INT
 recsys := @$(interrupted); RECSYS_HINTS=0 $(RECSYS)
 
-.PHONY: changed help pipeline stages clean
+.PHONY: changed help pipeline stages retriever clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 pipeline: stages ## both stages on DATASET (RAW=folder or zip of the raw data)
-	@echo; sed '/^95 %/q' $(RUN)/report.md; echo
-	@[ ! -s $(RUN)/examples.txt ] || { cat $(RUN)/examples.txt; echo; }
-	@echo "written:"; for path in $(DATA)/ $(FIRST)/{retriever,index}/ $(RUN)/{candidates,ranker,refit,bundle}/ \
-		$(RUN)/report.{md,json} $(RUN)/{ranks,recommendations}.parquet $(RUN)/{examples.txt,*.png}; do \
-		[ ! -e "$$path" ] || echo "  $$path"; done
-	@echo "next: $(RECSYS) serve --bundle $(RUN)/bundle --data $(DATA)"
+	@echo; $(if $(filter production,$(REFIT)),echo "No report: the test events are trained on too. REFIT=all has one."; \
+		echo,sed '/^95 %/q' $(OUT)/report.md; echo)
+	@[ ! -s $(OUT)/examples.txt ] || { cat $(OUT)/examples.txt; echo; }
+	@echo "written:"; for path in $(DATA)/ $(FIRST)/{retriever,index}/ $(if $(relearned),$(FIRST)/refit-$(REFIT)/{retriever$(comma)index}/) \
+		$(RUN)/{candidates,ranker}/ $(if $(filter ranker,$(REFIT)),$(OUT)/ranker/) $(OUT)/bundle/ \
+		$(if $(filter production,$(REFIT)),,$(OUT)/report.{md$(comma)json} $(OUT)/ranks.parquet $(OUT)/*.png) \
+		$(OUT)/{recommendations.parquet,examples.txt}; do [ ! -e "$$path" ] || echo "  $$path"; done
+	@$(if $(REFIT),,echo "to learn from the validation events too before serving: the same command with REFIT=all")
+	@echo "next: $(RECSYS) serve --bundle $(OUT)/bundle --data $(DATA)"
 
 required := $(patsubst %,$(CONFIG)/%.yaml,prepare retriever ranker)
-stages: $(required) $(RUN)/report.json $(RUN)/recommendations.parquet# a missing config is found before anything is trained
+stages: $(required) $(if $(filter production,$(REFIT)),,$(OUT)/report.json) $(OUT)/recommendations.parquet# a missing config is found before anything is trained
 
 $(required):
 	@echo "$@ does not exist, expected $(CONFIG)/{prepare,retriever,ranker}.yaml; copy it from another folder of \
@@ -139,24 +159,39 @@ $(RUN)/ranker/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/candidates/manifest.js
 	$(recsys) fit --config $< --data.init_args.path $(RUN)/candidates $(fit_options) \
 		$(resume)
 
-# REFIT=1: once it is selected, the ranker is trained anew on all lists, for as many epochs
-$(RUN)/refit/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/ranker/manifest.json
+$(RUN)/refit-ranker/ranker/manifest.json: $(CONFIG)/ranker.yaml $(RUN)/ranker/manifest.json
 	$(call stage,refit,train the ranker on all lists,$(@D))
 	$(recsys) fit --config $< --data.init_args.path $(RUN)/candidates --data.init_args.refit $(RUN)/ranker $(fit_options) \
 		$(resume)
 
-$(RUN)/bundle/manifest.json: $(FIRST)/index/manifest.json $(RANKER)/manifest.json $(call config,bundle)
+ifneq ($(relearned),)
+$(FIRST)/refit-$(REFIT)/retriever/manifest.json: $(CONFIG)/retriever.yaml $(overlays) $(FIRST)/retriever/manifest.json | $(READY)
+	$(call stage,refit,train the retriever again,$(@D))
+	$(recsys) fit --config $< $(addprefix --config ,$(overlays)) --data.init_args.path $(DATA) \
+		--data.init_args.refit $(FIRST)/retriever --data.init_args.until $(if $(filter production,$(REFIT)),end,test) \
+		$(fit_options) $(resume)
+
+$(INDEX)/manifest.json: $(FIRST)/refit-$(REFIT)/retriever/manifest.json $(call config,index)
+	$(call stage,reindex,export its index,$(@D))
+	$(recsys) export-index $(call with_config,index) $(trust) --retriever $(FIRST)/refit-$(REFIT)/retriever/best.ckpt --data $(DATA) --output $(@D)
+endif
+
+$(OUT)/bundle/manifest.json: $(RANKER)/manifest.json $(INDEX)/manifest.json $(call config,bundle) $(addsuffix /manifest.json,$(again))
 	$(call stage,bundle,export the bundle,$(@D))
-	$(recsys) export-bundle $(call with_config,bundle) $(trust) --index $(FIRST)/index --ranker $(RANKER)/best.ckpt --output $(@D)
+	$(recsys) export-bundle $(call with_config,bundle) $(trust) --index $(INDEX) --ranker $(RANKER)/best.ckpt \
+		$(if $(relearned),--data $(DATA)) $(addprefix --other ,$(again)) --output $(@D)
 
-$(RUN)/report.json: $(RUN)/bundle/manifest.json $(call config,evaluate)
-	$(call stage,report,evaluate both stages,$(RUN)/report.md)
-	$(recsys) evaluate $(call with_config,evaluate) $(trust) --bundle $(RUN)/bundle --data $(DATA) --output $(@D) > /dev/null
+$(OUT)/report.json: $(OUT)/bundle/manifest.json $(call config,evaluate)
+	$(call stage,report,evaluate both stages,$(OUT)/report.md)
+	$(recsys) evaluate $(call with_config,evaluate) $(trust) --bundle $(OUT)/bundle --data $(DATA) --output $(@D) > /dev/null
 
-$(RUN)/recommendations.parquet: $(RUN)/bundle/manifest.json $(call config,recommend)
+$(OUT)/recommendations.parquet: $(OUT)/bundle/manifest.json $(call config,recommend)
 	$(call stage,lists,recommend for all users,$@)
-	$(recsys) recommend --show 3 $(call with_config,recommend) $(trust) --bundle $(RUN)/bundle --data $(DATA) --output $@ \
+	$(recsys) recommend --show 3 $(call with_config,recommend) $(trust) --bundle $(OUT)/bundle --data $(DATA) --output $@ \
 		> $(@D)/examples.txt
+
+# the retriever and, with REFIT, its refit
+retriever: $(FIRST)/index/manifest.json $(INDEX)/manifest.json
 
 clean: ## remove what the pipeline made for DATASET
 	rm -rf $(DATA) $(FIRST) $(RUN)

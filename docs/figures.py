@@ -5,7 +5,7 @@ tests/test_site.py compares the files with what this script draws.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from docs.canvas import (
     RULE,
     Canvas,
 )
+from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 
 HERE = Path(__file__).parent
 FOLDER, MEASURED = HERE / "figures", HERE / "measured"
+BY_GAP = MEASURED / "by_gap"  # a file for each protocol, in the order of their names
 
 
 def flow() -> Canvas:
@@ -337,6 +339,55 @@ def labelled(row: dict[str, Any]) -> str:
     return f"{row['name']}{time}{'*' if row.get('seeds') == 1 else ''}"
 
 
+def by_gap(panels: Sequence[dict[str, Any]] | None = None) -> Canvas:
+    """NDCG@10 of both stages by the time since the event before, a panel for each protocol.
+
+    Args:
+        panels: title and by_gap of each, as `benchmarks/results.py --json` writes them; None: the measured ones, by the
+            names of their files.
+    """
+    if panels is None:
+        panels = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(BY_GAP.glob("*.json"))]
+    labels = [label for label in (EVERYTHING, *GROUPS) if any(label in panel["by_gap"] for panel in panels)]
+    step = 30
+    height = 92 + step * len(labels)
+    rows = -(-len(panels) // 2)
+    c = Canvas(
+        960, 64 + height * rows, "NDCG@10 of both stages by the time since the event before, with 95 % intervals"
+    )
+    for number, panel in enumerate(panels):
+        left, top = 20 + 475 * (number % 2), 16 + height * (number // 2)
+        shown = [(at, panel["by_gap"][label]) for at, label in enumerate(labels) if label in panel["by_gap"]]
+        models = [one["ndcg@10"] for _, group in shown for one in group["models"].values()]
+        longest = max(one["high"] for one in models)
+        start, width = left + 196, 236
+        c.text(left, top + 16, panel["title"], weight="bold", ha="left")
+        c.arrow([(start, top + 40), (start, top + 44 + step * len(labels))], color=RULE, head=False)
+        for at, label in enumerate(labels):
+            y = top + 56 + step * at
+            group = panel["by_gap"].get(label)
+            c.text(left, y, label, size=12, ha="left", color=INK if group else QUIET)
+            c.text(start - 10, y, f"{group['targets']:,}" if group else "–", size=11, color=QUIET, ha="right")
+            for offset, (name, color) in zip((-5, 5), (("retriever", BLUE), ("ranker", ORANGE)), strict=True):
+                if not group or name not in group["models"]:
+                    continue
+                one = group["models"][name]["ndcg@10"]
+                low, value, high = (start + width * one[key] / longest for key in ("low", "value", "high"))
+                c.arrow([(low, y + offset), (high, y + offset)], color=color, head=False)
+                c.dot(value, y + offset, 4, fill=color)
+        foot = top + 56 + step * len(labels)
+        c.text(start, foot, "0", size=11, color=QUIET)
+        c.text(start + width, foot, f"{longest:.2f}", size=11, color=QUIET)
+    y = 16 + height * rows + 14
+    c.dot(30, y, 5, fill=BLUE)
+    c.text(42, y, "retriever", size=12, ha="left")
+    c.dot(130, y, 5, fill=ORANGE)
+    c.text(142, y, "both stages", size=12, ha="left")
+    note = "NDCG@10, test; lines: 95 % intervals over users; the numbers beside the groups count targets."
+    c.text(250, y, note, size=11, color=QUIET, ha="left")
+    return c
+
+
 FIGURES: dict[str, Callable[[], Canvas]] = {
     "flow": flow,
     "two_stages": two_stages,
@@ -345,6 +396,7 @@ FIGURES: dict[str, Callable[[], Canvas]] = {
     "repeats": repeats,
     "cold_items": cold_items,
     "results": results,
+    **({"by_gap": by_gap} if any(BY_GAP.glob("*.json")) else {}),
 }
 
 

@@ -4,27 +4,30 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from recsys2stage.artifacts import FORMAT, check_format, take
+from recsys2stage.options import TRAINED_TARGETS, Until
 from recsys2stage.trust import arguments, shorten_class_paths
 
 OPTIONS, SPLIT, VERSIONS = "hyper_parameters", "split_hash", "versions"  # keys of a checkpoint
+UNTIL = "trained_until"  # key of checkpoints and manifests: where training events end; "val" if it is missing
 KINDS = {"towers": "retriever", "reranker": "ranker"}  # submodule -> model that has it
 MAX_BUFFER_BYTES = 1 << 30  # largest buffer that is not in the state_dict
 
 
-def add_metadata(checkpoint: dict[str, Any], split_hash: str | None, version: str) -> None:
-    """Adds format, versions and split hash to a checkpoint, and shortens the class paths in its options.
+def add_metadata(checkpoint: dict[str, Any], split_hash: str | None, version: str, until: Until = "val") -> None:
+    """Adds format, versions, split hash and training stretch to a checkpoint; shortens the class paths in its options.
 
     Args:
         checkpoint: as Lightning makes it; changed in place.
         split_hash: of the training dataset, if known.
         version: of this package.
+        until: where the training events end.
     """
-    checkpoint |= {"format": FORMAT, VERSIONS: {"recsys2stage": version}, SPLIT: split_hash}
+    checkpoint |= {"format": FORMAT, VERSIONS: {"recsys2stage": version}, SPLIT: split_hash, UNTIL: until}
     options = shorten_class_paths(checkpoint.get(OPTIONS, {}))
     options.pop("_class_path", None)  # the caller that loads it gives the class
     checkpoint[OPTIONS] = options
@@ -47,7 +50,22 @@ def load_checkpoint(path: str | Path, make: str) -> dict[str, Any]:
     take(checkpoint, OPTIONS, dict, path)
     take(checkpoint, "state_dict", dict, path)
     take(checkpoint, SPLIT, str | None, path)
+    trained_until(checkpoint, path)
     return checkpoint
+
+
+def trained_until(content: dict[str, Any], where: str | Path) -> Until:
+    """Where the training events of a checkpoint, or of the artifact of a manifest, end.
+
+    Args:
+        content: the checkpoint or the manifest; those of versions without refits lack the key.
+        where: the file, for the error.
+    """
+    until = content.get(UNTIL, "val")
+    if until not in TRAINED_TARGETS:
+        expected = ", ".join(TRAINED_TARGETS)
+        raise ValueError(f"{where} has the {UNTIL} {str(until)[:80]!r}, expected one of {expected}; make it again")
+    return cast(Until, until)
 
 
 def load_tensors(file: Path | io.BytesIO, where: str | Path, make: str) -> dict[str, Any]:
@@ -83,7 +101,7 @@ def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], d
         make: command that makes such a checkpoint, for the error.
 
     Returns:
-        The options, with the `split_hash` of the training data (None if unknown), and the weights.
+        The options, with the `split_hash` of the training data (None if unknown) and `trained_until`, and the weights.
     """
     checkpoint = load_checkpoint(path, make)
     weights = {
@@ -93,7 +111,7 @@ def read_checkpoint(path: Path, part: str, make: str) -> tuple[dict[str, Any], d
     }
     if not weights:
         check_kind(checkpoint, part, path, f"give such a checkpoint, or run: {make}")
-    return {**checkpoint[OPTIONS], SPLIT: checkpoint[SPLIT]}, weights
+    return {**checkpoint[OPTIONS], SPLIT: checkpoint[SPLIT], UNTIL: trained_until(checkpoint, path)}, weights
 
 
 def check_kind(checkpoint: dict[str, Any], part: str, path: str | Path, step: str) -> None:

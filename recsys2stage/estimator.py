@@ -23,7 +23,7 @@ from recsys2stage.cli.configs import resolve_path
 from recsys2stage.cli.parser import parse_config, python_errors
 from recsys2stage.cli.quiet import quiet
 from recsys2stage.data.fitted import FittedFolder
-from recsys2stage.data.frames import FrameColumns, FrameTable, Sides, check_arguments
+from recsys2stage.data.frames import FrameColumns, FrameTable, Refit, Sides, check_arguments
 from recsys2stage.data.ids import given_ids
 from recsys2stage.data.locks import locked
 from recsys2stage.data.prepare import prepare
@@ -64,6 +64,8 @@ class TwoStageRecommender:
         max_epochs: maximum number of epochs of each fit; None: as configured.
         early_stopping: True: as configured; an integer: patience in epochs without a better NDCG@10; False: none. The
             weights of the best epoch are kept in any case.
+        refit: train the retriever again, once validation has chosen its epochs, and count the signals again: on all
+            events before the test targets (`all`), or on all events (`production`), without metrics then. None: no.
         seed: random seed of both fits, mining and bootstrap.
         folder: output folder; None: a temporary folder, deleted with the object and its copies. Only a model with a
             folder of its own, or a loaded one, can be pickled.
@@ -90,6 +92,7 @@ class TwoStageRecommender:
         overlays: Sequence[str | Path] = (),
         max_epochs: int | None = None,
         early_stopping: bool | int = True,
+        refit: Refit | None = None,
         seed: int = 0,
         folder: str | Path | None = None,
         user: str = "user_id",
@@ -109,6 +112,7 @@ class TwoStageRecommender:
         self.overlays = overlays
         self.max_epochs = max_epochs
         self.early_stopping = early_stopping
+        self.refit = refit
         self.seed = seed
         self.folder = folder
         self.user = user
@@ -192,7 +196,8 @@ class TwoStageRecommender:
             inputs = {"data": paths["data"], "index": paths["index"], "trust": self._trust}
             self._run(mine_negatives, "mine", **inputs, seed=self.seed, strict=False, output=paths["candidates"])
             self._train("ranker", paths["candidates"], paths["ranker"])
-            inputs = {"index": paths["index"], "ranker": paths["ranker"] / "best.ckpt", "trust": self._trust}
+            index = paths["index"] if self.refit is None else self._refit(paths, folder / "refit")
+            inputs = {"index": index, "ranker": paths["ranker"] / "best.ckpt", "trust": self._trust}
             self._run(export.export_bundle, "bundle", **inputs, output=paths["bundle"])
             parents = {"bundle": paths["bundle"], "data": paths["data"]}
             write_manifest(folder, KIND, self.get_params(), parents, pandas=self._pandas)
@@ -258,6 +263,9 @@ class TwoStageRecommender:
 
     def evaluate(self, split: Part = "test", protocol: str = "full") -> dict[str, Any]:
         """Evaluates both stages and two baselines with `recsys evaluate`; returns the content of its report.json.
+
+        A model with refit="all" was trained on the validation targets, and one with refit="production" on the test
+        targets too: they have no metrics on these.
 
         Args:
             split: val or test targets. Select models on val, report test once.
@@ -335,12 +343,28 @@ class TwoStageRecommender:
                 "the best checkpoint and the ranker need them; pass validation= to fit, or a config with another split"
             )
 
-    def _train(self, stage: str, data: Path, output: Path, overlays: Sequence[str | Path] = ()) -> None:
-        """Runs `recsys fit` for a stage."""
+    def _refit(self, paths: Mapping[str, Path], folder: Path) -> Path:
+        """Trains the retriever again into a folder; returns its index."""
+        until = "end" if self.refit == "production" else "test"
+        options = [f"--data.init_args.refit={paths['retriever']}", f"--data.init_args.until={until}"]
+        self._train("retriever", paths["data"], folder / "retriever", self.overlays, options)
+        inputs = {"retriever": folder / "retriever/best.ckpt", "data": paths["data"], "trust": self._trust}
+        self._run(export.export_index, "index", **inputs, output=folder / "index")
+        return folder / "index"
+
+    def _train(
+        self,
+        stage: str,
+        data: Path,
+        output: Path,
+        overlays: Sequence[str | Path] = (),
+        more: Sequence[str] = (),
+    ) -> None:
+        """Runs `recsys fit` for a stage, with more options."""
         config = self._config(stage)
         options = DEFAULTS[stage] if config is None else [f"--config={config}"]
         options = [*options, *(f"--config={resolve_path(overlay, 'configs/with', '.yaml')}" for overlay in overlays)]
-        options += [f"--data.init_args.path={data}", f"--output={output}", f"--seed_everything={self.seed}"]
+        options += [f"--data.init_args.path={data}", f"--output={output}", f"--seed_everything={self.seed}", *more]
         if self.max_epochs is not None:
             options.append(f"--trainer.max_epochs={self.max_epochs}")
         if self.early_stopping is not True:

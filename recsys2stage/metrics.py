@@ -1,7 +1,8 @@
-"""Ranking metrics with one relevant item per user, bootstrap intervals, significance tests, exposure and calibration.
+"""Ranking metrics of targets and of baskets, bootstrap intervals, significance tests, exposure and calibration.
 
 Ranking metrics are computed from the rank of the relevant item; ties count against the model. With one relevant item
-HR@k and Recall@k are equal; both names are reported.
+HR@k and Recall@k are equal; both names are reported. Several targets of a user are not independent: intervals and tests
+resample users with all of their targets.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def compute_rank(scores: Float[Tensor, "B W"], target: Int[Tensor, " B"]) -> Int
 
 
 def compute_metrics(ranks: np.ndarray, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
-    """Each user's metrics, (B,) float64: hr@k = [rank ≤ k], ndcg@k = [rank ≤ k] / log2(1 + rank), mrr = 1 / rank."""
+    """Each target's metrics, (B,) float64: hr@k = [rank ≤ k], ndcg@k = [rank ≤ k] / log2(1 + rank), mrr = 1 / rank."""
     ranks = ranks.astype(np.float64)
     gain = 1 / np.log2(1 + ranks)
     values: dict[str, np.ndarray] = {}
@@ -35,6 +36,32 @@ def compute_metrics(ranks: np.ndarray, ks: Sequence[int] = KS) -> dict[str, np.n
         hit = (ranks <= k).astype(np.float64)
         values |= {f"hr@{k}": hit, f"ndcg@{k}": hit * gain, f"recall@{k}": hit}
     return values | {"mrr": 1 / ranks}
+
+
+def compute_basket_metrics(ranks: np.ndarray, baskets: np.ndarray, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
+    """Metrics of sets of targets, (G,) float64 each, in ascending order of the baskets' numbers.
+
+    As in next-basket recommendation: recall@k is the share of the basket among the first k items, hr@k whether any item
+    of it is, ndcg@k the discounted gain over the best possible one, mrr that of the first item found. A basket of one
+    target has the values of `compute_metrics`.
+
+    Args:
+        ranks: (B,) rank of each target, from 1.
+        baskets: (B,) number of each target's basket.
+        ks: cut-offs.
+    """
+    _, basket, sizes = np.unique(baskets, return_inverse=True, return_counts=True)
+    single = compute_metrics(ranks, ks)
+    best = np.concatenate([[0.0], np.cumsum(1 / np.log2(2 + np.arange(max(*ks, 1))))])  # gain of the first n ranks
+    values: dict[str, np.ndarray] = {}
+    for k in ks:
+        hits = np.bincount(basket, single[f"hr@{k}"])
+        gains = np.bincount(basket, single[f"ndcg@{k}"])
+        values |= {f"hr@{k}": (hits > 0).astype(np.float64), f"ndcg@{k}": gains / best[np.minimum(sizes, k)]}
+        values[f"recall@{k}"] = hits / sizes
+    first = np.zeros(len(sizes))
+    np.maximum.at(first, basket, single["mrr"])
+    return values | {"mrr": first}
 
 
 class RankMetrics(Metric):
@@ -80,20 +107,42 @@ class RankMetrics(Metric):
         return {name: value.float() for name, value in (values | {"mrr": self.reciprocal / users}).items()}
 
 
-def bootstrap(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+def bootstrap(values: np.ndarray, resamples: int = 1000, seed: int = 0, users: np.ndarray | None = None) -> np.ndarray:
     """Means of `resamples` samples of users with replacement (Efron 1979), (R, K).
 
-    All K columns of one resample use the same users, so the difference of two columns is a paired bootstrap.
+    All K columns of one resample use the same users, so the difference of two columns is a paired bootstrap. A user
+    with several rows is sampled with all of them (clustered bootstrap; Field & Welsh 2007), and a mean is over the rows
+    of the sampled users.
 
     Args:
-        values: (B, K) per-user values.
+        values: (B, K) values.
+        resamples: samples R.
+        seed: of the samples.
+        users: (B,) user of each row; None: each row is another user.
     """
     rng = np.random.default_rng(seed)
-    users = len(values)
+    values, rows = sum_by_user(values, users)
+    users_sampled = len(values)
     means = np.empty((resamples, values.shape[1]))
     for r in range(resamples):
-        means[r] = np.bincount(rng.integers(users, size=users), minlength=users) @ values / users
+        counts = np.bincount(rng.integers(users_sampled, size=users_sampled), minlength=users_sampled)
+        means[r] = counts @ values / (counts @ rows)
     return means
+
+
+def sum_by_user(values: np.ndarray, users: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of each user's rows, (U, K), and their number, (U,); the rows themselves where no user has several.
+
+    Args:
+        values: (B, K).
+        users: (B,) user of each row; None: each row is another user.
+    """
+    if users is None:
+        return values, np.ones(len(values), dtype=np.int64)
+    _, user, rows = np.unique(users, return_inverse=True, return_counts=True)
+    if len(rows) == len(values):
+        return values, rows
+    return np.stack([np.bincount(user, column) for column in values.T], axis=1), rows
 
 
 def interval(means: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -103,19 +152,23 @@ def interval(means: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.nda
     return low, high
 
 
-def randomisation_test(differences: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+def randomisation_test(
+    differences: np.ndarray, resamples: int = 1000, seed: int = 0, users: np.ndarray | None = None
+) -> np.ndarray:
     """Two-sided p-values of mean differences by a paired randomisation test, (K,).
 
     If both models are equal, the sign of each user's difference is random. So all signs are sampled `resamples` times
     (Fisher 1935; for retrieval: Smucker, Allan & Carterette 2007). The observed difference counts as one more sample,
-    so that p is never 0 (Phipson & Smyth 2010).
+    so that p is never 0 (Phipson & Smyth 2010). All rows of a user have the same sign.
 
     Args:
-        differences: (B, K) per-user differences. All K columns of one sample use the same signs.
+        differences: (B, K) differences. All K columns of one sample use the same signs.
         resamples: samples R; the smallest p is 1 / (R + 1).
         seed: of the samples.
+        users: (B,) user of each row; None: each row is another user.
     """
     rng = np.random.default_rng(seed)
+    differences, _ = sum_by_user(differences, users)
     observed = differences.sum(0)
     nonzero = differences[differences.any(1)]  # flipping the sign of 0 changes nothing
     tolerance = 1e-12 * np.abs(nonzero).sum(0)  # sums of the same numbers in other orders count as equal

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from recsys2stage import __version__
 from recsys2stage.artifacts import check_format
-from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, add_metadata, load_checkpoint
-from recsys2stage.options import check_integer, check_number, is_number
+from recsys2stage.checkpoints import OPTIONS, SPLIT, VERSIONS, add_metadata, load_checkpoint, trained_until
+from recsys2stage.options import Until, check_integer, check_number, is_number
 from recsys2stage.processes import average_sparse, num_processes
 from recsys2stage.trust import arguments, trusting
 
@@ -231,9 +231,10 @@ class RecsysModule(LightningModule):
     """Base module of both stages: training progress, checkpoint metadata, loading without untrusted code."""
 
     planned_steps = float("inf")  # optimiser steps of the whole run
+    planned_epochs: int | None = None  # of its schedules, where a refit ends before them; None: max_epochs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        add_metadata(checkpoint, self._split_hash, __version__)
+        add_metadata(checkpoint, self._split_hash, __version__, self._until)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format, or one trained on another split."""
@@ -246,12 +247,16 @@ class RecsysModule(LightningModule):
                 f"the checkpoint was trained on data with split hash {str(other)[:12]}…, but this data has "
                 f"{own[:12]}…: its test events may have been trained on; fit again: {make}"
             )
+        if self._fits and self._until != (until := trained_until(checkpoint, "the checkpoint")):
+            raise ValueError(
+                f"the checkpoint was trained on events until {until!r}, but this fit trains until {self._until!r}; "
+                "resume with the same refit and until, or start a new fit without --ckpt_path"
+            )
 
     def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume with an optimiser that cannot take the state of the checkpoint's."""
-        fits = self._trainer is not None and self._trainer.state.fn == "fit"
         states, make = checkpoint.get("optimizer_states"), getattr(self, "optimizer", None)
-        if not fits or not states or make is None:
+        if not self._fits or not states or make is None:
             return
         stored = {group.get("rowwise") for state in states for group in state["param_groups"]} - {None, False}
         own, dense = rowwise_name(make), "an optimizer of whole tables"
@@ -266,6 +271,16 @@ class RecsysModule(LightningModule):
         """Split hash of the data module; None if it has none."""
         return getattr(getattr(self._trainer, "datamodule", None), "split_hash", None)
 
+    @property
+    def _until(self) -> Until:
+        """Where the training events of the data module end."""
+        return getattr(getattr(self._trainer, "datamodule", None), "until", "val")
+
+    @property
+    def _fits(self) -> bool:
+        """Whether a fit is running."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # one more argument, trust
         cls, checkpoint_path: str | Path, *args: Any, trust: Sequence[str] = (), **options: Any
@@ -278,7 +293,10 @@ class RecsysModule(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **options})
 
     def on_train_start(self) -> None:
+        loop = self.trainer.fit_loop
+        epochs, loop.max_epochs = loop.max_epochs, self.planned_epochs or loop.max_epochs
         self.planned_steps = float(self.trainer.estimated_stepping_batches)
+        loop.max_epochs = epochs
 
     def leave_out_of_ddp(self, rows: int, weights: Iterable[Tensor] = ()) -> None:
         """Keeps DistributedDataParallel from reducing some gradients, and from copying tables of the data at each step.

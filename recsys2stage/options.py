@@ -10,7 +10,14 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 Part = Literal["val", "test"]
+Until = Literal["val", "test", "end"]  # where training events end: at validation targets, test targets, or nowhere
 RequestTime = Literal["none", "last_event", "target"]
+TRAINED_TARGETS: dict[Until, tuple[Part, ...]] = {"val": (), "test": ("val",), "end": ("val", "test")}
+STRETCH: dict[Until, str] = {
+    "val": "the events before the validation targets",
+    "test": "all events before the test targets",
+    "end": "all events",
+}
 Repeats = Literal["first", "last", "keep", "error"]  # events with the same user and item
 TimeUnit = Literal["seconds", "milliseconds", "iso", "order"]
 Seen = Literal["keep", "filter"]  # whether seen items may be recommended
@@ -35,6 +42,21 @@ def check_option(name: str, value: object, expected: Any) -> None:
         near = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
         step = f"did you mean {near[0]!r}?" if near else f"set {name} to one of them"
         raise ValueError(f"{name} is {_shown(value)}, expected {', '.join(allowed[:-1])} or {allowed[-1]}; {step}")
+
+
+def check_untrained(where: object, until: Until, part: Part, step: str) -> None:
+    """Raises a ValueError for an artifact that was trained on the targets of a part, as a refit is.
+
+    Args:
+        where: the artifact, for the error.
+        until: where its training events end.
+        part: whose targets are to be measured or mined.
+        step: what to do instead, for the error.
+    """
+    if part in TRAINED_TARGETS[until]:
+        raise ValueError(
+            f"{where} was refitted on {STRETCH[until]}, expected one that was not trained on {part} targets; {step}"
+        )
 
 
 def check_integer(

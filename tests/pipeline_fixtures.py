@@ -114,6 +114,16 @@ class Run:
         of = ("--index", self.index, "--ranker", self.ranker, "--output", self.bundle)
         recsys("export-bundle", *of, "--candidates", K, *words)
 
+    def refit(self, folder: Path, until: str = "test", *words: object) -> "Run":
+        """The retriever trained again on the events until there, its index, and the bundle with this run's ranker."""
+        other = Run(folder)
+        of: tuple[object, ...] = ("--data.init_args.refit", self.folder / "retriever", "--data.init_args.until", until)
+        other._fit("retriever", RETRIEVER, self.data, *of, *words)
+        recsys("export-index", "--retriever", other.retriever, "--data", self.data, "--output", other.index)
+        of = ("--index", other.index, "--ranker", self.ranker, "--data", self.data, "--output", other.bundle)
+        recsys("export-bundle", *of)
+        return other
+
     def _fit(self, stage: str, config: str, data: Path, *words: object) -> None:
         path = self.folder / f"{stage}.yaml"
         path.write_text(config, encoding="utf-8")

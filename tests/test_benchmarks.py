@@ -426,6 +426,32 @@ def test_the_error_of_an_ablation_counts_users(ablation: ModuleType, tmp_path: P
     assert once["standard_error"] == pytest.approx(gain.std() / 200**0.5, abs=1e-5)
 
 
+def test_results_by_gap_are_of_the_means_over_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs of three users; user 0 has two targets."""
+    keys = {"user": [0, 0, 1, 2], "place": [3, 5, 9, 12], "target": [1, 2, 3, 4], "gap": [0, 7_200, 10_000, -1]}
+    for run, ranks in (("a", [1, 1, 3, 1]), ("b", [3, 1, 1, 1])):
+        (tmp_path / run).mkdir()
+        pl.DataFrame(keys | {"retriever": [3, 3, 3, 3], "ranker": ranks}).write_parquet(
+            tmp_path / run / "ranks.parquet"
+        )
+    found = importlib.import_module("results").by_gap([tmp_path / "a", tmp_path / "b"], resamples=50)
+    assert {label: group["targets"] for label, group in found.items()} == {
+        **{"all": 4, "the same second": 1, "an hour to a day": 2, "an hour or more": 2}
+    }
+    same = found["the same second"]
+    assert same["models"]["ranker"]["ndcg@10"]["value"] == 0.75
+    assert same["comparison"]["ndcg@10"]["ratio"] == 1.5
+    assert found["an hour to a day"]["models"]["ranker"]["ndcg@10"]["value"] == (1 + 0.75) / 2
+    assert found["an hour to a day"]["users"] == 2
+    pl.DataFrame(keys | {"place": [3, 5, 9, 13], "retriever": [3, 3, 3, 3]}).write_parquet(
+        tmp_path / "b" / "ranks.parquet"
+    )
+    with pytest.raises(SystemExit, match="has other targets than"):
+        importlib.import_module("results").by_gap([tmp_path / "a", tmp_path / "b"])
+
+
 def test_figures_with_and_without_targets_of_unknown_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "evaluate",
 }
 DATASETS = {"demo", "ml-20m", "ml-20m-plain", "ml-1m", "ml-1m-plain", "likes-ml-1m", "ml-latest-small", "amazon-beauty"}
+DATASETS |= {"ml-1m-sessions", "ml-1m-time", "ml-1m-hash"}
 
 shipped = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "with")
 overlays = sorted(path.relative_to(ROOT).as_posix() for path in (CONFIGS / "with").glob("*.yaml"))

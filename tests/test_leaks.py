@@ -169,7 +169,10 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    first, second = weights(one), weights(other)
+    return same_tensors(weights(one), weights(other))
+
+
+def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
 
@@ -269,6 +272,31 @@ def test_a_list_does_not_know_the_targets_after_its_own(base: Run, other_newest:
 def test_the_ranker_does_not_know_the_test_events(base: Run, other_tests: Run) -> None:
     assert same_weights(base.ranker, other_tests.ranker)
     assert same_weights(base.ranker.with_name("last.ckpt"), other_tests.ranker.with_name("last.ckpt"))
+
+
+def test_a_refit_does_not_know_the_test_events(base: Run, other_tests: Run, tmp_path: Path) -> None:
+    """Retriever, index, signals and the ranker's tables, trained until the test targets; `end` does know them."""
+    runs = [run.refit(tmp_path / str(number), "test", *TOLD) for number, run in enumerate((base, other_tests))]
+    assert same_weights(*(run.retriever for run in runs))
+    files = [path.relative_to(runs[0].bundle) for path in sorted(runs[0].bundle.rglob("*")) if path.is_file()]
+    assert {"index.npy", "popularity.npy", "reranker.pt", "towers.pt"} < {str(file) for file in files}
+    for file in files:
+        if file.name not in ("manifest.json", "README.md"):  # hold paths, dates and hashes of the data
+            one, other = (run.bundle / file for run in runs)
+            if file.suffix == ".pt":
+                assert same_tensors(*(torch.load(path, weights_only=True) for path in (one, other))), file
+            else:
+                assert one.read_bytes() == other.read_bytes(), file
+    known = Dataset(base.data, "test").train_counts
+    assert np.array_equal(np.load(runs[0].bundle / "popularity.npy"), known)
+    assert not same_weights(base.retriever, runs[0].retriever)
+    assert not np.array_equal(*(Dataset(run.data, "end").train_counts for run in (base, other_tests))), "the other side"
+
+
+def test_a_refit_does_know_the_validation_events(base: Run, other_validation: Run) -> None:
+    assert not np.array_equal(*(Dataset(run.data, "test").train_counts for run in (base, other_validation)))
+    ends = [Dataset(run.data, "test").train_ends for run in (base, other_validation)]
+    assert np.array_equal(*ends)
 
 
 def test_the_retrievers_weights_do_not_know_the_validation_events(base: Run, other_validation: Run) -> None:

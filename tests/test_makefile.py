@@ -69,6 +69,7 @@ def verbs(calls: list[str]) -> list[str]:
 
 
 ALL = ["fit", "export-index", "mine-negatives", "fit", "export-bundle", "evaluate", "recommend"]
+REFITTED = ["fit", "export-index", "export-bundle", "evaluate", "recommend"]
 
 
 def test_the_pipeline_runs_every_stage_once(project: Project) -> None:
@@ -76,19 +77,53 @@ def test_the_pipeline_runs_every_stage_once(project: Project) -> None:
     assert project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip") == []
 
 
+def test_refits_lie_beside_what_was_chosen(project: Project) -> None:
+    words = ("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
+    chosen, run = project.make(*words), "runs/ml-1m"
+    fit, index, bundle, report, lists = project.make(*words, "REFIT=all")
+    refit = f"--data.init_args.refit {run}/retriever --data.init_args.until test --output {run}/refit-all/retriever"
+    assert fit.endswith(refit)
+    assert fit.partition(" --data.init_args.refit")[0] == chosen[1].partition(" --output")[0], "the same options"
+    assert f"--retriever {run}/refit-all/retriever/best.ckpt" in index
+    assert f"--index {run}/refit-all/index --ranker {run}/ranker/best.ckpt --data data/ml-1m " in bundle
+    assert bundle.endswith(f"--output {run}/refit-all/bundle")
+    assert f"--bundle {run}/refit-all/bundle --data data/ml-1m --output {run}/refit-all" in report
+    assert f"--output {run}/refit-all/recommendations.parquet" in lists
+    assert f"  {run}/refit-all/bundle/" in project.said
+    production = project.make(*words, "REFIT=production")
+    assert verbs(production) == [verb for verb in REFITTED if verb != "evaluate"], "no figures"
+    assert f"--data.init_args.until end --output {run}/refit-production/retriever" in production[0]
+    assert "No report: the test events are trained on too" in project.said
+    fit, bundle, *_ = project.make(*words, "REFIT=ranker")
+    assert fit.endswith(f"--data.init_args.refit {run}/ranker --output {run}/refit-ranker/ranker")
+    assert f"--index {run}/index --ranker {run}/refit-ranker/ranker/best.ckpt" in bundle
+    for refit in ("", "ranker", "all", "production"):
+        assert project.make(*words, f"REFIT={refit}") == [], "none disturbs another"
+    project.touch("configs/ml-1m/ranker.yaml")
+    assert verbs(project.make(*words, "REFIT=all")) == ["fit", *REFITTED[2:]], "the refitted retriever stays"
+
+
 def test_results_pair_each_seed_with_the_next_one_s_retriever(project: Project) -> None:
-    calls = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3 5")
-    assert verbs(calls) == ["prepare-data", *ALL[:2], *ALL[:2], *ALL[2:], *ALL[2:]]
+    refitted = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3 5")
+    assert verbs(refitted) == ["prepare-data", *(ALL[:2] * 4), *(ALL[2:] * 2), *(REFITTED[2:] * 2)]
+    bundles = [call for call in refitted if call.startswith("export-bundle")][2:]
+    for call, seed, other in zip(bundles, (3, 5), (5, 3), strict=True):
+        assert f"--index runs/ml-1m-seed{seed}/refit-all/index" in call
+        assert f"--other runs/ml-1m-seed{other}/refit-all/index --output runs/ml-1m-pair-seed{seed}/refit-all" in call
+    shutil.rmtree(project.folder / "runs")
+    calls = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3 5", "REFIT=")
+    assert verbs(calls) == [*ALL[:2], *ALL[:2], *ALL[2:], *ALL[2:]]
     mined = [call for call in calls if call.startswith("mine-negatives")]
     for call, seed, other in zip(mined, (3, 5), (5, 3), strict=True):
         assert f"--signals+=OtherRetriever --signals.index=runs/ml-1m-seed{other}/index" in call
         assert f"--seed {seed} " in call
         assert f"--index runs/ml-1m-seed{seed}/index --output runs/ml-1m-pair-seed{seed}/candidates" in call
     assert all("runs/ml-1m-seed" not in call for call in calls if call.startswith("evaluate"))
-    alone = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3 5", "PAIR=")
+    alone = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3 5", "PAIR=", "REFIT=")
     assert verbs(alone) == [*ALL[2:], *ALL[2:]], "the first stages are there"
     assert "OtherRetriever" not in "".join(alone)
-    assert verbs(project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3")) == [], "one seed has no other"
+    one = project.make("results", "DATASET=ml-1m", "RAW=raw.zip", "SEEDS=3", "REFIT=")
+    assert verbs(one) == [], "one seed has no other"
 
 
 def test_the_demo_makes_its_own_world(project: Project) -> None:
@@ -213,8 +248,10 @@ def test_each_stage_has_a_number_and_a_path_and_no_shell_is_shown(project: Proje
     ]
     project.make("demo")
     assert "[1/9] simulate a log: data/raw/demo" in project.said
-    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "REFIT=1")
-    assert "[6/9] train the ranker on all lists: runs/ml-1m/refit" in project.said
+    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "REFIT=ranker")
+    assert "[6/9] train the ranker on all lists: runs/ml-1m/refit-ranker/ranker" in project.said
+    project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "REFIT=all")
+    assert "[6/10] train the retriever again: runs/ml-1m/refit-all/retriever" in project.said
 
 
 def test_two_jobs_and_a_dry_run_are_the_same_pipeline(project: Project) -> None:
@@ -240,6 +277,9 @@ def test_two_jobs_and_a_dry_run_are_the_same_pipeline(project: Project) -> None:
         (("DATASET=it's",), "DATASET=it's: there is no folder configs/it's"),
         (("DATASET=ml-1m demo",), "DATASET=ml-1m demo has 2 words, expected one of: amazon-beauty"),
         (("pipeline", "WITH=hstuu"), r"configs/with/hstuu.yaml does not exist; WITH takes bce .*; did you mean hstu\?"),
+        (("pipeline", "REFIT=1"), "REFIT=1, expected one of: ranker all production; what was REFIT=1 is REFIT=ranker"),
+        (("pipeline", "REFIT=alll"), r"REFIT=alll, expected one of: ranker all production; did you mean all\?"),
+        (("pipeline", "REFIT=ranker all"), "REFIT=ranker all, expected one of: ranker all production"),
         (("pipeline", "OTHER=gone"), "OTHER=gone has no manifest.json, expected the folder of another run's index"),
     ],
 )

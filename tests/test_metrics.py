@@ -12,6 +12,7 @@ from recsys2stage.metrics import (
     KS,
     RankMetrics,
     bootstrap,
+    compute_basket_metrics,
     compute_calibration,
     compute_exposure,
     compute_metrics,
@@ -190,6 +191,62 @@ def test_of_models_that_are_alike_p_falls_below_a_level_as_often_as_it_says() ->
 
 
 # what is shown
+
+
+# several targets per user
+
+
+def test_with_one_target_per_user_nothing_changes(rng: np.random.Generator) -> None:
+    values, users = rng.standard_normal((50, 3)), np.arange(50) * 3
+    assert np.array_equal(bootstrap(values, 40, 1), bootstrap(values, 40, 1, users))
+    assert np.array_equal(randomisation_test(values, 40, 1), randomisation_test(values, 40, 1, users))
+
+
+def test_equal_targets_of_a_user_give_the_interval_of_users(rng: np.random.Generator) -> None:
+    """Ten copies of each user's value are no more evidence than one."""
+    values, users = rng.random((60, 2)), np.arange(60)
+    copies, owners = np.repeat(values, 10, axis=0), np.repeat(users, 10)
+    assert bootstrap(copies, 200, 3, owners) == pytest.approx(bootstrap(values, 200, 3, users))
+    assert np.array_equal(randomisation_test(copies - 0.4, 200, 3, owners), randomisation_test(values - 0.4, 200, 3))
+    order = rng.permutation(len(owners))
+    assert bootstrap(copies[order], 200, 3, owners[order]) == pytest.approx(bootstrap(values, 200, 3, users))
+
+
+def test_the_clustered_interval_covers_the_mean_where_that_of_rows_does_not() -> None:
+    """Users of 1 to 5 targets whose values share most of their variance; the mean over targets is 0."""
+    rng = np.random.default_rng(0)
+    covered = {"users": 0, "rows": 0}
+    for trial in range(200):
+        users = np.repeat(np.arange(80), rng.integers(1, 6, 80))
+        values = (rng.standard_normal(80)[users] + 0.3 * rng.standard_normal(len(users)))[:, None]
+        for name, owners in (("users", users), ("rows", None)):
+            low, high = interval(bootstrap(values, 150, trial, owners))
+            covered[name] += int(low[0] <= 0 <= high[0])
+    assert 0.90 <= covered["users"] / 200 <= 0.99  # 0.95, a standard error of 0.015, and the few resamples
+    assert covered["rows"] / 200 < 0.85
+
+
+def test_a_resample_takes_all_targets_of_a_user() -> None:
+    values = np.array([[1.0], [1.0], [0.0]])  # user 0 has two targets
+    means = bootstrap(values, 300, 0, np.array([0, 0, 1]))
+    assert set(np.round(means[:, 0], 6)) == {0, round(2 / 3, 6), 1}
+
+
+def test_metrics_of_baskets_by_hand() -> None:
+    ranks, baskets = np.array([1, 4, 11, 3, 60]), np.array([7, 7, 7, 2, 5])  # ascending: 2, 5, 7
+    found = compute_basket_metrics(ranks, baskets, [10])
+    assert found["recall@10"] == pytest.approx([1, 0, 2 / 3])
+    assert found["hr@10"].tolist() == [1, 0, 1]
+    best = 1 + 1 / math.log2(3) + 1 / math.log2(4)
+    assert found["ndcg@10"] == pytest.approx([1 / math.log2(4), 0, (1 + 1 / math.log2(5)) / best])
+    assert found["mrr"] == pytest.approx([1 / 3, 1 / 60, 1])
+    assert compute_basket_metrics(np.arange(1, 21), np.zeros(20, int), [10])["ndcg@10"] == pytest.approx([1])
+
+
+def test_baskets_of_one_are_targets(rng: np.random.Generator) -> None:
+    ranks = rng.integers(1, 300, 40)
+    for name, values in compute_basket_metrics(ranks, np.arange(40)).items():
+        assert values == pytest.approx(compute_metrics(ranks)[name])
 
 
 def test_exposure_by_hand() -> None:

@@ -29,7 +29,7 @@ from recsys2stage.data.ids import given_ids
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.simulate import simulate
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vectors
-from recsys2stage.data.split import GlobalTime, LeaveOneOut
+from recsys2stage.data.split import Baskets, GlobalTime, LeaveOneOut, SessionStarts
 from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.optim import RecsysAdamW, RowwiseAdagrad, SparseAdamW
@@ -295,6 +295,9 @@ CLASSES = [
     Row("Mixture", lambda _: Mixture([]), r"miners is \[\]", "at least one miner", "add one"),
     number("LeaveOneOut", "val", 0, LeaveOneOut, "at least 1"),
     number("LeaveOneOut", "val", 0.1, LeaveOneOut, "an integer"),
+    *(number("SessionStarts", name, 0, SessionStarts, "at least 1") for name in ("gap", "test", "val")),
+    number("SessionStarts", "gap", 0.5, SessionStarts, "an integer"),
+    number("Baskets", "val", 0, Baskets, "at least 1"),
     Row("GlobalTime", lambda _: GlobalTime(0.6, 0.5), "val=0.6, test=0.5", "sum is below 1", "set both to 0.1"),
     number("GlobalTime", "val", NAN, GlobalTime, "a share or a time"),
 ]

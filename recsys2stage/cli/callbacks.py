@@ -14,12 +14,12 @@ from torch import Tensor
 
 from recsys2stage import __version__
 from recsys2stage.artifacts import atomic_write, write_manifest
-from recsys2stage.checkpoints import add_metadata
+from recsys2stage.checkpoints import UNTIL, add_metadata
 from recsys2stage.cli.progress import print_fit
 from recsys2stage.columns import MANIFEST
-from recsys2stage.retrieval.histories import seed
+from recsys2stage.retrieval.histories import BEST, seed
 
-BEST, LAST = "best.ckpt", "last.ckpt"
+LAST = "last.ckpt"
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -255,6 +255,7 @@ class WriteManifest(Callback):
             "steps": trainer.global_step,
             "seconds": round(self.seconds + time.monotonic() - self.started, 1),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
+            UNTIL: getattr(trainer.datamodule, "until", "val"),  # type: ignore[attr-defined]  # set outside Trainer.__init__
         }
         write_manifest(
             folder,

@@ -36,8 +36,12 @@ def check_model(checkpoint: dict[str, Any], model: type, path: str | Path) -> No
             check_kind(checkpoint, part, path, step)
 
 
-def check_same_options(given: Any, stored: Mapping[str, Any], path: str | Path) -> None:
-    """Raises a ValueError if a fit is to be resumed with other options of the model than it began with.
+RESUME = "resume it with the same options, or start a new fit without --ckpt_path"
+SAME_DATA = "resume it with the same data and options, or start a new fit without --ckpt_path"
+
+
+def check_same_options(given: Any, stored: Mapping[str, Any], path: str | Path, step: str = RESUME) -> None:
+    """Raises a ValueError if a fit is to be resumed, or repeated, with other options of the model than it began with.
 
     The options in a checkpoint would override those given, in silence.
 
@@ -45,28 +49,26 @@ def check_same_options(given: Any, stored: Mapping[str, Any], path: str | Path) 
         given: options of the model in the config and on the command line.
         stored: those in the checkpoint.
         path: the checkpoint, for the error.
+        step: what to do next, for the error.
     """
     for name, now, then in differences(_plain(given), _plain(stored)):
-        raise ValueError(
-            f"model.{INIT}.{name} is {shown(now)}, but the fit of {path} began with {shown(then)}; resume it with the "
-            "same options, or start a new fit without --ckpt_path"
-        )
+        raise ValueError(f"model.{INIT}.{name} is {shown(now)}, but the fit of {path} began with {shown(then)}; {step}")
 
 
-def check_same_data(model: LightningModule, stored: Mapping[str, Any], path: str | Path) -> None:
-    """Raises a ValueError if a fit is to be resumed with data whose options shape the model otherwise.
+def check_same_data(model: LightningModule, stored: Mapping[str, Any], path: str | Path, step: str = SAME_DATA) -> None:
+    """Raises a ValueError if a fit is to be resumed, or repeated, with data whose options shape the model otherwise.
 
     Args:
         model: the model, built for the data of this config.
         stored: its options in the checkpoint.
         path: the checkpoint, for the error.
+        step: what to do next, for the error.
     """
     for name in ("num_items", "max_length", "request_time", "next_action", "vector_dim", "recent"):
         now, then = model.hparams.get(name), stored.get(name)
         if now is not None and then is not None and now != then:
             raise ValueError(
-                f"{name} of the data is {shown(now)}, but the fit of {path} began with {shown(then)}; resume it with "
-                "the same data and options, or start a new fit without --ckpt_path"
+                f"{name} of the data is {shown(now)}, but the fit of {path} began with {shown(then)}; {step}"
             )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from recsys2stage import columns as c
@@ -27,11 +28,17 @@ from recsys2stage.evaluation.evaluate import (
 )
 from recsys2stage.evaluation.plots import write_figures
 from recsys2stage.evaluation.report import MAIN_METRICS, against_text, as_markdown, as_table
-from recsys2stage.options import Part, check_integer, check_option, check_seed
-from recsys2stage.ranking.bundle import bundle_data, check_split
+from recsys2stage.evaluation.targets import BASKET, GAP, Targets, gaps
+from recsys2stage.options import Part, Until, check_integer, check_option, check_seed, check_untrained
+from recsys2stage.ranking.bundle import bundle_data, bundle_until, check_split
 from recsys2stage.recommender import Recommender
 from recsys2stage.trust import Trust, trusts
 
+NO_FIGURES: dict[Until, str] = {
+    "val": "",
+    "test": "measure test targets, or evaluate the bundle that was chosen",
+    "end": "evaluate the bundle that was chosen, or its refit until the test targets",
+}
 MAX_RESAMPLES = 1_000_000  # their means are kept in memory
 
 
@@ -62,12 +69,12 @@ def evaluate(
         split: which targets to rank. Select models on val, report test once.
         protocol: full: rank each target among all items, without seen ones unless prepared with repeats: keep; or
             sampled-100: among 100 (or any other number) of these, sampled at random, not comparable to full.
-        users: number of users, sampled at random; None: all.
+        users: number of users, sampled at random, each with all targets; None: all.
         against: folder of the baseline run's report, to compare both stages with; its targets, users and protocol must
             be the same. None: no comparison.
-        plots: also write cohorts.png, ceiling.png, learning.png and calibration.png.
+        plots: also write cohorts.png, gaps.png, ceiling.png, learning.png and calibration.png.
         resamples: number of bootstrap samples of users, and of permutations of each randomisation test.
-        batch_size: users per batch.
+        batch_size: targets per batch.
         seed: random seed of sampling, bootstrap and tests.
         trust: modules outside this package from which the bundle may load classes.
     """
@@ -78,35 +85,49 @@ def evaluate(
     check_seed("seed", seed)
     negatives = num_negatives(protocol)
     identity = fingerprint(bundle)  # before it is loaded: another bundle in its place gets no evaluation of this one
+    until = bundle_until(bundle)
+    check_untrained(bundle, until, split, NO_FIGURES[until])
     recommender, output = Recommender.load(bundle), output or bundle.parent
-    dataset = Dataset(data or bundle_data(bundle))
+    dataset = Dataset(data or bundle_data(bundle), until)
     check_split(dataset, bundle)
     recommender.check(dataset)
-    measured = sample_users(dataset.users(split), users, seed)
+    measured, places = dataset.target_events(split)
+    chosen = np.isin(measured, sample_users(np.unique(measured), users, seed))
+    measured, places = measured[chosen], places[chosen]
     if not len(measured):
         raise ValueError(
             f"{dataset.path} has no user with a {split} target; see the counts in its {c.MANIFEST}, or measure on the "
             f"other targets, split {'val' if split == 'test' else 'test'}"
         )
+    if dataset.baskets and negatives is not None:
+        raise ValueError(
+            f"protocol is {protocol}, but the targets of {dataset.path} are baskets, which are ranked as sets, "
+            "expected full; leave out protocol"
+        )
     mark = "" if negatives is None else f"-{protocol}"
     conditions = describe(dataset, recommender.request_time, split, recommender.next_action, negatives, seed)
-    targets = dataset.targets(measured, split)
+    targets, rows = dataset.targets(measured, places), Targets.of(dataset, measured, places)
     if against is not None:  # fail before the long evaluation
         baseline = read_baseline_run(against, mark)
-        differs = check_baseline_run(baseline, conditions, dataset.num_items, measured, targets)
+        differs = check_baseline_run(baseline, conditions, dataset.num_items, measured, targets, places)
     with locked(output / f"report{mark}.json"):
-        outcome = rank_users(dataset, recommender, measured, split, batch_size, negatives, seed)
+        outcome = rank_users(dataset, recommender, measured, places, batch_size, negatives, seed)
         report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
-        report |= summarise(dataset, outcome.ranks, measured, split, resamples, seed)
+        report |= summarise(dataset, outcome.ranks, measured, places, resamples, seed)
         report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
         if against is not None:
-            report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed)
-        line = protocol_line(conditions, len(measured), dataset.num_items)
+            report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed, rows)
+        line = protocol_line(conditions, report["users"], dataset.num_items, len(measured))
         output.mkdir(parents=True, exist_ok=True)
         with_figures = plots and negatives is None
         figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
         with atomic_write(output / f"ranks{mark}.parquet") as temporary:
-            pl.DataFrame({c.USER: measured, TARGET: targets, **outcome.ranks}).write_parquet(temporary)
+            columns = {c.USER: measured, c.PLACE: places, TARGET: targets}
+            if rows.baskets is not None:
+                columns[BASKET] = rows.baskets
+            if dataset.has_time:
+                columns[GAP] = gaps(dataset, rows)
+            pl.DataFrame({**columns, **outcome.ranks}).write_parquet(temporary)
         with atomic_write(output / f"report{mark}.md") as temporary:
             temporary.write_text(as_markdown(report, line, figures, missing), encoding="utf-8")
         write_json(output / f"report{mark}.json", report)
@@ -114,10 +135,11 @@ def evaluate(
         print(f"\n{line}\n\n{as_table(report)}\n")
         if against is not None:
             print(f"{against_text(report, MAIN_METRICS)}\n")
+        several = "" if report["users"] == len(measured) else f"{len(measured):,} targets, "
         files = [f"report{mark}.json", f"ranks{mark}.parquet", *figures]
         print_summary(
             output / f"report{mark}.md",
-            f"{len(measured):,} users, {dataset.num_items:,} items",
+            f"{report['users']:,} users, {several}{dataset.num_items:,} items",
             *missing,
             *(str(output / name) for name in files),
             *card,

@@ -23,8 +23,9 @@ from recsys2stage.artifacts import (
     verify,
     write_manifest,
 )
-from recsys2stage.checkpoints import build, read_checkpoint
+from recsys2stage.checkpoints import UNTIL, build, read_checkpoint, trained_until
 from recsys2stage.cli.averages import average as average_rankers
+from recsys2stage.cli.refit_bundle import SELECTED, chosen_index, refit_reranker, refit_signals
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.data.locks import locked
@@ -32,10 +33,12 @@ from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
 from recsys2stage.evaluation.card import write_card
-from recsys2stage.options import check_integer
+from recsys2stage.options import STRETCH, Until, check_integer
+from recsys2stage.ranking.average import shared_weights
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
+from recsys2stage.ranking.signals.base import save_signals
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.index import DESCRIPTION, VECTORS, Exact, Exclude, Index, measure
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
@@ -73,8 +76,9 @@ def export_index(
         trust: modules outside this package from which the checkpoint may load classes.
     """
     check_integer("measured", measured, 0, example=1000)
-    dataset, output = Dataset(data), output or retriever.parent.parent / "index"
+    output = output or retriever.parent.parent / "index"
     options, weights = read_checkpoint(retriever, "towers", "recsys fit --config configs/NAME/retriever.yaml")
+    dataset = Dataset(data, options[UNTIL])
     for name, expected in {"num_items": int, "request_time": str, "next_action": str, "actions": list | None}.items():
         take(options, name, expected, retriever)
     if options["num_items"] != dataset.num_items:
@@ -96,6 +100,8 @@ def export_index(
         "next_action": options["next_action"],
         "actions": options["actions"] or [],
         "split_hash": dataset.manifest["split_hash"],
+        UNTIL: dataset.until,
+        **refitted_from(retriever, dataset.until),
         "repeats": dataset.protocol["repeats"],
         "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
         "user_features": user_specs(dataset),
@@ -138,8 +144,43 @@ def export_index(
         f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {name.rpartition('.')[2]}",
         *describe_choice(index.tried),
         *describe_search(facts.get("measured")),
-        then=f"recsys mine-negatives --data {data} --index {output}",
+        then=f"recsys mine-negatives --data {data} --index {output}"
+        if dataset.until == "val"
+        else f"recsys export-bundle --index {output} --ranker RANKER/best.ckpt --data {data}",
     )
+
+
+def refitted_from(retriever: Path, until: Until) -> dict[str, str]:
+    """The hash of the checkpoint that a refit was chosen by, for the manifest of its index; nothing for other fits.
+
+    Args:
+        retriever: checkpoint.
+        until: where its training events end.
+    """
+    if until == "val":
+        return {}
+    made = read_manifest(retriever.parent, "retriever", f"recsys fit --output {retriever.parent}, to its end")
+    chosen = take(made["parents"], "selected", dict, retriever.parent / c.MANIFEST)
+    return {SELECTED: take(chosen, "hash", str, retriever.parent / c.MANIFEST)}
+
+
+def mined_lists(ranker: Path) -> Path:
+    """The folder of lists that a ranker was trained on.
+
+    Args:
+        ranker: checkpoint.
+
+    Raises:
+        ValueError: if other lists are there now.
+    """
+    made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
+    mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
+    path = locate_parent(ranker.parent, mined)
+    make = f"recsys mine-negatives --output {path}"
+    if fingerprint(path) != mined["hash"]:
+        raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
+    verify(path, read_manifest(path, "candidates", make), make)
+    return path
 
 
 def validation_queries(folder: Path, dataset: Dataset, users: np.ndarray) -> tuple[np.ndarray, Exclude]:
@@ -187,10 +228,14 @@ def export_bundle(
     candidates: int | None = None,
     with_histories: bool = False,
     data: Path | None = None,
+    other: Path | None = None,
     average: list[Path] | None = None,
     trust: Trust = None,
 ) -> None:
     """Export both stages as one folder for serving, which needs no training data.
+
+    With the index of a refitted retriever, the signals are counted again on the events of the refit, and so are the
+    ranker's item tables; its weights stay.
 
     Args:
         index: folder written by export-index.
@@ -200,12 +245,14 @@ def export_bundle(
         with_histories: whether to pack the users' histories into the folder, so that `recsys serve` knows them without
             the prepared data. They are all events of the data, with the users' ids.
         data: prepared dataset with the histories, of the index's split; None: the one the index was made from.
+        other: index of the refitted second retriever, if the retriever was refitted and the ranker reads
+            `OtherRetriever`.
         average: checkpoints of further rankers of the same candidates, such as those of other seeds; the bundle ranks
             by the mean of the standardised scores of all. None: by `ranker` alone.
         trust: modules outside this package from which the checkpoint may load classes.
     """
-    other = "null for the number in the ranker's training"
-    check_integer("candidates", candidates, other=other, example=200)
+    unset = "null for the number in the ranker's training"
+    check_integer("candidates", candidates, other=unset, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
     reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
@@ -223,30 +270,42 @@ def export_bundle(
             f"{ranker} was trained on data with split hash {str(options['split_hash'])[:12]}…, but {index} is of "
             f"{str(indexed['split_hash'])[:12]}…; mine with this index and fit again"
         )
-    if not np.array_equal(weights["vectors"][1:].numpy(), read_array(index / VECTORS)):
+    until = trained_until(indexed, index / c.MANIFEST)
+    vectors = read_array(index / VECTORS, np.float32, (None, options["vector_dim"]))
+    if until == "val" and not np.array_equal(weights["vectors"][1:].numpy(), vectors):
         raise ValueError(f"{ranker} was trained with other item vectors than those of {index}; mine and fit again")
-    further: list[dict[str, Any]] = []
-    if average:
-        further, weights = average_rankers(ranker, average, options, weights, RERANKER_OPTIONS)
+    if other is not None and until == "val":
+        raise ValueError(f"--other is {other}, but the retriever of {index} is no refit; leave it out")
     made_from = data or locate_parent(index, indexed["parents"]["data"])
-    dataset = Dataset(made_from) if with_histories or data is not None else None
+    dataset = Dataset(made_from, until) if with_histories or data is not None or until != "val" else None
     if dataset is not None:
         dataset.check_split(index, indexed["split_hash"])
+    reranker["dim"], signals = options["vector_dim"], None
+    mined = mined_lists(ranker) if options["signals"] or until != "val" or average else None
+    members, shares = [(reranker, weights)], None
+    if average and mined is not None:
+        members, shares = average_rankers(ranker, average, options, weights, RERANKER_OPTIONS, mined)
+    if mined is not None and dataset is not None and until != "val":
+        padded = np.concatenate([np.zeros_like(vectors[:1]), vectors])
+        first = chosen_index(index, indexed, mined)
+        members = [
+            refit_reranker(*member, first, dataset, padded, path)
+            for member, path in zip(members, [ranker, *(average or [])], strict=True)
+        ]
+        signals = refit_signals(mined, dataset, padded, other) if options["signals"] else None
+    (reranker, weights), *further = members
+    if shares is not None:
+        weights = shared_weights([part for _, part in members], shares)
     with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
             if file.name not in (c.MANIFEST, c.CARD):
                 (folder / file.name).write_bytes(file.read_bytes())
         torch.save(weights, folder / RERANKER)
-        if options["signals"]:
-            made = read_manifest(ranker.parent, "ranker", f"recsys fit --output {ranker.parent}")
-            mined = take(made["parents"], "candidates", dict, ranker.parent / c.MANIFEST)
-            path = locate_parent(ranker.parent, mined)
-            make = f"recsys mine-negatives --output {path}"
-            if fingerprint(path) != mined["hash"]:
-                raise ValueError(f"{ranker} was trained on other candidates than those now in {path}; fit again")
-            verify(path, read_manifest(path, "candidates", make), make)
-            shutil.copytree(path / SIGNALS, folder / SIGNALS)
+        if signals is not None:
+            save_signals(signals, folder / SIGNALS)
+        elif options["signals"] and mined is not None:
+            shutil.copytree(mined / SIGNALS, folder / SIGNALS)
         histories = {HISTORIES: pack(dataset, folder)} if dataset is not None and with_histories else {}
         write_manifest(
             folder,
@@ -255,9 +314,10 @@ def export_bundle(
             parents={"index": index, "ranker": ranker, "data": made_from}
             | {f"ranker {number}": path for number, path in enumerate(average or [], start=2)},
             candidates=candidates,
-            reranker={"dim": options["vector_dim"], **reranker},
+            reranker=reranker,
+            trained_until=until,
             recent=options["recent"],
-            **({"average": further} if further else {}),
+            **({"average": [own for own, _ in further]} if further else {}),
             log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
             **histories,
@@ -267,7 +327,8 @@ def export_bundle(
     print_summary(
         output,
         f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
+        *([] if until == "val" else [f"retriever and signals learned from {STRETCH[until]}"]),
         *([f"the mean of {1 + len(further)} rankers"] if further else []),
         *packed,
-        then=f"recsys evaluate --bundle {output}",
+        then=f"recsys {'serve' if until == 'end' else 'evaluate'} --bundle {output}",
     )

@@ -155,7 +155,8 @@ def next_command(trainer: Trainer, pl_module: LightningModule, checkpoint: str) 
     parents = getattr(trainer.datamodule, "parents", {})  # type: ignore[attr-defined]  # set outside Trainer.__init__
     kind = type(pl_module).__name__
     if kind == "Retriever" and "data" in parents:
-        return f"recsys export-index --retriever {checkpoint} --data {parents['data']}"
+        index = " --output INDEX" if "selected" in parents else ""  # of a refit: not in the place of the chosen one
+        return f"recsys export-index --retriever {checkpoint} --data {parents['data']}{index}"
     if kind == "Ranker" and "candidates" in parents:
         index = trainer.datamodule.manifest["parents"]["index"]["path"]  # type: ignore[attr-defined]  # as above
         return f"recsys export-bundle --index {index} --ranker {checkpoint}"

@@ -20,9 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from recsys2stage.checkpoints import OPTIONS, load_checkpoint
+from recsys2stage.checkpoints import OPTIONS, load_checkpoint, trained_until
 from recsys2stage.cli.callbacks import (
-    BEST,
     KeepLast,
     MeasureTheEnd,
     NextEpoch,
@@ -44,8 +43,10 @@ from recsys2stage.cli.fit_checks import check_monitors, check_options, check_out
 from recsys2stage.cli.messages import INTERRUPTED, first_sentences
 from recsys2stage.cli.parser import ClearErrors, check_accepted, explained
 from recsys2stage.cli.progress import FitLines, quiet_lightning
+from recsys2stage.cli.refit import prepare_refit
 from recsys2stage.data.locks import locked
 from recsys2stage.data.summary import on_terminal
+from recsys2stage.options import Part, check_untrained
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
 from recsys2stage.ranking.ranker import Ranker  # noqa: F401
@@ -53,11 +54,15 @@ from recsys2stage.ranking.ranker import Ranker  # noqa: F401
 # short class names in YAML resolve once their module is imported
 from recsys2stage.retrieval import encoders, inputs, losses, objectives, users  # noqa: F401
 from recsys2stage.retrieval.encoders import positions, times  # noqa: F401
-from recsys2stage.retrieval.histories import Histories  # noqa: F401
+from recsys2stage.retrieval.histories import BEST, Histories  # noqa: F401
 from recsys2stage.retrieval.retriever import Retriever  # noqa: F401
 from recsys2stage.trust import Trust, arguments, trusting
 
 RESUME = "recsys fit, without --ckpt_path"
+NO_FIGURES: dict[Part, str] = {
+    "val": "validate the run that it was refitted from",
+    "test": "test a refit until the test targets",
+}
 
 logger = logging.getLogger("recsys2stage")
 
@@ -166,18 +171,12 @@ class RecsysCLI(LightningCLI):
         self._load_weights_only("fit")
         output = Path(self.config_init["fit"].output)
         for name, folder in getattr(self.datamodule, "parents", {}).items():
-            if output.resolve() == Path(folder).resolve():  # would lose its manifest, with the epochs for a refit
+            parent = Path(folder).parent if name == "selected" and not Path(folder).is_dir() else Path(folder)
+            if output.resolve() == parent.resolve():  # would lose its manifest, with the epochs for a refit
                 raise ValueError(
                     f"{output} is the {name} of this fit and would be overwritten; choose another --output"
                 )
-        epochs = getattr(self.datamodule, "epochs", None)
-        if epochs is not None:  # a refit: train this long and keep the last weights
-            self.trainer.fit_loop.max_epochs = epochs
-            for stopping in self.trainer.early_stopping_callbacks:
-                stopping.patience = epochs + 1
-            for callback in self.trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint):
-                    callback.monitor = None
+        prepare_refit(self.trainer, self.model, self.datamodule, self.config["fit"].model.init_args)
         if (ckpt_path := self.config_init["fit"].ckpt_path) is not None and Path(ckpt_path).is_file():
             check_same_data(self.model, load_checkpoint(ckpt_path, RESUME)[OPTIONS], ckpt_path)
         check_output(output, self.model)
@@ -236,6 +235,8 @@ class RecsysCLI(LightningCLI):
             )
         checkpoint = load_checkpoint(options.ckpt_path, RESUME)  # raises clearer errors than torch
         check_model(checkpoint, type(self.model), options.ckpt_path)
+        part: Part = "val" if verb == "validate" else "test"
+        check_untrained(options.ckpt_path, trained_until(checkpoint, options.ckpt_path), part, NO_FIGURES[part])
         check_weights(self.model, checkpoint, self.config[verb].model.init_args, options.ckpt_path)
 
     def _load_weights_only(self, verb: str) -> None:

@@ -10,7 +10,8 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import read_array, read_manifest
 from recsys2stage.data.batches import Padded, Ragged, left_aligned, padded_indices, spans
 from recsys2stage.data.manifest import check_dataset_manifest
-from recsys2stage.options import Part, RequestTime, Seen, check_integer, check_option
+from recsys2stage.data.split import basket_starts
+from recsys2stage.options import Part, RequestTime, Seen, Until, check_integer, check_option
 
 At = Part | Literal["all"] | np.ndarray  # the val or test target, after the last event, or (B,) indices of targets
 
@@ -25,9 +26,12 @@ class Dataset:
 
     Args:
         path: folder of the prepared dataset.
+        until: each user's training events are those before the validation targets (`val`), those before the test
+            targets (`test`), or all (`end`). All but `val` are for a refit, when validation has chosen everything.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, until: Until = "val") -> None:
+        check_option("until", until, Until)
         self.path = Path(path)
         self.manifest = read_manifest(path, "dataset", f"recsys prepare-data --config CONFIG --output {path}")
         check_dataset_manifest(self.manifest, self.path / c.MANIFEST)
@@ -35,13 +39,35 @@ class Dataset:
         self.items = self._load(c.EVENT_ITEMS)
         self.times = self._load(c.EVENT_TIMES)
         self.offsets = self._load(c.USER_OFFSETS)
-        self.train_ends = self._load(c.TRAIN_ENDS)
+        self.val_starts = self._load(c.TRAIN_ENDS)
         self.val_ends = self._load(c.VAL_ENDS)
+        self.listed_targets = self._load_targets()
+        self.until = until
+        self.train_ends = {"val": self.val_starts, "test": self.val_ends, "end": self.offsets[1:]}[until]
         self.ratings = self._load(c.EVENT_RATINGS) if self.manifest["has"]["rating"] else None
         self.actions = self._load(c.EVENT_ACTIONS) if self.manifest["has"]["action"] else None
 
     def _load(self, name: str) -> np.ndarray:
         return read_array(self.path / name)
+
+    def _load_targets(self) -> dict[str, np.ndarray] | None:
+        """Validation and test targets of a split with several per user, checked; None: one per user."""
+        if "targets" not in self.manifest:
+            return None
+        bounds = {"val": (self.val_starts, self.val_ends), "test": (self.val_ends, self.offsets[1:])}
+        listed = {}
+        for (part, (starts, ends)), name in zip(bounds.items(), (c.VAL_TARGETS, c.TEST_TARGETS), strict=True):
+            events = np.array(read_array(self.path / name, np.int64, (None,)))
+            inside = (events >= 0) & (events < len(self.items))
+            users = self.event_users(np.where(inside, events, 0))
+            fit = inside & (events >= np.asarray(starts)[users]) & (events < np.asarray(ends)[users])
+            if not fit.all() or (np.diff(events) <= 0).any():
+                raise ValueError(
+                    f"{self.path / name} has {int((~fit).sum()):,} events outside the {part} part or is not in order, "
+                    f"expected ascending indices of {part} events; make it again: recsys prepare-data"
+                )
+            listed[part] = events
+        return listed
 
     @property
     def num_users(self) -> int:
@@ -96,48 +122,105 @@ class Dataset:
         np.maximum.at(newest, self.items[train], self.times[train])
         return newest
 
+    def event_users(self, events: np.ndarray) -> np.ndarray:
+        """User of each event, (n,) int64."""
+        return np.searchsorted(self.offsets, events, side="right") - 1
+
     def users(self, split: Part) -> np.ndarray:
         """Users that have a target in this split, ascending, (B,) int64."""
+        if self.listed_targets is not None:
+            return np.unique(self.target_events(split)[0])
         indices = self.target_indices(split)
         return np.flatnonzero(indices < (self.val_ends if split == "val" else self.offsets[1:]))
 
     def target_indices(self, split: Part) -> np.ndarray:
-        """Index of each user's target among all events; valid for `users(split)` only, (U,) int64."""
+        """Index of each user's first target among all events; valid for `users(split)` only, (U,) int64."""
         check_option("split", split, Part)
-        return np.asarray(self.train_ends if split == "val" else self.val_ends)
+        first = np.asarray(self.val_starts if split == "val" else self.val_ends)
+        if self.listed_targets is None:
+            return first
+        users, events = self.target_events(split)
+        own, row = np.unique(users, return_index=True)
+        first = np.array(first)
+        first[own] = events[row]
+        return first
+
+    def target_events(self, split: Part) -> tuple[np.ndarray, np.ndarray]:
+        """All targets that evaluation and early stopping use: users and event indices, ascending, (n,) int64 each.
+
+        One per user of `users(split)`, or several where the split lists them (`SessionStarts`, `Baskets`). `ends` gives
+        the end of the history of each.
+        """
+        check_option("split", split, Part)
+        if self.listed_targets is None:
+            users = self.users(split)
+            return users, self.target_indices(split)[users]
+        events = self.listed_targets[split]
+        return self.event_users(events), events
+
+    @property
+    def baskets(self) -> bool:
+        """Whether all events of a target's time are withheld from its history, as with the split `Baskets`."""
+        return bool(self.manifest.get("targets", {}).get("baskets", False))
+
+    @cached_property
+    def basket_starts(self) -> np.ndarray:
+        """Index of the first event of each event's basket, the events of the same user and time, (E,) int64."""
+        return basket_starts(np.asarray(self.times), np.asarray(self.offsets))
 
     def events(self, starts: np.ndarray, ends: np.ndarray) -> Padded:
         """Events starts[b] .. ends[b] - 1 of each row, left-aligned."""
         return left_aligned(self.items, self.times, starts, ends, self.ratings, self.actions)
 
     def ends(self, users: np.ndarray, at: At) -> np.ndarray:
-        """End of each user's events before the target, which is the index of the target, (B,) int64."""
+        """End of each history, (B,) int64: the index of the target or, with baskets, of the first event of its basket.
+
+        Args:
+            users: (B,) users.
+            at: `val` or `test`: the user's (first) target; `all`: after the last event; or (B,) indices of targets.
+        """
         if isinstance(at, str) and at == "all":
             return np.asarray(self.offsets[users + 1])
-        return self._target_indices(users, at)
+        targets = self._target_indices(users, at)
+        return self.basket_starts[targets] if self.baskets else targets
 
     def _target_indices(self, users: np.ndarray, at: At) -> np.ndarray:
         """Index of each user's target among all events, (B,) int64; `all` has no targets."""
         return at if isinstance(at, np.ndarray) else self.target_indices(at)[users]  # type: ignore[arg-type]  # checked there
 
     def val_targets(self, newest: int | None = None, gap: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """All validation events with an earlier event, by user and time: users and event indices, (n,) int64 each.
+        """Targets of the ranker's lists, by user and time: users and event indices, (n,) int64 each.
+
+        These are all validation events with an earlier event or, where the split lists them, the validation targets.
 
         Args:
             newest: at most this many newest ones per user; None: all.
             gap: minimum seconds since the previous event.
         """
-        starts = np.maximum(np.asarray(self.train_ends), self.offsets[:-1] + 1)
-        targets = spans(starts, np.asarray(self.val_ends))
-        users, indices = targets.rows, targets.values
+        if self.listed_targets is None:
+            starts = np.maximum(np.asarray(self.val_starts), self.offsets[:-1] + 1)
+            targets = spans(starts, np.asarray(self.val_ends))
+            users, indices = targets.rows, targets.values
+        else:
+            users, indices = self.target_events("val")
+            late = self.ends(users, indices) > self.offsets[users]
+            users, indices = users[late], indices[late]
         if gap:
-            late = self.times[indices] - self.times[indices - 1] >= gap
+            late = self.times[indices] - self.times[self.ends(users, indices) - 1] >= gap
             users, indices = users[late], indices[late]
         if newest is not None:
             ends = np.cumsum(np.bincount(users, minlength=self.num_users))
             kept = np.arange(len(users)) >= ends[users] - newest
             users, indices = users[kept], indices[kept]
         return users, indices
+
+    def co_targets(self, users: np.ndarray, at: At) -> Ragged:
+        """Items of each target's basket, the target included, which are no negatives of it; none without baskets."""
+        if not self.baskets:
+            return no_items(len(users))
+        starts = self.ends(users, at)
+        index = spans(starts, np.searchsorted(self.basket_starts, starts, side="right"))
+        return Ragged(self.items[index.values].astype(np.int64), index.offsets)
 
     def histories(self, users: np.ndarray, at: At, max_length: int) -> Padded:
         """The newest events before each user's target, at most `max_length`."""

@@ -263,23 +263,27 @@ def withhold_cold_items(
     offsets: np.ndarray,
     train_end: np.ndarray,
     val_end: np.ndarray,
+    targets: tuple[np.ndarray, np.ndarray] | None,
     cold: np.ndarray,
     counts: dict[str, int],
-) -> tuple[Events, np.ndarray, np.ndarray, np.ndarray]:
-    """Removes cold items from the training and validation events, and users without remaining events."""
+) -> tuple[Events, np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """Removes cold items from the training and validation events and targets, and users without remaining events."""
     counts["cold_items"], counts["cold_events"] = int(cold.sum()), 0
     if not counts["cold_items"]:
-        return events, offsets, train_end, val_end
+        return events, offsets, train_end, val_end, targets
     tests = np.arange(len(events.user)) >= np.repeat(val_end, np.diff(offsets))
     kept = tests | ~cold[events.item]
     counts["cold_events"] = int((~kept).sum())
     before = np.concatenate([[0], np.cumsum(kept)])  # number of events kept before each row
     offsets, train_end, val_end = before[offsets], before[train_end], before[val_end]
     left = np.diff(offsets) > 0
+    if targets is not None:
+        val, test = (before[own[kept[own]]] for own in targets)
+        targets = val, test
     events = events.take(kept)
     events.user, _ = factorize(events.user)
     events.user_ids = events.user_ids.filter(pl.Series(left))
-    return events, np.append(offsets[:-1][left], offsets[-1]), train_end[left], val_end[left]
+    return events, np.append(offsets[:-1][left], offsets[-1]), train_end[left], val_end[left], targets
 
 
 def encode_categories(values: pl.Series, names: list[str]) -> np.ndarray:

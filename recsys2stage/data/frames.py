@@ -18,6 +18,7 @@ from recsys2stage.options import TimeUnit, check_integer, check_option, check_se
 
 FRAMES = {"events": "the frame of events", "items": "the frame of items", "users": "the frame of users"}
 ADVICE = "Correct these rows of the frame, or leave them out."
+Refit = Literal["all", "production"]  # on all events before the test targets, or on all events
 Sides = Mapping[Literal["items", "users"], pl.DataFrame | None]
 
 
@@ -237,6 +238,8 @@ def check_arguments(params: Mapping[str, Any]) -> None:
     patience = params["early_stopping"]
     if not isinstance(patience, bool):
         check_integer("early_stopping", patience, example=5)
+    if params["refit"] is not None:
+        check_option("refit", params["refit"], Refit)
     check_seed("seed", params["seed"])
     if isinstance(params["overlays"], str | Path):
         overlay = str(params["overlays"])

@@ -45,6 +45,8 @@ def check_dataset_manifest(manifest: dict[str, Any], where: Path) -> None:
         take(has, name, bool, f"{where}, has,")
     if protocol.get("repeats") not in get_args(Repeats):
         _refuse(where, f"the repeats {protocol.get('repeats')!r}", f"one of {', '.join(get_args(Repeats))}")
+    if "targets" in manifest:
+        take(take(manifest, "targets", dict, where), "baskets", bool, f"{where}, targets,")
     for name in ("split", "tie_break"):
         take(protocol, name, str, f"{where}, protocol,")
     if not all(isinstance(name, str) for name in manifest["actions"]):

@@ -15,6 +15,7 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import atomic_write, hash_arrays, read_manifest, write_manifest
 from recsys2stage.data.checks import OnBadRows, with_default_columns
 from recsys2stage.data.events import (
+    Events,
     TieBreak,
     compute_offsets,
     drop_repeats,
@@ -30,7 +31,7 @@ from recsys2stage.data.manifest import EVENT_COLUMNS
 from recsys2stage.data.side_tables import write_side, write_vectors
 from recsys2stage.data.sources.base import Source
 from recsys2stage.data.sources.vectors import Vectors
-from recsys2stage.data.split import LeaveOneOut, Marked, Split
+from recsys2stage.data.split import LeaveOneOut, Marked, Split, basket_starts
 from recsys2stage.data.summary import dataset_summary
 from recsys2stage.options import Repeats, check_integer, check_number, check_option, check_seed
 
@@ -119,7 +120,12 @@ def prepare(
                 raise ValueError(f"{tables.events.file} has a part column; use split: Marked, or leave out part")
             too_short = int((np.diff(offsets) < split.min_events).sum())
             cold = sample_cold(len(events.item_ids), cold_items, seed)
-            events, offsets, train_end, val_end = withhold_cold_items(events, offsets, train_end, val_end, cold, counts)
+            targets = split.targets(events.time, offsets)
+            if targets is not None and split.baskets:
+                targets = drop_repeated_targets(targets, events, offsets)
+            events, offsets, train_end, val_end, targets = withhold_cold_items(
+                events, offsets, train_end, val_end, targets, cold, counts
+            )
 
             arrays: dict[str, np.ndarray] = {
                 c.EVENT_ITEMS: events.item,
@@ -129,6 +135,8 @@ def prepare(
                 c.VAL_ENDS: val_end,
                 c.ITEM_COLD: cold,
             }
+            if targets is not None:
+                arrays |= dict(zip((c.VAL_TARGETS, c.TEST_TARGETS), targets, strict=True))
             if events.rating is not None:
                 arrays[c.EVENT_RATINGS] = events.rating
             if events.action is not None:
@@ -161,6 +169,10 @@ def prepare(
                 "val_users": int((train_end < val_end).sum()),
                 "test_users": int((val_end < offsets[1:]).sum()),
             }
+            if targets is not None:
+                for part, own in zip(("val", "test"), targets, strict=True):
+                    counts[f"{part}_targets"] = len(own)
+                    counts[f"{part}_users"] = len(np.unique(np.searchsorted(offsets, own, side="right")))
             warn(counts, repeats)
             inputs = [*tables.files, *(file for vectors in item_vectors.values() for file in vectors.files)]
             write_manifest(
@@ -194,7 +206,10 @@ def prepare(
                 },
                 actions=events.action_names,
                 max_history=int(np.diff(offsets).max()),
-                split_hash=split_hash(offsets, events.item, train_end, val_end, events.user_ids, events.item_ids),
+                **({} if targets is None else {"targets": {"baskets": split.baskets}}),
+                split_hash=split_hash(
+                    offsets, events.item, train_end, val_end, events.user_ids, events.item_ids, targets
+                ),
             )
     manifest = read_manifest(output, "dataset", "recsys prepare-data")
     dataset_summary(output, manifest)
@@ -208,10 +223,23 @@ def split_hash(
     val_ends: np.ndarray,
     user_ids: pl.Series,
     item_ids: pl.Series,
+    targets: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> str:
-    """SHA-256 of the event sequences, the ends of training and validation, and the raw user and item ids."""
+    """SHA-256 of the event sequences, the ends of training and validation, the raw ids, and the targets if listed."""
     ids = [np.frombuffer("\0".join(column.cast(pl.String)).encode(), np.uint8) for column in (user_ids, item_ids)]
-    return hash_arrays(offsets, items, train_ends, val_ends, *ids)
+    return hash_arrays(offsets, items, train_ends, val_ends, *ids, *(targets or ()))
+
+
+def drop_repeated_targets(
+    targets: tuple[np.ndarray, np.ndarray], events: Events, offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keeps one target per item of a basket: a user may have bought an item several times at once."""
+    start = basket_starts(events.time, offsets)
+    kept = []
+    for own in targets:
+        _, first = np.unique(start[own] * (len(events.item_ids) + 1) + events.item[own], return_index=True)
+        kept.append(own[np.sort(first)])
+    return kept[0], kept[1]
 
 
 def warn(counts: dict[str, int], repeats: Repeats) -> None:

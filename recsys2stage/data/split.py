@@ -17,6 +17,7 @@ class Split(ABC):
 
     min_events: ClassVar[int]  # users with fewer events are too short to evaluate
     needs_time: ClassVar[bool] = False
+    baskets: ClassVar[bool] = False  # the history of a target ends before all events of the target's time
 
     @abstractmethod
     def ends(
@@ -31,6 +32,18 @@ class Split(ABC):
         Returns:
             train_end and val_end, with offsets[u] <= train_end[u] <= val_end[u] <= offsets[u + 1].
         """
+
+    def targets(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]] | None:
+        """Validation and test targets, for a split with several targets per user.
+
+        Returns:
+            The indices of the events that are validation targets and of those that are test targets, ascending: events
+            of the validation and of the test part with an earlier event of the same user. None: the first event of each
+            user's validation and test events.
+        """
+        return None
 
     def describe(self) -> dict[str, Any]:
         """Name and options, for the protocol."""
@@ -126,3 +139,110 @@ class GlobalTime(Split):
         before_val = np.add.reduceat(times < val_start, offsets[:-1], dtype=np.int64)
         before_test = np.add.reduceat(times < test_start, offsets[:-1], dtype=np.int64)
         return offsets[:-1] + before_val, offsets[:-1] + before_test
+
+
+class SessionStarts(Split):
+    """Each user's newest session beginnings are for test, those before them for validation.
+
+    A session begins with an event that comes `gap` seconds or more after the user's event before it; a user's first
+    event has no history and is no target. All events before a user's first validation target (without one: before the
+    first test target) train. Events between targets are in histories only. Test targets come first: a user with fewer
+    session beginnings than `test` has no validation target, and one without any only trains.
+
+    Args:
+        gap: seconds without an event before a session begins.
+        test: test targets per user, at most.
+        val: validation targets per user, at most. They give the ranker its lists, one each.
+    """
+
+    min_events: ClassVar[int] = 2
+    needs_time: ClassVar[bool] = True
+
+    def __init__(self, gap: int = 3600, test: int = 3, val: int = 5) -> None:
+        check_integer("gap", gap, 1, YEAR_2100, example=3600)
+        check_integer("test", test, 1, MAX_LENGTH, example=3)
+        check_integer("val", val, 1, MAX_LENGTH, example=5)
+        self.gap, self.test, self.val = gap, test, val
+
+    def ends(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+        return ends_before(self.targets(times, offsets), offsets)
+
+    def targets(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]]:
+        starts = np.flatnonzero(np.diff(times, prepend=times[:1]) >= self.gap)
+        starts = np.setdiff1d(starts, offsets[:-1], assume_unique=True)
+        place = places_from_newest(starts, offsets)
+        return starts[(place >= self.test) & (place < self.test + self.val)], starts[place < self.test]
+
+
+class Baskets(Split):
+    """Events of one user and time are a basket: each user's last basket is for test, those before it for validation.
+
+    All events of a basket are targets with the same history, which ends before the basket. A user's first basket
+    trains. Test comes first: a user with two baskets has no validation basket, and one with a single one only trains.
+
+    Args:
+        val: validation baskets per user, at most.
+    """
+
+    min_events: ClassVar[int] = 2
+    needs_time: ClassVar[bool] = True
+    baskets: ClassVar[bool] = True
+
+    def __init__(self, val: int = 1) -> None:
+        check_integer("val", val, 1, MAX_LENGTH)
+        self.val = val
+
+    def ends(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+        return ends_before(self.targets(times, offsets), offsets)
+
+    def targets(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]]:
+        starts, basket = np.unique(basket_starts(times, offsets), return_inverse=True)
+        place = places_from_newest(starts, offsets)
+        place[np.isin(starts, offsets[:-1])] = -1  # a first basket has no history
+        place = place[basket]
+        return np.flatnonzero((place >= 1) & (place <= self.val)), np.flatnonzero(place == 0)
+
+
+def basket_starts(times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " E"]:
+    """Index of the first event of each event's basket, the events of the same user and time.
+
+    Args:
+        times: seconds, ascending within a user.
+        offsets: user u owns events [offsets[u], offsets[u + 1]).
+    """
+    first = np.diff(times, prepend=times[:1]) != 0
+    first[offsets[:-1]] = True
+    return np.maximum.accumulate(np.where(first, np.arange(len(times)), 0))
+
+
+def places_from_newest(events: Int64[np.ndarray, " N"], offsets: Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " N"]:
+    """How many of the given events of the same user are newer than each of them.
+
+    Args:
+        events: indices of events, ascending.
+        offsets: user u owns events [offsets[u], offsets[u + 1]).
+    """
+    users = np.searchsorted(offsets, events, side="right") - 1
+    last = np.cumsum(np.bincount(users, minlength=len(offsets) - 1)) - 1
+    return last[users] - np.arange(len(events))
+
+
+def ends_before(
+    targets: tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]], offsets: Int64[np.ndarray, " _"]
+) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+    """train_end and val_end of splits with several targets: each part ends before the first target of the next."""
+    end = np.asarray(offsets[1:], dtype=np.int64)
+    ends = []
+    for events in reversed(targets):
+        end = end.copy()
+        np.minimum.at(end, np.searchsorted(offsets, events, side="right") - 1, events)
+        ends.append(end)
+    return ends[1], ends[0]

@@ -78,13 +78,22 @@ def dataset_summary(output: Path, manifest: Mapping[str, Any]) -> None:
         dropped["repeats"] = 0
     reasons = ", ".join(f"{count:,} {DROPPED[name]}" for name, count in dropped.items() if count)
     quarantined = f"{counts['rejected']:,} bad rows ({output / c.REJECTED})" if counts["rejected"] else "no bad rows"
-    held = f" of {protocol['val']} validation events" if protocol.get("val", 1) > 1 else ""
+    listed = "targets" in manifest  # several targets per user
+    options = [f"{name} {protocol[name]:,}" for name in ("gap", "test", "val") if listed and name in protocol]
+    held = f" of {protocol['val']} validation events" if not listed and protocol.get("val", 1) > 1 else ""
+    held = f" ({', '.join(options)})" if options else held
+    val, test = (
+        f"{counts[f'{part}_targets']:,} targets of {counts[f'{part}_users']:,}"
+        if listed
+        else f"of {counts[f'{part}_users']:,}"
+        for part in ("val", "test")
+    )
     rules = [f"{name} {protocol[name]}" for name in ("min_rating", "core", "cold_items") if protocol[name]]
     print_summary(
         output,
         f"{counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events",
-        f"events: {counts['train_events']:,} training, {counts['val_events']:,} validation (of {counts['val_users']:,} "
-        f"users), {counts['test_events']:,} test (of {counts['test_users']:,} users)",
+        f"events: {counts['train_events']:,} training, {counts['val_events']:,} validation ({val} users), "
+        f"{counts['test_events']:,} test ({test} users)",
         f"dropped: {reasons or 'no events'}; quarantined: {quarantined}",
         "; ".join(
             [

@@ -26,12 +26,14 @@ from recsys2stage.evaluation.card_model import (
 from recsys2stage.evaluation.report import (
     MAIN_METRICS,
     as_table,
-    cohort_table,
+    cohort_tables,
     exposure_table,
+    interval_text,
     metric_title,
     paired_table,
 )
-from recsys2stage.ranking.bundle import bundle_manifest
+from recsys2stage.options import STRETCH, Until
+from recsys2stage.ranking.bundle import bundle_manifest, bundle_until
 from recsys2stage.retrieval.index import DESCRIPTION
 
 IDENTITY = re.compile(r"<!-- recsys2stage model card of the manifest ([0-9a-f]{64}) -->")
@@ -135,7 +137,7 @@ def model_card(folder: Path, dataset: Dataset | None, evaluation: Evaluation | N
         evaluation: the latest evaluation; None: not evaluated yet.
     """
     manifest = bundle_manifest(folder)
-    both = manifest["kind"] == "bundle"
+    both, until = manifest["kind"] == "bundle", bundle_until(folder)
     index = read_json(folder / DESCRIPTION, dict, "recsys export-index")
     data_name = Path(manifest["parents"]["data"]["path"]).name
     stages = "retriever and ranker" if both else "retriever without a ranker"
@@ -147,13 +149,14 @@ def model_card(folder: Path, dataset: Dataset | None, evaluation: Evaluation | N
             f"The retriever finds {manifest['candidates']:,} candidates for a request, and the ranker sorts them."
             if both
             else "It holds the first stage only: items are sorted by the retriever's scores."
-        ),
+        )
+        + ("" if until == "val" else f" It was refitted: retriever and signals learned from {STRETCH[until]}."),
         "## Model",
         describe_model(folder, manifest, index),
         "## Data",
         data_section(dataset),
         "## Evaluation",
-        evaluation_section(evaluation),
+        evaluation_section(evaluation, until),
         "## Intended use",
         "Ranking items of this catalogue for users with a history, in the service and the period that the data are "
         "from. Offline metrics measure how well held-out events are predicted; they do not measure the effect of "
@@ -179,12 +182,15 @@ def data_section(dataset: Dataset | None) -> str:
     source = manifest.get("options", {}).get("source") or {}
     files = [Path(str(path)).name for path in manifest.get("inputs") or []]
     parts = [f"{counts[f'{part}_events']:,} {title}" for part, title in PARTS.items()]
+    targets = {
+        part: f"{counts[f'{part}_targets']:,} " if f"{part}_targets" in counts else "" for part in ("val", "test")
+    }
     lines = [
         f"Prepared dataset {code(dataset.path.name)}, read by {name_class(source)}"
         + (f" from {codes(files)}" if files else ""),
         f"{counts['users']:,} users, {counts['items']:,} items, {counts['events']:,} events",
-        f"{', '.join(parts[:-1])} and {parts[-1]} events; {counts['val_users']:,} users have validation targets, "
-        f"{counts['test_users']:,} have test targets",
+        f"{', '.join(parts[:-1])} and {parts[-1]} events; {counts['val_users']:,} users have {targets['val']}"
+        f"validation targets, {counts['test_users']:,} have {targets['test']}test targets",
         _time_span(dataset),
         f"Split: {code(protocol['split'])}"
         + "".join(f", {code(f'{name}={protocol[name]}')}" for name in ("val", "test") if name in protocol)
@@ -225,10 +231,19 @@ def _dropped(manifest: dict[str, Any]) -> str:
     return "; ".join(dropped) or "no events"
 
 
-def evaluation_section(evaluation: Evaluation | None) -> str:
-    """Metrics, the difference of the stages, and cohorts, between comments."""
+def evaluation_section(evaluation: Evaluation | None, until: Until = "val") -> str:
+    """Metrics, the difference of the stages, and cohorts, between comments.
+
+    Args:
+        evaluation: None: not evaluated.
+        until: where the training events of the retriever end.
+    """
     if evaluation is None:
-        todo = "Not evaluated yet. This command writes the metrics here: `recsys evaluate --bundle BUNDLE`"
+        todo = (
+            "There are no figures of this folder: it learned from all events, those of the test too."
+            if until == "end"
+            else "Not evaluated yet. This command writes the metrics here: `recsys evaluate --bundle BUNDLE`"
+        )
         return f"<!-- evaluation: none -->\n\n{todo}\n\n{END_EVALUATION}"
     report, line = evaluation
     users, part = int(report["users"]), report["protocol"]["evaluated"]
@@ -237,7 +252,7 @@ def evaluation_section(evaluation: Evaluation | None) -> str:
         f"<!-- evaluation: {part} targets of {users} users -->",
         escape(line[0].upper() + line[1:] + "."),
         as_table(report),
-        f"Each value stands with its 95 % interval, a bootstrap over {users:,} users.",
+        f"Each value stands with its 95 % interval, a {interval_text(report)}.",
     ]
     if "ranker_ids_masked" in report["models"]:
         parts[-1] += (
@@ -259,7 +274,7 @@ def evaluation_section(evaluation: Evaluation | None) -> str:
             f"these, so this share is the upper bound of its HR@k for k up to {k:,}."
         )
     parts.append("### Cohorts")
-    parts += [cohort_table(cohort, groups, stages) for cohort, groups in report["cohorts"].items()]
+    parts += cohort_tables(report, stages)
     if "exposure" in report:
         parts += ["### Beyond accuracy", exposure_table(report)]
     if "calibration" in report:

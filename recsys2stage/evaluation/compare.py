@@ -8,7 +8,9 @@ import polars as pl
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_json, take
+from recsys2stage.evaluation.targets import Targets
 from recsys2stage.metrics import bootstrap, compute_metrics, interval, randomisation_test
+from recsys2stage.options import STRETCH
 
 TARGET = "target"  # column of ranks.parquet: each user's target item
 STAGES = ("retriever", "ranker")  # the models compared between two runs
@@ -26,24 +28,32 @@ class BaselineRun(NamedTuple):
     folder: Path
     protocol: dict[str, Any]
     items: int  # V of its catalogue
-    ranks: dict[str, np.ndarray]  # user, target and rank by each model, (n,) each, sorted by user
+    ranks: dict[str, np.ndarray]  # user, target and rank by each model, (n,) each, sorted by user and place
 
 
 def paired_differences(
-    one: dict[str, np.ndarray], other: dict[str, np.ndarray], resamples: int, seed: int
+    one: dict[str, np.ndarray],
+    other: dict[str, np.ndarray],
+    resamples: int,
+    seed: int,
+    users: np.ndarray | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Differences of two models in each metric, with intervals and p-values; exactly 0 if the models are equal.
 
     Args:
-        one: metric -> (n,) values of n users, from `compute_metrics`.
-        other: the same for the other model, on the same users.
+        one: metric -> (n,) values of n targets, from `compute_metrics`.
+        other: the same for the other model, on the same targets.
         resamples: of the bootstrap and of the randomisation test.
         seed: of both.
+        users: (n,) user of each target; None: each is another user's.
     """
     differences = np.stack([one[metric] - other[metric] for metric in one], axis=1)
-    means = bootstrap(differences, resamples, seed)
+    means = bootstrap(differences, resamples, seed, users)
+    base = bootstrap(np.stack([other[metric] for metric in one], axis=1), resamples, seed, users)  # of the same users
     low, high = interval(means)
-    p = randomisation_test(differences, resamples, seed)
+    p = randomisation_test(differences, resamples, seed, users)
+    has_ratio: np.ndarray = np.all(base > 0, axis=0)  # in every resample
+    ratio_low, ratio_high = interval(1 + means / np.where(has_ratio, base, 1))
     return {
         metric: {
             "difference": float(differences[:, j].mean()),
@@ -51,6 +61,8 @@ def paired_differences(
             "high": float(high[j]),
             "p": float(p[j]),
             "ratio": float(one[metric].mean() / other[metric].mean()) if other[metric].any() else None,
+            "ratio_low": float(ratio_low[j]) if has_ratio[j] else None,
+            "ratio_high": float(ratio_high[j]) if has_ratio[j] else None,
             "share_of_resamples_above_zero": float((means[:, j] > 0).mean()),
         }
         for j, metric in enumerate(one)
@@ -78,14 +90,20 @@ def read_baseline_run(folder: Path, mark: str) -> BaselineRun:
         ) from error
     if TARGET not in ranks.columns or "items" not in report:
         raise ValueError(f"{folder} was written by an older version and lacks targets or catalogue size; run: {how}")
-    columns = {column.name: column.to_numpy() for column in ranks.sort(c.USER)}
+    order = [name for name in (c.USER, c.PLACE) if name in ranks.columns]
+    columns = {column.name: column.to_numpy() for column in ranks.sort(order)}
     return BaselineRun(
         folder, take(report, "protocol", dict, report_file), take(report, "items", int, report_file), columns
     )
 
 
 def check_baseline_run(
-    other: BaselineRun, protocol: dict[str, Any], items: int, users: np.ndarray, targets: np.ndarray
+    other: BaselineRun,
+    protocol: dict[str, Any],
+    items: int,
+    users: np.ndarray,
+    targets: np.ndarray,
+    places: np.ndarray | None = None,
 ) -> list[str]:
     """Checks that two runs are comparable and returns their allowed differences, one short text each.
 
@@ -96,8 +114,9 @@ def check_baseline_run(
         other: the baseline run.
         protocol: of this run, from `describe`.
         items: V of its catalogue.
-        users: (n,) ascending.
+        users: (n,) user of each target, ascending.
         targets: (n,) items.
+        places: (n,) event index of each target, ascending; None: each user has one target.
 
     Raises:
         ValueError: if the runs are not comparable.
@@ -112,24 +131,41 @@ def check_baseline_run(
             f"{other.folder} ranks among {other.items:,} items, this run among {items:,}; prepare both from the same "
             "events"
         )
-    theirs = other.ranks[c.USER]
-    if not np.array_equal(theirs, users):
-        common = len(np.intersect1d(theirs, users))
+    theirs, own = np.unique(other.ranks[c.USER]), np.unique(users)
+    if not np.array_equal(theirs, own):
+        common = len(np.intersect1d(theirs, own))
         raise ValueError(
-            f"{other.folder} was evaluated on {len(theirs):,} users, this run on {len(users):,}, and {common:,} are in "
+            f"{other.folder} was evaluated on {len(theirs):,} users, this run on {len(own):,}, and {common:,} are in "
             "both; evaluate both on the same users"
         )
+    several = len(own) < max(len(users), len(other.ranks[c.USER]))  # then a target is named by its event, too
+    if several:
+        same = places is not None and c.PLACE in other.ranks and np.array_equal(other.ranks[c.PLACE], places)
+        if not same:
+            raise ValueError(
+                f"{other.folder} has {len(other.ranks[c.USER]):,} targets of these users, this run {len(users):,}, and "
+                "they are not the same events; prepare both with the same split and tie_break"
+            )
     if moved := int((other.ranks[TARGET] != targets).sum()):
         raise ValueError(
-            f"{moved:,} of {len(users):,} users have another target in {other.folder}; prepare both with the same "
-            "split and tie_break"
+            f"{moved:,} of {len(users):,} {'targets are' if several else 'users have'} another "
+            f"{'item' if several else 'target'} in {other.folder}; prepare both with the same split and tie_break"
         )
+    if "refit" in changed:
+        here, there = (f"learned from {one or STRETCH['val']}" for one in changed.pop("refit"))
+        changed.pop("validation_item", None)  # says the same
+        changed["retriever and signals"] = (here, there)
     texts = [f"{name} {pair[0]} here, {pair[1]} there" for name, pair in changed.items() if name != "split_hash"]
     return texts + (["the events before the targets or the training events differ"] if "split_hash" in changed else [])
 
 
 def compare(
-    ranks: dict[str, np.ndarray], other: BaselineRun, differs: list[str], resamples: int, seed: int
+    ranks: dict[str, np.ndarray],
+    other: BaselineRun,
+    differs: list[str],
+    resamples: int,
+    seed: int,
+    targets: Targets | None = None,
 ) -> dict[str, Any]:
     """Compares the stages that both runs have; an entry of the report.
 
@@ -137,12 +173,17 @@ def compare(
         ranks: model -> (n,) ranks of this run.
         other: the baseline run.
         differs: differences from `check_baseline_run`.
+        resamples: of intervals and tests.
+        seed: of both.
+        targets: the targets of both runs; None: one per user.
     """
+    metrics = compute_metrics if targets is None else targets.metrics
+    users = None if targets is None else targets.requests().users
     return {
         "folder": str(other.folder),
         "differs": differs,
         "models": {
-            name: paired_differences(compute_metrics(ranks[name]), compute_metrics(other.ranks[name]), resamples, seed)
+            name: paired_differences(metrics(ranks[name]), metrics(other.ranks[name]), resamples, seed, users)
             for name in STAGES
             if name in ranks and name in other.ranks
         },

@@ -7,27 +7,31 @@ import numpy as np
 import torch
 
 from recsys2stage.data.batches import in_chunks
-from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.dataset import At, Dataset
 from recsys2stage.data.summary import progress
 from recsys2stage.evaluation.baselines import Baseline, Markov, Popularity
+from recsys2stage.evaluation.by_gap import metrics_by_gap
 from recsys2stage.evaluation.cohorts import cohorts
 from recsys2stage.evaluation.compare import paired_differences
 from recsys2stage.evaluation.ranked_items import RankedItems
 from recsys2stage.evaluation.report import TITLES
+from recsys2stage.evaluation.targets import Targets, gaps
 from recsys2stage.metrics import (
     bootstrap,
     compute_calibration,
     compute_exposure,
-    compute_metrics,
     compute_rank,
     interval,
 )
-from recsys2stage.options import Part, RequestTime
+from recsys2stage.options import STRETCH, Part, RequestTime
 from recsys2stage.recommender import Recommender
 
 TOP = 10  # length of the lists that the beyond-accuracy metrics measure
 
 SEEN_FILTER = {"filter": "seen items", "keep": "none, seen items are ranked too"}
+
+VALIDATION_ITEM = "in the input at test time; the ranker trains on it"
+REFITTED = "; retriever, signals and baselines learned again from all events before the test targets"
 
 SAMPLED = (
     "sampled: 1 positive and {} random negatives; sampled metrics are not comparable to full ranking and may order "
@@ -52,11 +56,11 @@ def num_negatives(protocol: str) -> int | None:
 
 
 class RankingResult(NamedTuple):
-    """Target ranks and top-10 counts of n users."""
+    """Ranks of n targets, and top-10 counts of their lists."""
 
     ranks: dict[str, np.ndarray]  # model -> (n,) int64, rank of the target, from 1
     candidate_rank: np.ndarray  # (n,) int64, rank of the target among the K candidates, from 1; K + 1 if not among them
-    top_counts: dict[str, np.ndarray]  # model -> (V + 1,) int64, users with the item in their top 10; {} if sampled
+    top_counts: dict[str, np.ndarray]  # model -> (V + 1,) int64, lists with the item in their top 10; {} if sampled
     confidence: np.ndarray  # (n,) float32, the ranker's largest probability; NaN without a ranker or a history
     hit: np.ndarray  # (n,) bool, whether the item with that probability is the target
 
@@ -65,18 +69,23 @@ def rank_users(
     dataset: Dataset,
     recommender: Recommender,
     users: np.ndarray,
-    split: Part,
+    at: At,
     batch_size: int = 256,
     negatives: int | None = None,
     seed: int = 0,
 ) -> RankingResult:
-    """Ranks each user's target with every model and counts the items in the top 10.
+    """Ranks each target with every model and counts the items in the top 10.
 
     The retriever and the baselines rank all items except the seen ones (with `repeats: keep`, all items). The ranker
     re-ranks the retriever's candidates; items outside them follow in the retriever's order. Its probabilities are a
     softmax over the candidates.
 
     Args:
+        dataset: prepared dataset.
+        recommender: both stages, or the first.
+        users: (n,) user of each target; a user may have several.
+        at: (n,) indices of the targets, or `val` or `test` for each user's (first) target.
+        batch_size: targets per batch.
         negatives: number of sampled negatives that each target is ranked against; None: full ranking.
         seed: of the samples, which depend on seed and user only and so are the same for every model.
     """
@@ -85,10 +94,11 @@ def rank_users(
     names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "candidate_rank", "confidence", "hit"]}
     top_counts = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
-    for part in progress(list(in_chunks(len(users), batch_size)), f"rank {split} targets"):
-        batch = users[part]
-        padded = dataset.histories(batch, split, recommender.towers.max_length)
-        filtered, target = dataset.filtered_items(batch, split), dataset.targets(batch, split)
+    events = Targets.of(dataset, users, at).events
+    for part in progress(list(in_chunks(len(users), batch_size)), "rank targets"):
+        batch, own = users[part], events[part]
+        padded = dataset.histories(batch, own, recommender.towers.max_length)
+        filtered, target = dataset.filtered_items(batch, own), dataset.targets(batch, own)
         pool = RankedItems.of(filtered, target, dataset.num_items, batch, negatives, seed)
         last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
         tops: dict[str, np.ndarray] = {}
@@ -96,8 +106,8 @@ def rank_users(
             parts[name].append(pool.baseline_ranks(baseline, last))
             if negatives is None:
                 tops[name] = baseline.top(last, pool.excluded, TOP)
-        target_action = dataset.target_action(batch, split, recommender.next_action)
-        request_times = dataset.request_times(batch, split)
+        target_action = dataset.target_action(batch, own, recommender.next_action)
+        request_times = dataset.request_times(batch, own)
         queries = recommender.queries(padded, request_times, target_action)
         candidates = recommender.candidates(queries, filtered, padded, request_times)
         items, depth = candidates.items, candidates.items.shape[1]
@@ -174,25 +184,40 @@ def second_stage_rank(
 
 
 def summarise(
-    dataset: Dataset, ranks: dict[str, np.ndarray], users: np.ndarray, split: Part, resamples: int, seed: int
+    dataset: Dataset, ranks: dict[str, np.ndarray], users: np.ndarray, at: At, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Mean metrics with 95 % bootstrap intervals, the paired difference of the stages with its test, and cohorts."""
+    """Mean metrics with 95 % bootstrap intervals, the paired difference of the stages with its test, and cohorts.
+
+    Args:
+        dataset: prepared dataset.
+        ranks: model -> (n,) ranks of the targets.
+        users: (n,) user of each target, ascending.
+        at: (n,) indices of the targets, or `val` or `test` for each user's (first) target.
+        resamples: of intervals and tests, which sample users with all their targets.
+        seed: of both.
+    """
     names = [name for name in TITLES if name in ranks]
-    values = {name: compute_metrics(ranks[name]) for name in names}
+    targets = Targets.of(dataset, users, at)
+    values = {name: targets.metrics(ranks[name]) for name in names}
+    requests = targets.requests()
     metrics = list(values[names[0]])
     table = np.stack([values[name][metric] for name in names for metric in metrics], axis=1)
-    means = bootstrap(table, resamples, seed)
+    means = bootstrap(table, resamples, seed, requests.users)
     low, high = interval(means)
     columns = [(name, metric) for name in names for metric in metrics]
     models: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
     for j, (name, metric) in enumerate(columns):
         models[name][metric] = {"value": float(table[:, j].mean()), "low": float(low[j]), "high": float(high[j])}
-    report: dict[str, Any] = {"users": len(users), "models": models}
+    report: dict[str, Any] = {"users": len(np.unique(users)), "targets": len(users), "models": models}
+    if dataset.baskets:
+        report["baskets"] = len(requests.users)
     if "ranker" in names:
-        report["comparison"] = paired_differences(values["ranker"], values["retriever"], resamples, seed)
+        report["comparison"] = paired_differences(
+            values["ranker"], values["retriever"], resamples, seed, requests.users
+        )
     report["cohorts"] = {
         cohort: {
-            label: {"users": int(member.sum())}
+            label: {"users": len(np.unique(requests.users[member])), "targets": int(member.sum())}
             | {
                 name: {m: float(values[name][m][member].mean()) for m in ("hr@10", "ndcg@10", "recall@100")}
                 for name in names
@@ -200,8 +225,10 @@ def summarise(
             for label, member in groups
             if member.any()
         }
-        for cohort, groups in cohorts(dataset, users, split).items()
+        for cohort, groups in cohorts(dataset, requests.users, requests.events).items()
     }
+    if dataset.has_time:
+        report["by_gap"] = metrics_by_gap(values, gaps(dataset, requests), requests.users, resamples, seed)
     return report
 
 
@@ -245,7 +272,8 @@ def describe(
         "ranking": "full, over all rated items" if negatives is None else SAMPLED.format(negatives),
         **({} if negatives is None else {"negatives_seed": seed}),
         "seen_filter": SEEN_FILTER[dataset.seen_rule],
-        "validation_item": "in the input at test time; the ranker trains on it, the retriever never does",
+        "validation_item": VALIDATION_ITEM + (REFITTED if dataset.until == "test" else ", the retriever never does"),
+        **({} if dataset.until == "val" else {"refit": STRETCH[dataset.until]}),
         "request_time": request_time,
         **({} if next_action == "none" else {"next_action": next_action}),
         "score_ties": "counted against the target",
@@ -253,20 +281,29 @@ def describe(
     }
 
 
-def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
-    """The protocol as one line of text."""
+def protocol_line(protocol: dict[str, Any], users: int, num_items: int, targets: int | None = None) -> str:
+    """The protocol as one line of text.
+
+    Args:
+        protocol: from `describe`.
+        users: number of users.
+        num_items: V.
+        targets: number of targets; None: one per user.
+    """
     filters = [
         text.format(protocol[key])
         for key, text in (("min_rating", "ratings ≥ {}"), ("core", "{}-core"), ("cold_items", "{} of items withheld"))
         if protocol.get(key)
     ]
-    more = protocol["split"] == "LeaveOneOut" and protocol.get("val", 1) > 1
-    held = f" ({protocol['val']} events of each user validate)" if more else ""
+    held = f" ({rule})" if (rule := split_rule(protocol)) else ""
+    measured = f"{protocol['evaluated']} targets of {users:,} users"
+    if targets not in (None, users):
+        measured = f"{targets:,} {measured}"
     keeps = protocol["seen_filter"] == SEEN_FILTER["keep"]
     without = ", seen ones included" if keeps else f" without {protocol['seen_filter']}"
     return "protocol: " + "; ".join(
         [
-            f"{protocol['split']} split{held}, {protocol['evaluated']} targets of {users:,} users",
+            f"{protocol['split']} split{held}, {measured}",
             f"full ranking of {num_items:,} items{without}"
             if protocol["ranking"].startswith("full")
             else f"{protocol['ranking']}; negatives sampled from {num_items:,} items{without}",
@@ -279,3 +316,19 @@ def protocol_line(protocol: dict[str, Any], users: int, num_items: int) -> str:
             f"score ties {protocol['score_ties']}",
         ]
     )
+
+
+def split_rule(protocol: dict[str, Any]) -> str:
+    """What the options of a split mean, as text; empty for one target per user and part."""
+    val = protocol.get("val", 1)
+    match protocol["split"]:
+        case "LeaveOneOut" if val > 1:
+            return f"{val} events of each user validate"
+        case "SessionStarts":
+            return (
+                f"events {protocol['gap']:,} s or more after the one before: at most {protocol['test']} of each user "
+                f"test, {val} before them validate"
+            )
+        case "Baskets":
+            return f"events of equal time are one basket: each user's last tests, at most {val} before it validate"
+    return ""

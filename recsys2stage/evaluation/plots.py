@@ -1,13 +1,14 @@
 """Figures of a report as PNG files, and learning curves from Lightning's CSV logs. Needs no display."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
+from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 from recsys2stage.evaluation.compare import STAGES
 from recsys2stage.evaluation.report import TITLES, metric_title
 from recsys2stage.ranking.bundle import bundle_manifest
@@ -19,6 +20,7 @@ SAME_USERS = "retriever, users of the ranker"
 LEGEND = ["retriever", "ranker", SAME_USERS, "training loss"]  # of the learning curves
 FIGURES = {  # file name -> title
     "cohorts.png": "NDCG@10 by cohort",
+    "gaps.png": "NDCG@10 by time since the event before, 95 % intervals",
     "ceiling.png": "Share of users whose target is among the first K candidates",
     "learning.png": "Learning curves",
     "calibration.png": "Probability of the first item and share of hits",
@@ -65,6 +67,51 @@ def cohorts_figure(report: dict[str, Any]) -> Figure:
     for ax in axes[len(cohorts) :]:
         ax.remove()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(stages))
+    return figure
+
+
+def gaps_figure(reports: Mapping[str, dict[str, Any]], metric: str = "ndcg@10") -> Figure:
+    """A metric of both stages by the time since the event before, with 95 % intervals; a panel for each report.
+
+    Args:
+        reports: title of the panel -> content of a report.json with times, or of a file that `benchmarks/results.py`
+            wrote; such as those of several splits.
+        metric: hr@10 or ndcg@10.
+
+    Raises:
+        ValueError: for a report without metrics by gap.
+    """
+    if without := [title for title, report in reports.items() if not report.get("by_gap")]:
+        raise ValueError(
+            f"the reports {', '.join(without)} have no metrics by gap, expected reports of data with times; evaluate "
+            "again: recsys evaluate"
+        )
+    labels = [label for label in (EVERYTHING, *GROUPS) if any(label in report["by_gap"] for report in reports.values())]
+    columns = min(len(reports), 2)
+    rows = -(-len(reports) // columns)
+    figure, axes = new_figure(1.5 + 4.5 * columns, 0.8 + (0.6 + 0.45 * len(labels)) * rows, rows, columns)
+    handles: dict[str, Any] = {}
+    for ax, (title, report) in zip(axes, reports.items(), strict=False):
+        groups = report["by_gap"]
+        measured = next(iter(groups.values()))["models"]
+        for row, name in enumerate(name for name in STAGES if name in measured):
+            shown = [(at, groups[label]["models"][name][metric]) for at, label in enumerate(labels) if label in groups]
+            at = np.array([at for at, _ in shown]) + 0.2 * row - 0.1
+            value, low, high = (np.array([one[key] for _, one in shown]) for key in ("value", "low", "high"))
+            handles[TITLES[name]] = ax.errorbar(
+                value, at, xerr=[value - low, high - value], fmt="o", capsize=3, color=COLOURS[name]
+            )
+        counts = [f"{groups[label]['targets']:,}" if label in groups else "no" for label in labels]
+        names = [f"{label}\n({count} targets)" for label, count in zip(labels, counts, strict=True)]
+        ax.set_yticks(np.arange(len(labels)), names)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.set_xlim(left=0)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_title(title)
+        ax.set_xlabel(metric_title(metric))
+    for ax in axes[len(reports) :]:
+        ax.remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
     return figure
 
 
@@ -204,6 +251,7 @@ def write_figures(
     fits, missing = learning_curves(bundle)
     figures = {
         "cohorts.png": cohorts_figure(report),
+        **({"gaps.png": gaps_figure({"time since the event before": report})} if report.get("by_gap") else {}),
         "ceiling.png": ceiling_figure(candidate_rank, report["candidates"]["k"]),
     }
     if fits:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recsys2stage.evaluation.by_gap import gap_rows
+
 TITLES = {
     "popularity": "popularity",
     "markov": "markov",
@@ -53,7 +55,9 @@ def against_text(report: dict[str, Any], metrics: Sequence[str] | None = None) -
         metrics: metrics to include; None: all but recall, which equals HR.
     """
     against = report["against"]
-    parts = [f"Against {against['folder']}, on the same {report['users']:,} users and targets."]
+    users, targets = int(report["users"]), count_targets(report)
+    same = f"{users:,} users and targets" if users == targets else f"{users:,} users and {targets:,} targets"
+    parts = [f"Against {against['folder']}, on the same {same}."]
     if against["differs"]:
         parts.append("Other differences between the runs: " + "; ".join(against["differs"]) + ".")
     for name, differences in against["models"].items():
@@ -86,12 +90,52 @@ def calibration_text(calibration: dict[str, Any]) -> str:
 
 
 def cohort_table(cohort: str, groups: dict[str, Any], names: Sequence[str]) -> str:
-    """NDCG@10 of the named models by cohort."""
+    """NDCG@10 of the named models by cohort; counts targets where users have several."""
+    several = any(count_targets(group) != group["users"] for group in groups.values())
     rows = [
-        [label, f"{group['users']:,}", *(f"{group[name]['ndcg@10']:.4f}" for name in names)]
+        [
+            label,
+            f"{count_targets(group) if several else group['users']:,}",
+            *(f"{group[name]['ndcg@10']:.4f}" for name in names),
+        ]
         for label, group in groups.items()
     ]
-    return table([cohort.replace("_", " "), "users", *(f"{TITLES[name]} NDCG@10" for name in names)], rows)
+    counted = "targets" if several else "users"
+    return table([cohort.replace("_", " "), counted, *(f"{TITLES[name]} NDCG@10" for name in names)], rows)
+
+
+def count_targets(group: Mapping[str, Any]) -> int:
+    """Number of targets of a report or cohort; earlier versions did not write it, as each user had one."""
+    return int(group.get("targets", group["users"]))
+
+
+def interval_text(report: Mapping[str, Any]) -> str:
+    """How the intervals of a report are made, such as "bootstrap over 6,040 users"."""
+    users, targets = int(report["users"]), count_targets(report)
+    if "baskets" in report:
+        held = f" with {report['baskets']:,} baskets of {targets:,} targets"
+    else:
+        held = "" if targets == users else f" with {targets:,} targets"
+    return f"{'clustered bootstrap' if held else 'bootstrap'} over {users:,} users{held}"
+
+
+def gap_table(groups: dict[str, Any]) -> str:
+    """NDCG@10 of both stages by the time since the event before, with intervals (`metrics_by_gap`)."""
+    return table(*gap_rows(groups))
+
+
+def cohort_tables(report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """A table for each cohort type; that of gaps has intervals.
+
+    Args:
+        report: the content of report.json.
+        names: models in the tables without intervals.
+    """
+    parts = []
+    for cohort, groups in report["cohorts"].items():
+        gaps = report.get("by_gap") if cohort == "gap_to_request" else None
+        parts.append(gap_table(gaps) if gaps else cohort_table(cohort, groups, names))
+    return parts
 
 
 def as_markdown(
@@ -105,7 +149,7 @@ def as_markdown(
         figures: file name of each figure -> its title.
         missing: reasons for missing figures.
     """
-    parts = ["# Report", line, as_table(report), f"95 % intervals: bootstrap over {report['users']:,} users."]
+    parts = ["# Report", line, as_table(report), f"95 % intervals: {interval_text(report)}."]
     if "comparison" in report:
         compared = {m: d for m, d in report["comparison"].items() if not m.startswith("recall")}
         parts.append(paired_table("ranker − retriever", compared))
@@ -117,7 +161,7 @@ def as_markdown(
     if "against" in report:
         parts.append(against_text(report))
     names = [name for name in report["models"] if name != "markov"]
-    parts += [cohort_table(cohort, groups, names) for cohort, groups in report["cohorts"].items()]
+    parts += cohort_tables(report, names)
     if "exposure" in report:
         parts.append(exposure_table(report))
     if "calibration" in report:

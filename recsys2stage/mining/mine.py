@@ -15,7 +15,8 @@ from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.data.summary import config_option, print_summary, progress
 from recsys2stage.mining.draws import ListDraws
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
-from recsys2stage.options import check_integer, check_number, check_seed
+from recsys2stage.options import check_integer, check_number, check_seed, check_untrained
+from recsys2stage.ranking.bundle import bundle_until
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, ExactRanks, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Proposer, Signal, save_signals, specify
@@ -47,6 +48,7 @@ def mine_negatives(
 ) -> None:
     """Mine a candidate list for each validation target of each user; the retriever was not trained on these targets.
 
+    The targets are all validation events or, with the splits SessionStarts and Baskets, the validation targets only.
     Candidates come from the serving code path: the index and the signals that propose candidates, without the user's
     seen items and the items withheld as cold. The target and all earlier positives are excluded from the negatives;
     test events are never read. With `repeats: keep` seen items are not excluded: each is a candidate and, unless it is
@@ -79,6 +81,7 @@ def mine_negatives(
     check_seed("seed", seed)
     output, dataset = output or index.parent / "candidates", Dataset(data)
     k = min(k, dataset.num_items)
+    check_untrained(index, bundle_until(index), "val", "mine with the index of the retriever that it was refitted from")
     recommender = load_recommender(dataset, index)
     if gap and not dataset.has_time:
         raise ValueError(f"gap is {gap} seconds, but {data} has an order and no times; leave it out")
@@ -208,9 +211,9 @@ class ListBuilder:
         allowed = None if self.withheld is None else ~self.withheld[1:]
         retrieved = recommender.candidates(queries, seen, padded, request_time, allowed=allowed)
         validation = validation_users(users, self.select, self.seed)
-        request = Request.from_exclusions(
-            retrieved.items, target, seen.rows, seen.values, dataset.train_counts, self.withheld
-        )
+        together = dataset.co_targets(users, at)
+        rows, items = np.concatenate([seen.rows, together.rows]), np.concatenate([seen.values, together.values])
+        request = Request.from_exclusions(retrieved.items, target, rows, items, dataset.train_counts, self.withheld)
         negatives = self.miner.choose(request, ListDraws.of(self.seed, users, at))
         exact = self.exact_ranks(queries, seen)
         table = build_lists(request.candidates, request.target, retrieved.score, negatives, exact, validation)

@@ -69,7 +69,7 @@ class Average(nn.Module):
             member.freeze()
         for member in others:
             if torch.equal(member.vectors, first.vectors):
-                member.vectors = first.vectors
+                member.vectors, member.units = first.vectors, first.units
         return self.eval()
 
 
@@ -110,7 +110,9 @@ def equal_weights(spreads: Sequence[float]) -> Float[Tensor, " K"]:
 def shared_weights(parts: Sequence[dict[str, Tensor]], weights: Float[Tensor, " K"]) -> dict[str, Tensor]:
     """The weights of an average from those of its rankers; the table of item vectors is stored once."""
     return {"weights": weights} | {
-        f"members.{number}.{name}": parts[0][name] if name == "vectors" else value
+        f"members.{number}.{name}": parts[0][name]
+        if name == "vectors" and torch.equal(value, parts[0][name])
+        else value
         for number, part in enumerate(parts)
         for name, value in part.items()
     }

@@ -16,12 +16,12 @@ import torch
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import find_parent, read_array, read_json, read_manifest, take, verify
-from recsys2stage.checkpoints import build, load_tensors
+from recsys2stage.checkpoints import build, load_tensors, trained_until
 from recsys2stage.data.catalogue import read_catalogue
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.manifest import SourceLog, source_log
 from recsys2stage.data.request_inputs import check_user_specs
-from recsys2stage.options import Repeats, RequestTime
+from recsys2stage.options import Repeats, RequestTime, Until
 from recsys2stage.ranking.average import SecondStage, build_average
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -69,6 +69,11 @@ def bundle_data(path: str | Path) -> Path:
 def bundle_log(path: str | Path) -> SourceLog:
     """Columns and time unit of the log that a bundle or an index was prepared from."""
     return source_log(bundle_manifest(path), Path(path) / c.MANIFEST, f"make it again: recsys export-{kind_of(path)}")
+
+
+def bundle_until(path: str | Path) -> Until:
+    """Where the training events of the retriever of a bundle or an index end; "val" unless it was refitted."""
+    return trained_until(bundle_manifest(path), Path(path) / c.MANIFEST)
 
 
 def check_split(dataset: Dataset, folder: Path) -> None:
@@ -128,6 +133,7 @@ def read_bundle(path: str | Path, trust: Sequence[str] | str | None = ()) -> dic
                 )
             reranker = build_ranker(field("reranker", dict), manifest.get("average") or [], weights, where)
         signals = load_signals(path / SIGNALS) if (path / SIGNALS).is_dir() else []
+    trained_until(manifest, where)
     request_time, actions, next_action = field("request_time", str), field("actions", list), field("next_action", str)
     if not all(isinstance(name, str) for name in actions) or next_action not in ("none", "target", *actions):
         raise ValueError(

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import find_parent, fingerprint, read_array, read_manifest, take, verify
-from recsys2stage.checkpoints import SPLIT, load_checkpoint
 from recsys2stage.data.batches import padded_indices, recent_events
 from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.options import MAX_LENGTH, RequestTime, check_integer
 from recsys2stage.ranking.lists import STATES, CandidateLists, concatenate_lists, read_candidates
 from recsys2stage.ranking.signals.base import MAX_CANDIDATES
-from recsys2stage.retrieval.histories import ArrayModule, BatchLoader
+from recsys2stage.retrieval.histories import BEST, ArrayModule, BatchLoader, chosen_epochs
 from recsys2stage.retrieval.index import VECTORS
 from recsys2stage.shapes import CandidateBatch
 
@@ -98,13 +97,7 @@ class Candidates(ArrayModule):
                 f"{self.refit} was not selected on the lists of {', '.join(map(str, [self.path, *self.folds]))}; refit "
                 "on the lists it was selected on, or select a ranker on these first"
             )
-        best = load_checkpoint(self.refit / "best.ckpt", f"recsys fit --output {self.refit}, without refit")
-        self.dataset.check_split(self.refit / "best.ckpt", best[SPLIT])
-        if not take(best, "global_step", int, self.refit / "best.ckpt"):
-            raise ValueError(
-                f"the best checkpoint of {self.refit} is step 0, the retriever's order; there is nothing to refit"
-            )
-        return int(take(best, "epoch", int, self.refit / "best.ckpt")) + 1
+        return chosen_epochs(self.refit / BEST, self.dataset, f"recsys fit --output {self.refit}, without refit")
 
     @property
     def features(self) -> list[dict[str, Any]]:
@@ -204,7 +197,7 @@ class Candidates(ArrayModule):
     def read(self, batch: np.ndarray) -> Lists:
         starts, ends = self.lists.offsets[batch], self.lists.offsets[batch + 1]
         index, real = padded_indices(starts, ends)
-        ends = self.lists.position[batch]
+        ends = self.dataset.ends(self.lists.user[batch], self.lists.position[batch])
         length = min(self.recent, self.manifest["max_length"])  # maximum length in serving
         newest = self.dataset.events(np.maximum(ends - length, self.dataset.offsets[self.lists.user[batch]]), ends)
         recent, ages = recent_events(newest, self.lists.request_time[batch], self.recent, self.dataset.has_time)

@@ -20,7 +20,8 @@ from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
 
 PARTS = ("score", "rank", "margin", "popularity", "features", "state", "vectors", "recent")  # removable by `without`
-MAX_ENCODED = 1 << 24  # numbers of the encoded features of all items that are kept, 4 bytes each
+VECTOR_PARTS = ("state", "vectors", "recent")  # of them, those that are vectors of the retriever
+MAX_KEPT = 1 << 24  # numbers of a table of all items that is computed once, 4 bytes each
 
 
 class Reranker(nn.Module):
@@ -49,6 +50,7 @@ class Reranker(nn.Module):
         scores_cold: whether the retriever's scores of cold items are usable.
         without: inputs removed from the scorer (set to zero): parts (score, rank, margin, popularity, features, state,
             vectors, recent), signals, or single signal features. None: nothing is removed.
+        rotated: whether user states are rotated to the space of the vectors, as beside a refitted retriever.
     """
 
     vectors: Tensor
@@ -61,6 +63,8 @@ class Reranker(nn.Module):
     cold: Tensor
     hidden: Tensor
     encoded: Tensor | None
+    rotation: Tensor | None
+    units: Tensor | None
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class Reranker(nn.Module):
         signals: Sequence[dict[str, Any]] = (),
         scores_cold: bool = False,
         without: Sequence[str] | None = None,
+        rotated: bool = False,
     ) -> None:
         super().__init__()
         check_integer("feature_dim", feature_dim, 1, MAX_WIDTH, example=16)
@@ -84,10 +89,13 @@ class Reranker(nn.Module):
                 f"without has {', '.join(unknown)}, expected some of {', '.join(sorted(inputs))}; leave the others out"
             )
         self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # of the retriever, not normalised
+        self.register_buffer("rotation", torch.eye(dim) if rotated else None)
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
-        self.register_buffer("encoded", None, persistent=False)  # the features of all items, see `freeze`
+        # the features and the normalised vectors of all items, see `freeze`
+        self.register_buffer("encoded", None, persistent=False)
+        self.register_buffer("units", None, persistent=False)
         hidden = [bool({name, name.partition(".")[0]} & self.without) for name in names]
         self.register_buffer("hidden", torch.tensor(hidden, dtype=torch.bool), persistent=False)
         self.register_buffer("signal_mean", torch.zeros(len(names)))
@@ -156,12 +164,12 @@ class Reranker(nn.Module):
         if "vectors" in self.without:
             vectors = self.vectors.new_zeros(*batch.items.shape, self.vectors.shape[1])
         else:
-            vectors = shown(unit(self.vectors[batch.items]), None if masked is None else ~masked[..., None])
+            vectors = shown(self.unit_vectors(batch.items), None if masked is None else ~masked[..., None])
         inputs = RankerInputs(
-            state=self.ablate("state", unit(batch.state)),
+            state=self.ablate("state", unit(batch.state if self.rotation is None else batch.state @ self.rotation)),
             vectors=vectors,
             features=features,
-            recent=unit(self.vectors[batch.recent]),
+            recent=self.unit_vectors(batch.recent),
             ages=batch.ages,
             real=torch.zeros_like(recent_real) if "recent" in self.without else recent_real,
             base=base,
@@ -193,6 +201,10 @@ class Reranker(nn.Module):
         distinct, inverse = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
         return self.features(distinct)[inverse]
 
+    def unit_vectors(self, items: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+        """The normalised item vectors."""
+        return unit(self.vectors[items]) if self.units is None else self.units[items]
+
     @torch.no_grad()
     def freeze(self) -> "Reranker":
         """Switches to evaluation and computes what does not depend on the request, where it takes little memory.
@@ -200,14 +212,16 @@ class Reranker(nn.Module):
         The weights must not change afterwards, until `train` is called.
         """
         self.eval()
-        if self.features is not None and "features" not in self.without:
-            rows = len(self.popularity)
-            if rows * self.features.width <= MAX_ENCODED:
-                self.encoded = self.features(torch.arange(rows, device=self.popularity.device))
+        rows = len(self.popularity)
+        if self.vectors.numel() <= MAX_KEPT:
+            self.units = unit(self.vectors)
+        features = None if "features" in self.without else self.features
+        if features is not None and rows * features.width <= MAX_KEPT:
+            self.encoded = features(torch.arange(rows, device=self.popularity.device))
         return self
 
     def train(self, mode: bool = True) -> "Reranker":
-        self.encoded = None
+        self.encoded = self.units = None
         return super().train(mode)
 
     def load_item_tables(self, vectors: Tensor, counts: np.ndarray, features: Sequence[dict[str, Any]]) -> None:

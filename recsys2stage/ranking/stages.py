@@ -205,9 +205,8 @@ class Stages:
         """Candidates, (B, K) with −1 for padding, scored and sorted by the retriever."""
         score = np.matmul(self.vectors[np.maximum(items, c.PAD)], queries[..., None])[..., 0]
         score[items <= c.PAD] = -np.inf
-        order = np.argsort(-score, axis=1, kind="stable")
-        items, score = np.take_along_axis(items, order, axis=1), np.take_along_axis(score, order, axis=1)
-        return RetrievedItems(items, score, proposed)
+        order = np.arange(len(score))[:, None], np.argsort(-score, axis=1, kind="stable")
+        return RetrievedItems(items[order], score[order], proposed)
 
     def _propose(self, requests: Requests, excluded: Ragged, allowed: Allowed) -> list[np.ndarray]:
         """What the signals propose, (B, up to K) each."""
@@ -234,15 +233,16 @@ class Stages:
         """
         if not self.signals:
             return np.zeros((*items.shape, 0), dtype=np.float32)
-        items = np.maximum(items, c.PAD).astype(np.int64)
-        order = items.argsort(axis=1)  # the signals look items up in tables: in ascending order, neighbours are near
-        items = np.take_along_axis(items, order, axis=1)
+        items = np.maximum(items, c.PAD).astype(np.int64, copy=False)
+        # the signals look items up in tables: in ascending order, neighbours are near
+        order = np.arange(len(items))[:, None], items.argsort(axis=1)
+        items = items[order]
         requests = Requests(items, padded, self.ranker_request_time(padded, request), self.vectors, queries)
         numbers = [signal(requests) for signal in self.signals]
         if self.proposers:
             numbers.append(reciprocal_ranks(items, found.proposed, len(self.vectors)))
         values = np.empty((*items.shape, sum(part.shape[2] for part in numbers)), dtype=np.float32)
-        values[np.arange(len(items))[:, None], order] = np.concatenate(numbers, axis=2)
+        values[order] = np.concatenate(numbers, axis=2)
         return values
 
     def candidate_batch(
@@ -317,8 +317,8 @@ class Stages:
             k: number of items.
             allowed: items that may be recommended.
         """
-        order = np.argsort(-score, axis=1, kind="stable")
-        ranking = Recommendations(*(np.take_along_axis(x, order, axis=1) for x in (found.items, score, found.score)))
+        order = np.arange(len(score))[:, None], np.argsort(-score, axis=1, kind="stable")
+        ranking = Recommendations(found.items[order], score[order], found.score[order])
         if k > ranking.items.shape[1]:
             scale = None if self.reranker is None else float(self.reranker.log_scale.detach().exp())
             more = k - ranking.items.shape[1]

@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,14 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from recsys2stage import columns as c
+from recsys2stage.artifacts import fingerprint, read_manifest, take
+from recsys2stage.checkpoints import SPLIT, load_checkpoint, trained_until
 from recsys2stage.data.batches import as_history, windows
-from recsys2stage.data.dataset import Dataset, feature_specs
-from recsys2stage.options import MAX_LENGTH, Part, RequestTime, check_integer, check_option
+from recsys2stage.data.dataset import At, Dataset, feature_specs
+from recsys2stage.options import MAX_LENGTH, Part, RequestTime, Until, check_integer, check_option, check_untrained
 from recsys2stage.shapes import History
+
+BEST = "best.ckpt"  # in the folder of a fit
 
 
 class Queries(NamedTuple):
@@ -139,6 +143,11 @@ class ArrayModule(LightningDataModule):
         """Hash of the prepared dataset's split; stored in checkpoints."""
         return self.dataset.manifest["split_hash"]
 
+    @property
+    def until(self) -> Until:
+        """Where the training events end; stored in checkpoints."""
+        return self.dataset.until
+
     def __str__(self) -> str:  # Lightning's own reads a batch of every loader
         return f"{type(self).__name__}({self.path})"
 
@@ -154,22 +163,27 @@ class ArrayModule(LightningDataModule):
 
         return BatchLoader(read, plan, epoch)
 
-    def _in_order(self, read: Callable[[np.ndarray], Any], users: np.ndarray, batch_size: int) -> BatchLoader:
-        """Evaluation batches of this process: each user once, and the same number of batches in every process.
+    def _in_order(self, read: Callable[[np.ndarray], Any], rows: np.ndarray, batch_size: int) -> BatchLoader:
+        """Evaluation batches of this process: each row once, and the same number of batches in every process.
+
+        Args:
+            read: rows -> batch.
+            rows: (n,) numbers of the targets or lists to evaluate.
+            batch_size: rows per batch.
 
         Raises:
-            ValueError: if there are fewer users than processes.
+            ValueError: if there are fewer rows than processes.
         """
         rank, processes = self._rank()
-        batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)]
-        if len(users) < processes:
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        if len(rows) < processes:
             raise ValueError(
-                f"{processes} processes share {len(users)} evaluation users, expected at least one per process; set "
-                f"trainer.devices to at most {len(users)}"
+                f"{processes} processes share {len(rows)} evaluation targets, expected at least one per process; set "
+                f"trainer.devices to at most {len(rows)}"
             )
         if processes > 1:
             count = -(-len(batches) // processes) * processes
-            batches = np.array_split(users, count if count <= len(users) else count - processes)[rank::processes]
+            batches = np.array_split(rows, count if count <= len(rows) else count - processes)[rank::processes]
         return BatchLoader(read, lambda: batches)
 
     def _rank(self) -> tuple[int, int]:
@@ -185,11 +199,15 @@ class Histories(ArrayModule):
         prepare: configuration of `recsys prepare-data`, used if `path` has no dataset yet.
         max_length: maximum history length L.
         batch_size: windows per training batch.
-        eval_batch_size: users per validation or test batch.
+        eval_batch_size: targets per validation or test batch.
         request_time: request time given to the model: none (`none`), the time of the newest event (`last_event`), or
             the target's own time (`target`), which matches a server that knows the current time.
         next_action: target action given to the model: none (`none`), the target's own action (`target`), or the name of
             an action: then the target's own in training and this one at every request.
+        refit: folder of a finished retriever that was chosen by validation on this dataset: trains with its options on
+            the events until `until`, for the number of epochs of its best checkpoint, and does not validate.
+        until: where the training events of a refit end: before each user's test targets (`test`, if it is None), or
+            nowhere (`end`: there can be no test then).
     """
 
     def __init__(
@@ -201,8 +219,17 @@ class Histories(ArrayModule):
         eval_batch_size: int = 256,
         request_time: RequestTime = "none",
         next_action: str = "none",
+        refit: Path | None = None,
+        until: Literal["test", "end"] | None = None,
     ) -> None:
         super().__init__()
+        if until is not None:
+            check_option("until", until, Literal["test", "end"])
+            if refit is None:
+                raise ValueError(
+                    f"until is {until!r} without refit, expected the folder of a finished retriever as refit: a fit on "
+                    "validation events cannot choose its number of epochs; set refit, or leave out until"
+                )
         check_integer("max_length", max_length, 1, MAX_LENGTH, example=200)
         check_integer("batch_size", batch_size, example=128)
         check_integer("eval_batch_size", eval_batch_size, example=256)
@@ -210,9 +237,9 @@ class Histories(ArrayModule):
         self.path, self.max_length = Path(path), max_length
         self.request_time, self.next_action = request_time, next_action
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.prepare = prepare
+        self.prepare, self.refit = prepare, None if refit is None else Path(refit)
         self.prepare_data()  # before Lightning calls it, because the model's size comes from the data
-        self.dataset = Dataset(path)
+        self.dataset = Dataset(path, "val" if refit is None else until or "test")
         self.dataset.check_request_time(request_time)
         self.dataset.check_next_action(next_action)
         train_ends = np.asarray(self.dataset.train_ends)
@@ -239,7 +266,21 @@ class Histories(ArrayModule):
 
     @property
     def parents(self) -> dict[str, Path]:
-        return {"data": self.path}
+        return {"data": self.path} | ({} if self.refit is None else {"selected": self.refit / BEST})
+
+    @property
+    def epochs(self) -> int | None:
+        """Number of training epochs for a refit; None: as configured."""
+        if self.refit is None:
+            return None
+        make = f"recsys fit --output {self.refit}, without refit"
+        made = read_manifest(self.refit, "retriever", make)
+        if made["parents"].get("data", {}).get("hash") != fingerprint(self.path):
+            raise ValueError(
+                f"{self.refit} was not chosen on {self.path} as it is now, expected a retriever of these data; refit "
+                "on the data it was chosen on, or choose one on these first"
+            )
+        return chosen_epochs(self.refit / BEST, self.dataset, make)
 
     @property
     def features(self) -> list[dict[str, Any]]:
@@ -268,10 +309,14 @@ class Histories(ArrayModule):
         return self._queries("test")
 
     def _queries(self, split: Part) -> BatchLoader:
-        users = self.dataset.users(split)
+        users, events = self.dataset.target_events(split)
         if not len(users):
             raise ValueError(f"{self.path} has no user with a {split} target; see counts in {self.path / c.MANIFEST}")
-        return self._in_order(lambda batch: self.read_queries(batch, split), users, self.eval_batch_size)
+
+        def read(batch: np.ndarray) -> Queries:
+            return self.read_queries(users[batch], events[batch])
+
+        return self._in_order(read, np.arange(len(users)), self.eval_batch_size)
 
     def read_windows(self, batch: np.ndarray) -> History:
         padded = self.dataset.events(self.window_starts[batch], self.window_ends[batch])
@@ -279,21 +324,46 @@ class Histories(ArrayModule):
         unknown = None if self.next_action == "none" else np.zeros(len(batch), np.int64)  # after the newest event
         return as_history(padded._replace(user=user_values), self.request_time, target_action=unknown)
 
-    def read_queries(self, users: np.ndarray, split: Part) -> Queries:
-        padded = self.dataset.histories(users, split, self.max_length)
-        excluded = self.dataset.filtered_items(users, split)
+    def read_queries(self, users: np.ndarray, at: At) -> Queries:
+        """Queries of one target for each row.
+
+        Args:
+            users: (B,) user of each target; a user may have several.
+            at: (B,) indices of the targets, or `val` or `test` for each user's (first) target.
+        """
+        padded = self.dataset.histories(users, at, self.max_length)
+        excluded = self.dataset.filtered_items(users, at)
         return Queries(
             users=torch.from_numpy(users),
             history=as_history(
                 padded,
                 self.request_time,
-                self.dataset.request_times(users, split),
-                self.dataset.target_action(users, split, self.next_action),
+                self.dataset.request_times(users, at),
+                self.dataset.target_action(users, at, self.next_action),
             ),
-            target=torch.from_numpy(self.dataset.targets(users, split)),
+            target=torch.from_numpy(self.dataset.targets(users, at)),
             excluded_rows=torch.from_numpy(excluded.rows),
             excluded_items=torch.from_numpy(excluded.values),
         )
+
+
+def chosen_epochs(best: Path, dataset: Dataset, make: str) -> int:
+    """Number of epochs after which the best checkpoint of a fit was saved.
+
+    Args:
+        best: the checkpoint.
+        dataset: of the refit.
+        make: command that makes such a checkpoint, for the error.
+
+    Raises:
+        ValueError: for a checkpoint of another split, of a refit, or from before the first step.
+    """
+    checkpoint = load_checkpoint(best, make)
+    dataset.check_split(best, checkpoint[SPLIT])
+    check_untrained(best, trained_until(checkpoint, best), "val", "refit the run that was chosen by validation")
+    if not take(checkpoint, "global_step", int, best):
+        raise ValueError(f"{best} is step 0, before any training; there is nothing to refit")
+    return int(take(checkpoint, "epoch", int, best)) + 1
 
 
 def prepare_dataset(config: Path, output: Path) -> None:

@@ -11,11 +11,11 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recsys2stage.checkpoints import SPLIT, read_checkpoint
+from recsys2stage.checkpoints import SPLIT, UNTIL, read_checkpoint
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.metrics import RankMetrics
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, rowwise_name, with_schedule
-from recsys2stage.options import RequestTime, Seen, check_integer, check_option
+from recsys2stage.options import RequestTime, Seen, check_integer, check_option, check_untrained
 from recsys2stage.processes import copy_from_first, global_mean
 from recsys2stage.retrieval.catalogue_ranks import catalogue_ranks
 from recsys2stage.retrieval.encoders import EncoderFactory, Transformer
@@ -152,6 +152,10 @@ class Retriever(RecsysModule):
                 make = "recsys fit --config configs/NAME/retriever.yaml"
                 options, weights = read_checkpoint(self.start, "towers", make)
                 histories.dataset.check_split(self.start, options[SPLIT])
+                if options[UNTIL] != histories.until:
+                    check_untrained(
+                        self.start, options[UNTIL], "val", "start from the retriever that it was refitted from"
+                    )
                 try:
                     self.towers.load_state_dict(weights)
                 except RuntimeError as error:

@@ -152,13 +152,14 @@ class UserStates:
         """States of some rows, no two of one user."""
         lengths, anonymous, cold = history.lengths.tolist(), list[int](), list[int]()
         warm: dict[int, list[tuple[int, State]]] = {}  # by the number of events that are computed
+        keys = {row: user_key(history, row) for row in rows if users[row] is not None}
         for row in rows:
             if users[row] is None:
                 self.outcomes["anonymous"] += 1
                 anonymous.append(row)
                 continue
             state = self._take(users[row])
-            outcome, usable = self._usable(state, inputs[row], user_key(history, row), lengths[row], towers)
+            outcome, usable = self._usable(state, inputs[row], keys[row], lengths[row], towers)
             self.outcomes[outcome] += 1
             if state is None or not usable:
                 cold.append(row)
@@ -170,7 +171,7 @@ class UserStates:
             own = [row for row, _ in held]
             found.append((own, self._extend(towers, history, own, [state.memory for _, state in held], count)))
             for row, state in held:
-                self._keep(users[row], state.memory, inputs[row], lengths[row], history, row)
+                self._keep(users[row], state.memory, inputs[row], lengths[row], keys[row])
         if anonymous:
             found.append((anonymous, towers.newest_states(history.select(torch.tensor(anonymous), inputs.shape[2]))))
         if cold:
@@ -178,7 +179,7 @@ class UserStates:
             states = towers.newest_states(history.select(torch.tensor(cold), inputs.shape[2]), memories)
             found.append((cold, states))
             for row, memory in zip(cold, memories, strict=True):
-                self._keep(users[row], memory, inputs[row], lengths[row], history, row)
+                self._keep(users[row], memory, inputs[row], lengths[row], keys[row])
         return found
 
     def _usable(
@@ -205,7 +206,11 @@ class UserStates:
         self, towers: Continuable, history: History, rows: list[int], memories: list[Memory], count: int
     ) -> Tensor:
         """States of rows whose last `count` events are not in their memories, (b, D)."""
-        parts = [history.select(torch.tensor([row]), int(history.lengths[row])) for row in rows]
+        lengths = history.lengths.tolist()
+        parts = [
+            (history if len(lengths) == 1 else history.take(slice(row, row + 1))).select(None, lengths[row])
+            for row in rows
+        ]
         new = concatenated([part.newest(count) for part in parts])
         times = [towers.encoder_times(part) for part in parts]
         x = towers.encoder_inputs(new, later=True)[0]
@@ -221,13 +226,11 @@ class UserStates:
             self.nbytes -= state.nbytes
         return state
 
-    def _keep(
-        self, user: Hashable, memory: Memory, inputs: np.ndarray, length: int, history: History, row: int
-    ) -> None:
+    def _keep(self, user: Hashable, memory: Memory, inputs: np.ndarray, length: int, key: tuple[bytes, ...]) -> None:
         """Keeps the state of all positions but the newest."""
         if length < 2:  # no position is final
             return
-        state = State(memory, inputs[:, : length - 1].copy(), user_key(history, row))
+        state = State(memory, inputs[:, : length - 1].copy(), key)
         with self._lock:
             if user in self._forgotten or state.nbytes > self.max_bytes:
                 return

@@ -1,5 +1,6 @@
 """The two-tower model: histories to query vectors, items to item vectors; a score is their inner product."""
 
+import functools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -140,7 +141,7 @@ class TwoTower(nn.Module, Continuable):
             return self.query_vectors(self.newest_states(history))
         return self.query_vectors(states.newest_states(self, history, users or [None] * len(history.lengths)))
 
-    @property
+    @functools.cached_property
     def extends(self) -> bool:
         """Whether states of users can be kept: the encoder is causal, and all parts take new events alone."""
         user = self.user is None or declares(type(self.user), "local", "condition")
@@ -241,7 +242,8 @@ def append_masked_event(history: History) -> History:
 
 def unit(x: Tensor) -> Tensor:
     """L2-normalised along the last axis, at full precision even under bf16 autocast."""
-    return F.normalize(full_precision(x), dim=-1, eps=1e-6)
+    x = full_precision(x)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)
 
 
 def full_precision(x: Tensor) -> Tensor:

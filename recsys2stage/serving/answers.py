@@ -62,17 +62,19 @@ class Answers:
                 items, score, retriever_score = items[chosen], score[chosen], retriever_score[chosen]
             part = slice(offset, count)
             items, score, retriever_score = items[part], score[part], retriever_score[part]
-        place = {int(item): rank for rank, item in enumerate(searched, start=1) if item > 0}
+        place = dict(zip(searched.tolist(), range(1, len(searched) + 1), strict=True))
         rows: list[dict[str, Any]] = [
             {
                 "item_id": self.features.ids[item - 1],
                 "title": self.features.titles[item - 1],
-                "score": float(one),
+                "score": one,
                 "rank": rank,
-                "retriever_score": None if new else float(other),
-                "retriever_rank": None if new else place.get(int(item)),
+                "retriever_score": None if new else other,
+                "retriever_rank": None if new else place.get(item),
             }
-            for rank, (item, one, other) in enumerate(zip(items, score, retriever_score, strict=True), start=1 + offset)
+            for rank, (item, one, other) in enumerate(
+                zip(items.tolist(), score.tolist(), retriever_score.tolist(), strict=True), start=1 + offset
+            )
         ]
         if body.explain:
             for fields, reasons in zip(rows, self._reasons(items, row, found, new), strict=True):

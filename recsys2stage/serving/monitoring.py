@@ -54,6 +54,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.shared, self.registry = FOLDER in os.environ, CollectorRegistry()
+        self._series: dict[tuple[Any, ...], Any] = {}  # by metric and labels
         named: dict[str, Any] = {"namespace": "recsys", "registry": self.registry}
         self.requests = Counter("requests", "Requests by route and status", ["method", "route", "status"], **named)
         self.seconds = Histogram(
@@ -93,13 +94,20 @@ class Metrics:
             route: the route's template, never the path itself.
             seconds: from the first byte to the last of the answer.
         """
-        self.requests.labels(method, route, str(status)).inc()
-        self.seconds.labels(route).observe(seconds)
+        self._labelled(self.requests, method, route, str(status)).inc()
+        self._labelled(self.seconds, route).observe(seconds)
 
     def observe_stages(self, stages: Mapping[str, float]) -> None:
         """Records the seconds of each stage of a request."""
         for stage, seconds in stages.items():
-            self.stages.labels(stage).observe(seconds)
+            self._labelled(self.stages, stage).observe(seconds)
+
+    def _labelled(self, metric: Any, *labels: str) -> Any:
+        """A series of a metric; the library checks labels at every call of its own."""
+        series = self._series.get((metric, *labels))
+        if series is None:
+            series = self._series[metric, *labels] = metric.labels(*labels)
+        return series
 
     def observe_batch(self, size: int) -> None:
         """Records how many requests were computed together."""

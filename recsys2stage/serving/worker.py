@@ -6,6 +6,7 @@ answering on the connections that it has, tells each client to open a new one, a
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -179,6 +180,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
+            gc.collect()
+            gc.freeze()  # the model and the libraries: no later collection goes through them
             self.metrics.running.set(1)
             send(self.supervisor, READY, self.identity)
 

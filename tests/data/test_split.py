@@ -1,5 +1,6 @@
 """Who trains, validates and tests, on worlds small enough to mark by hand."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
-from recsys2stage.data.split import GlobalTime, LeaveOneOut, Marked, Split
+from recsys2stage.data.split import Baskets, GlobalTime, LeaveOneOut, Marked, SessionStarts, Split, basket_starts
 
 TIMES = np.array([10, 20, 30, 40, 5, 15, 7, 35, 36, 37])
 OFFSETS = np.array([0, 4, 6, 7, 10])  # users of 4, 2, 1 and 3 events
@@ -92,6 +93,80 @@ def test_describe_says_name_and_options() -> None:
     assert LeaveOneOut().describe() == {"split": "LeaveOneOut", "val": 1}
     assert LeaveOneOut(4).describe() == {"split": "LeaveOneOut", "val": 4}
     assert GlobalTime(0.1, 0.2).describe() == {"split": "GlobalTime", "val": 0.1, "test": 0.2}
+
+
+# several targets per user
+
+HOUR = 3_600
+
+
+def log(words: str) -> tuple[np.ndarray, np.ndarray]:
+    """Times and offsets of users, a word each: s an event two hours after the one before, . a minute, = no time."""
+    waits = {"s": 2 * HOUR, ".": 60, "=": 0}
+    times = [np.cumsum([waits[letter] for letter in word]) for word in words.split()]
+    return np.concatenate(times), np.concatenate([[0], np.cumsum([len(word) for word in words.split()])])
+
+
+def parts_of(split: Split, words: str) -> list[str]:
+    """A word per user: t train; v and x validation and test targets; - and + the other events of these parts."""
+    times, offsets = log(words)
+    listed = split.targets(times, offsets)
+    assert listed is not None
+    letters = np.array(list("".join(marks(split, times, offsets))))
+    letters[letters == "v"], letters[letters == "x"] = "-", "+"
+    for events, part, letter in zip(listed, "-+", "vx", strict=True):
+        assert (np.diff(events) > 0).all()
+        assert (letters[events] == part).all(), "a target lies in its own part"
+        letters[events] = letter
+    return ["".join(letters[a:b]) for a, b in pairwise(offsets)]
+
+
+def test_the_newest_session_beginnings_test_and_those_before_them_validate() -> None:
+    log_of = "s..s=s.s.. s.s.s ss s.. s =ss"
+    assert parts_of(SessionStarts(HOUR, test=1, val=1), log_of) == ["tttttv-x++", "ttv-x", "tx", "ttt", "t", "tvx"]
+    assert parts_of(SessionStarts(HOUR, test=2, val=1), log_of) == ["tttv-x+x++", "ttx+x", "tx", "ttt", "t", "txx"]
+    assert parts_of(SessionStarts(HOUR, test=1, val=9), log_of) == ["tttv-v-x++", "ttv-x", "tx", "ttt", "t", "tvx"]
+    assert parts_of(SessionStarts(HOUR, test=9, val=9), log_of) == ["tttx+x+x++", "ttx+x", "tx", "ttt", "t", "txx"]
+
+
+def test_a_session_begins_after_the_gap_and_not_a_second_before() -> None:
+    times, offsets = np.array([0, HOUR, 2 * HOUR - 1, 9 * HOUR, 0, 9 * HOUR]), np.array([0, 4, 6])
+    val, test = SessionStarts(HOUR, test=1, val=5).targets(times, offsets)
+    assert (val.tolist(), test.tolist()) == ([1], [3, 5]), "event 4 is another user's first"
+
+
+def test_the_last_basket_tests_whole_and_those_before_validate() -> None:
+    log_of = "s=s==s= s=. s= s s.s="
+    assert parts_of(Baskets(), log_of) == ["ttvvvxx", "ttx", "tt", "t", "tvxx"]
+    assert parts_of(Baskets(5), log_of) == ["ttvvvxx", "ttx", "tt", "t", "tvxx"]
+    assert parts_of(Baskets(2), "sss=s") == ["tvvvx"]
+    assert parts_of(Baskets(1), "sss=s") == ["ttvvx"]
+    times, offsets = log("s=s s==")
+    assert basket_starts(times, offsets).tolist() == [0, 0, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("split", [SessionStarts(40, 2, 3), SessionStarts(40, 1, 1), Baskets(), Baskets(3)])
+def test_targets_lie_in_their_part_and_have_a_history(split: Split) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 15, 80)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    times = np.concatenate([10 * np.sort(rng.integers(0, 30, length)) for length in lengths])
+    train_end, val_end = split.ends(times, offsets)
+    listed = split.targets(times, offsets)
+    assert listed is not None
+    assert (train_end > offsets[:-1]).all(), "everybody trains"
+    for events, starts, ends in zip(listed, (train_end, val_end), (val_end, offsets[1:]), strict=True):
+        users = np.searchsorted(offsets, events, side="right") - 1
+        assert 20 < len(np.unique(users)) <= len(users)
+        assert np.array_equal(np.unique(users), np.flatnonzero(starts < ends)), "a part begins with a target"
+        assert (basket_starts(times, offsets)[events] > offsets[users]).all() or not split.baskets
+        assert np.isin(starts[starts < ends], events).all()
+
+
+@pytest.mark.parametrize("name", ["gap", "test", "val"])
+def test_session_starts_need_positive_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1; set {name} to"):
+        SessionStarts(**{name: 0})
 
 
 # marks

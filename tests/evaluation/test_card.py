@@ -107,7 +107,8 @@ def test_the_evaluated_card_holds_the_numbers_of_the_report(evaluated: Path, rep
     assert found[0] == f"{d['difference']:+.4f}"
     assert found[1] == f"[{d['low']:+.4f}, {d['high']:+.4f}]"
     assert found[3] == f"{d['p']:.4f}"
-    for cohort, groups in report["cohorts"].items():
+    shown = {name: groups for name, groups in report["cohorts"].items() if name != "gap_to_request"}
+    for cohort, groups in (shown | {"time_since_the_event_before": report["by_gap"]}).items():
         cells = rows_of(text, cohort.replace("_", " "))
         assert {label: row[0] for label, row in cells.items()} == {k: f"{v['users']:,}" for k, v in groups.items()}
     assert f"{report['candidates']['recall']:.4f} of the targets" in text

@@ -377,8 +377,8 @@ def test_a_protocol_that_is_none_is_refused(trained: Run, tmp_path: Path, protoc
 
 def test_the_report_has_its_shape(report: Path, dataset: Dataset) -> None:
     content = json.loads((report / "report.json").read_text())
-    parts = ["protocol", "items", "users", "models", "comparison", "cohorts", "candidates", "exposure", "calibration"]
-    assert list(content) == parts
+    parts = ["protocol", "items", "users", "targets", "models", "comparison", "cohorts", "by_gap", "candidates"]
+    assert list(content) == [*parts, "exposure", "calibration"]
     assert content["items"] == dataset.num_items
     assert content["users"] == len(dataset.users("test")) == 150
     assert list(content["models"]) == MODELS
@@ -405,7 +405,10 @@ def test_the_report_names_its_protocol(report: Path, dataset: Dataset) -> None:
 def test_the_values_are_the_means_over_the_ranks_that_lie_beside(report: Path, dataset: Dataset) -> None:
     content = json.loads((report / "report.json").read_text())
     ranks = pl.read_parquet(report / "ranks.parquet")
-    assert ranks.columns == ["user", "target", *MODELS]
+    assert ranks.columns == ["user", "place", "target", "gap", *MODELS]
+    assert ranks["place"].to_list() == dataset.target_indices("test")[dataset.users("test")].tolist()
+    ends = ranks["place"].to_numpy()
+    assert ranks["gap"].to_list() == (dataset.times[ends] - dataset.times[ends - 1]).tolist()
     assert ranks["target"].to_list() == dataset.targets(dataset.users("test"), "test").tolist()
     assert ranks["user"].to_list() == dataset.users("test").tolist()
     for name in MODELS:

@@ -17,6 +17,7 @@ from recsys2stage.evaluation.plots import (
     ceiling,
     ceiling_figure,
     cohorts_figure,
+    gaps_figure,
     learning_curves,
     learning_figure,
     read_log,
@@ -47,7 +48,9 @@ def test_a_report_has_its_figures(report: Path, trained: Run, capsys: pytest.Cap
 
 def test_an_index_has_no_figures_of_a_ranker(trained: Run, tmp_path: Path) -> None:
     recsys("evaluate", "--bundle", trained.index, "--output", tmp_path, "--resamples", 10)
-    assert {file.name for file in tmp_path.glob("*.png")} == {"cohorts.png", "ceiling.png", "learning.png"}
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        *("cohorts.png", "gaps.png", "ceiling.png", "learning.png")
+    }
     fits, missing = learning_curves(trained.index)
     assert [fit.stage for fit in fits] == ["retriever"]
     assert missing == []
@@ -70,6 +73,24 @@ def test_bars_are_the_cohorts_ndcg(report: Path) -> None:
             assert [bar.get_width() for bar in bars] == pytest.approx(expected)
         labels = [label.get_text() for label in ax.get_yticklabels()]
         assert labels == [f"{label} ({group['users']:,} users)" for label, group in groups.items()]
+
+
+def test_points_by_gap_are_the_values_with_their_intervals(report: Path) -> None:
+    groups = content(report)["by_gap"]
+    figure = gaps_figure({"one split": content(report), "another": content(report)})
+    assert [ax.get_title() for ax in figure.axes] == ["one split", "another"]
+    for ax in figure.axes:
+        assert len(ax.containers) == 2
+        for bars, name in zip(ax.containers, ("retriever", "ranker"), strict=True):
+            points, _, (lines,) = bars
+            shown = [group["models"][name]["ndcg@10"] for group in groups.values()]
+            assert points.get_xdata() == pytest.approx([one["value"] for one in shown])
+            spans = [(segment[0, 0], segment[1, 0]) for segment in lines.get_segments()]
+            assert np.array(spans) == pytest.approx(np.array([(one["low"], one["high"]) for one in shown]))
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        assert names == [f"{label}\n({group['targets']:,} targets)" for label, group in groups.items()]
+    with pytest.raises(ValueError, match="the reports old have no metrics by gap"):
+        gaps_figure({"old": {"models": {}}})
 
 
 def test_the_ceiling_is_the_recall_of_the_first_candidates() -> None:

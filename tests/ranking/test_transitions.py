@@ -244,6 +244,23 @@ def test_saved_and_loaded_it_says_the_same(dataset: Dataset, tmp_path: Path) -> 
     assert np.array_equal(loaded.propose(requests, known), signal.propose(requests, known))
 
 
+def test_tables_of_an_earlier_version_say_the_same(dataset: Dataset) -> None:
+    signal, (requests, known) = fitted(dataset, candidates=5, top=3), asked(dataset)
+    earlier, size = {"share": signal.tables["share"]}, ITEMS + 1
+    for number, name in enumerate(["1", "2", "3", "5", "10", "window"]):
+        pairs, facts = signal.tables[f"pairs_{name}"], signal.tables["items"][:, number]
+        before = np.arange(size).repeat(facts[:, 4].astype(np.int64))
+        earlier |= {
+            f"keys_{name}": np.append(before * size + pairs[:, 0], np.iinfo(np.int64).max),
+            f"counts_{name}": np.append(pairs[:, 1], np.int32(0)),
+            **{f"{part}_{name}": facts[:, place] for place, part in enumerate(("totals", "rest", "least"))},
+        }
+    other = Transitions(candidates=5, top=3)
+    other.restore(earlier)
+    np.testing.assert_array_equal(other(requests), signal(requests))
+    np.testing.assert_array_equal(other.propose(requests, known), signal.propose(requests, known))
+
+
 def test_the_best_are_by_sum_and_then_by_number() -> None:
     known = Ragged(np.array([4, 2]), np.array([0, 1, 1, 2]))
     rows, items = np.array([0, 0, 0, 0, 0, 2, 2]), np.array([3, 5, 3, 4, 1, 2, 9])

@@ -71,12 +71,11 @@ class Deep(nn.Module):
         hidden = F.linear(inputs.features, weight[:, 2 * dim :], self.of_candidate.bias)
         user = None if "state" in self.without else spread(inputs.state)
         if "vectors" not in self.without:
-            vectors = spread(inputs.vectors)
             if user is None:
-                hidden = hidden + F.linear(vectors, weight[:, :dim])
+                hidden = hidden + F.linear(spread(inputs.vectors), weight[:, :dim])
             else:  # W v + P (u ∘ v) = (W + P diag(u)) v: linear in the item vector, with one matrix per request
                 of_request = weight[:, :dim] + weight[:, dim : 2 * dim] * user[:, None]
-                hidden = torch.baddbmm(hidden, vectors, of_request.transpose(1, 2))
+                hidden = torch.baddbmm(hidden, inputs.vectors, of_request.transpose(1, 2), alpha=dim**0.5)
         if user is not None:
             hidden = hidden + self.of_user(user)[:, None]
         return self.rest(hidden)

@@ -78,23 +78,25 @@ class Affinity(Signal):
         numbers = [int(name.removeprefix("classes")) for name in tables if name.startswith("classes")]
         parts: list[np.ndarray] = []
         usual, first = [], 0
-        self._starts = np.zeros(len(numbers), dtype=np.int64)  # first column of each feature in `_classes`
-        for place, number in enumerate(sorted(numbers)):
+        for number in sorted(numbers):
             classes, share = np.asarray(tables[f"classes{number}"]), np.asarray(tables[f"shares{number}"])
-            self._starts[place] = sum(part.shape[1] for part in parts)
             parts.append(np.where(classes != UNKNOWN, classes + np.int32(first), np.int32(UNKNOWN)))
             first += int(classes.max(initial=0))
             usual.append(np.where(share > 0, share, 1))  # of items without classes any: their lift is set to 0
+        widths = [part.shape[1] for part in parts]
+        self._features = np.eye(len(parts)).repeat(widths, axis=0)  # (P, F) 1 for the columns of each feature, else 0
         if parts:
             self._classes, self._usual = np.concatenate(parts, axis=1), np.stack(usual, axis=1)
-            self._own = np.add.reduceat(self._classes != UNKNOWN, self._starts, axis=1, dtype=np.int32)  # classes each
+            self._own = (self._classes != UNKNOWN) @ self._features  # (V + 1, F) number of classes
 
     def __call__(self, requests: Requests) -> np.ndarray:
         length = requests.history.items.shape[1]
         lag = np.asarray(requests.history.lengths)[:, None] - 1 - np.arange(length)  # (B, L), 0 is the newest event
-        weights = np.stack([lag >= 0, np.where(lag >= 0, self.decay ** lag.clip(min=0), 0), lag == 0])
+        weights = np.empty((3, *lag.shape))
+        weights[0], weights[2] = lag >= 0, lag == 0
+        weights[1] = weights[0] * self.decay ** np.maximum(lag, 0)
         values = np.zeros((*requests.items.shape, len(self.names)), dtype=np.float32)
-        if len(self._starts):
+        if len(self._features):
             by_class, place = self._class_values(requests, weights), 0
         column = 0
         for number in range(len(self.tables)):
@@ -106,22 +108,21 @@ class Affinity(Signal):
                 column += 2
         if self.released is not None:
             age = 1970 + requests.request_time[:, None] / YEAR - np.asarray(self.tables["released"])[requests.items]
-            values[..., column] = np.log1p(np.nan_to_num(age).clip(min=0))
+            values[..., column] = np.log1p(np.maximum(np.nan_to_num(age), 0))
         values[requests.items <= 0] = 0
         return values
 
     def _class_values(self, requests: Requests, weights: np.ndarray) -> np.ndarray:
         """Three values of each feature with classes, (B, C, features, 3)."""
         history, candidates = self._classes[requests.history.items], self._classes[requests.items]  # (B, L or C, P)
-        sums = class_weights(history, weights, candidates, self._starts)
+        sums = class_weights(history, weights, candidates, self._features)
         usual, own = self._usual[requests.items], self._own[requests.items]
         total = weights[:2].sum(2)[:, :, None, None]
         lifts = np.log((sums[:2] + self.smoothing * usual) / ((total + self.smoothing) * usual))
-        newest = (self._own[requests.history.items] * weights[2][..., None]).sum(1)[:, None]
-        overlap = sums[2] / (own + newest - sums[2]).clip(min=1)
+        newest = self._own[requests.newest_items(1)]  # (B, 1, features)
         values = np.empty((*own.shape, 3), dtype=np.float32)
         values[..., :2] = np.moveaxis(np.where(own > 0, lifts, 0), 0, -1)
-        values[..., 2] = overlap
+        values[..., 2] = sums[2] / np.maximum(own + newest - sums[2], 1)
         return values
 
     def _numeric_values(self, number: int, requests: Requests, lag: np.ndarray) -> np.ndarray:
@@ -136,29 +137,28 @@ class Affinity(Signal):
         return np.where(np.isnan(distance), 0, distance.clip(max=FURTHEST))
 
 
-def class_weights(history: np.ndarray, weights: np.ndarray, candidates: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def class_weights(history: np.ndarray, weights: np.ndarray, candidates: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Summed weights of the events that share a class with each candidate, one term per class, (W, B, C, F) float64.
 
     Args:
         history: (B, L, P) classes of the events, padded with 0.
         weights: (W, B, L) W alternative weightings of the events.
         candidates: (B, C, P) classes of the candidates.
-        starts: (F,) first column of each feature.
+        features: (P, F) 1 for the columns of each feature, else 0.
     """
     size = 1 + max(int(history.max(initial=0)), int(candidates.max(initial=0)))
     row = size * np.arange(len(history))[:, None, None]
-    keys, queries, cells = row + history, row + candidates, size * len(history)
+    keys, queries, cells = (row + history).ravel(), row + candidates, size * len(history)
+    nothing = row.ravel() + UNKNOWN
     if cells > CELLS:
-        distinct, inverse = np.unique(keys.ravel(), return_inverse=True)
-        index = np.searchsorted(distinct, queries).clip(max=len(distinct) - 1)
-        keys, cells = inverse, len(distinct) + 1
-        queries = np.where((distinct[index] == queries) & (candidates != UNKNOWN), index, len(distinct))
-    sums = np.empty((len(weights), *candidates.shape[:2], len(starts)))
-    for number, weight in enumerate(weights):
-        mass = np.where(history != UNKNOWN, weight[:, :, None], 0.0)
-        of_class = np.bincount(keys.ravel(), mass.ravel(), cells)
-        sums[number] = np.add.reduceat(of_class[queries], starts, axis=2)
-    return sums
+        distinct, keys = np.unique(keys, return_inverse=True)
+        index = np.minimum(np.searchsorted(distinct, queries), len(distinct) - 1)
+        found = (distinct[index] == queries) & (candidates != UNKNOWN)
+        queries, cells = np.where(found, index, len(distinct)), len(distinct) + 1
+        nothing = nothing[:0]
+    of_class = np.stack([np.bincount(keys, weight.repeat(history.shape[2]), cells) for weight in weights])
+    of_class[:, nothing] = 0
+    return of_class.take(queries, axis=1) @ features
 
 
 def shares(classes: np.ndarray, size: int, counts: np.ndarray) -> np.ndarray:

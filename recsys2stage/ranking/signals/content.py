@@ -76,7 +76,7 @@ class Content(Proposer):
         self._rare = None
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        items, queries = requests.items.clip(min=PAD), self._queries(requests)
+        items, queries = np.maximum(requests.items, PAD), self._queries(requests)
         values = np.empty((*items.shape, 2), dtype=np.float32)
         for number, name in enumerate(("vectors", "vectors_popular")):
             values[..., number] = np.matmul(self.tables[name][items], queries[..., None])[..., 0]

@@ -37,6 +37,8 @@ def batched_searchsorted(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
         keys: ascending.
         queries: values of any shape.
     """
+    if len(queries) == 1:  # the candidates of one request ascend
+        return np.searchsorted(keys, queries)
     order = np.argsort(queries, axis=None)
     index = np.empty(queries.size, dtype=np.int64)
     index[order] = np.searchsorted(keys, queries.ravel()[order])

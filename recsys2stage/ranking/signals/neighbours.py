@@ -56,10 +56,22 @@ class Neighbours(Proposer):
         nearest = np.zeros((len(vectors), width), dtype=np.int32)
         cosines = np.zeros((len(vectors), width), dtype=np.float32)
         nearest[nonzero], cosines[nonzero] = nonzero[rows], cosine
-        self.tables = {"nearest": nearest, "cosines": cosines}
+        self.restore({"nearest": nearest, "cosines": cosines})
+
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        super().restore(tables)
+        self._lengths: tuple[np.ndarray, np.ndarray] | None = None  # item vectors, and their lengths
+
+    def _lengths_of(self, vectors: np.ndarray) -> np.ndarray:
+        """The lengths of the item vectors, (V + 1,) float32, 1 for zero vectors; the last ones are kept."""
+        held = self._lengths
+        if held is None or held[0] is not vectors:
+            length = np.sqrt(np.einsum("vd,vd->v", vectors, vectors))
+            self._lengths = held = vectors, np.where(length > 0, length, np.float32(1))
+        return held[1]
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        items, newest = requests.items.clip(min=0), requests.newest_items(self.history)
+        items, newest = np.maximum(requests.items, 0), requests.newest_items(self.history)
         values = np.zeros((*items.shape, len(self.names)), dtype=np.float32)
         block = max(1, NUMBERS_IN_FLIGHT // max(requests.vectors.shape[1] * items.shape[1], 1))
         for begin in range(0, len(items), block):
@@ -71,21 +83,20 @@ class Neighbours(Proposer):
 
     def _cosines(self, vectors: np.ndarray, items: np.ndarray, newest: np.ndarray) -> np.ndarray:
         """Cosine to the newest item, maximum, mean of the top 3 and mean, (B, C, 4)."""
-        own = vectors[items]
-        length = np.sqrt(np.einsum("bcd,bcd->bc", own, own))[..., None]
-        cosine = own @ unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
-        cosine /= np.where(length > 0, length, 1)
+        cosine = vectors[items] @ unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
+        cosine /= self._lengths_of(vectors)[items][..., None]
         real = newest > 0
-        nonempty = np.any(real, axis=1)[:, None]
         number = np.maximum(real.sum(axis=1), 1)[:, None]
         values = np.empty((*items.shape, 4), dtype=np.float32)
         values[..., 0] = cosine[..., 0]
         values[..., 3] = cosine.sum(axis=2) / number  # missing events have zero vectors
-        cosine[np.broadcast_to(~real[:, None], cosine.shape)] = -np.inf
+        if not real.all():
+            cosine[np.broadcast_to(~real[:, None], cosine.shape)] = -np.inf
         cosine.sort(axis=2)
         best = cosine[..., :-4:-1]
-        values[..., 1] = np.where(nonempty, best[..., 0], 0)
-        values[..., 2] = np.where(np.isfinite(best), best, 0).sum(axis=2) / np.minimum(number, 3)
+        best = np.where(np.isfinite(best), best, 0)
+        values[..., 1] = best[..., 0]
+        values[..., 2] = best.sum(axis=2) / np.minimum(number, 3)
         return values
 
     def _seen(self, items: np.ndarray, history: np.ndarray, size: int) -> np.ndarray:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from recsys2stage.artifacts import read_manifest, take, verify
-from recsys2stage.checkpoints import build, load_tensors
+from recsys2stage.checkpoints import build, load_tensors, trained_until
 from recsys2stage.data.batches import Padded, Ragged, as_history
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.options import STRETCH
 from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
 from recsys2stage.retrieval.index import Index
@@ -48,6 +49,12 @@ class OtherRetriever(Proposer):
         make = f"recsys export-index --output {folder}"
         manifest = read_manifest(folder, "index", make)
         dataset.check_split(folder, take(manifest, "split_hash", str, folder))
+        until = trained_until(manifest, folder)
+        if until != dataset.until:
+            raise ValueError(
+                f"{folder} was trained on {STRETCH[until]}, expected {STRETCH[dataset.until]}, as the first retriever; "
+                f"give the index of one that was: {make}"
+            )
         verify(folder, manifest, make)
         own = Index.load(folder).vectors
         kept = {name: take(manifest, name, kind, folder) for name, kind in KEPT.items()}

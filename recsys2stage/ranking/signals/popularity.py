@@ -86,10 +86,16 @@ class PopularityAsOf(Proposer):
 
     def __call__(self, requests: Requests) -> np.ndarray:
         times, keys, starts = (np.asarray(self.tables[name]) for name in ("times", "keys", "starts"))
-        items, now, base = requests.items.clip(min=0), requests.request_time, len(times) + 1
+        items, now, base = np.maximum(requests.items, 0), requests.request_time, len(times) + 1
         older = np.searchsorted(times, now[:, None] - np.array([*self.windows[::-1], 0]))  # (B, windows + 1) ranks
-        # the index of each item's first event with at least each of these ranks; ascending, if the items are
-        index = np.searchsorted(keys, items[..., None] * base + older[:, None])  # (B, C, windows + 1)
+        # the index of each item's first event with at least each of these ranks
+        index = np.empty((*items.shape, older.shape[1]), dtype=np.int64)
+        for column, rank in enumerate(older.T):
+            if (rank == len(times)).all():  # as where the log ends before the window, which most requests come after
+                index[..., column:] = starts[items + 1][..., None]
+                break
+            # ascending, if the items are: consecutive searches hit the cache
+            index[..., column] = np.searchsorted(keys, items * base + rank[:, None])
         begins, ends = starts[items], index[..., -1]
         total, number = ends - begins, len(self.windows)
 
@@ -97,15 +103,15 @@ class PopularityAsOf(Proposer):
         values[..., :number] = np.log1p(ends[..., None] - index[..., -2::-1])
         values[..., number] = np.log1p(total)
         # ranks of the first and of the newest event; arbitrary for items without events
-        first = keys[begins.clip(max=len(keys) - 1)] % base
-        newest = keys[(ends - 1).clip(min=0)] % base
+        first = keys[np.minimum(begins, len(keys) - 1)] % base
+        newest = keys[np.maximum(ends - 1, 0)] % base
         window, now = self.windows.index(self.trending), now[:, None]
         since = np.maximum(older[:, -1:] - first, 1)
         usual = total * np.minimum((older[:, -1:] - older[:, -2 - window, None]) / since, 1)
         values[..., -3] = np.log1p(ends - index[..., -2 - window]) - np.log1p(usual)
         some = total > 0
         values[..., -2] = np.log1p(np.where(some, now - times[first], 0))
-        values[..., -1] = np.log1p((now - np.where(some, times[newest], times[0])).clip(min=0))
+        values[..., -1] = np.log1p(np.maximum(now - np.where(some, times[newest], times[0]), 0))
         values[items == 0] = 0
         return values
 

@@ -6,6 +6,7 @@ from recsys2stage.data.batches import spans
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.options import check_number
 from recsys2stage.ranking.signals.base import Requests, Signal
+from recsys2stage.ranking.signals.keys import batched_searchsorted
 
 NONE = 0  # an event without a rating
 
@@ -72,7 +73,8 @@ class Ratings(Signal):
         values = [item_mean, np.log1p(count), user_mean, newest, spread, item_mean - user_mean]
         out = np.empty((*requests.items.shape, len(values)), dtype=np.float32)
         for column, value in enumerate(values):
-            out[..., column] = np.where(requests.items > 0, value, 0)
+            out[..., column] = value
+        out[requests.items <= 0] = 0
         return out
 
     def _ends(self, requests: Requests) -> np.ndarray:
@@ -80,11 +82,10 @@ class Ratings(Signal):
         if "clock" not in self.tables:
             return np.asarray(self.tables["starts"])[requests.items + 1]
         first, span = self.tables["clock"].tolist()
-        queries = requests.items * span + (requests.request_time - first).clip(0, span - 1)[:, None]
-        order = np.argsort(queries, axis=None)  # sorted queries hit the cache
-        ends = np.empty(queries.size, dtype=np.int64)
-        ends[order] = np.searchsorted(np.asarray(self.tables["keys"]), queries.ravel()[order])
-        return ends.reshape(queries.shape)
+        if (requests.request_time >= first + span - 1).all():  # after all ratings, as most requests of a service are
+            return np.asarray(self.tables["starts"])[requests.items + 1]
+        time = np.minimum(np.maximum(requests.request_time - first, 0), span - 1)[:, None]
+        return batched_searchsorted(np.asarray(self.tables["keys"]), requests.items * span + time)
 
     def _user_values(self, requests: Requests, mean: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean, newest − mean, and standard deviation of each user's ratings, (B,) each."""
@@ -94,7 +95,7 @@ class Ratings(Signal):
         column = np.arange(ratings.shape[1])
         rated = (column < np.asarray(requests.history.lengths)[:, None]) & (ratings != NONE)
         number, ratings = rated.sum(1), ratings.astype(np.float64)
-        own = np.where(number > 0, np.where(rated, ratings, 0).sum(1) / number.clip(min=1), mean)
+        own = np.where(number > 0, np.where(rated, ratings, 0).sum(1) / np.maximum(number, 1), mean)
         deviation = np.where(rated, ratings - own[:, None], 0)
-        newest = np.take_along_axis(deviation, np.where(rated, column, 0).max(1)[:, None], axis=1)[:, 0]
-        return own, newest, np.sqrt((deviation**2).sum(1) / number.clip(min=1))
+        newest = deviation[np.arange(count), np.where(rated, column, 0).max(1)]
+        return own, newest, np.sqrt((deviation**2).sum(1) / np.maximum(number, 1))

@@ -1,5 +1,6 @@
 """SLIT: linear item-transition models over the whole recent history, fitted in closed form."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from recsys2stage.ranking.signals.base import Proposer, Requests
 from recsys2stage.ranking.signals.keys import ROWS_IN_FLIGHT, slice_rows, top_by_score
 
 NEGLIGIBLE = 0.01  # events with a smaller weight are left out of the history
-NUMBERS_IN_FLIGHT = 1 << 20  # model weights per block
+NUMBERS_IN_FLIGHT = 1 << 17  # model weights per block, which stay in the processor's cache
 WORDS = {1: np.uint16, 2: np.uint32, 4: np.uint64, 8: np.complex128}  # as long as so many float16
 
 
@@ -100,8 +101,8 @@ class SLIT(Proposer):
     def __call__(self, requests: Requests) -> np.ndarray:
         row = self.tables["row"]
         longest = max(1, int(np.max(requests.history.lengths, initial=0)))
-        fades = self._fades(min(longest, max(map(self._reach, self.decays))))
-        items = row[requests.items.clip(min=0)]
+        fades = self._fades[:, :longest]
+        items = row[np.maximum(requests.items, 0)]
         newest = row[requests.newest_items(fades.shape[1])]
         values = np.zeros((*items.shape, len(fades)), dtype=np.float32)
         block = max(1, NUMBERS_IN_FLIGHT // max(fades.numel() * items.shape[1], 1))
@@ -110,13 +111,14 @@ class SLIT(Proposer):
             pairs = self._pairs(newest[own], items[own]).float()  # (B, events, C · models)
             sums = torch.matmul(fades, pairs).view(len(pairs), len(fades), items.shape[1], len(fades))
             values[own] = sums.diagonal(dim1=1, dim2=3).numpy()
-        return np.sign(values) * np.log1p(100 * np.abs(values))
+        return np.copysign(np.log1p(100 * np.abs(values)), values)
 
-    def _fades(self, events: int) -> torch.Tensor:
+    @functools.cached_property
+    def _fades(self) -> torch.Tensor:
         """Weight of each of the newest events in each model, (models, events) float32; 0 beyond its reach."""
-        fades = torch.zeros(len(self.decays), events)
+        fades = torch.zeros(len(self.decays), max(map(self._reach, self.decays)))
         for fade, decay in zip(fades, self.decays, strict=True):
-            fade[: self._reach(decay)] = torch.from_numpy(decay ** np.arange(min(self._reach(decay), events)))
+            fade[: self._reach(decay)] = torch.from_numpy(decay ** np.arange(self._reach(decay)))
         return fades
 
     def _pairs(self, newest: np.ndarray, items: np.ndarray) -> torch.Tensor:

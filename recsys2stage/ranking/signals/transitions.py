@@ -1,7 +1,7 @@
 """Transitions: item-to-item transition counts at several lags, and co-visitation with the newest items."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,16 +81,32 @@ class Transitions(Proposer):
         items = np.asarray(dataset.items[train.values])
         later = np.repeat(train.offsets[1:], np.diff(train.offsets)) - np.arange(len(items)) - 1  # of its user
         share = dataset.train_counts / max(len(items), 1)
-        self.tables = {"share": share}
+        tables, facts = {"share": share}, []
         for name, steps in {**{str(lag): [lag] for lag in self.lags}, "window": range(1, self.window + 1)}.items():
-            counted = _count(items, later, steps, share, self.top)
-            self.tables |= {f"{part}_{name}": table for part, table in counted.items()}
+            tables[f"pairs_{name}"], own = _packed(_count(items, later, steps, share, self.top), len(share))
+            facts.append(own)
+        self.restore(tables | {"items": np.stack(facts, axis=1)})
+
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        names = [*map(str, self.lags), "window"]
+        if "items" not in tables and "keys_window" in tables:  # as they were stored before
+            share, facts, packed = tables["share"], [], {}
+            for name in names:
+                parts = {part: tables[f"{part}_{name}"] for part in ("keys", "counts", "totals", "rest", "least")}
+                packed[f"pairs_{name}"], own = _packed(parts, len(share))
+                facts.append(own)
+            tables = {"share": share, "items": np.stack(facts, axis=1), **packed}
+        super().restore(tables)
+        number = len(self.lags)
+        # of the items that are looked up: the lag or, with the last table, the co-visits
+        self._columns = np.array([*range(number), *[number] * self.history])
+        self._places = np.array([*(lag - 1 for lag in self.lags), *range(self.history)])  # among the newest events
+        self._pairs = [tables[f"pairs_{name}"] for name in names if f"pairs_{name}" in tables]
 
     def __call__(self, requests: Requests) -> np.ndarray:
-        items, newest = requests.items.clip(min=0), requests.newest_items(max(self.history, *self.lags))
+        items, newest = np.maximum(requests.items, 0), requests.newest_items(max(self.history, *self.lags))
         values, lags = np.zeros((*items.shape, len(self.names)), dtype=np.float32), len(self.lags)
-        before = np.concatenate([newest[:, [lag - 1 for lag in self.lags]], newest[:, : self.history]], axis=1)
-        real = newest[:, : self.history] > 0
+        before, real = newest[:, self._places], newest[:, : self.history] > 0
         weights = real * self.decay ** np.arange(self.history)
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1)  # the newest event has weight 1
         block = max(1, NUMBERS_IN_FLIGHT // max(before.shape[1] * items.shape[1], 1))
@@ -111,77 +127,72 @@ class Transitions(Proposer):
         Returns:
             (B, lags + history, C) float64; 1 for item 0.
         """
-        expected, lags = np.asarray(self.tables["share"])[items][:, None], len(self.lags)
-        columns = {str(lag): slice(place, place + 1) for place, lag in enumerate(self.lags)}
-        columns["window"] = slice(lags, lags + self.history)
-        totals, rest, least = (
-            np.concatenate([self.tables[f"{part}_{name}"][before[:, own]] for name, own in columns.items()], axis=1)
-            for part in ("totals", "rest", "least")
-        )
-        observed = np.minimum(rest[..., None] * expected, least[..., None])  # of pairs that are not stored
-        edges = self._edges(before)
-        stored = [self._stored(name, edges[..., own]) for name, own in columns.items()]
-        place, start = np.arange(items.shape[1]), items.shape[1] * np.arange(before.shape[1])
+        expected, own = self.tables["share"][items][:, None], self.tables["items"][before, self._columns]
+        totals, rest, least = own[..., 0, None], own[..., 1, None], own[..., 2, None]
+        observed = np.minimum(rest * expected, least)  # of pairs that are not stored
+        bounds = own[..., 3:].astype(np.int64).tolist()
+        place, start = np.arange(1, items.shape[1] + 1), items.shape[1] * np.arange(before.shape[1]) - 1
         with item_marks(len(self.tables["share"])) as marks:
-            for row, own in enumerate(items):
-                marks[own] = place + 1
-                followers, counts, lengths = zip(*itertools.chain(*(pairs(row) for pairs in stored)), strict=True)
-                column = marks[np.concatenate(followers)]  # 0: no candidate
+            for row, candidates in enumerate(items):
+                marks[candidates] = place
+                after, counts, lengths = self._stored(self._columns.tolist(), bounds[row])
+                column = marks[after]  # 0: no candidate
                 found = np.flatnonzero(column)
-                at = np.repeat(start - 1, lengths)[found] + column[found]
-                observed[row].reshape(-1)[at] = np.concatenate(counts)[found]
-                same = marks[own] - 1  # the place of an item that comes twice is its last one
+                at = start.repeat(lengths)[found] + column[found]
+                observed[row].reshape(-1)[at] = counts[found]
+                same = marks[candidates]  # the place of an item that comes twice is its last one
                 if (same != place).any():
-                    observed[row] = observed[row][:, same]
-                marks[own] = 0
-        return (observed + self.alpha) / (totals[..., None] * expected + self.alpha)
+                    observed[row] = observed[row][:, same - 1]
+                marks[candidates] = 0
+        observed += self.alpha
+        observed /= totals * expected + self.alpha
+        return observed
 
-    def _edges(self, before: np.ndarray) -> np.ndarray:
-        """The keys of the pairs of each item `before`: the first possible one, and the first of the next, (2, B, n)."""
-        edges, size = np.empty((2, *before.shape), dtype=np.int64), len(self.tables["share"])
-        np.multiply(before, size, out=edges[0])
-        np.add(edges[0], size, out=edges[1])
-        return edges
-
-    def _stored(self, name: str, edges: np.ndarray) -> Callable[[int], Iterator[tuple[np.ndarray, np.ndarray, int]]]:
-        """Stored pairs of a table: a function of the row that gives the items after each of its items, their counts,
-        and their number.
+    def _stored(
+        self, columns: Sequence[int], bounds: Sequence[Sequence[int]]
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Stored pairs: the items after each of n items, their counts, and the number of pairs of each of the n.
 
         Args:
-            name: of the table.
-            edges: of (B, n) items, as `_edges` gives them.
+            columns: the table of each item.
+            bounds: first pair and number of pairs of each item in its table.
         """
-        keys, counts = self.tables[f"keys_{name}"], self.tables[f"counts_{name}"]
-        begins, ends = keys.searchsorted(edges).tolist()
-        first = edges[0].tolist()
-
-        def pairs(row: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-            for begin, end, low in zip(begins[row], ends[row], first[row], strict=True):
-                yield keys[begin:end] - low, counts[begin:end], end - begin
-
-        return pairs
+        lengths = [number for _, number in bounds]
+        parts = [
+            self._pairs[column][begin : begin + number] for column, (begin, number) in zip(columns, bounds, strict=True)
+        ]
+        pairs = np.concatenate(parts)
+        return pairs[:, 0], pairs[:, 1], lengths
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
-        newest = requests.newest_items(max(self.lags))
-        size, parts = len(self.tables["share"]), []
+        newest = requests.newest_items(max(self.lags))[:, self._places[: len(self.lags)]]
+        size, parts, columns = len(self.tables["share"]), [], self._columns[: len(self.lags)]
         for start in range(0, len(newest), ROWS_IN_FLIGHT):
-            own = newest[start : start + ROWS_IN_FLIGHT]
-            edges = self._edges(own)
-            stored = [
-                (self._stored(str(lag), edges[:, :, lag - 1 : lag]), self.tables[f"totals_{lag}"]) for lag in self.lags
-            ]
-            rows, items, scores = [], [], []
-            for row in range(len(own)):
-                for lag, (pairs, totals) in zip(self.lags, stored, strict=True):
-                    ((followers, counts, number),) = pairs(row)
-                    rows.append(np.full(number, row))
-                    items.append(followers)
-                    scores.append(counts / totals[own[row, lag - 1]])
-            entries = np.concatenate(rows), np.concatenate(items), np.concatenate(scores)
+            own = self.tables["items"][newest[start : start + ROWS_IN_FLIGHT], columns]  # (B, lags, 5)
+            bounds = own[..., 3:].astype(np.int64).reshape(-1, 2)
+            items, counts, lengths = self._stored(columns.tolist() * len(own), bounds.tolist())
+            scores = counts / own[..., 0].repeat(lengths)
+            rows = np.arange(len(own)).repeat(bounds[:, 1].reshape(len(own), -1).sum(axis=1))
             left_out = slice_rows(excluded, start, start + len(own))
             allowed = None if requests.allowed is None else requests.allowed[start : start + len(own)]
-            parts.append(top_by_sum(*entries, left_out, size, self.candidates, allowed))
+            parts.append(top_by_sum(rows, items, scores, left_out, size, self.candidates, allowed))
         return np.concatenate([*parts, np.zeros((0, self.candidates), np.int64)])
+
+
+def _packed(counted: dict[str, np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `_count` returns, as it is looked up.
+
+    Returns:
+        pairs: (N, 2) int32, the following item and the count of each stored pair, by the item before.
+        facts: (V + 1, 5) float64 of each item: totals, rest, least, its first pair and its number of pairs. They are
+            read together, so they lie side by side.
+    """
+    keys = counted["keys"][:-1]  # without the sentinel
+    pairs = np.empty((len(keys), 2), dtype=np.int32)
+    np.remainder(keys, size, out=pairs[:, 0], casting="unsafe")
+    pairs[:, 1] = counted["counts"][: len(keys)]
+    starts = keys.searchsorted(np.arange(size + 1) * size)
+    return pairs, np.stack([*(counted[name] for name in ("totals", "rest", "least")), starts[:-1], np.diff(starts)], 1)
 
 
 def _count(

@@ -1,5 +1,6 @@
 """Transformer building blocks: attention encoder, attention layer; pre-norm, post-norm, parallel and gated blocks."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -58,18 +59,19 @@ class AttentiveEncoder(Encoder):
         """The states, of the output of the last block."""
         raise NotImplementedError(f"{type(self).__name__} has partial = True and no leave")
 
-    @property
+    @functools.cached_property
     def is_partial(self) -> bool:
         """Whether positions can be computed alone: the encoder and its blocks say how."""
         return declares(type(self), "partial", "forward") and all(
             declares(type(block), "partial", "forward") for block in self.blocks
         )
 
-    @property
+    @functools.cached_property
     def encodings(self) -> Encodings:
-        return Encodings(self.position, self.time, self.layers, self.position_count, self.causal)
+        rotates = self.position.rotates
+        return Encodings(self.position, self.time, self.layers, self.position_count, self.causal, rotates)
 
-    @property
+    @functools.cached_property
     def extends(self) -> bool:
         return self.causal and self.is_partial and self.position.is_local and self.time.is_local
 

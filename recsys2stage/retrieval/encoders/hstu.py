@@ -151,7 +151,7 @@ class Block(nn.Module):
         if own is x:
             u, v, q, k = F.silu(self.uvqk(h), inplace=True).chunk(4, dim=-1)
         else:  # gates and queries of the newest position only
-            own_h, weights = self.norm(own), self.uvqk.weight.chunk(4)
+            own_h, weights = part.own(h), self.uvqk.weight.chunk(4)
             biases = [None] * 4 if self.uvqk.bias is None else self.uvqk.bias.chunk(4)
             inputs = (own_h, h, own_h, h)
             u, v, q, k = (F.silu(F.linear(*of)) for of in zip(inputs, weights, biases, strict=True))

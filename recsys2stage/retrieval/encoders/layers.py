@@ -160,7 +160,7 @@ class LayerNorm(Norm):
         self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if affine else None)
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
-        return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+        return torch.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
 
 
 NormFactory = Callable[[int], Norm]

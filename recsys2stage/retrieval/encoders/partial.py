@@ -78,7 +78,7 @@ def weigh(
         mixed = split_heads(mixed, v.size(1))
     else:
         mixed = weights @ v
-    return mixed if divisor == 1.0 else mixed / divisor
+    return mixed if divisor == 1.0 else mixed.div_(divisor)
 
 
 class Encodings(NamedTuple):
@@ -89,6 +89,14 @@ class Encodings(NamedTuple):
     layers: int
     max_length: int
     causal: bool
+    rotates: bool  # whether the position encoding rotates queries and keys
+
+    def tables(self) -> Tensor | None:
+        """The time biases of all layers, (layers, #H, N); None: there are none, or they differ in shape."""
+        tables = [self.time.table(layer) for layer in range(self.layers)]
+        present = [table for table in tables if table is not None]
+        same = len(present) == len(tables) and all(table.shape == present[0].shape for table in present)
+        return torch.stack(present) if same else None
 
 
 class Part(ABC):
@@ -296,20 +304,20 @@ class Suffix(Part):
     ) -> None:
         super().__init__(encoder)
         self.memories, self.count, self.heads = memories, count, 1
-        position, time = encoder.position, encoder.time
+        position, time, layers = encoder.position, encoder.time, range(encoder.layers)
         self.biases: list[tuple[list[Tensor | None], list[Tensor | None]]] = []
-        layers = range(encoder.layers)
+        tables = encoder.tables() if time.in_attention else None
         for memory, seconds, asked in zip(memories, times, request, strict=True):
             start, stop = memory.positions, memory.positions + count
             memory.reserve(stop)
             bucket = time.buckets(seconds, rows_of(asked, start, stop)) if time.in_attention else None
-            bucket = None if bucket is None else bucket.int()
-            self.biases.append(
-                (
-                    [batched(position.bias_from(layer, stop, start)) for layer in layers],
-                    [None if bucket is None else _row(time.table(layer), bucket) for layer in layers],
-                )
-            )
+            own: list[Tensor | None] = [None] * encoder.layers
+            if bucket is not None and tables is not None:  # one look-up for all layers
+                flat = tables.flatten(0, 1).index_select(1, bucket.int().view(-1))
+                own = list(flat.view(encoder.layers, 1, -1, count, stop).unbind())
+            elif bucket is not None:
+                own = [_row(time.table(layer), bucket.int()) for layer in layers]
+            self.biases.append(([batched(position.bias_from(layer, stop, start)) for layer in layers], own))
 
     def own(self, x: Embedded) -> Rows:
         return x[:, -1:] if self.newest and self.count > 1 else x
@@ -318,9 +326,10 @@ class Suffix(Part):
         self.heads = heads
         keys, values = split_heads(k, heads), split_heads(v, heads)
         for row, memory in enumerate(self.memories):
-            start, stop = memory.positions, memory.positions + self.count
-            rotated = self.encoder.position.rotate(keys[row : row + 1], start)
-            memory.planes[2 * self.layer, :, start:stop] = rotated[0]
+            start, stop, own = memory.positions, memory.positions + self.count, keys[row]
+            if self.encoder.rotates:
+                own = self.encoder.position.rotate(keys[row : row + 1], start)[0]
+            memory.planes[2 * self.layer, :, start:stop] = own
             memory.planes[2 * self.layer + 1, :, start:stop] = values[row]
 
     def attend(
@@ -336,8 +345,10 @@ class Suffix(Part):
         for row, (memory, (positions, times)) in enumerate(zip(self.memories, self.biases, strict=True)):
             stop = memory.positions + self.count
             start = stop - 1 if self.newest else memory.positions
-            own = None if queries is None else self.encoder.position.rotate(queries[row : row + 1], start)
-            k, v = (memory.planes[2 * self.layer + part, :, :stop][None] for part in (0, 1))
+            own = None if queries is None else queries[row : row + 1]
+            if own is not None and self.encoder.rotates:
+                own = self.encoder.position.rotate(own, start)
+            k, v = memory.planes[None, 2 * self.layer : 2 * self.layer + 2, :, :stop].unbind(1)
             biases = [
                 positions[self.layer] if terms in ("both", "position") else None,
                 times[self.layer] if terms in ("both", "time") else None,

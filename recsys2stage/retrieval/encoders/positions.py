@@ -48,6 +48,11 @@ class Position(nn.Module):
         return None if bias is None else bias[:, start:]
 
     @property
+    def rotates(self) -> bool:
+        """Whether `rotate` does anything."""
+        return type(self).rotate is not Position.rotate
+
+    @property
     def is_local(self) -> bool:
         """Whether its hooks can be given part of the positions."""
         return all(declares(type(self), "local", hook) for hook in ("embed", "rotate"))
@@ -155,26 +160,26 @@ class PerDistance(Position):
         nn.init.normal_(self.tables, std=0.02)
 
     def bias(self, layer: int, length: int) -> Float[Tensor, "#H L L"]:
+        return self.bias_from(layer, length, 0)
+
+    def bias_from(self, layer: int, length: int, start: int) -> Float[Tensor, "#H S L"]:
         table = self.tables[0 if self.shared else layer]
         if self.negative:
             diagonals = table[:, self.negative - length + 1 : self.negative + length]
+        elif start and start == length - 1:
+            return table[:, None, :length].flip(-1)  # distances L − 1, ..., 0
         else:
             diagonals = F.pad(table[:, :length], (length - 1, 0))  # future keys are masked
-        return by_distance(diagonals)
-
-    def bias_from(self, layer: int, length: int, start: int) -> Float[Tensor, "#H S L"]:
-        if self.negative or start < length - 1:
-            return self.bias(layer, length)[:, start:]
-        return self.tables[0 if self.shared else layer][:, None, :length].flip(-1)  # distances L − 1, ..., 0
+        return by_distance(diagonals, start)
 
 
-def by_distance(diagonals: Float[Tensor, "#H P"]) -> Float[Tensor, "#H L L"]:
-    """The matrix with value[i − j] at (i, j), from the values of distances −L + 1 to L − 1."""
+def by_distance(diagonals: Float[Tensor, "#H P"], start: int = 0) -> Float[Tensor, "#H S L"]:
+    """Rows `start` to L − 1 of the matrix with value[i − j] at (i, j), from the values of distances −L + 1 to L − 1."""
     length = (diagonals.size(-1) + 1) // 2
     if torch.compiler.is_compiling():  # `unfold` would fix the length of an exported model
         position = torch.arange(length, device=diagonals.device)
-        return diagonals[:, position[:, None] - position + length - 1]
-    return diagonals.unfold(-1, length, 1).flip(-1)  # row i: distances i, i − 1, ..., i − L + 1
+        return diagonals[:, position[start:, None] - position + length - 1]
+    return diagonals.unfold(-1, length, 1)[:, start:].flip(-1)  # row i: distances i, i − 1, ..., i − L + 1
 
 
 class T5Buckets(Position):
@@ -252,6 +257,10 @@ class Combined(Position):
 
     def bias_from(self, layer: int, length: int, start: int) -> Float[Tensor, "#H S L"] | None:
         return _total([part.bias_from(layer, length, start) for part in self.parts])
+
+    @property
+    def rotates(self) -> bool:
+        return type(self).rotate is not Combined.rotate or any(part.rotates for part in self.parts)
 
     @property
     def in_attention(self) -> bool:

@@ -5,6 +5,7 @@ depends on the objective: for next-item prediction it is the time at which the n
 prediction (cloze) the time of the masked event itself.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
@@ -286,7 +287,7 @@ class Combined(Time):
             names = ", ".join(type(part).__name__ for part in inside)
             raise ValueError(f"{names} all bias attention by the same gaps; keep one of them")
 
-    @property
+    @functools.cached_property
     def inside(self) -> Time | None:
         return next((part for part in self.parts if part.in_attention), None)
 

@@ -64,11 +64,11 @@ class Exact(Index):
         if self._table.device.type != "cpu":
             cells = None  # a processor of another kind is faster at one large product
         for rows in chunks(rest, cells or count):
-            items, offsets = take_rows(exclude, rows)
-            owners = np.repeat(np.arange(len(rows)), np.diff(offsets))[items > 0]
+            items, offsets = exclude if len(rows) == len(queries) else take_rows(exclude, rows)
+            owners, real = np.arange(len(rows)).repeat(np.diff(offsets)), items > 0
             excluded = (
-                torch.from_numpy(owners).to(self._table.device),
-                torch.from_numpy(items[items > 0] - 1).to(self._table.device),
+                torch.from_numpy(owners[real]).to(self._table.device),
+                torch.from_numpy(items[real].astype(np.int64) - 1).to(self._table.device),
             )
             chosen = torch.from_numpy(np.ascontiguousarray(queries[rows])).to(self._table.device)
             masks = masks_of(allowed, rows)

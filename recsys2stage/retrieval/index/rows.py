@@ -68,6 +68,6 @@ def finite_rows(vectors: Float32[np.ndarray, "V D"]) -> Bool[np.ndarray, " V"]:
 
 def best_first(scores: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sorts each row by score, then by item; items that score -inf become -1."""
-    order = np.lexsort((items, -scores), axis=-1)
-    scores, items = np.take_along_axis(scores, order, -1), np.take_along_axis(items, order, -1)
+    order = np.arange(len(scores))[:, None], np.lexsort((items, -scores), axis=-1)
+    scores, items = scores[order], items[order]
     return scores, np.where(np.isneginf(scores), -1, items)

@@ -1,13 +1,14 @@
 """CPU time of requests by stage, without HTTP: milliseconds a user, as one JSON object.
 
-    python benchmarks/alternate.py --before ../before requests benchmarks/speed/requests.py \\
+    python benchmarks/alternate.py --before ../before requests benchmarks/speed/request_stages.py \\
         --bundle runs/ml-1m/bundle --data data/ml-1m --users 200
 
 A request is a known user of the prepared data without the newest event, at the time of that event, with k = 10, through
 both stages of `Engine.compute`. Every measurement has users of its own, so that nothing is known of them.
 
 single, batch_8, batch_32  encode, search (with the proposals of the signals), signals, rank (with the answer), whole
-returning                  the users of `single` again, one event and a minute later
+returning                  users with fewer events than the window of the model, one event and a minute after they came;
+                           with states of users, where the version has them
 first_stage_V              one request of `Recommender.recommend` without a ranker over V random item vectors
 new_user_V                 the same without a history
 """
@@ -51,9 +52,15 @@ def main() -> None:
     numbers = measure(engine, "first", groups[3], 1)  # touches the pages of all tables
     numbers.clear()
     numbers |= measure(engine, "single", groups[0], 1)
-    numbers |= measure(engine, "returning", groups[0], 1, later=True)
     numbers |= measure(engine, "batch_8", groups[1], 8)
     numbers |= measure(engine, "batch_32", groups[2], 32)
+    short = [history for history in groups[0] if len(history.items) < engine.recommender.towers.max_length]
+    if hasattr(serving, "UserStates"):
+        engine.states = serving.UserStates(1 << 28)
+    measure(engine, "first", short, 1)
+    numbers |= measure(engine, "returning", short, 1, later=True)
+    if hasattr(engine, "states"):
+        engine.states = None
     for count in options.items:
         numbers |= measure_first_stage(engine.recommender, count, options.users)
     print(json.dumps(numbers))
