@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.cli.export import export_bundle
 from recsys2stage.evaluation.card_model import class_of
-from recsys2stage.ranking.average import Average, score, spread
+from recsys2stage.ranking.average import Average, build_average, score, spread
 from recsys2stage.ranking.bundle import RERANKER
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.reranker import Reranker
@@ -28,6 +28,7 @@ from recsys2stage.ranking.scorers import GBDT, MLP, Blend, ListTable
 from recsys2stage.ranking.scorers.gbdt import round_down
 from recsys2stage.recommender import Recommender
 from recsys2stage.serving.engine import Engine
+from recsys2stage.serving.onnx_files import write_graphs
 
 LISTS, CANDIDATES, F = 60, 20, 4
 SMALL: dict[str, Any] = {"trees": 12, "trees_per_epoch": 4, "leaves": 5, "min_leaf": 5, "learning_rate": 0.3}
@@ -172,6 +173,14 @@ def test_a_missing_lightgbm_says_how_to_install_it() -> None:
         GBDT(8, F).prepare(lists()[0], 0)
 
 
+def test_a_list_longer_than_lightgbm_takes_is_refused() -> None:
+    empty = ListTable(np.zeros((0, F), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int8), np.array([10_001]))
+    with pytest.raises(
+        ValueError, match=r"10,001 candidates, expected at most 10,000 for trees; mine with a smaller --k"
+    ):
+        GBDT(8, F).prepare(empty, 0)
+
+
 # --- through the commands
 
 
@@ -238,6 +247,27 @@ def test_an_average_is_explained_and_described(averaged: Run) -> None:
     assert "Averaged with: scorer `MLP`" in (averaged.bundle / "README.md").read_text(encoding="utf-8")
     described = read_manifest(averaged.bundle, "bundle", "")
     assert [class_of(one["scorer"])[0] for one in described["average"]] == ["MLP"]
+
+
+@pytest.mark.slow
+def test_an_average_with_trees_is_exported_to_onnx(averaged: Run, tmp_path: Path) -> None:
+    made = write_graphs(Recommender.load(averaged.bundle), tmp_path)  # compares each file with torch
+    assert made["ranker"]["file"] == "ranker.onnx"
+
+
+def test_a_changed_average_is_refused(averaged: Run) -> None:
+    manifest = read_manifest(averaged.bundle, "bundle", "")
+    weights = torch.load(averaged.bundle / RERANKER, weights_only=True)
+    options = [manifest["reranker"], *manifest["average"]]
+    for other, changed, message in (
+        (options, weights | {"weights": torch.tensor([1.0, -1.0])}, "numbers above 0"),
+        (options, weights | {"members.2.center": torch.tensor(0.0)}, "which no ranker of the average has"),
+        ([options[0], options[1] | {"feature_dim": 3}], weights, "differ in feature_dim"),
+        (options * 9, weights, "an average of 18 rankers, expected 2 to 16"),
+        ([options[0], options[1] | {"scorer": {"class_path": "os.system"}}], weights, "not part of recsys2stage"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_average(other, changed, "manifest.json")
 
 
 def test_rankers_of_other_lists_are_not_averaged(averaged: Run, trained: Run, tmp_path: Path) -> None:

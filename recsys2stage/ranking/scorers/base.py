@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Scorer(nn.Module, ABC):
     """Adds a correction to the retriever's score of each candidate; outputs 0 at initialization."""
 
     reads_ages: bool = False  # whether `RankerInputs.ages` is used
-    listwise: ClassVar[bool] = False  # whether a candidate's score depends on the other candidates of its list
+    listwise: bool = False  # whether a candidate's score depends on the other candidates of its list
 
     @abstractmethod
     def forward(self, inputs: RankerInputs) -> Float[Tensor, "B C"]: ...

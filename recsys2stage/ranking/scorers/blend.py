@@ -49,7 +49,7 @@ class Blend(CalibratedScorer):
         )
         self.choice = weights
         self.reads_ages = any(member.reads_ages for member in self.members)
-        self.listwise = any(member.listwise for member in self.members)  # type: ignore[misc]  # of the members
+        self.listwise = any(member.listwise for member in self.members)
 
     def parts(self, inputs: RankerInputs) -> list[Float[Tensor, "B C"]]:
         return [member(inputs) for member in self.members]

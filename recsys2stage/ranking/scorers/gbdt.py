@@ -13,6 +13,7 @@ from recsys2stage.options import check_integer, check_number, check_option
 from recsys2stage.ranking.scorers.base import BoostedScorer, ListTable, RankerInputs
 
 MAX_TREES, MAX_LEAVES = 10_000, 255
+MAX_ROWS = 10_000  # of a list, by LightGBM
 CHUNK = 16  # trees that are evaluated at once: their intermediate values fit in a processor's cache
 UNREACHED = -1  # in `lefts`: a tree has fewer leaves
 
@@ -140,6 +141,11 @@ class GBDT(BoostedScorer):
             raise ValueError(
                 f"the lists have {lists.features.shape[1]} features, expected {self.num_features}; build the scorer "
                 "for these lists"
+            )
+        if len(lists.sizes) and lists.sizes.max() > MAX_ROWS:
+            raise ValueError(
+                f"a training list has {lists.sizes.max():,} candidates, expected at most {MAX_ROWS:,} for trees; mine "
+                "with a smaller --k, or use another scorer"
             )
         options = self.parameters_of_lightgbm | {"seed": seed % 2**31}
         data = lightgbm.Dataset(
