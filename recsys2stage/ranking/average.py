@@ -93,11 +93,12 @@ def spread(scored: Iterable[tuple[Float[Tensor, "B C"], Bool[Tensor, "B C"]]]) -
     return (squares / max(count, 1)) ** 0.5
 
 
-@torch.no_grad()
 def score(ranker: Reranker, batches: Iterable[CandidateBatch]) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits of batches of candidates and the masks of the real ones, for `spread`."""
     for batch in batches:
-        yield ranker(batch), batch.items != PAD
+        with torch.no_grad():
+            logits = ranker(batch)
+        yield logits, batch.items != PAD
 
 
 def equal_weights(spreads: Sequence[float]) -> Float[Tensor, " K"]:
