@@ -31,7 +31,7 @@ from recsys2stage.columns import PAD
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.metrics import compute_metrics, compute_rank
-from recsys2stage.ranking.average import Average, SecondStage, equal_weights, spread
+from recsys2stage.ranking.average import Average, SecondStage, average_weights
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.ranker import NOT_RETRIEVED
 from recsys2stage.ranking.reranker import Reranker
@@ -124,8 +124,14 @@ def measure(options: argparse.Namespace) -> None:
                 ranker = load(Path(path))
                 known[path] = Scored(ranker, score_lists(ranker, validation), score_lists(ranker, test))
         members = [known[path] for path in paths.split(",")]
-        weights = equal_weights([spread((values, values > -torch.inf) for values in one.validation) for one in members])
-        weights = weights if len(members) > 1 else torch.ones(1)
+        weights = torch.ones(1)
+        if len(members) > 1:
+            targets = [lists.positive for lists in validation]
+            scored = [
+                [(own, positive, own > -torch.inf) for own, positive in zip(one.validation, targets, strict=True)]
+                for one in members
+            ]
+            weights = average_weights(scored)
         whole: SecondStage = members[0].ranker
         if len(members) > 1:
             whole = Average([one.ranker for one in members], weights).freeze()

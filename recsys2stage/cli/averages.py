@@ -9,7 +9,7 @@ from torch import Tensor
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_manifest, take
 from recsys2stage.checkpoints import SPLIT, build, read_checkpoint
-from recsys2stage.ranking.average import EQUAL, MAX_MEMBERS, equal_weights, score, spread
+from recsys2stage.ranking.average import EQUAL, MAX_MEMBERS, average_weights, score_lists
 from recsys2stage.ranking.reranker import Reranker
 
 Member = tuple[dict[str, Any], dict[str, Tensor]]  # options and weights of a `Reranker`
@@ -62,14 +62,14 @@ def average(
     rankers = [
         build(Reranker, own, part, path) for own, part, path in zip(members, parts, [first, *others], strict=True)
     ]
-    spreads = [spread(score(ranker, validation_batches(mined, int(options["recent"])))) for ranker in rankers]
-    return list(zip(members, parts, strict=True)), equal_weights(spreads)
+    shares = average_weights([score_lists(one, validation_lists(mined, int(options["recent"]))) for one in rankers])
+    return list(zip(members, parts, strict=True)), shares
 
 
-def validation_batches(folder: Path, recent: int) -> Any:
-    """The validation lists of a mined folder, as batches of candidates."""
+def validation_lists(folder: Path, recent: int) -> Any:
+    """The validation lists of a mined folder, in batches."""
     from recsys2stage.ranking.candidates import Candidates  # slow import of Lightning
 
     candidates = Candidates(folder, recent=recent)
     candidates.setup("validate")
-    return (lists.candidates for lists in candidates.val_dataloader())
+    return candidates.val_dataloader()

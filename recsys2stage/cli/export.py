@@ -248,7 +248,7 @@ def export_bundle(
         other: index of the refitted second retriever, if the retriever was refitted and the ranker reads
             `OtherRetriever`.
         average: checkpoints of further rankers of the same candidates, such as those of other seeds; the bundle ranks
-            by the mean of the standardised scores of all. None: by `ranker` alone.
+            by the mean of the calibrated scores of all. None: by `ranker` alone.
         trust: modules outside this package from which the checkpoint may load classes.
     """
     unset = "null for the number in the ranker's training"

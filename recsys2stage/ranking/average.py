@@ -1,29 +1,34 @@
 """The average of several rankers of one set of candidate lists, such as those of several seeds."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys2stage.checkpoints import build
 from recsys2stage.columns import PAD
 from recsys2stage.ranking.reranker import Reranker
+from recsys2stage.ranking.scorers.base import fit_scale
 from recsys2stage.shapes import CandidateBatch
 
 MAX_MEMBERS = 16
 EQUAL = ("num_items", "dim", "features", "feature_dim", "signals", "scores_cold")  # options that members share
 AGAIN = "make it again: recsys export-bundle"
-MOST_LISTS = 1_000  # that the spread of a ranker's logits is measured on
+MOST_LISTS = 2_000  # that a ranker's logits are calibrated on
+
+# logits (B, C), index of the positive in each list (B,), −1 if it is missing, and the mask of real candidates (B, C)
+Logits = tuple[Tensor, Tensor, Tensor]
 
 
 class Average(nn.Module):
     """Scores candidates by the weighted mean of several rankers' logits, (B, C).
 
-    With weights 1 / (K s_k), s_k the spread of a ranker's logits within lists, all rankers count alike, whatever the
-    scale of their losses.
+    The weights make the logits of each ranker those of calibrated probabilities, whatever the scale of its loss; their
+    mean is then the logarithm of the geometric mean of the probabilities, up to a constant of the list.
 
     Args:
         members: the rankers, of one set of items, features and signals.
@@ -76,36 +81,35 @@ class Average(nn.Module):
 SecondStage = Reranker | Average
 
 
-def spread(scored: Iterable[tuple[Float[Tensor, "B C"], Bool[Tensor, "B C"]]]) -> float:
-    """Root mean square of logits around the mean of their list, over at most MOST_LISTS lists; 0 if they never differ.
+def average_weights(scored: Sequence[Sequence[Logits]]) -> Float[Tensor, " K"]:
+    """Weights of a mean of calibrated logits: each ranker's are scaled so that their softmax fits the positives.
 
     Args:
-        scored: batches of logits, each with the mask of its real candidates.
+        scored: of each ranker, batches of logits of the same lists; at most MOST_LISTS lists are used.
     """
-    squares, count, lists = 0.0, 0, 0
-    for logits, real in scored:
-        values = logits.double().where(real, 0)
-        mean = values.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-        squares += float((values - mean)[real].square().sum())
-        count, lists = count + int(real.sum()), lists + len(real)
-        if lists >= MOST_LISTS:
-            break
-    return (squares / max(count, 1)) ** 0.5
+    scales = []
+    for batches in scored:
+        width = max((logits.size(1) for logits, _, _ in batches), default=0)
+        padded = [
+            (F.pad(logits, (0, width - logits.size(1))), positive, F.pad(real, (0, width - real.size(1))))
+            for logits, positive, real in batches
+        ]
+        logits, positive, real = (torch.cat(parts)[:MOST_LISTS] for parts in zip(*padded, strict=True))
+        chosen = positive >= 0
+        scales.append(fit_scale(logits[chosen], positive[chosen], real[chosen]))
+    return torch.tensor(scales) / len(scales)
 
 
-def score(ranker: Reranker, batches: Iterable[CandidateBatch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of batches of candidates and the masks of the real ones, for `spread`."""
-    for batch in batches:
+def score_lists(ranker: Reranker, lists: Iterable[tuple[CandidateBatch, Tensor]]) -> list[Logits]:
+    """Logits of batches of lists, for `average_weights`."""
+    scored, count = [], 0
+    for batch, positive in lists:
         with torch.no_grad():
-            logits = ranker(batch)
-        yield logits, batch.items != PAD
-
-
-def equal_weights(spreads: Sequence[float]) -> Float[Tensor, " K"]:
-    """Weights with which rankers of these spreads count alike; the scale of their mean is the mean of their scales."""
-    values = torch.tensor(spreads, dtype=torch.float64)
-    shares = torch.where(values > 0, values.mean() / values.clamp(min=1e-12), 1)
-    return (shares / len(values)).float()
+            scored.append((ranker(batch), positive, batch.items != PAD))
+        count += len(positive)
+        if count >= MOST_LISTS:
+            break
+    return scored
 
 
 def shared_weights(parts: Sequence[dict[str, Tensor]], weights: Float[Tensor, " K"]) -> dict[str, Tensor]:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from recsys2stage.artifacts import read_manifest
 from recsys2stage.cli.export import export_bundle
 from recsys2stage.evaluation.card_model import class_of
-from recsys2stage.ranking.average import Average, build_average, score, spread
+from recsys2stage.ranking.average import Average, average_weights, build_average, score_lists
 from recsys2stage.ranking.bundle import RERANKER
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import GBDT, MLP, Blend, ListTable
+from recsys2stage.ranking.scorers.base import fit_scale
 from recsys2stage.ranking.scorers.gbdt import round_down
 from recsys2stage.recommender import Recommender
 from recsys2stage.serving.engine import Engine
@@ -136,7 +137,7 @@ def test_the_scale_is_fitted_and_leaves_the_order() -> None:
 
 
 @pytest.mark.parametrize("choice", ["equal", "validation"])
-def test_a_blend_is_the_mean_of_standardised_logits(choice: Any) -> None:
+def test_a_blend_is_the_mean_of_calibrated_logits(choice: Any) -> None:
     table, best = lists()
     seen, real = inputs(table), torch.ones(LISTS, CANDIDATES, dtype=torch.bool)
     blend = Blend(8, F, [partial(GBDT, **SMALL), partial(MLP, hidden=(8,))], choice)
@@ -147,11 +148,11 @@ def test_a_blend_is_the_mean_of_standardised_logits(choice: Any) -> None:
     blend.calibrate(parts, best, real)
     logits = seen.base + blend(seen)
     close(logits, parts @ blend.weights)
-    sizes = (parts - parts.mean(1, keepdim=True)).square().mean((0, 1)).sqrt() * blend.weights
+    calibrated = torch.tensor([fit_scale(part, best, real) for part in parts.unbind(-1)])
     if choice == "equal":
-        assert sizes[0].item() == pytest.approx(sizes[1].item(), rel=1e-4), "members count alike"
+        close(blend.weights / blend.weights.sum(), calibrated / calibrated.sum())
     else:  # the second member is noise
-        assert sizes[1] < 0.2 * sizes[0]
+        assert blend.weights[1] * parts[..., 1].std() < 0.3 * blend.weights[0] * parts[..., 0].std()
         alone = [nn.functional.cross_entropy(scale * parts[..., 0], best) for scale in (0.5, 1.0, 2.0)]
         assert nn.functional.cross_entropy(logits, best) <= min(alone)
 
@@ -225,20 +226,18 @@ def test_a_bundle_of_an_average_needs_no_lightgbm(averaged: Run, trained: Run) -
     assert (averaged.bundle / RERANKER).stat().st_size < 2 * (trained.bundle / RERANKER).stat().st_size + 400_000
 
 
-def test_the_rankers_of_an_average_count_alike(averaged: Run, trained: Run) -> None:
+def test_the_rankers_of_an_average_are_calibrated(averaged: Run, trained: Run) -> None:
     both = Recommender.load(averaged.bundle).reranker
     assert isinstance(both, Average)
     data = Candidates(trained.candidates)
     data.setup("validate")
-    batches = [lists.candidates for lists in data.val_dataloader()]
-    sizes = [
-        spread(score(member, batches)) * weight.item()
-        for member, weight in zip(both.members, both.weights, strict=True)
-    ]
-    assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
+    scored = [score_lists(member, data.val_dataloader()) for member in both.members]
+    close(both.weights, average_weights(scored))
+    larger = [[(3 * logits, positive, real) for logits, positive, real in part] for part in scored]
+    close(average_weights(larger), both.weights / 3)  # the scale of a loss does not matter
+    batch = next(iter(data.val_dataloader())).candidates
     with torch.no_grad():
-        logits = [member(batches[0]) for member in both.members]
-        close(both(batches[0]), torch.stack(logits, dim=-1) @ both.weights)
+        close(both(batch), torch.stack([member(batch) for member in both.members], dim=-1) @ both.weights)
 
 
 def test_an_average_is_explained_and_described(averaged: Run) -> None:

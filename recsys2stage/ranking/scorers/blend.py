@@ -1,4 +1,4 @@
-"""A blend of scorers: the weighted mean of their standardised logits."""
+"""A blend of scorers: the weighted mean of their calibrated logits."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,12 +19,12 @@ Weights = Literal["equal", "validation"]
 class Blend(CalibratedScorer):
     """Several scorers of the same lists, such as trees and a network; each is trained as if it were alone.
 
-        logit = scale · Σ_k w_k (base + member_k) / s_k
+        logit = scale · Σ_k w_k s_k (base + member_k)
 
-    s_k is the root mean square, over the validation lists, of a member's logits around the mean of their list: members
-    count alike, however large their logits are. It is one number per member and not one per list, so a score does not
-    depend on the other candidates, and a member that is sure of a list keeps its weight there. The weights and the
-    scale are fitted to the validation lists before each validation.
+    s_k calibrates a member: the softmax of its logits, times s_k, fits the positives of the validation lists. So
+    members count by what they know, however large their logits are, and one that is sure of a list keeps its weight.
+    (Logits divided by their standard deviation would give trees too little weight: they push hopeless candidates far
+    down.) The weights and the scale are fitted to the validation lists before each validation.
 
     Args:
         dim: width D of states and item vectors.
@@ -58,14 +58,11 @@ class Blend(CalibratedScorer):
         return [correction for member in self.members for correction in member.corrections(inputs)]
 
     def calibrate(self, logits: Float[Tensor, "N C K"], positive: Int[Tensor, " N"], real: Bool[Tensor, "N C"]) -> None:
-        count = real.sum(1)[:, None, None].clamp(min=1)
-        centered = logits - logits.where(real[..., None], 0).sum(1, keepdim=True) / count
-        spread = centered[real].square().mean(dim=0).sqrt()
-        share = torch.where(spread > 0, 1 / spread, 0)
-        share = share / share.sum() if share.sum() > 0 else torch.ones_like(share) / len(share)
-        share = share * fit_scale(centered @ share, positive, real)
+        scales = [fit_scale(part, positive, real) for part in logits.unbind(-1)]
+        share = torch.tensor(scales, device=logits.device) / len(scales)
+        share = share * fit_scale(logits @ share, positive, real)
         if self.choice == "validation" and len(logits):
-            share = minimise(centered, positive, real, share)
+            share = minimise(logits, positive, real, share)
         self.weights.copy_(share)
 
 
