@@ -51,6 +51,7 @@ class Scored(NamedTuple):
 
 def load(path: Path) -> Reranker:
     options, weights = read_checkpoint(path, "reranker", "recsys fit")
+    options = {"mask_ids": False} | options
     own = {"dim": options["vector_dim"]} | {name: options[name] for name in RERANKER_OPTIONS}
     reranker: Reranker = build(Reranker, own, weights, path)
     return reranker.freeze()

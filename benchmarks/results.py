@@ -89,7 +89,8 @@ def by_gap(runs: list[Path], resamples: int = 1000) -> dict[str, Any]:
     for run in runs:
         ranks = pl.read_parquet(run / "ranks.parquet")
         if c.PLACE not in ranks.columns:
-            raise SystemExit(f"{run} was evaluated by an older version; run again: recsys evaluate --output {run}")
+            print(f"\nNo results by gap: {run} was evaluated by an older version; run recsys evaluate again.")
+            return {}
         tables.append(ranks.sort(c.USER, c.PLACE))
     first = tables[0].select(name for name in keys if name in tables[0].columns)
     for run, ranks in zip(runs[1:], tables[1:], strict=True):

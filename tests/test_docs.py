@@ -262,7 +262,7 @@ def test_the_prepare_config_of_the_readme_prepares(tmp_path: Path, monkeypatch: 
     (tmp_path / "prepare.yaml").write_text(text.replace("/data/", f"{tmp_path}/"))
     with contextlib.redirect_stdout(io.StringIO()):
         recsys("prepare-data", "--config", tmp_path / "prepare.yaml")
-    data = Dataset(tmp_path / "data/mine")
+    data = Dataset(tmp_path / "data/shop")
     assert data.manifest["counts"]["val_events"] == 5 * 12
-    assert pl.read_parquet(tmp_path / "data/mine/items.parquet")["title"][0] == "Product 0"
+    assert pl.read_parquet(tmp_path / "data/shop/items.parquet")["title"][0] == "Product 0"
     assert data.action_names == ["buy"]

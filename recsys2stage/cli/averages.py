@@ -58,7 +58,9 @@ def average(
             )
         described.append(own)
         parts.append(part)
-    members = [{name: own[name] for name in names} | {"dim": own["vector_dim"]} for own in described]
+    members = [
+        {name: ({"mask_ids": False} | own)[name] for name in names} | {"dim": own["vector_dim"]} for own in described
+    ]
     rankers = [
         build(Reranker, own, part, path) for own, part, path in zip(members, parts, [first, *others], strict=True)
     ]

@@ -256,6 +256,7 @@ class WriteManifest(Callback):
             "seconds": round(self.seconds + time.monotonic() - self.started, 1),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             UNTIL: getattr(trainer.datamodule, "until", "val"),  # type: ignore[attr-defined]  # set outside Trainer.__init__
+            **getattr(pl_module, "manifest_facts", {}),
         }
         write_manifest(
             folder,

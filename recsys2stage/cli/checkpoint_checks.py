@@ -17,7 +17,7 @@ from recsys2stage.trust import OPTIONS as INIT
 FROM_CONFIG = ("optimizer",)  # its class comes from the config, its state from the checkpoint
 FROM_DATA = (  # links of the data module set them
     *("num_items", "features", "vector_dim", "num_candidates", "signals", "scores_cold", "recent"),
-    *("max_length", "request_time", "next_action", "user_features", "actions"),
+    *("max_length", "request_time", "next_action", "user_features", "actions", "fold"),
 )
 PARTS = {Retriever: "towers", Ranker: "reranker"}
 
@@ -64,7 +64,7 @@ def check_same_data(model: LightningModule, stored: Mapping[str, Any], path: str
         path: the checkpoint, for the error.
         step: what to do next, for the error.
     """
-    for name in ("num_items", "max_length", "request_time", "next_action", "vector_dim", "recent"):
+    for name in ("num_items", "max_length", "request_time", "next_action", "vector_dim", "recent", "fold"):
         now, then = model.hparams.get(name), stored.get(name)
         if now is not None and then is not None and now != then:
             raise ValueError(

@@ -114,7 +114,7 @@ def evaluate(
         outcome = rank_users(dataset, recommender, measured, places, batch_size, negatives, seed)
         report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
         report |= summarise(dataset, outcome.ranks, measured, places, resamples, seed)
-        report |= beyond_accuracy(dataset, outcome, recommender.num_candidates)
+        report |= beyond_accuracy(dataset, outcome, recommender.num_candidates, rows)
         if against is not None:
             report["against"] = compare(outcome.ranks, baseline, differs, resamples, seed, rows)
         line = protocol_line(conditions, report["users"], dataset.num_items, len(measured))

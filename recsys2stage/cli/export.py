@@ -28,6 +28,7 @@ from recsys2stage.cli.averages import average as average_rankers
 from recsys2stage.cli.refit_bundle import SELECTED, chosen_index, refit_reranker, refit_signals
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, feature_specs
+from recsys2stage.data.folds import Fold, without_fold
 from recsys2stage.data.locks import locked
 from recsys2stage.data.manifest import source_log
 from recsys2stage.data.side_tables import user_specs
@@ -46,7 +47,7 @@ from recsys2stage.serving.packed import FOLDER as HISTORIES
 from recsys2stage.serving.packed import pack
 from recsys2stage.trust import Trust, arguments, trusts
 
-RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without")
+RERANKER_OPTIONS = ("num_items", "features", "scorer", "feature_dim", "signals", "scores_cold", "without", "mask_ids")
 KEPT = (  # fields copied from the manifest of the index to that of the bundle
     *("vector_dim", "items", "has_time", "request_time", "next_action", "actions", "split_hash", "towers"),
     *("repeats", "newest_time", "user_features", "item_features"),
@@ -86,6 +87,8 @@ def export_index(
             f"{retriever} has {options['num_items']} items but {data} has {dataset.num_items}; fit again on {data}"
         )
     dataset.check_split(retriever, options["split_hash"])
+    fold = take({"fold": None, **options}, "fold", str | None, retriever)
+    trained = dataset if fold is None else without_fold(dataset, Fold.parse(fold))
     towers = {name: options[name] for name in inspect.signature(TwoTower).parameters if name in options}
     index = index or Exact()
     with torch.inference_mode():
@@ -103,17 +106,18 @@ def export_index(
         UNTIL: dataset.until,
         **refitted_from(retriever, dataset.until),
         "repeats": dataset.protocol["repeats"],
-        "newest_time": int(dataset.last_times.max()) if dataset.has_time else None,
+        "newest_time": int(trained.last_times.max()) if dataset.has_time else None,
         "user_features": user_specs(dataset),
         "item_features": feature_specs(dataset.item_features),
         "log": source_log(dataset.manifest, data / c.MANIFEST)._asdict(),
         "towers": towers,
+        "fold": fold,
     }
     with locked(output), atomic_write(output, "index") as folder:
         folder.mkdir()
         first.save(folder)
         torch.save(weights, folder / TOWERS)
-        np.save(folder / POPULARITY, dataset.train_counts)
+        np.save(folder / POPULARITY, trained.train_counts)
         (folder / c.ITEM_TABLE).write_bytes((dataset.path / c.ITEM_TABLE).read_bytes())
         parents = {"retriever": retriever, "data": data}
 
@@ -144,7 +148,7 @@ def export_index(
         f"{dataset.num_items:,} item vectors of {facts['vector_dim']} dimensions, {name.rpartition('.')[2]}",
         *describe_choice(index.tried),
         *describe_search(facts.get("measured")),
-        then=f"recsys mine-negatives --data {data} --index {output}"
+        then=f"recsys mine-negatives --data {data} --index {output}{'' if fold is None else f' --fold {fold}'}"
         if dataset.until == "val"
         else f"recsys export-bundle --index {output} --ranker RANKER/best.ckpt --data {data}",
     )
@@ -254,7 +258,7 @@ def export_bundle(
     unset = "null for the number in the ranker's training"
     check_integer("candidates", candidates, other=unset, example=200)
     options, weights = read_checkpoint(ranker, "reranker", "recsys fit --config configs/NAME/ranker.yaml")
-    reranker = {name: take(options, name, object, ranker) for name in RERANKER_OPTIONS}
+    reranker = {name: take({"mask_ids": False, **options}, name, object, ranker) for name in RERANKER_OPTIONS}
     arguments(Reranker, reranker, ranker)  # fail before writing a bundle that cannot be loaded
     for name in ("vector_dim", "num_candidates", "recent"):
         take(options, name, int, ranker)

@@ -132,6 +132,7 @@ def print_fit(trainer: Trainer, pl_module: LightningModule, best: Path, manifest
     print_summary(
         best,
         f"{which}, {of}, {manifest['steps']:,} steps, {manifest['seconds']:,.0f} s",
+        *([f"chosen: {manifest['chosen']}"] if manifest.get("chosen", "ranker") != "ranker" else []),
         then=next_command(trainer, pl_module, str(best)),
     )
 

@@ -101,7 +101,8 @@ def init(
                 "where they are marked QUESTION."
             )
     start = "" if folder.resolve() == Path.cwd() else f"cd {folder} && "
-    print(f"Next: {start}make pipeline")
+    answers = "write the answers, then " if table is not None and table.questions else ""
+    print(f"Next: {answers}{start}make pipeline")
 
 
 def check_new(folder: Path) -> None:

@@ -125,6 +125,8 @@ class TableConfig:
             lines.append(f"      separator: {scalar(table.separator, always=True)}")
         if side.title is not None:
             lines.append(f"      title: {scalar(side.title)}")
+        elif own == "items":
+            lines.append("      # title: COLUMN  # optional: the text that is shown with recommendations")
         if side.features:
             lines.append("      columns:")
         for column, (kind, separator) in side.features.items():

@@ -247,8 +247,10 @@ def default_columns(names: Iterable[str]) -> dict[str, Column]:
     return {name: rules.get(name, Column(name, "", required=False)) for name in names}
 
 
-def require(wanted: Iterable[str], present: Sequence[str], file: str | Path) -> None:
-    """Raises a ValueError for missing columns, with the existing columns and the closest match."""
+def require(
+    wanted: Iterable[str], present: Sequence[str], file: str | Path, next_step: str = "name one of these"
+) -> None:
+    """Raises a ValueError for missing columns, with the existing columns, the closest match and the next step."""
     missing = []
     for name in dict.fromkeys(wanted):
         if name not in present:
@@ -261,7 +263,7 @@ def require(wanted: Iterable[str], present: Sequence[str], file: str | Path) -> 
             )
     if missing:
         shown = ", ".join(map(repr, present[:MOST_NAMES])) + (", ..." if len(present) > MOST_NAMES else "")
-        raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are: {shown}; name one of these")
+        raise ValueError(f"{file} has no column {', '.join(missing)}; its columns are: {shown}; {next_step}")
 
 
 def _collect(frame: pl.LazyFrame, categorical: Sequence[str]) -> pl.DataFrame:

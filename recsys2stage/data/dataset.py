@@ -30,6 +30,8 @@ class Dataset:
             targets (`test`), or all (`end`). All but `val` are for a refit, when validation has chosen everything.
     """
 
+    fold: str | None = None  # users whose training events are left out, see `without_fold`
+
     def __init__(self, path: str | Path, until: Until = "val") -> None:
         check_option("until", until, Until)
         self.path = Path(path)

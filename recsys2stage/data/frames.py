@@ -68,8 +68,10 @@ class FrameColumns:
     def mark_parts(self, events: Any, validation: Any) -> pl.DataFrame:
         """Selects the event columns; with validation events, appends the first of each user and adds a part column."""
         events = as_polars(events, (self.user, self.item), FRAMES["events"])
-        names = [self.user, self.item, *filter(None, (self.time, self.rating, self.action))]
-        require(names, events.columns, FRAMES["events"])
+        given = {"user": self.user, "item": self.item, "time": self.time, "rating": self.rating, "action": self.action}
+        names = list(filter(None, given.values()))
+        options = ", ".join(f"{option}=..." for option, name in given.items() if name and name not in events.columns)
+        require(names, events.columns, FRAMES["events"], f"name one of these in TwoStageRecommender({options})")
         if not len(events):
             raise ValueError("the frame of events has no rows, expected one for each event; pass a frame with events")
         events = events.select(names)

@@ -141,6 +141,8 @@ def describe_model(folder: Path, manifest: dict[str, Any], index: dict[str, Any]
         "Signals of the ranker (number of features): "
         + (", ".join(f"{code(name)} ({count})" for name, count in features.items()) or "none"),
     ]
+    if reranker.get("mask_ids"):
+        lines.append("IDs masked in the ranker: always, which was better on the validation users")
     if reranker.get("without"):
         lines.append(f"Not read by the ranker: {codes(reranker['without'])}")
     if reranker["features"] and "features" not in (reranker.get("without") or ()):

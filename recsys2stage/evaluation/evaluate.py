@@ -94,7 +94,8 @@ def rank_users(
     names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "candidate_rank", "confidence", "hit"]}
     top_counts = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
-    events = Targets.of(dataset, users, at).events
+    targets = Targets.of(dataset, users, at)
+    events, counted = targets.events, np.isin(targets.events, targets.requests().events)  # a basket has one list
     for part in progress(list(in_chunks(len(users), batch_size)), "rank targets"):
         batch, own = users[part], events[part]
         padded = dataset.histories(batch, own, recommender.towers.max_length)
@@ -133,6 +134,7 @@ def rank_users(
         parts["hit"].append(hit)
         for name, top in tops.items() if negatives is None else ():
             served = np.where(new[:, None], tops["popularity"], top)
+            served = served[counted[part]]
             top_counts[name] += np.bincount(served[served > 0], minlength=dataset.num_items + 1)
     merged = {name: np.concatenate(values) for name, values in parts.items()}
     ranks = {name: merged[name] for name in names}
@@ -232,11 +234,14 @@ def summarise(
     return report
 
 
-def beyond_accuracy(dataset: Dataset, outcome: RankingResult, k: int) -> dict[str, Any]:
+def beyond_accuracy(dataset: Dataset, outcome: RankingResult, k: int, targets: Targets | None = None) -> dict[str, Any]:
     """Recall of the candidates and, in full ranking, exposure metrics and the ranker's calibration.
 
     Args:
+        dataset: prepared dataset.
+        outcome: of `rank_users`.
         k: number of candidates.
+        targets: the ranked targets; None: each has a list of its own.
     """
     report: dict[str, Any] = {"candidates": {"k": k, "recall": float((outcome.candidate_rank <= k).mean())}}
     if not outcome.top_counts:
@@ -246,9 +251,13 @@ def beyond_accuracy(dataset: Dataset, outcome: RankingResult, k: int) -> dict[st
         for name, counts in outcome.top_counts.items()
         if name != "ranker_ids_masked"
     }
-    scored = np.isfinite(outcome.confidence)
+    confidence, hit = outcome.confidence, outcome.hit
+    if targets is not None and targets.baskets is not None:  # the first item is a hit if it is any of the basket
+        _, first, basket = np.unique(targets.baskets, return_index=True, return_inverse=True)
+        confidence, hit = confidence[first], np.bincount(basket, hit) > 0
+    scored = np.isfinite(confidence)
     if scored.any():
-        report["calibration"] = compute_calibration(outcome.confidence[scored], outcome.hit[scored])
+        report["calibration"] = compute_calibration(confidence[scored], hit[scored])
     return report
 
 

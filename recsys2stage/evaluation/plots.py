@@ -21,7 +21,7 @@ LEGEND = ["retriever", "ranker", SAME_USERS, "training loss"]  # of the learning
 FIGURES = {  # file name -> title
     "cohorts.png": "NDCG@10 by cohort",
     "gaps.png": "NDCG@10 by time since the event before, 95 % intervals",
-    "ceiling.png": "Share of users whose target is among the first K candidates",
+    "ceiling.png": "Share of targets among the first K candidates",
     "learning.png": "Learning curves",
     "calibration.png": "Probability of the first item and share of hits",
 }
@@ -138,7 +138,7 @@ def ceiling(candidate_rank: np.ndarray, k: int) -> np.ndarray:
 
 
 def calibration_figure(calibration: dict[str, Any]) -> Figure:
-    """Reliability diagram: mean probability of the top item against its hit rate, by bin of users."""
+    """Reliability diagram: mean probability of the top item against its hit rate, by bin of lists."""
     bins = calibration["bins"]
     confidence, hits = ([row[key] for row in bins] for key in ("confidence", "hits"))
     end = max(*confidence, *hits, 0.01) * 1.05
@@ -148,7 +148,7 @@ def calibration_figure(calibration: dict[str, Any]) -> Figure:
     ax.set_xlim(0, end)
     ax.set_ylim(0, end)
     ax.set_xlabel("mean probability of the first item")
-    ax.set_ylabel("share of users whose target it is")
+    ax.set_ylabel("share of lists whose target it is")
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 

@@ -76,7 +76,7 @@ def exposure_table(report: dict[str, Any]) -> str:
 
 
 def calibration_text(calibration: dict[str, Any]) -> str:
-    """Calibration of the ranker's top item: mean probability and hit rate by bin of users."""
+    """Calibration of the ranker's top item: mean probability and hit rate by bin of lists."""
     rows = [
         [f"{row['users']:,}", f"{row['confidence']:.4f}", f"{row['hits']:.4f}"]
         for row in [*calibration["bins"], calibration]
@@ -84,8 +84,8 @@ def calibration_text(calibration: dict[str, Any]) -> str:
     rows[-1][0] += ", all"
     return (
         "Probability (softmax over the candidates) of the ranker's top item, and how often it is the target; a target "
-        "outside the candidates is a miss. Expected calibration error, in bins of equally many users: "
-        f"{calibration['ece']:.4f}.\n\n" + table(["users", "mean probability", "share of hits"], rows)
+        "outside the candidates is a miss. Expected calibration error, in bins of equally many lists: "
+        f"{calibration['ece']:.4f}.\n\n" + table(["lists", "mean probability", "share of hits"], rows)
     )
 
 

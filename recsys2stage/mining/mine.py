@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,15 @@ from recsys2stage import columns as c
 from recsys2stage.artifacts import DATA, RUN, atomic_write, write_manifest
 from recsys2stage.data.batches import Ragged, in_chunks, padded_indices
 from recsys2stage.data.dataset import Dataset, sample_users
+from recsys2stage.data.folds import Fold, without_fold
 from recsys2stage.data.locks import locked
 from recsys2stage.data.parquet import ParquetStream
 from recsys2stage.data.summary import config_option, print_summary, progress
 from recsys2stage.mining.draws import ListDraws
+from recsys2stage.mining.fold_targets import fold_targets
 from recsys2stage.mining.miners import Miner, Mixture, Popular, RankBand, Request, Uniform, specify_miner
 from recsys2stage.options import check_integer, check_number, check_seed, check_untrained
-from recsys2stage.ranking.bundle import bundle_until
+from recsys2stage.ranking.bundle import bundle_manifest, bundle_until
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES, ExactRanks, build_lists, validation_users
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import Proposer, Signal, save_signals, specify
@@ -39,6 +42,8 @@ def mine_negatives(
     k: int = 200,
     targets: int | None = None,
     gap: int = 0,
+    fold: str | None = None,
+    match: bool = True,
     select: float = 0.2,
     users: int | None = None,
     batch_size: int = 256,
@@ -46,7 +51,11 @@ def mine_negatives(
     strict: bool = True,
     trust: Trust = None,
 ) -> None:
-    """Mine a candidate list for each validation target of each user; the retriever was not trained on these targets.
+    """Mine candidate lists for the ranker, around targets that the retriever was not trained on.
+
+    Without a fold these are the validation targets of all users. With a fold they are events of its users, of whom the
+    index's retriever was trained on none; all lists train the ranker, as further `data.folds` of it, so the ranker's
+    validation users have none. Signals count the training events of the other users only.
 
     The targets are all validation events or, with the splits SessionStarts and Baskets, the validation targets only.
     Candidates come from the serving code path: the index and the signals that propose candidates, without the user's
@@ -62,9 +71,14 @@ def mine_negatives(
         signals: additional ranker features of the candidates, fitted on training events; some also propose candidates.
             None: no signals.
         k: number of candidates per request.
-        targets: number of newest validation targets to mine per user, one list each; None: all.
+        targets: number of newest validation targets to mine per user, one list each; None: all. With a fold, the mean
+            number of lists per user; None: as many as match closely, or all events if `match` is false.
         gap: mine only targets at least this many seconds after the previous event; `targets` counts these only. 3600
             selects session starts, as the test requests of GlobalTime are.
+        fold: NUMBER/TOTAL, such as 0/5, the fold of users that the index's retriever was fitted without; None: the
+            retriever was fitted on all users.
+        match: with a fold, whether its events are sampled such that gaps, history lengths and request times are
+            distributed as those of the validation targets; if not, all its events are equally likely.
         select: share of the users, by seeded hash, used to validate the ranker and not to train it.
         users: number of users to mine, sampled at random; None: all.
         batch_size: lists per batch.
@@ -75,6 +89,8 @@ def mine_negatives(
     check_integer("k", k, example=200)
     check_integer("targets", targets, other="null for all", example=5)
     check_integer("gap", gap, 0, example=3600)
+    if fold is not None:
+        Fold.parse(fold)
     check_number("select", select, low=0, below=1, example=0.2, what="a share of the users")
     check_integer("users", users, other="null for all", example=1000)
     check_integer("batch_size", batch_size, example=256)
@@ -82,17 +98,128 @@ def mine_negatives(
     output, dataset = output or index.parent / "candidates", Dataset(data)
     k = min(k, dataset.num_items)
     check_untrained(index, bundle_until(index), "val", "mine with the index of the retriever that it was refitted from")
+    check_fold(index, fold)
     recommender = load_recommender(dataset, index)
     if gap and not dataset.has_time:
         raise ValueError(f"gap is {gap} seconds, but {data} has an order and no times; leave it out")
     miner = miner or Mixture([RankBand(), Uniform(10), Popular(10)])
-    mined, ends = dataset.val_targets(targets, gap)
-    chosen = np.isin(mined, sample_users(np.unique(mined), users, seed))
-    mined, ends = mined[chosen], ends[chosen]
+    facts: dict[str, Any] = {}
+    if fold is None:
+        mined, ends = dataset.val_targets(targets, gap)
+        chosen = np.isin(mined, sample_users(np.unique(mined), users, seed))
+        mined, ends = mined[chosen], ends[chosen]
+        check_lists(dataset, mined, gap, select, users, seed)
+        counted = dataset
+    else:
+        sampled = fold_targets(dataset, Fold.parse(fold), targets, gap, match, select, users, seed)
+        mined, ends, counted = sampled.users, sampled.places, without_fold(dataset, Fold.parse(fold))
+        facts = {"fold": fold, "eligible": sampled.eligible, "distances": sampled.distances}
+    recommender.signals = [
+        signal for signal in signals or [] if fit_signal(signal, counted, recommender.vectors, strict)
+    ]
+    recommender.num_candidates = k
+    names = [signal["name"] for signal in recommender.signal_names]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"two signals give the value {twice}, expected distinct column names; use each signal class once"
+        )
+    builder = ListBuilder(counted, recommender, miner, select, seed)
+    with locked(output), atomic_write(output, "candidates") as folder:
+        folder.mkdir()
+        width = recommender.vectors.shape[1]
+        states = None  # those of a fold's retriever mean nothing beside the vectors that the ranker reads
+        if fold is None:
+            states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), width))
+        with ParquetStream(folder / CANDIDATES) as rows, ParquetStream(folder / REQUESTS) as requests:
+            for part in progress(list(in_chunks(len(mined), batch_size)), "mine"):
+                queries, table, request = builder.build(mined[part], ends[part])
+                if states is not None:
+                    states[part] = queries
+                table[c.REQUEST] += part.start
+                rows.write(table)
+                requests.write(request)
+        if states is not None:
+            states.flush()
+        save_signals(recommender.signals, folder / SIGNALS)
+        counts = {"lists": len(mined), "users": len(np.unique(mined)), **builder.counts}
+        write_manifest(
+            folder,
+            "candidates",
+            options={
+                "miner": specify_miner(miner),
+                "signals": [specify(signal) for signal in recommender.signals],
+                **{"k": k, "targets": targets, "gap": gap, "fold": fold, "match": match},
+                **{"select": select, "users": users, "seed": seed},
+            },
+            parents={"index": index, "data": data},
+            vector_dim=width,
+            max_length=recommender.towers.max_length,
+            signals=recommender.signal_names,
+            scores_cold=recommender.towers.items.knows_cold,
+            request_time=recommender.request_time,
+            next_action=recommender.next_action,
+            split_hash=dataset.manifest["split_hash"],
+            counts=counts,
+            **facts,
+        )
+    inside = counts["lists"] - counts["target_outside_candidates"]
+    if fold is not None:
+        how = ", ".join(f"{name} {distance:.3f}" for name, distance in facts["distances"].items())
+        lines = [
+            f"{counts['train_lists']:,} training lists, whose target is among the candidates, of {facts['eligible']:,} "
+            f"events of fold {fold}",
+            f"total variation distance from the validation targets: {how}" if how else "all events equally likely",
+        ]
+        then = f"recsys fit {config_option('ranker', output.parent.name)} --data.init_args.folds [{output}]"
+    else:
+        lines = [
+            f"{counts['train_lists']:,} training lists, whose target is among the candidates, and "
+            f"{counts['select_lists']:,} validation lists"
+        ]
+        then = f"recsys fit {config_option('ranker', output.parent.name)} --data.init_args.path {output}"
+        then += f" --output {output.parent / 'ranker'}"
+    print_summary(
+        output,
+        f"{counts['lists']:,} lists of {counts['users']:,} users, {counts['rows']:,} rows",
+        *lines,
+        f"the target is among the {k} candidates in {inside / counts['lists']:.1%} of the lists, an upper bound of the "
+        "ranker's hit rate",
+        then=then,
+    )
+
+
+def check_fold(folder: Path, fold: str | None) -> None:
+    """Raises a ValueError unless an index's retriever was fitted without this fold of users, or on all of them.
+
+    Args:
+        folder: written by export-index.
+        fold: NUMBER/TOTAL; None: no fold.
+    """
+    own = bundle_manifest(folder).get("fold")
+    if own != fold:
+        given, held = ("all users" if one is None else f"the users outside fold {one}" for one in (fold, own))
+        step = "leave fold out" if own is None else f"set fold to {str(own)[:20]}"
+        raise ValueError(
+            f"fold is {'null' if fold is None else fold}, expected a retriever fitted on {given}, but that of {folder} "
+            f"was fitted on {held}; {step}, or give the index of another retriever"
+        )
+
+
+def check_lists(dataset: Dataset, mined: np.ndarray, gap: int, select: float, users: int | None, seed: int) -> None:
+    """Raises a ValueError if no list could train the ranker, or none validate it.
+
+    Args:
+        mined: user of each list.
+        gap: as given, for the error.
+        select: share of validation users.
+        users: as given, for the error.
+        seed: of the choice of validation users.
+    """
     if not len(mined):
         raise ValueError(
-            f"{data} has no user with a validation target and events before it{f' by {gap} seconds' if gap else ''}; "
-            f"see the counts in {data / c.MANIFEST}"
+            f"{dataset.path} has no user with a validation target and events before it"
+            f"{f' by {gap} seconds' if gap else ''}; see the counts in {dataset.path / c.MANIFEST}"
         )
     validates = validation_users(np.unique(mined), select, seed)
     if select and not validates.any():
@@ -105,59 +232,6 @@ def mine_negatives(
             f"select is {select}, so all {len(validates):,} mined users validate the ranker, expected some to train "
             f"it; lower select{'' if users is None else f', or raise users above {users:,}'}"
         )
-    recommender.signals = [
-        signal for signal in signals or [] if fit_signal(signal, dataset, recommender.vectors, strict)
-    ]
-    recommender.num_candidates = k
-    names = [signal["name"] for signal in recommender.signal_names]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"two signals give the value {twice}, expected distinct column names; use each signal class once"
-        )
-    builder = ListBuilder(dataset, recommender, miner, select, seed)
-    with locked(output), atomic_write(output, "candidates") as folder:
-        folder.mkdir()
-        width = recommender.vectors.shape[1]
-        states = np.lib.format.open_memmap(folder / STATES, "w+", np.float32, (len(mined), width))
-        with ParquetStream(folder / CANDIDATES) as rows, ParquetStream(folder / REQUESTS) as requests:
-            for part in progress(list(in_chunks(len(mined), batch_size)), "mine"):
-                states[part], table, request = builder.build(mined[part], ends[part])
-                table[c.REQUEST] += part.start
-                rows.write(table)
-                requests.write(request)
-        states.flush()
-        save_signals(recommender.signals, folder / SIGNALS)
-        counts = {"lists": len(mined), "users": len(np.unique(mined)), **builder.counts}
-        write_manifest(
-            folder,
-            "candidates",
-            options={
-                "miner": specify_miner(miner),
-                "signals": [specify(signal) for signal in recommender.signals],
-                **{"k": k, "targets": targets, "gap": gap, "select": select, "users": users, "seed": seed},
-            },
-            parents={"index": index, "data": data},
-            vector_dim=width,
-            max_length=recommender.towers.max_length,
-            signals=recommender.signal_names,
-            scores_cold=recommender.towers.items.knows_cold,
-            request_time=recommender.request_time,
-            next_action=recommender.next_action,
-            split_hash=dataset.manifest["split_hash"],
-            counts=counts,
-        )
-    inside = counts["lists"] - counts["target_outside_candidates"]
-    print_summary(
-        output,
-        f"{counts['lists']:,} lists of {counts['users']:,} users, {counts['rows']:,} rows",
-        f"{counts['train_lists']:,} training lists, whose target is among the candidates, and "
-        f"{counts['select_lists']:,} validation lists",
-        f"the target is among the {k} candidates in {inside / counts['lists']:.1%} of the lists, an upper bound of the "
-        "ranker's hit rate",
-        then=f"recsys fit {config_option('ranker', output.parent.name)} --data.init_args.path {output} "
-        f"--output {output.parent / 'ranker'}",
-    )
 
 
 def fit_signal(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bool) -> bool:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import find_parent, fingerprint, read_array, read_manifest, take, verify
+from recsys2stage.checkpoints import OPTIONS, load_checkpoint
 from recsys2stage.data.batches import padded_indices, recent_events
 from recsys2stage.data.dataset import Dataset, feature_specs
 from recsys2stage.options import MAX_LENGTH, RequestTime, check_integer
 from recsys2stage.ranking.lists import STATES, CandidateLists, concatenate_lists, read_candidates
-from recsys2stage.ranking.signals.base import MAX_CANDIDATES
-from recsys2stage.retrieval.histories import BEST, ArrayModule, BatchLoader, chosen_epochs
+from recsys2stage.ranking.signals.base import FOLDER, MAX_CANDIDATES
+from recsys2stage.ranking.signals.other import DESCRIBED
+from recsys2stage.retrieval.histories import BEST, ArrayModule, BatchLoader, chosen_epochs, seed
 from recsys2stage.retrieval.index import VECTORS
 from recsys2stage.shapes import CandidateBatch
 
@@ -43,9 +45,10 @@ class Candidates(ArrayModule):
         path: folder written by `recsys mine-negatives`.
         batch_size: lists per batch.
         recent: number R of newest events of a history given to the ranker.
-        folds: further mined folders with training lists (cross-fitting over time): the same events, prepared with
-            earlier targets (LeaveOneOut with a higher `val`) and mined with a retriever that was not trained on them.
-            States of another retriever do not match this one's vectors, so the ranker must be without state.
+        folds: further mined folders with training lists of the same events, from retrievers that were not trained on
+            their targets: of a fold of users (mine-negatives with `fold`), or of earlier targets (data prepared by
+            LeaveOneOut with a higher `val`). States of another retriever do not match this one's vectors, so the ranker
+            must be without state.
         refit: folder of a finished ranker that was selected on these lists: trains on all lists, including the
             validation lists, for the number of epochs of that ranker's best checkpoint.
     """
@@ -64,6 +67,11 @@ class Candidates(ArrayModule):
         self.path, self.batch_size, self.recent = Path(path), batch_size, recent
         self.folds, self.refit = folds or [], refit
         self.manifest = read_mined_manifest(self.path)
+        if (fold := self.manifest["options"].get("fold")) is not None:
+            raise ValueError(
+                f"{self.path} holds lists of fold {fold} of the users, expected those of a retriever fitted on "
+                f"all users; give these as path, and {self.path} as one of data.folds"
+            )
         self.dataset = Dataset(_parent(self.path, self.manifest, "data"))
         self.dataset.check_split(self.path, self.manifest["split_hash"])
 
@@ -100,6 +108,13 @@ class Candidates(ArrayModule):
         return chosen_epochs(self.refit / BEST, self.dataset, f"recsys fit --output {self.refit}, without refit")
 
     @property
+    def masks_ids(self) -> bool:
+        """Whether the ranker to refit was chosen with its IDs always masked."""
+        assert self.refit is not None
+        best = load_checkpoint(self.refit / "best.ckpt", f"recsys fit --output {self.refit}, without refit")
+        return bool(best[OPTIONS].get("mask_ids"))
+
+    @property
     def features(self) -> list[dict[str, Any]]:
         """Item features available to the ranker: name, kind, size and width of the array of values."""
         return feature_specs(self.dataset.item_features)
@@ -121,6 +136,10 @@ class Candidates(ArrayModule):
         return torch.from_numpy(np.concatenate([np.zeros_like(vectors[:1]), vectors]))
 
     def setup(self, stage: str) -> None:
+        given = [folder.resolve() for folder in map(Path, [self.path, *self.folds])]
+        if len(set(given)) < len(given):
+            twice = next(folder for folder in given if given.count(folder) > 1)
+            raise ValueError(f"{twice} is given twice, expected path and folds to differ; leave one out")
         names = [signal["name"] for signal in self.signals]
         own = read_candidates(self.path, names, self.dataset)
         self._refuse_test_events(self.path, own)
@@ -129,7 +148,7 @@ class Candidates(ArrayModule):
         self.lists = concatenate_lists([own, *(self.read_fold(folder, names, validation) for folder in self.folds)])
 
     def read_fold(self, folder: Path, names: list[str], validation: np.ndarray) -> CandidateLists:
-        """Reads lists of earlier targets of the same events; those of validation users are not used for training.
+        """Reads lists of other targets of the same events; those of validation users are not used for training.
 
         Args:
             folder: written by `recsys mine-negatives`.
@@ -139,7 +158,7 @@ class Candidates(ArrayModule):
         manifest = read_mined_manifest(folder)
         data, own = Dataset(_parent(folder, manifest, "data")), self.manifest
         data.check_split(folder, manifest["split_hash"])
-        if manifest["signals"] != self.signals or manifest["options"]["signals"] != own["options"]["signals"]:
+        if manifest["signals"] != self.signals or signal_options(folder, manifest) != signal_options(self.path, own):
             raise ValueError(
                 f"{folder} and {self.path} were mined with different signals or signal options; mine both with the "
                 "same ones"
@@ -184,6 +203,12 @@ class Candidates(ArrayModule):
     def train_dataloader(self) -> BatchLoader:
         train = self.training_lists()
         return self._shuffled(lambda batch: self.read(train[batch]), np.diff(self.lists.offsets)[train])
+
+    def sample_lists(self, count: int) -> tuple[Lists, Int[np.ndarray, " N"]]:
+        """At most `count` training lists, sampled by the seed of the run, and the user of each."""
+        train = self.training_lists()
+        sampled = train if len(train) <= count else np.random.default_rng(seed()).choice(train, count, replace=False)
+        return self.read(sampled), self.lists.user[sampled]
 
     def val_dataloader(self) -> BatchLoader:
         validation = np.flatnonzero(self.lists.fold == "select")
@@ -241,6 +266,25 @@ def read_mined_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def signal_options(folder: Path, manifest: dict[str, Any]) -> list[Any]:
+    """Class and options of the signals of mined lists, with the architecture of a second retriever for its folder.
+
+    The second retriever of a fold is another training of the same one, in another folder.
+
+    Args:
+        folder: the mined lists.
+        manifest: theirs.
+    """
+    options = []
+    for number, signal in enumerate(manifest["options"]["signals"]):
+        described = folder / FOLDER / f"{number}.{DESCRIBED}.npy"
+        if described.is_file():
+            init = {name: value for name, value in signal["init_args"].items() if name != "index"}
+            signal = {**signal, "init_args": init | {DESCRIBED: read_array(described, np.uint8).tobytes()}}
+        options.append(signal)
+    return options
+
+
 def _check_values(manifest: dict[str, Any], where: Path, advice: str) -> None:
     """Raises a ValueError for nested values of other types, as in damaged manifests or those of strangers."""
 
@@ -257,6 +301,8 @@ def _check_values(manifest: dict[str, Any], where: Path, advice: str) -> None:
             refuse(f"the {name} {value!r}", f"an integer from 1 to {most:,}")
     if not {"data", "index"} <= manifest["parents"].keys():
         refuse(f"the parents {', '.join(manifest['parents'])}", "data and index")
+    if not isinstance(options.get("fold"), str | None):
+        refuse(f"the option fold {options['fold']!r}", "a fold such as 0/5, or null")
     if not isinstance(options.get("signals"), list):
         refuse(f"the option signals {options.get('signals')!r}", "a list of signals")
     for signal in manifest["signals"]:

@@ -1,5 +1,6 @@
 """Training of the second stage: LightningModule of the ranker."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from recsys2stage.columns import PAD
 from recsys2stage.metrics import RankMetrics, compute_rank
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
 from recsys2stage.options import check_number
-from recsys2stage.processes import global_mean
+from recsys2stage.processes import copy_from_first, global_mean
 from recsys2stage.ranking.boosting import Booster
 from recsys2stage.ranking.candidates import Candidates, Lists
+from recsys2stage.ranking.choice import NOT_RETRIEVED as NOT_RETRIEVED
+from recsys2stage.ranking.choice import choose_part
 from recsys2stage.ranking.losses import ListLoss, Listwise
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP, ScorerFactory
+from recsys2stage.shapes import CandidateBatch
 
-NOT_RETRIEVED = 1 << 30  # rank of a target that is not among the candidates
+LINEAR_LISTS = 1_000  # training lists up to which there is a linear start; it is fitted to at most so many
 
 
 class Ranker(RecsysModule):
@@ -45,6 +49,11 @@ class Ranker(RecsysModule):
         optimizer: called with the parameters.
         warmup_steps: steps of linear warmup of the learning rate.
         final_lr: share of the learning rate at the planned end, after cosine decay; 1: constant.
+        linear_start: whether training starts from a penalised linear model of the features; if not, it starts from the
+            retriever's order. Both are validated before the first step. None: with up to 1,000 training lists, from
+            which gradient descent learns too little.
+        mask_ids: whether the IDs of all candidates are always masked. If not, this is chosen at the end of a fit if the
+            best ranker is better so on the validation users, in cross-validation.
     """
 
     def __init__(
@@ -65,6 +74,8 @@ class Ranker(RecsysModule):
         optimizer: OptimizerCallable = RecsysAdamW,
         warmup_steps: int = 20,
         final_lr: float = 1.0,
+        linear_start: bool | None = None,
+        mask_ids: bool = False,
     ) -> None:
         super().__init__()
         for name, value, usual in (("id_dropout", id_dropout, 0.1), ("cold_dropout", cold_dropout, 0.05)):
@@ -72,11 +83,12 @@ class Ranker(RecsysModule):
         check_schedule(warmup_steps, final_lr)
         self.save_hyperparameters(ignore=["loss"])
         self.reranker = Reranker(
-            num_items, vector_dim, features, scorer, feature_dim, signals or (), scores_cold, without
+            num_items, vector_dim, features, scorer, feature_dim, signals or (), scores_cold, without, mask_ids=mask_ids
         )
         self.loss = loss or Listwise()
         self.id_dropout, self.cold_dropout, self.optimizer = id_dropout, cold_dropout, optimizer
-        self.warmup_steps, self.final_lr = warmup_steps, final_lr
+        self.warmup_steps, self.final_lr, self.linear_start = warmup_steps, final_lr, linear_start
+        self.manifest_facts: dict[str, Any] = {}  # for the manifest of the fit
         self.metrics, self.retriever_metrics, self.masked_metrics = RankMetrics(), RankMetrics(), RankMetrics()
 
     def setup(self, stage: str) -> None:
@@ -85,6 +97,8 @@ class Ranker(RecsysModule):
         candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
         if candidates.folds and "state" not in self.reranker.without:
             raise ValueError("folds have states of other retrievers; remove them: --model.init_args.without '[state]'")
+        if candidates.refit is not None:
+            self.reranker.mask_ids = self.hparams["mask_ids"] = candidates.masks_ids
         dataset = candidates.dataset
         self.leave_out_of_ddp(len(self.reranker.vectors))
         self.reranker.load_item_tables(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
@@ -100,12 +114,29 @@ class Ranker(RecsysModule):
         self.booster.setup(self.trainer)
 
     def on_train_start(self) -> None:
-        """Validates step 0, the retriever's order, so that best.ckpt is at least as good on the validation users."""
+        """Validates step 0, in the retriever's order and from the linear start, so that best.ckpt is no worse."""
         super().on_train_start()
         if self.final_lr < 1:
             self.require_planned_steps("the learning rate")
+        if self.global_step:
+            return
+        self.validate_start()
+        candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
+        few = len(candidates.training_lists()) <= LINEAR_LISTS
+        if self.reranker.wide is None or not (few if self.linear_start is None else self.linear_start):
+            return
+        lists, users = candidates.sample_lists(LINEAR_LISTS)
+        batch = CandidateBatch(*(part.to(self.device) for part in lists.candidates))
+        fitted = self.reranker.fit_linear_term(batch, lists.positive.to(self.device), users)
+        copy_from_first(self.reranker.wide.weight)
+        facts = {"penalty": fitted.penalty, "base": fitted.base, "loss": fitted.loss, "lists": len(users)}
+        self.manifest_facts["linear_start"] = facts
+        self.validate_start()
+
+    def validate_start(self) -> None:
+        """Validates before the first step, and saves best.ckpt if that is the best so far."""
         checkpoint = self.trainer.checkpoint_callback
-        if self.global_step or not isinstance(checkpoint, ModelCheckpoint):
+        if not isinstance(checkpoint, ModelCheckpoint):
             return
         checkpoint._last_global_step_saved = -1  # otherwise the callback assumes that step 0 is saved
         self.trainer.validating = True
@@ -169,6 +200,16 @@ class Ranker(RecsysModule):
         values = self.metrics.take("val/") | self.retriever_metrics.take("val/retriever_")
         for name, value in (values | self.masked_metrics.take("val/masked_")).items():
             self.log(name, value, prog_bar=name.endswith("ndcg@10"), sync_dist=True)
+
+    def on_train_end(self) -> None:
+        """Chooses between the best ranker and its parts; not in a refit, whose validation users were trained on."""
+        checkpoint = self.trainer.checkpoint_callback
+        if not isinstance(checkpoint, ModelCheckpoint) or not self.trainer.is_global_zero or self.trainer.interrupted:
+            return
+        best = Path(checkpoint.best_model_path)
+        if checkpoint.monitor is not None and checkpoint.best_model_path and best.is_file():
+            candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.manifest_facts |= choose_part(self.reranker, candidates, best, self.device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(self.parameters())

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys2stage.columns import PAD
 from recsys2stage.options import MAX_WIDTH, check_integer
+from recsys2stage.ranking.linear import LinearFit, LinearLists, fit_linear
 from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
-from recsys2stage.ranking.scorers.deep import Deep
+from recsys2stage.ranking.scorers.deep import DIRECT_SCALE, Deep, Wide
 from recsys2stage.retrieval.features import FeatureTable
 from recsys2stage.retrieval.towers import unit
 from recsys2stage.shapes import CandidateBatch
@@ -51,6 +53,7 @@ class Reranker(nn.Module):
         without: inputs removed from the scorer (set to zero): parts (score, rank, margin, popularity, features, state,
             vectors, recent), signals, or single signal features. None: nothing is removed.
         rotated: whether user states are rotated to the space of the vectors, as beside a refitted retriever.
+        mask_ids: whether the IDs of all candidates are always masked.
     """
 
     vectors: Tensor
@@ -77,10 +80,11 @@ class Reranker(nn.Module):
         scores_cold: bool = False,
         without: Sequence[str] | None = None,
         rotated: bool = False,
+        mask_ids: bool = False,
     ) -> None:
         super().__init__()
         check_integer("feature_dim", feature_dim, 1, MAX_WIDTH, example=16)
-        self.scores_cold = scores_cold
+        self.scores_cold, self.mask_ids = scores_cold, mask_ids
         self.without = frozenset(without or ())
         names = [signal["name"] for signal in signals]
         inputs = {*PARTS, *names, *(name.partition(".")[0] for name in names)}
@@ -127,6 +131,8 @@ class Reranker(nn.Module):
         self, batch: CandidateBatch, masked: Bool[Tensor, "B C"] | None = None, cold: Bool[Tensor, "B C"] | None = None
     ) -> tuple[Float[Tensor, "B C"], RankerInputs]:
         """The base logits, and what the scorer reads; arguments as in `forward`."""
+        if self.mask_ids:
+            masked = torch.ones_like(batch.items, dtype=torch.bool)
         cold = self.cold[batch.items] if cold is None else cold | self.cold[batch.items]
         if masked is None and not cold.any():  # as most requests are: nothing is hidden
             return self._assemble(batch, None, None, None)
@@ -162,7 +168,7 @@ class Reranker(nn.Module):
         features = torch.cat([torch.stack(own, dim=-1), self.item_features(batch.items), signals], dim=-1)
         recent_real = batch.recent != PAD
         if "vectors" in self.without:
-            vectors = self.vectors.new_zeros(*batch.items.shape, self.vectors.shape[1])
+            vectors = self.vectors.new_zeros(()).expand(*batch.items.shape, self.vectors.shape[1])
         else:
             vectors = shown(self.unit_vectors(batch.items), None if masked is None else ~masked[..., None])
         inputs = RankerInputs(
@@ -197,13 +203,14 @@ class Reranker(nn.Module):
             width = 0 if self.features is None else self.features.width
             return self.popularity.new_zeros(*items.shape, width)
         if self.encoded is not None:
-            return self.encoded[items]
+            return F.embedding(items, self.encoded)
         distinct, inverse = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
         return self.features(distinct)[inverse]
 
     def unit_vectors(self, items: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
         """The normalised item vectors."""
-        return unit(self.vectors[items]) if self.units is None else self.units[items]
+        # an embedding's look-up of rows is several times as fast as an index
+        return unit(F.embedding(items, self.vectors)) if self.units is None else F.embedding(items, self.units)
 
     @torch.no_grad()
     def freeze(self) -> "Reranker":
@@ -247,6 +254,31 @@ class Reranker(nn.Module):
         spread = values.std(dim=0, correction=0)
         self.signal_mean.copy_(values.mean(dim=0))
         self.signal_scale.copy_(torch.where((spread > 1e-6) & ~self.hidden, 1 / spread, 0))
+
+    @property
+    def wide(self) -> Wide | None:
+        """The linear term of the scorer's features; None for scorers without one."""
+        wide = getattr(self.scorer, "wide", None)
+        return wide if isinstance(wide, Wide) else None
+
+    @torch.no_grad()
+    def fit_linear_term(self, batch: CandidateBatch, positive: Int[Tensor, " B"], users: np.ndarray) -> LinearFit:
+        """Fits the linear term to lists; the scorer's other outputs must be 0, as before training.
+
+        The declared features, whose encodings are learned, have weight 0.
+
+        Args:
+            batch: candidates.
+            positive: index of the positive in each list.
+            users: (B,) user of each list.
+        """
+        assert self.wide is not None
+        base, inputs = self.scorer_inputs(batch)
+        features = inputs.features.clone()
+        features[..., 5 : 5 + (self.features.width if self.features else 0)] = 0
+        fitted = fit_linear(LinearLists(base, features, positive, batch.items != PAD), users)
+        self.wide.weight.copy_(fitted.weights[None] / DIRECT_SCALE)
+        return fitted
 
     def calibrate(self, score: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]) -> None:
         """Fits scale (grid search on the softmax cross-entropy of the base logits) and center to a sample of lists.

@@ -203,7 +203,7 @@ class Stages:
 
     def retrieved(self, queries: np.ndarray, items: np.ndarray, proposed: list[np.ndarray]) -> RetrievedItems:
         """Candidates, (B, K) with −1 for padding, scored and sorted by the retriever."""
-        score = np.matmul(self.vectors[np.maximum(items, c.PAD)], queries[..., None])[..., 0]
+        score = np.matmul(self.vectors.take(np.maximum(items, c.PAD), axis=0), queries[..., None])[..., 0]
         score[items <= c.PAD] = -np.inf
         order = np.arange(len(score))[:, None], np.argsort(-score, axis=1, kind="stable")
         return RetrievedItems(items[order], score[order], proposed)

@@ -20,6 +20,7 @@ from recsys2stage.artifacts import fingerprint, read_manifest, take
 from recsys2stage.checkpoints import SPLIT, load_checkpoint, trained_until
 from recsys2stage.data.batches import as_history, windows
 from recsys2stage.data.dataset import At, Dataset, feature_specs
+from recsys2stage.data.folds import Fold, without_fold
 from recsys2stage.options import MAX_LENGTH, Part, RequestTime, Until, check_integer, check_option, check_untrained
 from recsys2stage.shapes import History
 
@@ -204,6 +205,8 @@ class Histories(ArrayModule):
             the target's own time (`target`), which matches a server that knows the current time.
         next_action: target action given to the model: none (`none`), the target's own action (`target`), or the name of
             an action: then the target's own in training and this one at every request.
+        fold: users left out of training, as NUMBER/TOTAL: 0/5 is the first of five folds, by a hash of the user. Then
+            mine-negatives makes lists around all their events. None: train on all users. All users validate.
         refit: folder of a finished retriever that was chosen by validation on this dataset: trains with its options on
             the events until `until`, for the number of epochs of its best checkpoint, and does not validate.
         until: where the training events of a refit end: before each user's test targets (`test`, if it is None), or
@@ -219,6 +222,7 @@ class Histories(ArrayModule):
         eval_batch_size: int = 256,
         request_time: RequestTime = "none",
         next_action: str = "none",
+        fold: str | None = None,
         refit: Path | None = None,
         until: Literal["test", "end"] | None = None,
     ) -> None:
@@ -230,6 +234,10 @@ class Histories(ArrayModule):
                     f"until is {until!r} without refit, expected the folder of a finished retriever as refit: a fit on "
                     "validation events cannot choose its number of epochs; set refit, or leave out until"
                 )
+        if fold is not None and refit is not None:
+            raise ValueError(
+                f"fold is {fold} and refit {refit}, expected one of them: a refit learns from all users; leave fold out"
+            )
         check_integer("max_length", max_length, 1, MAX_LENGTH, example=200)
         check_integer("batch_size", batch_size, example=128)
         check_integer("eval_batch_size", eval_batch_size, example=256)
@@ -242,7 +250,9 @@ class Histories(ArrayModule):
         self.dataset = Dataset(path, "val" if refit is None else until or "test")
         self.dataset.check_request_time(request_time)
         self.dataset.check_next_action(next_action)
-        train_ends = np.asarray(self.dataset.train_ends)
+        self.fold = None if fold is None else str(Fold.parse(fold))
+        self.trained = self.dataset if fold is None else without_fold(self.dataset, Fold.parse(fold))
+        train_ends = np.asarray(self.trained.train_ends)
         self.window_starts, self.window_ends = windows(np.asarray(self.dataset.offsets[:-1]), train_ends, max_length)
         self.window_users = np.searchsorted(self.dataset.offsets, self.window_starts, side="right") - 1
 

@@ -62,6 +62,7 @@ class Retriever(RecsysModule):
         compiled: whether torch.compile compiles the encoder, which is worth it on a GPU.
         recompute_rows: gradient checkpointing in chunks of this many histories: activations are recomputed in the
             backward pass, which takes much less memory and about a fifth more time. None: activations are kept.
+        fold: fold of users left out of training (set by the data, kept for mining).
     """
 
     target_counts: Tensor
@@ -93,6 +94,7 @@ class Retriever(RecsysModule):
         start: Path | None = None,
         compiled: bool = False,
         recompute_rows: int | None = None,
+        fold: str | None = None,
     ) -> None:
         super().__init__()
         check_option("request_time", request_time, RequestTime)
@@ -162,7 +164,7 @@ class Retriever(RecsysModule):
                     raise ValueError(
                         f"{self.start} holds a model of another architecture, so it cannot initialise this one: {error}"
                     ) from error
-            self.load_item_tables(histories.dataset)
+            self.load_item_tables(histories.trained)
 
     def load_item_tables(self, dataset: Dataset) -> None:
         """Loads item counts, item features and user features from a dataset, once, before training."""

@@ -203,8 +203,8 @@ def test_an_interrupted_command_writes_nothing_and_shows_no_traceback(
 
 
 def blocks() -> dict[str, str]:
-    """The YAML blocks of docs/training_logs.md, by the class they name."""
-    text = (ROOT / "docs/training_logs.md").read_text(encoding="utf-8")
+    """The YAML blocks of docs/howto/training_logs.md, by the class they name."""
+    text = (ROOT / "docs/howto/training_logs.md").read_text(encoding="utf-8")
     found = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     return {yaml.safe_load(block)["trainer"]["logger"]["class_path"]: block for block in found}
 

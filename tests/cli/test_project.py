@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 import yaml
 from lightning import Trainer
@@ -100,6 +101,7 @@ def test_an_open_question_is_asked_by_prepare_data_until_it_is_answered(
     recsys("init", "log", "--events", "log.csv")
     shown = capsys.readouterr().out
     assert "Open questions: user, item" in shown
+    assert shown.endswith("Next: write the answers, then cd log && make pipeline\n")
     monkeypatch.chdir(shop / "log")
     path = shop / "log/configs/log/prepare.yaml"
     assert "# QUESTION: which column holds the user ids? columns: alpha, beta, gamma" in path.read_text()
@@ -116,6 +118,18 @@ def test_an_open_question_is_asked_by_prepare_data_until_it_is_answered(
     assert not Path("data/log").exists()
     recsys(*of, "--source.item", "beta")
     assert read_manifest("data/log", "dataset", "")["counts"]["users"] == 4
+
+
+def test_items_without_a_recognised_title_get_a_line_that_takes_it(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shop / "log.csv").write_text("user,item,time\n" + "".join(f"u{n % 4},i{n % 30},{n}\n" for n in range(60)))
+    (shop / "things.csv").write_text("item,words\n" + "".join(f"i{n},thing number {n}\n" for n in range(30)))
+    recsys("init", "log", "--events", "log.csv", "--items", "things.csv")
+    monkeypatch.chdir(shop / "log")
+    path = Path("configs/log/prepare.yaml")
+    assert path.read_text().count("# title: COLUMN") == 1
+    path.write_text(path.read_text().replace("# title: COLUMN", "title: words"))
+    recsys("prepare-data", "--config", path)
+    assert "thing number 7" in pl.read_parquet("data/log/items.parquet")["title"]
 
 
 def test_without_events_everything_is_a_question(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

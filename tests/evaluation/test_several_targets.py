@@ -213,6 +213,7 @@ def test_baskets_are_ranked_as_sets(raw: Path, trained: Run, tmp_path: Path) -> 
     expected = ranks.group_by("basket").agg((pl.col("ranker") <= 50).mean())["ranker"].mean()
     assert report["models"]["ranker"]["recall@50"]["value"] == pytest.approx(expected)
     assert report["baskets"] == ranks["basket"].n_unique() <= report["targets"] == len(ranks)
+    assert report["calibration"]["users"] == report["baskets"], "a basket has one list"
     recsys("evaluate", *words, "--output", tmp_path / "two", "--against", tmp_path / "one")
     with pytest.raises(SystemExit, match=r"protocol is sampled-20, but the targets of .* are baskets"):
         recsys("evaluate", *words, "--output", tmp_path / "three", "--protocol", "sampled-20")

@@ -1,5 +1,6 @@
 """The ranker reads mined lists, starts at the retriever's level, and learns a world in which genre and user decide."""
 
+import copy
 import json
 import shutil
 import sys
@@ -15,10 +16,12 @@ from lightning import Trainer
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import write_manifest
+from recsys2stage.checkpoints import OPTIONS, add_metadata, read_checkpoint
 from recsys2stage.cli.main import main
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.ranking.candidates import Candidates, Lists
+from recsys2stage.ranking.choice import choose_part
 from recsys2stage.ranking.lists import CANDIDATES, REQUESTS, STATES
 from recsys2stage.ranking.losses import BCE, BPR, ListLoss, Listwise
 from recsys2stage.ranking.ranker import NOT_RETRIEVED, Ranker
@@ -124,6 +127,7 @@ def told_of_signals(checkerboard: Path, folder: Path, by_id: bool = False, count
 
 def ranker_for(data: Candidates, **options: Any) -> Ranker:
     settings = {"scorer": partial(MLP, hidden=(32,)), "optimizer": partial(RecsysAdamW, lr=5e-3), "warmup_steps": 0}
+    settings["linear_start"] = False  # what gradient descent learns
     shown = {"signals": data.signals, "recent": data.recent}
     return Ranker(data.num_items, data.vector_dim, data.features, **(settings | shown | options))
 
@@ -430,7 +434,7 @@ def test_recsys_fit_leaves_a_checkpoint_that_stands_alone(checkerboard: Path, tm
 def test_the_best_is_never_worse_than_step_0(checkerboard: Path, tmp_path: Path) -> None:
     """Where no step improves on it, the best is the retriever's own order, from before the first step."""
     output = tmp_path / "ranker"
-    fit(checkerboard, output, "--model.optimizer.lr", "0")
+    fit(checkerboard, output, "--model.optimizer.lr", "0", "--model.linear_start", "false")
     manifest = json.loads((output / "manifest.json").read_text())
     data = Candidates(checkerboard)
     data.setup("fit")
@@ -439,6 +443,84 @@ def test_the_best_is_never_worse_than_step_0(checkerboard: Path, tmp_path: Path)
         model.validation_step(row, 0)
     assert torch.load(output / "best.ckpt", weights_only=True)["global_step"] == 0
     assert manifest["best"] == pytest.approx(model.retriever_metrics.compute()["ndcg@10"].item(), abs=1e-6)
+    assert manifest["chosen"] == "retriever"
+
+
+def test_with_few_lists_it_starts_from_a_linear_model(checkerboard: Path, tmp_path: Path) -> None:
+    """The scores are noise and one signal is the answer, so the linear model is right before the first step."""
+    lists, output = told_of_signals(checkerboard, tmp_path), tmp_path / "ranker"
+    fit(lists, output, "--model.optimizer.lr", "0", "--trainer.max_epochs", "1")
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert torch.load(output / "best.ckpt", weights_only=True)["global_step"] == 0
+    assert manifest["chosen"] == "linear"
+    data = Candidates(lists)
+    data.setup("fit")
+    assert manifest["linear_start"]["lists"] == len(data.training_lists())
+    model = Ranker.load_from_checkpoint(output / "best.ckpt", weights_only=True, map_location="cpu").eval()
+    for row in data.val_dataloader():
+        model.validation_step(row, 0)
+    best, retriever = (one.compute()["ndcg@10"].item() for one in (model.metrics, model.retriever_metrics))
+    assert best == pytest.approx(manifest["best"], abs=1e-6)
+    assert best > 1.5 * retriever
+
+
+def test_with_many_lists_it_starts_from_the_retrievers_order(
+    checkerboard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys2stage.ranking.ranker.LINEAR_LISTS", 10)
+    data = Candidates(told_of_signals(checkerboard, tmp_path))
+    weights = []
+    for start in (None, True):
+        model = ranker_for(data, optimizer=partial(RecsysAdamW, lr=0.0), linear_start=start)
+        fitted(model, data, epochs=1)
+        assert model.reranker.wide is not None
+        weights.append(model.reranker.wide.weight.abs().sum().item())
+    assert weights[0] == 0 < weights[1]
+
+
+def misled(data: Candidates) -> Ranker:
+    """A ranker that an ID-based signal misleads: noise outweighs the answer."""
+    model = ranker_for(data)
+    model.reranker.load_item_tables(data.item_vectors(), data.dataset.train_counts, data.dataset.item_features)
+    model.reranker.signal_by_id[0] = True
+    with torch.no_grad():
+        assert model.reranker.wide is not None
+        model.reranker.wide.weight[0, -2:] = torch.tensor([3.0, 1.0])
+    return model
+
+
+def test_ids_are_masked_if_that_is_better(checkerboard: Path, tmp_path: Path) -> None:
+    data = Candidates(told_of_signals(checkerboard, tmp_path))
+    data.setup("fit")
+    model = misled(data)
+    best = tmp_path / "best.ckpt"
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), OPTIONS: dict(model.hparams), "global_step": 9}
+    checkpoint[OPTIONS] |= {"scorer": {"class_path": "MLP", "init_args": {"hidden": [32]}}}
+    checkpoint[OPTIONS].pop("optimizer")
+    add_metadata(checkpoint, data.split_hash, "1")
+    torch.save(checkpoint, best)
+    before = {name: value.clone() for name, value in model.reranker.state_dict().items()}
+    found = choose_part(model.reranker, data, best, torch.device("cpu"))
+    assert found["chosen"] == "ranker with IDs masked"
+    assert found["validation"]["masked_ndcg@10"] > 1.5 * found["validation"]["ndcg@10"]
+    for name, value in model.reranker.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+    options, weights = read_checkpoint(best, "reranker", "")
+    assert options["mask_ids"] is True
+    chosen = copy.deepcopy(model.reranker)
+    chosen.load_state_dict(weights)
+    chosen.mask_ids = True
+    batch = next(iter(data.val_dataloader())).candidates
+    masked = torch.ones_like(batch.items, dtype=torch.bool)
+    assert torch.equal(chosen(batch), model.reranker(batch, masked))
+    assert not torch.equal(chosen(batch), model.reranker(batch))
+
+    model.reranker.wide.weight.data[0, -2] = 0  # type: ignore[union-attr]  # now nothing misleads it
+    checkpoint["state_dict"] = model.state_dict()
+    torch.save(checkpoint | {OPTIONS: checkpoint[OPTIONS] | {"mask_ids": False}}, best)
+    assert choose_part(model.reranker, data, best, torch.device("cpu"))["chosen"] == "ranker"
+    assert read_checkpoint(best, "reranker", "")[0]["mask_ids"] is False
 
 
 @pytest.mark.parametrize("seed", ["1234567890", "4294967295"])

@@ -19,6 +19,7 @@ from recsys2stage.retrieval.inputs import fields_read
 from recsys2stage.retrieval.towers import TOWERS, TwoTower
 
 KEPT = {"towers": dict, "request_time": str}  # fields of its index's manifest
+DESCRIBED = "described"  # the table with these fields, as JSON
 ROWS_AT_ONCE = 64  # histories per encoder batch
 
 
@@ -49,6 +50,12 @@ class OtherRetriever(Proposer):
         make = f"recsys export-index --output {folder}"
         manifest = read_manifest(folder, "index", make)
         dataset.check_split(folder, take(manifest, "split_hash", str, folder))
+        if (fold := take({"fold": None, **manifest}, "fold", str | None, folder)) != dataset.fold:
+            theirs, ours = (f"fold {one}" if one else "nobody" for one in (fold, dataset.fold))
+            raise ValueError(
+                f"the retriever of {folder} was fitted on all users but {theirs}, expected all but {ours}, as the "
+                "first retriever was; fit it with the same data.fold and export its index"
+            )
         until = trained_until(manifest, folder)
         if until != dataset.until:
             raise ValueError(
@@ -61,7 +68,7 @@ class OtherRetriever(Proposer):
         tables = {
             "vectors": np.concatenate([np.zeros_like(own[:1]), own]),
             "weights": np.frombuffer((folder / TOWERS).read_bytes(), dtype=np.uint8),
-            "described": np.frombuffer(json.dumps(kept).encode(), dtype=np.uint8),
+            DESCRIBED: np.frombuffer(json.dumps(kept).encode(), dtype=np.uint8),
         }
         self.restore(tables)
         if read := fields_read(self._towers.inputs) - {"ratings"}:
@@ -74,7 +81,7 @@ class OtherRetriever(Proposer):
         super().restore(tables)
         self._cache = None
         try:
-            self._options = json.loads(np.asarray(tables["described"]).tobytes())
+            self._options = json.loads(np.asarray(tables[DESCRIBED]).tobytes())
             weights = np.asarray(tables["weights"]).tobytes()
         except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"the tables of {type(self).__name__} are incomplete ({error!r}); mine again") from error
