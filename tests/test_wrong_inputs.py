@@ -37,7 +37,7 @@ from recsys2stage.optim import RecsysAdamW, RowwiseAdagrad, SparseAdamW
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.losses import LambdaRank
 from recsys2stage.ranking.ranker import Ranker
-from recsys2stage.ranking.scorers import DCN, DIN, MLP, MoL
+from recsys2stage.ranking.scorers import DCN, DIN, GBDT, MLP, Blend, ListAttention, MoL
 from recsys2stage.ranking.signals import (
     EASE,
     SLIT,
@@ -277,6 +277,15 @@ CLASSES = [
     number("DCN", "crosses", 0, partial(DCN, 8, 5), "at least 1"),
     number("DIN", "attention_hidden", 0, partial(DIN, 8, 5), "at least 1"),
     number("MoL", "user_parts", -1, partial(MoL, 8, 5), "at least 1"),
+    number("GBDT", "trees", 0, partial(GBDT, 8, 5), "at least 1"),
+    number("GBDT", "leaves", 1, partial(GBDT, 8, 5), "at least 2"),
+    number("GBDT", "learning_rate", NAN, partial(GBDT, 8, 5), "above 0"),
+    number("GBDT", "feature_share", 1.5, partial(GBDT, 8, 5), "a share"),
+    Row(
+        "GBDT-objective", lambda _: GBDT(8, 5, objective="mse"), "objective is 'mse'", "lambdarank or", "set objective"
+    ),
+    Row("Blend-members", lambda _: Blend(8, 5, [MLP]), "members has 1 scorers", "2 to 16", r"members: \[GBDT, MLP\]"),
+    number("ListAttention", "width", 0, partial(ListAttention, 8, 5), "at least 1"),
     number("Affinity", "decay", 0.0, Affinity, "above 0 and at most 1"),
     number("Content", "ridge", 0.0, Content, "a number of items above 0"),
     number("Content", "candidates", HUGE, Content, "at most 1,048,576"),

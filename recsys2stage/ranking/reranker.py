@@ -178,8 +178,15 @@ class Reranker(nn.Module):
             recent=self.unit_vectors(batch.recent),
             ages=batch.ages,
             real=torch.zeros_like(recent_real) if "recent" in self.without else recent_real,
+            base=base,
+            listed=real,
         )
         return base, inputs
+
+    def learned_features(self) -> list[int]:
+        """The scorer's features that learned weights encode, such as embeddings of classes: their columns."""
+        first = 5  # after score, log rank, margin, is_unknown, popularity
+        return [first + column for column in self.features.encoder.learned_columns()] if self.features else []
 
     @property
     def reads_ages(self) -> bool:

@@ -13,8 +13,8 @@ from recsys2stage import columns as c
 from recsys2stage.data.batches import Padded, Ragged, as_history, recent_events
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.options import RequestTime, Seen, check_integer, check_option
+from recsys2stage.ranking.average import SecondStage
 from recsys2stage.ranking.beyond import Recommendations, RetrievedItems, beyond
-from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import Proposer, Requests, Signal, propose_excluding
 from recsys2stage.ranking.signals.merge import merge, reciprocal_ranks
 from recsys2stage.retrieval.index import Index
@@ -58,7 +58,7 @@ class Stages:
         self,
         towers: TwoTower,
         index: Index,
-        reranker: Reranker | None,
+        reranker: SecondStage | None,
         catalogue: pl.DataFrame,
         popularity: np.ndarray,
         request_time: RequestTime,
