@@ -36,6 +36,7 @@ serve: ## the demo's recommendations as a service with a page, at http://127.0.0
 # each table without and with the refit, which is REFIT=all unless another one is given; REFIT= for none
 refit_results := $(if $(filter file,$(origin REFIT)),all,$(REFIT))
 results: ## the headline of DATASET: seeds 0, 1 and 2 (SEEDS), each beside the next one's retriever (PAIR= for none)
+	@$(if $(filter production,$(REFIT)),$(error REFIT=production has no figures, expected REFIT=all, ranker or none; leave it out))
 	@for seed in $(SEEDS); do $(MAKE) --no-print-directory retriever SEED=$$seed REFIT=$(refit_results); done
 	@for refit in '' $(refit_results); do set -- $(SEEDS); for seed in $(SEEDS); do shift; \
 		$(MAKE) --no-print-directory stages SEED=$$seed REFIT=$$refit \

@@ -116,54 +116,74 @@ EVENTS = {  # share of the time line, of each user
     "user 4": [0.02, 0.1, 0.2, 0.33, 0.71],
 }
 VALIDATION, TEST = 0.65, 0.8
+GAP = 0.105  # of the time line: an event after it begins a session
 
 
 def split() -> Canvas:
-    """Leave-one-out and two cut times."""
-    c = Canvas(960, 350, "The split: the last events of each user, or the events after two cut times")
-    titles = {20: "LeaveOneOut: the last events of each user", 500: "GlobalTime: two cut times for all users"}
-    for left, title in titles.items():
-        c.text(left + 70, 30, title, weight="bold", ha="left")
+    """Leave-one-out, two cut times, and session beginnings."""
+    title = "The split: the last events of each user, the events after two cut times, or each user's session beginnings"
+    c = Canvas(960, 630, title)
+    panels = [
+        (20, 0, "LeaveOneOut: the last events of each user", _left_out),
+        (500, 0, "GlobalTime: two cut times for all users", _by_time),
+        (20, 280, "SessionStarts: the newest session beginnings", _session_starts),
+    ]
+    for left, top, name, parts_of in panels:
+        c.text(left + 70, top + 30, name, weight="bold", ha="left")
         start, width = left + 80, 340
         for row, (user, events) in enumerate(EVENTS.items()):
-            y = 76 + 48 * row
+            y = top + 76 + 48 * row
             c.text(left + 4, y, user, size=12, color=QUIET, ha="left")
             c.arrow([(start - 10, y), (start + width, y)], color=RULE, head=False)
-            for number, at in enumerate(events):
-                part = _left_out(number, len(events)) if left == 20 else _by_time(number, events)
+            for at, part in zip(events, parts_of(events), strict=True):
                 color = {"train": BLUE, "validation": ORANGE, "test": GREEN}.get(part.removesuffix("+"), QUIET)
                 later = part.endswith("+")
                 c.dot(start + at * width, y, 7, fill=PAPER if later else color, edge=color if later else None)
-        c.arrow([(start - 10, 262), (start + width + 4, 262)], color=QUIET)
-        c.text(start + width + 4, 276, "time", size=11, color=QUIET, ha="right")
-        if left != 20:
+        c.arrow([(start - 10, top + 262), (start + width + 4, top + 262)], color=QUIET)
+        c.text(start + width + 4, top + 276, "time", size=11, color=QUIET, ha="right")
+        if parts_of is _by_time:
             for at, name in ((VALIDATION, "validation"), (TEST, "test")):
                 x = start + at * width
                 c.arrow([(x, 52), (x, 262)], color=ORANGE if name == "validation" else GREEN, head=False, dashed=True)
                 c.text(x, 276, name, size=11, color=ORANGE if name == "validation" else GREEN)
-    keys = [
-        (BLUE, "trains the retriever", False),
-        (ORANGE, "validation target, trains the ranker", False),
+    notes = [
+        "A session begins with an event that comes some time",
+        "after the user's event before it. Here the newest such",
+        "event of each user tests, and the one before validates;",
+        "test: 3 and val: 5 take up to three and five of them.",
+        "",
+        "Baskets does the same with events of equal time: the",
+        "last basket of each user tests whole, as one set.",
     ]
+    for number, note in enumerate(notes):
+        c.text(570, 350 + 22 * number, note, size=12, color=QUIET, ha="left")
+    keys = [(BLUE, "trains the retriever", False), (ORANGE, "validation target, trains the ranker", False)]
     keys += [(GREEN, "test target", False), (QUIET, "later event: no target of the report", True)]
     x = 34.0
     for color, text, ring in keys:
-        c.dot(x, 318, 6, fill=PAPER if ring else color, edge=color if ring else None)
-        c.text(x + 13, 318, text, size=12, ha="left")
+        c.dot(x, 598, 6, fill=PAPER if ring else color, edge=color if ring else None)
+        c.text(x + 13, 598, text, size=12, ha="left")
         x += 40 + 6.6 * len(text)
     return c
 
 
-def _left_out(number: int, count: int) -> str:
-    return {count - 1: "test", count - 2: "validation"}.get(number, "train")
+def _left_out(events: list[float]) -> list[str]:
+    """The part of each of a user's events."""
+    return ["train"] * (len(events) - 2) + ["validation", "test"]
 
 
-def _by_time(number: int, events: list[float]) -> str:
-    """The part of an event; + marks those after the first of their part, which the report does not rank."""
-    part = "test" if events[number] >= TEST else "validation" if events[number] >= VALIDATION else "train"
-    start = {"train": 0.0, "validation": VALIDATION, "test": TEST}[part]
-    first = next(index for index, at in enumerate(events) if at >= start)
-    return part if part == "train" or number == first else "later+"
+def _by_time(events: list[float]) -> list[str]:
+    """The part of each event; those after the first of their part are later events, which the report does not rank."""
+    parts = ["test" if at >= TEST else "validation" if at >= VALIDATION else "train" for at in events]
+    return [part if part == "train" or part not in parts[:number] else "later+" for number, part in enumerate(parts)]
+
+
+def _session_starts(events: list[float]) -> list[str]:
+    """The part of each event with one test and one validation target; events after a target are later events."""
+    starts = [number for number in range(1, len(events)) if events[number] - events[number - 1] >= GAP]
+    parts = {number: part for number, part in zip(reversed(starts), ("test", "validation"), strict=False)}
+    first = min(parts, default=len(events))
+    return [parts.get(number, "train" if number < first else "later+") for number in range(len(events))]
 
 
 def request_time() -> Canvas:

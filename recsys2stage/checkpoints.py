@@ -4,7 +4,7 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -62,10 +62,10 @@ def trained_until(content: dict[str, Any], where: str | Path) -> Until:
         where: the file, for the error.
     """
     until = content.get(UNTIL, "val")
-    if until not in TRAINED_TARGETS:
+    if not isinstance(until, str) or until not in TRAINED_TARGETS:
         expected = ", ".join(TRAINED_TARGETS)
         raise ValueError(f"{where} has the {UNTIL} {str(until)[:80]!r}, expected one of {expected}; make it again")
-    return cast(Until, until)
+    return until
 
 
 def load_tensors(file: Path | io.BytesIO, where: str | Path, make: str) -> dict[str, Any]:

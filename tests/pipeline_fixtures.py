@@ -117,6 +117,7 @@ class Run:
     def refit(self, folder: Path, until: str = "test", *words: object) -> "Run":
         """The retriever trained again on the events until there, its index, and the bundle with this run's ranker."""
         other = Run(folder)
+        folder.mkdir(exist_ok=True)
         of: tuple[object, ...] = ("--data.init_args.refit", self.folder / "retriever", "--data.init_args.until", until)
         other._fit("retriever", RETRIEVER, self.data, *of, *words)
         recsys("export-index", "--retriever", other.retriever, "--data", self.data, "--output", other.index)

@@ -426,9 +426,7 @@ def test_the_error_of_an_ablation_counts_users(ablation: ModuleType, tmp_path: P
     assert once["standard_error"] == pytest.approx(gain.std() / 200**0.5, abs=1e-5)
 
 
-def test_results_by_gap_are_of_the_means_over_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_by_gap_are_of_the_means_over_the_runs(tmp_path: Path) -> None:
     """Two runs of three users; user 0 has two targets."""
     keys = {"user": [0, 0, 1, 2], "place": [3, 5, 9, 12], "target": [1, 2, 3, 4], "gap": [0, 7_200, 10_000, -1]}
     for run, ranks in (("a", [1, 1, 3, 1]), ("b", [3, 1, 1, 1])):
@@ -493,5 +491,24 @@ def test_a_recorded_run_has_its_report_and_the_manifest_of_every_ancestor(tmp_pa
     assert kinds[-1] == "bundle"
     assert {"retriever", "index", "candidates", "ranker"} < set(kinds)
     assert str(tmp_path.parent) not in content
+    (run / "refit-all").symlink_to(run)
+    (folder,) = importlib.import_module("record").record("world-refit", [run / "refit-all"], tmp_path)
+    assert folder == tmp_path / "docs/measured/world-refit/run", "the name of the run, of which there are several"
     with pytest.raises(SystemExit, match="no report"):
         importlib.import_module("record").record("world", [tmp_path], tmp_path)
+
+
+def test_baselines_alone_have_the_metrics_of_a_report(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--split", "test", "--json", str(tmp_path / "rows.jsonl"), "--baselines"]
+    named = json.dumps([{"class_path": "Markov"}, {"class_path": "EASE", "init_args": {"items": 50}}])
+    monkeypatch.setattr(sys, "argv", ["baselines.py", str(trained.data), *words, named])
+    importlib.import_module("baselines").main()
+    assert "| markov" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["baseline"]["init_args"] for row in rows] == [{}, {"ridge": 3.0, "items": 50}]
+    dataset = Dataset(trained.data)
+    ranks = rank_users(dataset, Recommender.load(trained.bundle), dataset.users("test"), "test").ranks["markov"]
+    assert rows[0]["hr@10"]["value"] == pytest.approx((ranks <= 10).mean(), abs=1e-5)
+    assert rows[0]["evaluated"] == "test"

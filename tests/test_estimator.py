@@ -80,6 +80,25 @@ def fitted(
     return model
 
 
+@pytest.mark.slow  # both stages, and the retriever twice
+@pytest.mark.parametrize(("refit", "until"), [("all", "test"), ("production", "end")])
+def test_a_refit_learns_again_and_serves(
+    configs: Path, events: pl.DataFrame, items: pl.DataFrame, fitted: TwoStageRecommender, refit: str, until: str
+) -> None:
+    model = TwoStageRecommender.from_config(configs, refit=refit, **COLUMNS).fit(events, items)
+    dataset = Dataset(model.path / "data", until)  # type: ignore[arg-type]
+    assert read_manifest(model.path / "bundle", "bundle", "")["trained_until"] == until
+    assert np.array_equal(np.load(model.path / "bundle/popularity.npy"), dataset.train_counts)
+    assert len(model.recommend(users=[1], k=3)) == 3
+    with pytest.raises(ValueError, match="expected one that was not trained on val targets"):
+        model.evaluate("val")
+    if refit == "all":
+        assert model.evaluate()["users"] == fitted.evaluate()["users"]
+    else:
+        with pytest.raises(ValueError, match="expected one that was not trained on test targets"):
+            model.evaluate()
+
+
 @pytest.fixture(scope="module")
 def cut(events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Events, and the last three of each user."""

@@ -14,7 +14,6 @@ from closeness import close
 from lightning import LightningDataModule, LightningModule, Trainer
 from pipeline_fixtures import TOLD, Run, recsys
 
-from recsys2stage import TwoStageRecommender
 from recsys2stage.cli.refit import prepare_refit
 from recsys2stage.cli.refit_bundle import rotation_between
 from recsys2stage.columns import MANIFEST
@@ -199,7 +198,7 @@ def test_a_refit_reports_the_test_and_its_protocol(informed: Run, refitted: Run,
     assert "the retriever never does" in (chosen / "report.md").read_text().splitlines()[2]
 
 
-def test_production_serves_and_has_no_figures(informed: Run, production: Run, tmp_path: Path) -> None:
+def test_production_serves_and_has_no_figures(informed: Run, production: Run) -> None:
     for part in ("test", "val"):
         text = refusal("evaluate", "--bundle", production.bundle, "--data", informed.data, "--split", part)
         assert f"was refitted on all events, expected one that was not trained on {part} targets; evaluate" in text
@@ -209,8 +208,6 @@ def test_production_serves_and_has_no_figures(informed: Run, production: Run, tm
     assert model.newest_time == Dataset(informed.data).times.max()
     item = model.catalogue.items["item_id"][0]
     assert len(model.recommend([item], k=5, times=[model.newest_time])) == 5
-    text = refusal("test", "--ckpt_path", production.retriever, "--output", tmp_path, *told(informed)[1:])
-    assert "expected one that was not trained on test targets; test a refit until the test targets" in text
 
 
 def test_what_needs_targets_out_of_sample_refuses_a_refit(informed: Run, refitted: Run, tmp_path: Path) -> None:
@@ -226,35 +223,32 @@ def test_what_needs_targets_out_of_sample_refuses_a_refit(informed: Run, refitte
     assert f"{said}validate the run" in refusal(
         "validate", "--ckpt_path", refitted.retriever, *output, *told(informed)[1:]
     )
-    assert f"{said}refit the run" in refusal(
-        *told(informed), *output, "--data.init_args.refit", refitted.retriever.parent
-    )
+    with pytest.raises(ValueError, match=f"{said}refit the run that was chosen by validation"):
+        _ = Histories(informed.data, refit=refitted.retriever.parent).epochs
     assert f"{said}start from" in refusal(*told(informed), *output, "--model.init_args.start", refitted.retriever)
     assert not (tmp_path / "lists").exists()
 
 
-def test_a_refit_with_other_options_or_of_other_data_is_refused(
-    informed: Run, trained: Run, refitted: Run, tmp_path: Path
-) -> None:
-    fit = (*told(informed), "--output", tmp_path / "fit", "--data.init_args.refit")
+def test_a_refit_with_other_options_or_of_other_data_is_refused(informed: Run, trained: Run, tmp_path: Path) -> None:
     chosen = informed.retriever.parent
-    text = refusal(*fit, chosen, "--model.init_args.warmup_steps", 7)
-    assert "warmup_steps is 7, but the fit of" in text
-    assert "refit with the options that were chosen" in text
-    assert "max_length of the data is 10" in refusal(*fit, chosen, "--data.init_args.max_length", 10)
-    assert "was not chosen on" in refusal(*fit, trained.retriever.parent)
-    assert "there is no retriever in" in refusal(*fit, tmp_path / "nowhere")
-    assert "is the selected of this fit and would be overwritten" in refusal(
-        *told(informed), "--output", chosen, "--data.init_args.refit", chosen
-    )
-    with pytest.raises(ValueError, match="until is 'end' without refit, expected the folder of a finished retriever"):
-        Histories(informed.data, until="end")
-    with pytest.raises(ValueError, match="until is 'val', expected test or end"):
-        Histories(informed.data, refit=chosen, until="val")  # type: ignore[arg-type]
+    trainer, model = mock.MagicMock(spec=Trainer), mock.MagicMock(spec=LightningModule, hparams={"max_length": 10})
+    data = mock.MagicMock(spec=LightningDataModule, epochs=3, refit=chosen)
+    with pytest.raises(
+        ValueError, match=r"warmup_steps is 7, but the fit of .* refit with the options that were chosen"
+    ):
+        prepare_refit(trainer, model, data, {"warmup_steps": 7})
+    with pytest.raises(ValueError, match=r"max_length of the data is 10, but the fit of .* began with 20; refit with"):
+        prepare_refit(trainer, model, data, {})
+    with pytest.raises(ValueError, match=r"was not chosen on .* as it is now, expected a retriever of these data"):
+        _ = Histories(informed.data, refit=trained.retriever.parent).epochs
+    with pytest.raises(FileNotFoundError, match="there is no retriever in"):
+        _ = Histories(informed.data, refit=tmp_path / "nowhere").epochs
+    fit = (*told(informed), "--output", chosen, "--data.init_args.refit", chosen)
+    assert "is the selected of this fit and would be overwritten" in refusal(*fit)
 
 
 def test_a_bundle_of_a_refit_takes_the_ranker_of_the_chosen_retriever_only(
-    informed: Run, trained: Run, refitted: Run, tmp_path: Path
+    informed: Run, refitted: Run, tmp_path: Path
 ) -> None:
     of = ("export-bundle", "--ranker", informed.ranker, "--output", tmp_path / "bundle", "--data", informed.data)
     other = shutil.copytree(refitted.index, tmp_path / "index")
@@ -267,8 +261,3 @@ def test_a_bundle_of_a_refit_takes_the_ranker_of_the_chosen_retriever_only(
     (other / MANIFEST).write_text(json.dumps(manifest(other) | {"trained_until": "tomorrow"}))
     assert "has the trained_until 'tomorrow', expected one of val, test, end" in refusal(*of, "--index", other)
     assert not (tmp_path / "bundle").exists()
-
-
-def test_the_estimator_refuses_other_refits() -> None:
-    with pytest.raises(ValueError, match="refit is 'some', expected all or production"):
-        TwoStageRecommender(refit="some").fit(None)  # type: ignore[arg-type]

@@ -30,22 +30,26 @@ from recsys2stage.data.prepare import prepare
 from recsys2stage.data.simulate import simulate
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vectors
 from recsys2stage.data.split import Baskets, GlobalTime, LeaveOneOut, SessionStarts
+from recsys2stage.evaluation import baselines
 from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.optim import RecsysAdamW, RowwiseAdagrad, SparseAdamW
 from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.losses import LambdaRank
 from recsys2stage.ranking.ranker import Ranker
-from recsys2stage.ranking.scorers import DCN, DIN, MLP, MoL
+from recsys2stage.ranking.scorers import DCN, DIN, GBDT, MLP, Blend, ListAttention, MoL
 from recsys2stage.ranking.signals import (
+    EASE,
     SLIT,
     Affinity,
     Content,
     Demographics,
+    ItemKNN,
     Neighbours,
     PopularityAsOf,
     Ratings,
     Session,
+    TransitionGraph,
     Transitions,
 )
 from recsys2stage.retrieval import losses
@@ -253,6 +257,14 @@ CLASSES = [
         "use RecsysAdamW",
     ),
     number("RecsysAdamW", "betas", (0.9, 1.0), OPTIMIZED, "two numbers from 0 to below 1"),
+    number("Histories", "until", "val", partial(Histories, NOWHERE, refit=NOWHERE), "test or end"),
+    Row(
+        "until",
+        lambda _: Histories(NOWHERE, until="end"),
+        "until is 'end' without",
+        "a finished retriever",
+        "set refit",
+    ),
     number("Candidates", "batch_size", 0, partial(Candidates, NOWHERE), "at least 1"),
     number("Candidates", "recent", -1, partial(Candidates, NOWHERE), "at least 0"),
     number("Ranker", "id_dropout", 1.5, RANKER, "a probability from 0 to 1"),
@@ -265,6 +277,15 @@ CLASSES = [
     number("DCN", "crosses", 0, partial(DCN, 8, 5), "at least 1"),
     number("DIN", "attention_hidden", 0, partial(DIN, 8, 5), "at least 1"),
     number("MoL", "user_parts", -1, partial(MoL, 8, 5), "at least 1"),
+    number("GBDT", "trees", 0, partial(GBDT, 8, 5), "at least 1"),
+    number("GBDT", "leaves", 1, partial(GBDT, 8, 5), "at least 2"),
+    number("GBDT", "learning_rate", NAN, partial(GBDT, 8, 5), "above 0"),
+    number("GBDT", "feature_share", 1.5, partial(GBDT, 8, 5), "a share"),
+    Row(
+        "GBDT-objective", lambda _: GBDT(8, 5, objective="mse"), "objective is 'mse'", "lambdarank or", "set objective"
+    ),
+    Row("Blend-members", lambda _: Blend(8, 5, [MLP]), "members has 1 scorers", "2 to 16", r"members: \[GBDT, MLP\]"),
+    number("ListAttention", "width", 0, partial(ListAttention, 8, 5), "at least 1"),
     number("Affinity", "decay", 0.0, Affinity, "above 0 and at most 1"),
     number("Content", "ridge", 0.0, Content, "a number of items above 0"),
     number("Content", "candidates", HUGE, Content, "at most 1,048,576"),
@@ -275,6 +296,15 @@ CLASSES = [
     number("Ratings", "prior", -20.0, Ratings, "a number of ratings above 0"),
     number("Session", "session", -1, Session, "at least 0"),
     number("SLIT", "decays", [1.5], SLIT, "a list of numbers above 0 to 1"),
+    number("EASE", "ridge", 0.0, EASE, "a number above 0"),
+    number("EASE", "items", 0, EASE, "at least 1"),
+    number("ItemKNN", "shrink", -1.0, ItemKNN, "of at least 0"),
+    number("ItemKNN", "decay", 0.0, ItemKNN, "above 0 and at most 1"),
+    number("TransitionGraph", "hops", 11, TransitionGraph, "at most 10"),
+    number("TransitionGraph", "weight", NAN, TransitionGraph, "of at least 0"),
+    number("baseline-EASE", "items", 1 << 17, baselines.EASE, "at most 65,536"),
+    number("baseline-graph", "decay", 2.0, baselines.TransitionGraph, "above 0 and at most 1"),
+    number("PersonalTopFrequency", "decay", 0, baselines.PersonalTopFrequency, "above 0 and at most 1"),
     number("Transitions", "lags", [0, 1], Transitions, "a list of integers"),
     number("Transitions", "candidates", -1, Transitions, "at least 0"),
     number("RankBand", "count", 0, RankBand, "at least 1, or null"),
@@ -391,6 +421,7 @@ ESTIMATOR = [
     Row("fit-features", fit(user_features=["g"]), r"user_features is \['g'\]", "a mapping", "set it to"),
     Row("fit-epochs", fit(max_epochs=0), "max_epochs is 0", "at least 1, or None", "set max_epochs"),
     Row("fit-patience", fit(early_stopping=0), "early_stopping is 0", "at least 1", "set early_stopping"),
+    Row("fit-refit", fit(refit="some"), "refit is 'some'", "all or production", "set refit"),
     Row("fit-seed", fit(seed="a"), "seed is 'a'", "an integer", "set seed"),
     Row("fit-overlays", fit(overlays="hstu"), "overlays is 'hstu'", "a list", r"write \['hstu'\]"),
     Row("fit-config", fit(config="nope"), "nope does not exist", "configs/nope", "give a path"),

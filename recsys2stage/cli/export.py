@@ -24,6 +24,7 @@ from recsys2stage.artifacts import (
     write_manifest,
 )
 from recsys2stage.checkpoints import UNTIL, build, read_checkpoint, trained_until
+from recsys2stage.cli.averages import average as average_rankers
 from recsys2stage.cli.refit_bundle import SELECTED, chosen_index, refit_reranker, refit_signals
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import Dataset, feature_specs
@@ -34,6 +35,7 @@ from recsys2stage.data.side_tables import user_specs
 from recsys2stage.data.summary import print_summary
 from recsys2stage.evaluation.card import write_card
 from recsys2stage.options import STRETCH, Until, check_integer
+from recsys2stage.ranking.average import shared_weights
 from recsys2stage.ranking.bundle import POPULARITY, RERANKER
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
@@ -231,6 +233,7 @@ def export_bundle(
     with_histories: bool = False,
     data: Path | None = None,
     other: Path | None = None,
+    average: list[Path] | None = None,
     trust: Trust = None,
 ) -> None:
     """Export both stages as one folder for serving, which needs no training data.
@@ -248,6 +251,8 @@ def export_bundle(
         data: prepared dataset with the histories, of the index's split; None: the one the index was made from.
         other: index of the refitted second retriever, if the retriever was refitted and the ranker reads
             `OtherRetriever`.
+        average: checkpoints of further rankers of the same candidates, such as those of other seeds; the bundle ranks
+            by the mean of the calibrated scores of all. None: by `ranker` alone.
         trust: modules outside this package from which the checkpoint may load classes.
     """
     unset = "null for the number in the ranker's training"
@@ -280,12 +285,21 @@ def export_bundle(
     if dataset is not None:
         dataset.check_split(index, indexed["split_hash"])
     reranker["dim"], signals = options["vector_dim"], None
-    mined = mined_lists(ranker) if options["signals"] or until != "val" else None
+    mined = mined_lists(ranker) if options["signals"] or until != "val" or average else None
+    members, shares = [(reranker, weights)], None
+    if average and mined is not None:
+        members, shares = average_rankers(ranker, average, options, weights, RERANKER_OPTIONS, mined)
     if mined is not None and dataset is not None and until != "val":
         padded = np.concatenate([np.zeros_like(vectors[:1]), vectors])
         first = chosen_index(index, indexed, mined)
-        reranker, weights = refit_reranker(reranker, weights, first, dataset, padded, ranker)
+        members = [
+            refit_reranker(*member, first, dataset, padded, path)
+            for member, path in zip(members, [ranker, *(average or [])], strict=True)
+        ]
         signals = refit_signals(mined, dataset, padded, other) if options["signals"] else None
+    (reranker, weights), *further = members
+    if shares is not None:
+        weights = shared_weights([part for _, part in members], shares)
     with locked(output), atomic_write(output, "bundle") as folder:
         folder.mkdir()
         for file in Path(index).iterdir():
@@ -301,11 +315,13 @@ def export_bundle(
             folder,
             "bundle",
             options={"candidates": candidates, "with_histories": with_histories},
-            parents={"index": index, "ranker": ranker, "data": made_from},
+            parents={"index": index, "ranker": ranker, "data": made_from}
+            | {f"ranker {number}": path for number, path in enumerate(average or [], start=2)},
             candidates=candidates,
             reranker=reranker,
             trained_until=until,
             recent=options["recent"],
+            **({"average": [own for own, _ in further]} if further else {}),
             log=source_log(indexed, index / c.MANIFEST)._asdict(),
             **{name: indexed[name] for name in KEPT},
             **histories,
@@ -316,6 +332,7 @@ def export_bundle(
         output,
         f"both stages, {candidates} candidates of {indexed['items']:,} items are ranked per request",
         *([] if until == "val" else [f"retriever and signals learned from {STRETCH[until]}"]),
+        *([f"the mean of {1 + len(further)} rankers"] if further else []),
         *packed,
         then=f"recsys {'serve' if until == 'end' else 'evaluate'} --bundle {output}",
     )

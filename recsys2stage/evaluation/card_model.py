@@ -137,6 +137,7 @@ def describe_model(folder: Path, manifest: dict[str, Any], index: dict[str, Any]
         f"Candidates for a request: {manifest['candidates']:,}, "
         + (f"from the index and up to {', '.join(named)}" if named else "from the index"),
         f"Ranker: scorer {describe_class(reranker['scorer'])}",
+        *(f"Averaged with: scorer {describe_class(other['scorer'])}" for other in manifest.get("average") or []),
         "Signals of the ranker (number of features): "
         + (", ".join(f"{code(name)} ({count})" for name, count in features.items()) or "none"),
     ]
@@ -210,6 +211,7 @@ def describe_use(folder: Path, manifest: dict[str, Any], index: dict[str, Any]) 
         times = [max(newest - 60 * place, 0) for place in range(len(history))][::-1]
         arguments += [f"times={times}", f"request_time={newest + 60}"]
     named = {name for part in (manifest["towers"], manifest.get("reranker"), index) for name in class_names(part)}
+    named |= set(class_names(manifest.get("average") or []))
     named |= set(class_names(read_signals(folder)))
     modules = sorted({name.rpartition(".")[0] for name in named if "." in name})
     modules = [name for name in modules if name.partition(".")[0] != PACKAGE]

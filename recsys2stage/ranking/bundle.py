@@ -22,6 +22,7 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.manifest import SourceLog, source_log
 from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.options import Repeats, RequestTime, Until
+from recsys2stage.ranking.average import SecondStage, build_average
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import FOLDER as SIGNALS
 from recsys2stage.ranking.signals.base import MAX_CANDIDATES, load_signals
@@ -80,6 +81,22 @@ def check_split(dataset: Dataset, folder: Path) -> None:
     dataset.check_split(folder, take(bundle_manifest(folder), "split_hash", str, folder / c.MANIFEST))
 
 
+def build_ranker(options: dict[str, Any], average: Any, weights: dict[str, torch.Tensor], where: Path) -> SecondStage:
+    """The second stage of a bundle.
+
+    Args:
+        options: of the ranker.
+        average: options of each further ranker of an average; empty: there is one ranker.
+        weights: of the ranker or the average.
+        where: the file that the options come from, for the error.
+    """
+    if not average:
+        return build(Reranker, options, weights, where)
+    if not (isinstance(average, list) and all(isinstance(one, dict) for one in average)):
+        raise ValueError(f"{where} has other rankers than a list of options; make it again: recsys export-bundle")
+    return build_average([options, *average], weights, where)
+
+
 def read_bundle(path: str | Path, trust: Sequence[str] | str | None = ()) -> dict[str, Any]:
     """Reads the arguments of `Recommender` from an exported folder.
 
@@ -114,7 +131,7 @@ def read_bundle(path: str | Path, trust: Sequence[str] | str | None = ()) -> dic
                     f"{path} was exported by an older version, whose ranker does not support cold items; mine, "
                     "fit and export again"
                 )
-            reranker = build(Reranker, field("reranker", dict), weights, where)
+            reranker = build_ranker(field("reranker", dict), manifest.get("average") or [], weights, where)
         signals = load_signals(path / SIGNALS) if (path / SIGNALS).is_dir() else []
     trained_until(manifest, where)
     request_time, actions, next_action = field("request_time", str), field("actions", list), field("next_action", str)

@@ -15,6 +15,7 @@ from recsys2stage.metrics import RankMetrics, compute_rank
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
 from recsys2stage.options import check_number
 from recsys2stage.processes import copy_from_first, global_mean
+from recsys2stage.ranking.boosting import Booster
 from recsys2stage.ranking.candidates import Candidates, Lists
 from recsys2stage.ranking.choice import NOT_RETRIEVED as NOT_RETRIEVED
 from recsys2stage.ranking.choice import choose_part
@@ -109,6 +110,8 @@ class Ranker(RecsysModule):
         )
         self.reranker.calibrate(score, torch.cat([b.positive for b in lists]), items != PAD)
         self.reranker.standardise(torch.cat([b.candidates.signals[b.candidates.items != PAD] for b in lists]))
+        self.booster = Booster(self.reranker, candidates, self.id_dropout, self.cold_dropout)
+        self.booster.setup(self.trainer)
 
     def on_train_start(self) -> None:
         """Validates step 0, in the retriever's order and from the linear start, so that best.ckpt is no worse."""
@@ -144,10 +147,28 @@ class Ranker(RecsysModule):
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
         items = lists.candidates.items
-        logits = self.reranker(lists.candidates, self.drop_ids(items), self.drop_counts(items))
-        loss = global_mean(self.loss(logits, lists.positive, items != PAD), len(logits))
-        self.log_mean("train/loss", loss, len(logits))
+        base, inputs = self.reranker.scorer_inputs(lists.candidates, self.drop_ids(items), self.drop_counts(items))
+        scorer = self.reranker.scorer
+        parts = scorer.corrections(inputs) or [scorer(inputs)]  # without any, the loss is only logged
+        losses = [self.loss(base + correction, lists.positive, items != PAD) for correction in parts]
+        loss = global_mean(torch.stack(losses).sum(), len(items))
+        self.log_mean("train/loss", loss, len(items))
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Grows the parts of the scorer that are not trained by gradients."""
+        if not self.booster.grow(self.current_epoch + 1):
+            self.trainer.should_stop = True
+
+    def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+        """As in Lightning; does nothing if no gradient reaches a weight, as with trees alone."""
+        if loss.requires_grad:
+            super().backward(loss, *args, **options)
+
+    def on_validation_epoch_start(self) -> None:
+        """Fits the weights of a calibrated scorer to the validation lists, in a fit after step 0."""
+        if self.trainer.state.fn == "fit" and self.global_step:
+            self.booster.calibrate(self.trainer)
 
     def drop_ids(self, items: Int[Tensor, "B C"]) -> Bool[Tensor, "B C"]:
         """Masks all IDs of a list with probability `id_dropout`.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys2stage.columns import PAD
 from recsys2stage.options import MAX_WIDTH, check_integer
@@ -167,7 +168,7 @@ class Reranker(nn.Module):
         features = torch.cat([torch.stack(own, dim=-1), self.item_features(batch.items), signals], dim=-1)
         recent_real = batch.recent != PAD
         if "vectors" in self.without:
-            vectors = self.vectors.new_zeros(*batch.items.shape, self.vectors.shape[1])
+            vectors = self.vectors.new_zeros(()).expand(*batch.items.shape, self.vectors.shape[1])
         else:
             vectors = shown(self.unit_vectors(batch.items), None if masked is None else ~masked[..., None])
         inputs = RankerInputs(
@@ -177,8 +178,15 @@ class Reranker(nn.Module):
             recent=self.unit_vectors(batch.recent),
             ages=batch.ages,
             real=torch.zeros_like(recent_real) if "recent" in self.without else recent_real,
+            base=base,
+            listed=real,
         )
         return base, inputs
+
+    def learned_features(self) -> list[int]:
+        """The scorer's features that learned weights encode, such as embeddings of classes: their columns."""
+        first = 5  # after score, log rank, margin, is_unknown, popularity
+        return [first + column for column in self.features.encoder.learned_columns()] if self.features else []
 
     @property
     def reads_ages(self) -> bool:
@@ -195,13 +203,14 @@ class Reranker(nn.Module):
             width = 0 if self.features is None else self.features.width
             return self.popularity.new_zeros(*items.shape, width)
         if self.encoded is not None:
-            return self.encoded[items]
+            return F.embedding(items, self.encoded)
         distinct, inverse = torch.unique(items, return_inverse=True)  # a batch repeats its candidates many times
         return self.features(distinct)[inverse]
 
     def unit_vectors(self, items: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
         """The normalised item vectors."""
-        return unit(self.vectors[items]) if self.units is None else self.units[items]
+        # an embedding's look-up of rows is several times as fast as an index
+        return unit(F.embedding(items, self.vectors)) if self.units is None else F.embedding(items, self.units)
 
     @torch.no_grad()
     def freeze(self) -> "Reranker":

@@ -13,8 +13,8 @@ from recsys2stage import columns as c
 from recsys2stage.data.batches import Padded, Ragged, as_history, recent_events
 from recsys2stage.data.catalogue import Catalogue
 from recsys2stage.options import RequestTime, Seen, check_integer, check_option
+from recsys2stage.ranking.average import SecondStage
 from recsys2stage.ranking.beyond import Recommendations, RetrievedItems, beyond
-from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.signals.base import Proposer, Requests, Signal, propose_excluding
 from recsys2stage.ranking.signals.merge import merge, reciprocal_ranks
 from recsys2stage.retrieval.index import Index
@@ -58,7 +58,7 @@ class Stages:
         self,
         towers: TwoTower,
         index: Index,
-        reranker: Reranker | None,
+        reranker: SecondStage | None,
         catalogue: pl.DataFrame,
         popularity: np.ndarray,
         request_time: RequestTime,
@@ -203,7 +203,7 @@ class Stages:
 
     def retrieved(self, queries: np.ndarray, items: np.ndarray, proposed: list[np.ndarray]) -> RetrievedItems:
         """Candidates, (B, K) with −1 for padding, scored and sorted by the retriever."""
-        score = np.matmul(self.vectors[np.maximum(items, c.PAD)], queries[..., None])[..., 0]
+        score = np.matmul(self.vectors.take(np.maximum(items, c.PAD), axis=0), queries[..., None])[..., 0]
         score[items <= c.PAD] = -np.inf
         order = np.arange(len(score))[:, None], np.argsort(-score, axis=1, kind="stable")
         return RetrievedItems(items[order], score[order], proposed)

@@ -78,6 +78,15 @@ class FeatureEncoder(nn.Module):
         """Inputs of `forward` for rows with all values missing."""
         return [part.missing_values(rows, device) for part in self.parts]
 
+    def learned_columns(self) -> list[int]:
+        """Columns of the encoding that depend on learned weights: all but those of numeric features."""
+        columns, start = list[int](), 0
+        for part in self.parts:
+            if any(True for _ in part.parameters()):
+                columns += range(start, start + part.width)
+            start += part.width
+        return columns
+
     def load_item_tables(self, features: Sequence[dict[str, Any]]) -> None:
         """Computes the scales of numeric features from all rows.
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from recsys2stage import columns as c
 from recsys2stage.data.batches import Padded
+from recsys2stage.ranking.average import Average, SecondStage
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.recommender import Recommender
 from recsys2stage.retrieval.encoders.mamba4rec import Mamba2
@@ -179,7 +180,8 @@ class RankerGraph(Graph):
         super().__init__()
         assert recommender.reranker is not None
         self.stages = (recommender,)
-        self.title = f"the ranker ({type(recommender.reranker.scorer).__name__})"
+        members = rankers(recommender.reranker)
+        self.title = f"the ranker ({', '.join(type(member.scorer).__name__ for member in members)})"
         self.reranker = exportable_reranker(recommender.reranker)
         self.widths = {"state": recommender.vectors.shape[1], "signals": len(recommender.signal_names)}
         lists, newest = (BATCH, CANDIDATES), (BATCH, recommender.recent)
@@ -245,12 +247,18 @@ def exportable_towers(towers: TwoTower) -> TwoTower:
     return twin
 
 
-def exportable_reranker(reranker: Reranker) -> Reranker:
+def rankers(second: SecondStage) -> list[Reranker]:
+    """The rankers of an average, or the only one."""
+    return list(second.members) if isinstance(second, Average) else [second]
+
+
+def exportable_reranker(reranker: SecondStage) -> SecondStage:
     """A copy that looks up the encoded features of items, computed once for all of them, however many there are."""
     twin = copy.deepcopy(reranker).eval()
-    if twin.features is not None:
-        with torch.no_grad():
-            twin.encoded = twin.features(torch.arange(len(twin.vectors)))
+    for member in rankers(twin):
+        if member.features is not None:
+            with torch.no_grad():
+                member.encoded = member.features(torch.arange(len(member.vectors)))
     return twin
 
 

@@ -24,6 +24,7 @@ from recsys2stage.serving.settings import Settings
 from recsys2stage.serving.store import Event, Store
 
 DAY = 86_400
+ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))  # made once: json.dumps makes one at each call
 
 
 class Service:
@@ -265,5 +266,4 @@ class Service:
 
 def json_response(content: Mapping[str, Any], headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     """A JSON response in ASCII, so that it can hold any text."""
-    body = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return Response(body, status, dict(headers or {}), "application/json")
+    return Response(ENCODER.encode(content), status, dict(headers or {}), "application/json")

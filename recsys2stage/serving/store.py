@@ -23,6 +23,7 @@ from recsys2stage.serving.store_file import open_store
 
 FLUSH = 0.2  # seconds that impressions wait for company
 NEWEST_USERS = 10_000
+ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class StoreError(RuntimeError):
@@ -157,8 +158,7 @@ class Store:
             _check_text(user_id)
         except ValueError:
             return False
-        items = json.dumps(list(item_ids), ensure_ascii=True, separators=(",", ":"))
-        places = json.dumps(list(positions), separators=(",", ":"))
+        items, places = ENCODER.encode(list(item_ids)), ENCODER.encode(list(positions))
         with self._wake:
             if len(self._impressions) >= self.waiting or self._closing:
                 self.dropped += 1

@@ -1,5 +1,6 @@
 """The reranker starts from the retriever's order, and an id that is masked leaves no trace."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from recsys2stage.ranking import scorers
 from recsys2stage.ranking.reranker import PARTS, Reranker
-from recsys2stage.ranking.scorers import DIN, MLP, RankerInputs, Scorer
+from recsys2stage.ranking.scorers import DIN, MLP, CalibratedScorer, RankerInputs, Scorer
 from recsys2stage.ranking.scorers.deep import concat_inputs
 from recsys2stage.shapes import CandidateBatch
 
@@ -27,10 +28,11 @@ SIGNALS: list[dict[str, Any]] = [
     {"name": "Follows.once", "by_id": True, "counted": False},
 ]
 S = len(SIGNALS)
-SCORERS = [
+SCORERS = [  # that learn by gradients alone; the others: test_boosting.py
     part
     for part in vars(scorers).values()
-    if isinstance(part, type) and issubclass(part, Scorer) and part is not Scorer
+    if isinstance(part, type) and issubclass(part, Scorer) and not inspect.isabstract(part)
+    if not issubclass(part, CalibratedScorer)
 ]
 
 

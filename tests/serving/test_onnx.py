@@ -114,7 +114,8 @@ def ranked(scorer: str, signals: list[dict[str, Any]], features: list[dict[str, 
     torch.manual_seed(0)
     specs = [{**feature, "values": feature["values"].shape[1]} for feature in features]
     specs = [spec for spec, _ in zip(ITEM_FEATURES, specs, strict=False)]
-    reranker = Reranker(V, DIM, specs, partial(getattr(scorers, scorer), hidden=[8]), signals=signals, **options)
+    width = {"width": 8} if scorer == "ListAttention" else {"hidden": [8]}
+    reranker = Reranker(V, DIM, specs, partial(getattr(scorers, scorer), **width), signals=signals, **options)
     perturb(reranker)
     vectors = torch.cat([torch.zeros(1, DIM), torch.randn(V, DIM)])
     reranker.load_item_tables(vectors, np.array([0, 0, 0, *range(1, V - 1)]), features)
@@ -193,7 +194,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
 CASES = dict(cases())
 SCORERS = {
     f"{scorer}-{'features' if features else 'plain'}": (scorer, SIGNALS if features else [], features)
-    for scorer in ("MLP", "DIN", "DCN", "MoL")
+    for scorer in ("MLP", "DIN", "DCN", "MoL", "ListAttention")
     for features in ([], item_features())
 }
 

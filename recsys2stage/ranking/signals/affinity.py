@@ -114,9 +114,11 @@ class Affinity(Signal):
 
     def _class_values(self, requests: Requests, weights: np.ndarray) -> np.ndarray:
         """Three values of each feature with classes, (B, C, features, 3)."""
-        history, candidates = self._classes[requests.history.items], self._classes[requests.items]  # (B, L or C, P)
+        history, candidates = (  # (B, L or C, P)
+            self._classes.take(items, axis=0) for items in (requests.history.items, requests.items)
+        )
         sums = class_weights(history, weights, candidates, self._features)
-        usual, own = self._usual[requests.items], self._own[requests.items]
+        usual, own = self._usual.take(requests.items, axis=0), self._own.take(requests.items, axis=0)
         total = weights[:2].sum(2)[:, :, None, None]
         lifts = np.log((sums[:2] + self.smoothing * usual) / ((total + self.smoothing) * usual))
         newest = self._own[requests.newest_items(1)]  # (B, 1, features)

@@ -79,7 +79,7 @@ class Content(Proposer):
         items, queries = np.maximum(requests.items, PAD), self._queries(requests)
         values = np.empty((*items.shape, 2), dtype=np.float32)
         for number, name in enumerate(("vectors", "vectors_popular")):
-            values[..., number] = np.matmul(self.tables[name][items], queries[..., None])[..., 0]
+            values[..., number] = np.matmul(self.tables[name].take(items, axis=0), queries[..., None])[..., 0]
         values[items == 0] = 0
         return values
 

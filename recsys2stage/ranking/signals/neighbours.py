@@ -83,7 +83,7 @@ class Neighbours(Proposer):
 
     def _cosines(self, vectors: np.ndarray, items: np.ndarray, newest: np.ndarray) -> np.ndarray:
         """Cosine to the newest item, maximum, mean of the top 3 and mean, (B, C, 4)."""
-        cosine = vectors[items] @ unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
+        cosine = vectors.take(items, axis=0) @ unit(vectors[newest]).swapaxes(1, 2)  # (B, C, history)
         cosine /= self._lengths_of(vectors)[items][..., None]
         real = newest > 0
         number = np.maximum(real.sum(axis=1), 1)[:, None]
@@ -106,7 +106,7 @@ class Neighbours(Proposer):
             for row, (own, events) in enumerate(zip(items, history, strict=True)):
                 marks[events] = 1
                 marks[0] = 0
-                share[row] = marks[nearest[own]].sum(axis=1)
+                share[row] = marks[nearest.take(own, axis=0)].sum(axis=1)
                 marks[events] = 0
         return share / max(nearest.shape[1], 1)
 

@@ -88,14 +88,11 @@ class PopularityAsOf(Proposer):
         times, keys, starts = (np.asarray(self.tables[name]) for name in ("times", "keys", "starts"))
         items, now, base = np.maximum(requests.items, 0), requests.request_time, len(times) + 1
         older = np.searchsorted(times, now[:, None] - np.array([*self.windows[::-1], 0]))  # (B, windows + 1) ranks
-        # the index of each item's first event with at least each of these ranks
-        index = np.empty((*items.shape, older.shape[1]), dtype=np.int64)
-        for column, rank in enumerate(older.T):
-            if (rank == len(times)).all():  # as where the log ends before the window, which most requests come after
-                index[..., column:] = starts[items + 1][..., None]
-                break
-            # ascending, if the items are: consecutive searches hit the cache
-            index[..., column] = np.searchsorted(keys, items * base + rank[:, None])
+        # the index of each item's first event with at least each of these ranks; windows after the end of the log, as
+        # those of most requests to a service, need no search
+        within, index = int((older < len(times)).any(axis=0).sum()), np.empty((*items.shape, older.shape[1]), np.int64)
+        index[..., :within] = np.searchsorted(keys, items[..., None] * base + older[:, None, :within])
+        index[..., within:] = starts[items + 1][..., None]
         begins, ends = starts[items], index[..., -1]
         total, number = ends - begins, len(self.windows)
 
