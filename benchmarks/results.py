@@ -22,7 +22,7 @@ from recsys2stage import columns as c
 from recsys2stage.evaluation.by_gap import EVERYTHING, group_metrics, metrics_by_gap
 from recsys2stage.evaluation.by_gap import METRICS as GAP_METRICS
 from recsys2stage.evaluation.compare import STAGES, TARGET
-from recsys2stage.evaluation.report import TITLES, gap_table, metric_title, table
+from recsys2stage.evaluation.report import gap_table, metric_title, model_title, table
 from recsys2stage.evaluation.targets import BASKET, GAP, Targets
 
 METRICS = ("hr@10", "ndcg@10", "mrr", "recall@100")
@@ -50,7 +50,7 @@ def summary(reports: list[dict[str, Any]]) -> str:
     """Two Markdown tables: means with the values of each run, and the ranker over its retriever."""
     rows = []
     for name in reports[0]["models"]:
-        row = [TITLES[name]]
+        row = [model_title(name)]
         for metric in METRICS:
             values = [report["models"][name][metric]["value"] for report in reports]
             row.append(f"{sum(values) / len(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})")

@@ -7,6 +7,7 @@ from docs.families import PACKAGE, PAGE_OF, Family, identifier
 from docs.tables import table
 from recsys2stage.data import sources
 from recsys2stage.data.split import Split
+from recsys2stage.evaluation.baselines import Baseline
 from recsys2stage.mining.miners import Miner
 from recsys2stage.ranking import losses as list_losses
 from recsys2stage.ranking import scorers, signals
@@ -123,7 +124,7 @@ API: dict[str, tuple[str, str, list[Section]]] = {
                 "Report", ["cli.evaluate.evaluate", "evaluation.evaluate.rank_users", "evaluation.cohorts.cohorts"]
             ),
             Section("Comparing runs", ["evaluation.compare.compare", "evaluation.compare.BaselineRun"]),
-            Section("Baselines", ["evaluation.baselines.Popularity", "evaluation.baselines.Markov"]),
+            Section("Baselines", ["evaluation.baselines.fit_baselines"], (Baseline,)),
         ],
     ),
     "metrics": (

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from recsys2stage.cli import classes
 from recsys2stage.data import sources
 from recsys2stage.data.split import Split
+from recsys2stage.evaluation.baselines import Baseline
 from recsys2stage.mining.miners import Miner
 from recsys2stage.optim import RecsysAdamW
 from recsys2stage.ranking import losses as list_losses
@@ -79,6 +80,7 @@ FAMILIES = [
     Family("scorers", "Scorers", f"`model.init_args.scorer` {RANKER}", {scorers.Scorer: 2}),
     Family("list-losses", "Losses of the ranker", f"`model.init_args.loss` {RANKER}", {list_losses.ListLoss: 0}),
     Family("signals", "Signals", "`signals` of mine.yaml, a list", {signals.Signal: 0}),
+    Family("baselines", "Baselines", "`baselines` of evaluate, a list", {Baseline: 0}),
     Family("miners", "Miners", "`miner` of mine.yaml", {Miner: 0}),
     Family("indexes", "Indexes", "`index` of index.yaml", {index.Index: 0}),
     Family("sources", "Sources", "`source` of prepare.yaml", {sources.Source: 0}),

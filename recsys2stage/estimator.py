@@ -262,7 +262,7 @@ class TwoStageRecommender:
         return frame.to_pandas() if self._pandas else frame
 
     def evaluate(self, split: Part = "test", protocol: str = "full") -> dict[str, Any]:
-        """Evaluates both stages and two baselines with `recsys evaluate`; returns the content of its report.json.
+        """Evaluates both stages and baselines with `recsys evaluate`; returns the content of its report.json.
 
         A model with refit="all" was trained on the validation targets, and one with refit="production" on the test
         targets too: they have no metrics on these.

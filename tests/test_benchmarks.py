@@ -496,3 +496,19 @@ def test_a_recorded_run_has_its_report_and_the_manifest_of_every_ancestor(tmp_pa
     assert folder == tmp_path / "docs/measured/world-refit/run", "the name of the run, of which there are several"
     with pytest.raises(SystemExit, match="no report"):
         importlib.import_module("record").record("world", [tmp_path], tmp_path)
+
+
+def test_baselines_alone_have_the_metrics_of_a_report(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--split", "test", "--json", str(tmp_path / "rows.jsonl"), "--baselines"]
+    named = json.dumps([{"class_path": "Markov"}, {"class_path": "EASE", "init_args": {"items": 50}}])
+    monkeypatch.setattr(sys, "argv", ["baselines.py", str(trained.data), *words, named])
+    importlib.import_module("baselines").main()
+    assert "| markov" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["baseline"]["init_args"] for row in rows] == [{}, {"ridge": 3.0, "items": 50}]
+    dataset = Dataset(trained.data)
+    ranks = rank_users(dataset, Recommender.load(trained.bundle), dataset.users("test"), "test").ranks["markov"]
+    assert rows[0]["hr@10"]["value"] == pytest.approx((ranks <= 10).mean(), abs=1e-5)
+    assert rows[0]["evaluated"] == "test"

@@ -24,9 +24,11 @@ VERBS = {
     "bundle": "export-bundle",
     "recommend": "recommend",
     "evaluate": "evaluate",
+    "tune": "tune",
+    "tune-retriever": "tune",
 }
 DATASETS = {"demo", "ml-20m", "ml-20m-plain", "ml-1m", "ml-1m-plain", "likes-ml-1m", "ml-latest-small", "amazon-beauty"}
-DATASETS |= {"ml-1m-sessions", "ml-1m-time", "ml-1m-hash"}
+DATASETS |= {"ml-1m-sessions", "ml-1m-time", "ml-1m-hash", "retail"}
 
 shipped = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "with")
 overlays = sorted(path.relative_to(ROOT).as_posix() for path in (CONFIGS / "with").glob("*.yaml"))

@@ -19,12 +19,13 @@ import yaml
 from pipeline_fixtures import Run, recsys
 from test_configs import said
 
+from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: .{10,} -->\s*$")
-VERBS = {"source": "prepare-data", "signals": "mine-negatives", "miner": "mine-negatives"}
+VERBS = {"ranges": "tune", "source": "prepare-data", "signals": "mine-negatives", "miner": "mine-negatives"}
 VERBS |= dict.fromkeys(("model", "data", "trainer"), "fit")
 OTHER_COMMANDS = set(
     [
@@ -151,6 +152,13 @@ def test_python_blocks_run(
         found = names["recommender"].recommend(["50", "110", "32"], times=[978300760] * 3, request_time=978302268)
         assert found[0].keys() == {"item_id", "title", "score", "rank", "retriever_score"}
         assert (workspace / "runs/mine/bundle").is_dir()
+    if page.name == "evaluation.md":
+        dataset = Dataset(informed.data)
+        one = Ragged(np.array([3]), np.array([0, 1]))
+        (best,) = names["Newest"]().fit(dataset).best(one, one, 10)
+        times = dataset.last_times[best]
+        assert (np.diff(times) <= 0).all()
+        assert times[0] == max(dataset.last_times[item] for item in range(1, dataset.num_items + 1) if item != 3)
     if page.name == "second_stage.md":
         dataset = Dataset(informed.data)
         signal = names["HourOfDay"]()

@@ -13,7 +13,7 @@ from pipeline_fixtures import Run, recsys
 from worlds import Event, write_movielens
 
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.evaluation.baselines import Markov, Popularity
+from recsys2stage.evaluation.baselines import EASE, ItemKNN, Markov, Popularity, TransitionGraph
 from recsys2stage.options import Part
 
 USERS, ITEMS = 90, 40
@@ -193,9 +193,12 @@ def before(run: Run, split: Part) -> list[bytes]:
     return [array[kept].tobytes() for array in arrays]
 
 
-def markov(run: Run) -> list[bytes]:
-    table = Markov(Dataset(run.data))
-    return [array.tobytes() for array in (table.next, table.counts, table.offsets, table.tie_break)]
+def baselines(run: Run) -> list[bytes]:
+    """All that the baselines have counted."""
+    dataset = Dataset(run.data)
+    markov, counted = Markov().fit(dataset), [kind().fit(dataset) for kind in (TransitionGraph, ItemKNN, EASE)]
+    tables = [table for baseline in counted for table in baseline.signal.tables.values()]
+    return [array.tobytes() for array in (markov.next, markov.counts, markov.offsets, markov.popularity, *tables)]
 
 
 def target_counts(run: Run) -> list[bytes]:
@@ -222,8 +225,8 @@ def test_what_is_prepared_for_training_does_not_know_the_test_events(base: Run, 
 def test_counts_and_tables_do_not_know_the_test_events(base: Run, other_tests: Run) -> None:
     assert Dataset(base.data).train_counts.tobytes() == Dataset(other_tests.data).train_counts.tobytes()
     assert target_counts(base) == target_counts(other_tests)
-    assert np.array_equal(*(Popularity(Dataset(run.data)).popularity for run in (base, other_tests)))
-    assert markov(base) == markov(other_tests)
+    assert np.array_equal(*(Popularity().fit(Dataset(run.data)).popularity for run in (base, other_tests)))
+    assert baselines(base) == baselines(other_tests)
 
 
 def test_the_retriever_does_not_know_the_test_events(base: Run, other_tests: Run) -> None:
@@ -310,7 +313,7 @@ def test_counts_and_tables_do_not_know_the_validation_events(base: Run, other_va
     assert before(base, "val") == before(other_validation, "val")
     assert Dataset(base.data).train_counts.tobytes() == Dataset(other_validation.data).train_counts.tobytes()
     assert target_counts(base) == target_counts(other_validation)
-    assert markov(base) == markov(other_validation)
+    assert baselines(base) == baselines(other_validation)
     assert counted(base) == counted(other_validation)
 
 
@@ -326,7 +329,7 @@ def test_everything_does_know_the_training_events(base: Run, other_training: Run
     assert before(base, "val") != before(other_training, "val")
     assert not np.array_equal(Dataset(base.data).train_counts, Dataset(other_training.data).train_counts)
     assert target_counts(base) != target_counts(other_training)
-    assert markov(base) != markov(other_training)
+    assert baselines(base) != baselines(other_training)
     assert not same_weights(base.retriever.with_name("last.ckpt"), other_training.retriever.with_name("last.ckpt"))
     theirs = counted(other_training)
     differ = {name.partition(".")[0] for name, table in counted(base).items() if table != theirs[name]}

@@ -83,7 +83,7 @@ def test_make_demo_prints_its_table_and_touching_one_config_redoes_only_what_dep
     head = next(place for place, line in enumerate(lines) if line.startswith("| model"))
     assert any(line.startswith("protocol:") for line in lines[:head])
     assert [line.split("|")[1].strip() for line in lines[head + 2 : head + 7]] == [
-        *("popularity", "markov", "retriever", "ranker", "ranker, ids masked")
+        *("popularity", "markov", "transition graph", "retriever", "ranker", "ranker, ids masked")
     ]
     assert any("runs/demo/report.json" in line for line in lines[head + 7 :])
 

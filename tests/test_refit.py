@@ -198,7 +198,7 @@ def test_a_refit_reports_the_test_and_its_protocol(informed: Run, refitted: Run,
     assert "the retriever never does" in (chosen / "report.md").read_text().splitlines()[2]
 
 
-def test_production_serves_and_has_no_figures(informed: Run, production: Run, tmp_path: Path) -> None:
+def test_production_serves_and_has_no_figures(informed: Run, production: Run) -> None:
     for part in ("test", "val"):
         text = refusal("evaluate", "--bundle", production.bundle, "--data", informed.data, "--split", part)
         assert f"was refitted on all events, expected one that was not trained on {part} targets; evaluate" in text
@@ -208,8 +208,6 @@ def test_production_serves_and_has_no_figures(informed: Run, production: Run, tm
     assert model.newest_time == Dataset(informed.data).times.max()
     item = model.catalogue.items["item_id"][0]
     assert len(model.recommend([item], k=5, times=[model.newest_time])) == 5
-    text = refusal("test", "--ckpt_path", production.retriever, "--output", tmp_path, *told(informed)[1:])
-    assert "expected one that was not trained on test targets; test a refit until the test targets" in text
 
 
 def test_what_needs_targets_out_of_sample_refuses_a_refit(informed: Run, refitted: Run, tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from recsys2stage.evaluation.evaluate import rank_users
 from recsys2stage.evaluation.ranked_items import RankedItems
 from recsys2stage.mining.mine import ListBuilder, mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
-from recsys2stage.ranking.signals import SLIT, Neighbours, PopularityAsOf, Requests, Transitions
+from recsys2stage.ranking.signals import (
+    EASE,
+    SLIT,
+    ItemKNN,
+    Neighbours,
+    PopularityAsOf,
+    Requests,
+    TransitionGraph,
+    Transitions,
+)
 from recsys2stage.ranking.signals.base import Proposer
 from recsys2stage.recommender import Recommender, load_recommender
 from recsys2stage.retrieval.encoders import Transformer
@@ -184,7 +193,10 @@ def test_in_mined_lists_the_target_is_one_of_the_seen(keeping: Dataset, oracle: 
 
 @pytest.mark.parametrize(
     "signal",
-    [PopularityAsOf(candidates=40), Transitions(candidates=40), Neighbours(candidates=40), SLIT(candidates=40)],
+    [
+        *(PopularityAsOf(candidates=40), Transitions(candidates=40), Neighbours(candidates=40), SLIT(candidates=40)),
+        *(TransitionGraph(candidates=40), ItemKNN(candidates=40), EASE(candidates=40)),
+    ],
 )
 def test_signals_propose_seen_items_too(keeping: Dataset, returning: Run, signal: Proposer) -> None:
     served = Recommender.load(returning.index)

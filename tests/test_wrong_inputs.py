@@ -30,6 +30,7 @@ from recsys2stage.data.prepare import prepare
 from recsys2stage.data.simulate import simulate
 from recsys2stage.data.sources import Feature, MovieLens, SideTable, Table, Vectors
 from recsys2stage.data.split import Baskets, GlobalTime, LeaveOneOut, SessionStarts
+from recsys2stage.evaluation import baselines
 from recsys2stage.mining.mine import mine_negatives
 from recsys2stage.mining.miners import Mixture, Popular, RankBand, Uniform
 from recsys2stage.optim import RecsysAdamW, RowwiseAdagrad, SparseAdamW
@@ -38,14 +39,17 @@ from recsys2stage.ranking.losses import LambdaRank
 from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.ranking.scorers import DCN, DIN, GBDT, MLP, Blend, ListAttention, MoL
 from recsys2stage.ranking.signals import (
+    EASE,
     SLIT,
     Affinity,
     Content,
     Demographics,
+    ItemKNN,
     Neighbours,
     PopularityAsOf,
     Ratings,
     Session,
+    TransitionGraph,
     Transitions,
 )
 from recsys2stage.retrieval import losses
@@ -292,6 +296,15 @@ CLASSES = [
     number("Ratings", "prior", -20.0, Ratings, "a number of ratings above 0"),
     number("Session", "session", -1, Session, "at least 0"),
     number("SLIT", "decays", [1.5], SLIT, "a list of numbers above 0 to 1"),
+    number("EASE", "ridge", 0.0, EASE, "a number above 0"),
+    number("EASE", "items", 0, EASE, "at least 1"),
+    number("ItemKNN", "shrink", -1.0, ItemKNN, "of at least 0"),
+    number("ItemKNN", "decay", 0.0, ItemKNN, "above 0 and at most 1"),
+    number("TransitionGraph", "hops", 11, TransitionGraph, "at most 10"),
+    number("TransitionGraph", "weight", NAN, TransitionGraph, "of at least 0"),
+    number("baseline-EASE", "items", 1 << 17, baselines.EASE, "at most 65,536"),
+    number("baseline-graph", "decay", 2.0, baselines.TransitionGraph, "above 0 and at most 1"),
+    number("PersonalTopFrequency", "decay", 0, baselines.PersonalTopFrequency, "above 0 and at most 1"),
     number("Transitions", "lags", [0, 1], Transitions, "a list of integers"),
     number("Transitions", "candidates", -1, Transitions, "at least 0"),
     number("RankBand", "count", 0, RankBand, "at least 1, or null"),

@@ -22,6 +22,7 @@ LISTED = {  # base class -> family of `recsys list`
     "Loss": "losses",
     "ListLoss": "losses",
     "Signal": "signals",
+    "Baseline": "baselines",
     "Scorer": "scorers",
     "Source": "sources",
 }

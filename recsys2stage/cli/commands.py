@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from recsys2stage.cli.embed_items import embed_items
 from recsys2stage.cli.evaluate import evaluate
 from recsys2stage.cli.export import export_bundle, export_index
 from recsys2stage.cli.export_onnx import export_onnx
@@ -9,6 +10,7 @@ from recsys2stage.cli.listing import list_parts
 from recsys2stage.cli.project import init
 from recsys2stage.cli.recommend import recommend
 from recsys2stage.cli.serve import export_log, serve
+from recsys2stage.cli.tune import tune
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.simulate import simulate
 from recsys2stage.mining.mine import mine_negatives
@@ -18,6 +20,8 @@ COMMANDS: dict[str, Any] = {
     "list": list_parts,
     "simulate": simulate,
     "prepare-data": prepare,
+    "embed-items": embed_items,
+    "tune": tune,
     "export-index": export_index,
     "mine-negatives": mine_negatives,
     "export-bundle": export_bundle,

@@ -28,7 +28,7 @@ TRAINING = _names(
     "data.init_args.max_length data.init_args.request_time model.init_args.dim model.init_args.encoder "
     "model.init_args.loss model.init_args.scorer model.init_args.optimizer print_config help"
 )
-KINDS = ("configs", "overlays", "encoders", "losses", "optimizers", "signals", "scorers", "sources")
+KINDS = ("configs", "overlays", "encoders", "losses", "optimizers", "signals", "baselines", "scorers", "sources")
 GLOBAL = ("--help", "--version", "--completion")
 
 

@@ -1,4 +1,4 @@
-"""The command evaluate: both stages and two baselines on the same users, as a report."""
+"""The command evaluate: both stages and the baselines on the same users, as a report."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from recsys2stage.artifacts import (
 from recsys2stage.data.dataset import Dataset, sample_users
 from recsys2stage.data.locks import locked
 from recsys2stage.data.summary import print_summary
+from recsys2stage.evaluation.baselines import Baseline, fit_baselines, specify_baseline
 from recsys2stage.evaluation.card import Evaluation, complete_card
 from recsys2stage.evaluation.compare import TARGET, check_baseline_run, compare, read_baseline_run
 from recsys2stage.evaluation.evaluate import (
@@ -55,9 +56,10 @@ def evaluate(
     resamples: int = 1000,
     batch_size: int = 256,
     seed: int = 0,
+    baselines: list[Baseline] | None = None,
     trust: Trust = None,
 ) -> None:
-    """Evaluate both stages and two baselines on the same users; write report.json, report.md and ranks.parquet.
+    """Evaluate both stages and baselines on the same users; write report.json, report.md and ranks.parquet.
 
     A full ranking also goes into the bundle's model card, README.md. Sampled protocols write report-sampled-100.json,
     report-sampled-100.md and ranks-sampled-100.parquet, without beyond-accuracy metrics, calibration and figures.
@@ -76,6 +78,9 @@ def evaluate(
         resamples: number of bootstrap samples of users, and of permutations of each randomisation test.
         batch_size: targets per batch.
         seed: random seed of sampling, bootstrap and tests.
+        baselines: models counted on training events that the report compares with the two stages: Popularity, Markov,
+            PersonalTopFrequency, TransitionGraph, ItemKNN, EASE or classes of your own. None: Popularity, Markov and
+            TransitionGraph and, with repeats: keep, PersonalTopFrequency.
         trust: modules outside this package from which the bundle may load classes.
     """
     check_option("split", split, Part)
@@ -110,9 +115,11 @@ def evaluate(
     if against is not None:  # fail before the long evaluation
         baseline = read_baseline_run(against, mark)
         differs = check_baseline_run(baseline, conditions, dataset.num_items, measured, targets, places)
+    fitted = fit_baselines(baselines, dataset)
     with locked(output / f"report{mark}.json"):
-        outcome = rank_users(dataset, recommender, measured, places, batch_size, negatives, seed)
+        outcome = rank_users(dataset, recommender, measured, places, batch_size, negatives, seed, fitted)
         report: dict[str, Any] = {"protocol": conditions, "items": dataset.num_items}
+        report["baselines"] = {name: specify_baseline(baseline) for name, baseline in fitted.items()}
         report |= summarise(dataset, outcome.ranks, measured, places, resamples, seed)
         report |= beyond_accuracy(dataset, outcome, recommender.num_candidates, rows)
         if against is not None:

@@ -113,23 +113,23 @@ def check_output(output: Path, model: LightningModule) -> None:
         )
 
 
-def check_monitors(names: Iterable[str], model: LightningModule) -> None:
+def check_monitors(names: Iterable[str], model: type[LightningModule]) -> None:
     """Raises a ValueError for a metric that neither retrievers nor rankers log, before the first epoch.
 
     Args:
         names: metrics that select the best checkpoint or stop the fit.
-        model: the model of the fit.
+        model: class of the model of the fit.
     """
-    if not isinstance(model, Retriever | Ranker):
+    if not issubclass(model, Retriever | Ranker):
         return
-    prefixes = ("val/", "val/retriever_", "val/masked_") if isinstance(model, Ranker) else ("val/",)
+    prefixes = ("val/", "val/retriever_", "val/masked_") if issubclass(model, Ranker) else ("val/",)
     metrics = [*(f"{name}@{k}" for name in ("hr", "ndcg") for k in KS), "mrr"]
     known = [f"{prefix}{name}" for prefix in prefixes for name in metrics]
     for name in names:
         if name.startswith("val/") and name not in known:
             raise ValueError(
                 unknown(
-                    f"the metric {name!r} is not logged by a {type(model).__name__}",
+                    f"the metric {name!r} is not logged by a {model.__name__}",
                     name,
                     known,
                     "set --checkpoint.monitor and --early_stopping.monitor",

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from recsys2stage.cli import configs
 from recsys2stage.data import sources
+from recsys2stage.evaluation import baselines
 from recsys2stage.ranking import losses as ranking_losses
 from recsys2stage.ranking import scorers, signals
 from recsys2stage.retrieval import encoders
@@ -89,6 +90,10 @@ KINDS: dict[str, tuple[str, Callable[[], dict[str, Lines]]]] = {
         "signals of mine.yaml: features and candidates of the ranker",
         lambda: {"": classes(signals, signals.Signal)},
     ),
+    "baselines": (
+        "baselines of evaluate: models that a report compares with the two stages",
+        lambda: {"": classes(baselines, baselines.Baseline)},
+    ),
     "scorers": ("model.init_args.scorer of ranker.yaml", lambda: {"": classes(scorers, scorers.Scorer)}),
     "sources": ("source of prepare.yaml: readers of raw data", lambda: {"": classes(sources, sources.Source)}),
 }
@@ -98,8 +103,8 @@ def list_parts(kind: str | None = None) -> None:
     """List what configs can name, a line each.
 
     Args:
-        kind: configs, overlays, encoders, losses, optimizers, signals, scorers or sources; recsys list KIND. None:
-            these kinds.
+        kind: configs, overlays, encoders, losses, optimizers, signals, baselines, scorers or sources; recsys list
+            KIND. None: these kinds.
     """
     if kind is None:
         print_lines({name: what for name, (what, _) in KINDS.items()})

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
@@ -212,7 +213,7 @@ class RecsysCLI(LightningCLI):
     def _check_monitors(self) -> None:
         stopping = [callback.monitor for callback in self.trainer.early_stopping_callbacks]
         saving = [one.monitor for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-        check_monitors([name for name in (*saving, *stopping) if name is not None], self.model)
+        check_monitors([name for name in (*saving, *stopping) if name is not None], type(self.model))
 
     def before_validate(self) -> None:
         self._use_best_checkpoint("validate")
@@ -266,12 +267,13 @@ IGNORED = (
 )
 
 
-def train(verb: str, options: list[str] | None = None) -> None:
+def train(verb: str, options: list[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
     """Runs fit, validate or test.
 
     Args:
         verb: fit, validate or test.
         options: its command-line options; None: those of sys.argv.
+        callbacks: more callbacks of the trainer.
 
     Raises:
         UsageError: for options or configs that cannot be parsed.
@@ -296,7 +298,7 @@ def train(verb: str, options: list[str] | None = None) -> None:
                 auto_configure_optimizers=False,  # the optimizer is part of the model's config
                 seed_everything_default=0,
                 trainer_defaults={
-                    "callbacks": [callback() for callback in CALLBACKS],
+                    "callbacks": [*(callback() for callback in CALLBACKS), *callbacks],
                     "num_sanity_val_steps": 0,
                 },
                 save_config_callback=SaveConfigCallback if verb == "fit" else None,

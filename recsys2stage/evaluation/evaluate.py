@@ -1,4 +1,4 @@
-"""Evaluation of both stages and two baselines on the same users, with full ranking or sampled negatives."""
+"""Evaluation of both stages and the baselines on the same users, with full ranking or sampled negatives."""
 
 import re
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ import torch
 from recsys2stage.data.batches import in_chunks
 from recsys2stage.data.dataset import At, Dataset
 from recsys2stage.data.summary import progress
-from recsys2stage.evaluation.baselines import Baseline, Markov, Popularity
+from recsys2stage.evaluation.baselines import Baseline, Popularity, fit_baselines
 from recsys2stage.evaluation.by_gap import metrics_by_gap
 from recsys2stage.evaluation.cohorts import cohorts
 from recsys2stage.evaluation.compare import paired_differences
 from recsys2stage.evaluation.ranked_items import RankedItems
-from recsys2stage.evaluation.report import TITLES
+from recsys2stage.evaluation.report import STAGES
 from recsys2stage.evaluation.targets import Targets, gaps
 from recsys2stage.metrics import (
     bootstrap,
@@ -73,6 +73,7 @@ def rank_users(
     batch_size: int = 256,
     negatives: int | None = None,
     seed: int = 0,
+    baselines: dict[str, Baseline] | None = None,
 ) -> RankingResult:
     """Ranks each target with every model and counts the items in the top 10.
 
@@ -88,10 +89,12 @@ def rank_users(
         batch_size: targets per batch.
         negatives: number of sampled negatives that each target is ranked against; None: full ranking.
         seed: of the samples, which depend on seed and user only and so are the same for every model.
+        baselines: fitted baselines by name; None: the default ones.
     """
-    baselines: dict[str, Baseline] = {"popularity": Popularity(dataset), "markov": Markov(dataset)}
+    baselines = fit_baselines(None, dataset) if baselines is None else baselines
+    popularity = Popularity().fit(dataset)
     vectors = recommender.towers.all_item_vectors().detach().float()
-    names = [name for name in TITLES if recommender.reranker or "ranker" not in name]
+    names = [*baselines, *(name for name in STAGES if recommender.reranker or "ranker" not in name)]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "candidate_rank", "confidence", "hit"]}
     top_counts = {name: np.zeros(dataset.num_items + 1, dtype=np.int64) for name in names}
     targets = Targets.of(dataset, users, at)
@@ -101,12 +104,13 @@ def rank_users(
         padded = dataset.histories(batch, own, recommender.towers.max_length)
         filtered, target = dataset.filtered_items(batch, own), dataset.targets(batch, own)
         pool = RankedItems.of(filtered, target, dataset.num_items, batch, negatives, seed)
-        last = padded.items[np.arange(len(batch)), np.maximum(padded.lengths - 1, 0)]
+        history = dataset.seen(batch, own)
+        most_popular = pool.baseline_ranks(popularity, history)
         tops: dict[str, np.ndarray] = {}
         for name, baseline in baselines.items():
-            parts[name].append(pool.baseline_ranks(baseline, last))
+            parts[name].append(pool.baseline_ranks(baseline, history))
             if negatives is None:
-                tops[name] = baseline.top(last, pool.excluded, TOP)
+                tops[name] = baseline.best(history, pool.excluded, TOP)
         target_action = dataset.target_action(batch, own, recommender.next_action)
         request_times = dataset.request_times(batch, own)
         queries = recommender.queries(padded, request_times, target_action)
@@ -114,7 +118,7 @@ def rank_users(
         items, depth = candidates.items, candidates.items.shape[1]
         retriever_rank, scores, tops["retriever"] = pool.retriever_ranks(queries, vectors, items, TOP)
         new = padded.lengths == 0  # served by popularity
-        parts["retriever"].append(np.where(new, parts["popularity"][-1], retriever_rank))
+        parts["retriever"].append(np.where(new, most_popular, retriever_rank))
         is_target = items == target[:, None]
         parts["candidate_rank"].append(np.where(is_target.any(1), is_target.argmax(1), depth) + 1)
         confidence, hit = np.full(len(batch), np.nan, np.float32), np.zeros(len(batch), dtype=bool)
@@ -126,14 +130,15 @@ def rank_users(
                 logits = recommender.rerank(inputs, ids_masked=masked)
                 logits[~ranked] = -np.inf
                 rank = second_stage_rank(np.where(ranked, items, -1), logits, target, retriever_rank, above)
-                parts[name].append(np.where(new, parts["popularity"][-1], rank))
+                parts[name].append(np.where(new, most_popular, rank))
                 tops[name] = top_items(torch.from_numpy(logits), items)
                 if not masked:
                     confidence, hit = top_probability(logits, is_target)
         parts["confidence"].append(np.where(new, np.float32(np.nan), confidence))
         parts["hit"].append(hit)
+        fallback = popularity.best(history, pool.excluded, TOP) if negatives is None and new.any() else None
         for name, top in tops.items() if negatives is None else ():
-            served = np.where(new[:, None], tops["popularity"], top)
+            served = top if fallback is None else np.where(new[:, None], fallback, top)
             served = served[counted[part]]
             top_counts[name] += np.bincount(served[served > 0], minlength=dataset.num_items + 1)
     merged = {name: np.concatenate(values) for name, values in parts.items()}
@@ -198,7 +203,7 @@ def summarise(
         resamples: of intervals and tests, which sample users with all their targets.
         seed: of both.
     """
-    names = [name for name in TITLES if name in ranks]
+    names = [*ranks]
     targets = Targets.of(dataset, users, at)
     values = {name: targets.metrics(ranks[name]) for name in names}
     requests = targets.requests()

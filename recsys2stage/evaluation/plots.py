@@ -10,7 +10,7 @@ import numpy as np
 from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
 from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 from recsys2stage.evaluation.compare import STAGES
-from recsys2stage.evaluation.report import TITLES, metric_title
+from recsys2stage.evaluation.report import metric_title, model_title
 from recsys2stage.ranking.bundle import bundle_manifest
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}
@@ -58,7 +58,7 @@ def cohorts_figure(report: dict[str, Any]) -> Figure:
         for row, name in enumerate(stages):
             values = [group[name]["ndcg@10"] for group in groups.values()]
             high = 0.8 / len(stages)
-            ax.barh(at + row * high, values, high, align="edge", color=COLOURS[name], label=TITLES[name])
+            ax.barh(at + row * high, values, high, align="edge", color=COLOURS[name], label=model_title(name))
         labels = [f"{label} ({group['users']:,} users)" for label, group in groups.items()]
         ax.set_yticks(at + 0.4, labels)
         ax.invert_yaxis()
@@ -98,7 +98,7 @@ def gaps_figure(reports: Mapping[str, dict[str, Any]], metric: str = "ndcg@10") 
             shown = [(at, groups[label]["models"][name][metric]) for at, label in enumerate(labels) if label in groups]
             at = np.array([at for at, _ in shown]) + 0.2 * row - 0.1
             value, low, high = (np.array([one[key] for _, one in shown]) for key in ("value", "low", "high"))
-            handles[TITLES[name]] = ax.errorbar(
+            handles[model_title(name)] = ax.errorbar(
                 value, at, xerr=[value - low, high - value], fmt="o", capsize=3, color=COLOURS[name]
             )
         counts = [f"{groups[label]['targets']:,}" if label in groups else "no" for label in labels]

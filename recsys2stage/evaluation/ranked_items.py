@@ -44,17 +44,16 @@ class RankedItems(NamedTuple):
         ranked = np.concatenate([self.negatives, self.target[:, None]], axis=1)
         return (items > 0) & np.isin(row + items, (row + ranked)[ranked > 0])
 
-    def baseline_ranks(self, baseline: Baseline, last: np.ndarray) -> np.ndarray:
+    def baseline_ranks(self, baseline: Baseline, history: Ragged) -> np.ndarray:
         """Ranks of the targets by a baseline, (B,) int64; ties count against them.
 
         Args:
-            last: (B,) newest item of each user, 0 without a history.
+            history: items of each user, oldest first.
         """
         if self.negatives is None:
-            return baseline.ranks(last, self.target, self.excluded)
-        own = baseline.scores(last, self.target[:, None])
-        others = baseline.scores(last, np.maximum(self.negatives, 0))
-        return 1 + ((others >= own) & (self.negatives > 0)).sum(1)
+            return baseline.ranks(history, self.target, self.excluded)
+        above = baseline.not_below(history, self.target, np.maximum(self.negatives, 0))
+        return 1 + (above & (self.negatives > 0)).sum(1)
 
     def retriever_ranks(
         self, queries: np.ndarray, vectors: torch.Tensor, items: np.ndarray, top: int

@@ -8,17 +8,27 @@ from recsys2stage.evaluation.by_gap import gap_rows
 TITLES = {
     "popularity": "popularity",
     "markov": "markov",
+    "personal_top_frequency": "personal top frequency",
+    "transition_graph": "transition graph",
+    "item_knn": "ItemKNN",
+    "ease": "EASE",
     "retriever": "retriever",
     "ranker": "ranker",
     "ranker_ids_masked": "ranker, ids masked",
 }
+STAGES = ("retriever", "ranker", "ranker_ids_masked")
 MAIN_METRICS = ("hr@10", "ndcg@10", "mrr", "recall@100")
+
+
+def model_title(name: str) -> str:
+    """Title of a stage or a baseline; that of an unknown baseline is its name."""
+    return TITLES.get(name, name.replace("_", " "))
 
 
 def as_table(report: dict[str, Any], metrics: tuple[str, ...] = MAIN_METRICS) -> str:
     """The main metrics as a Markdown table: value [95 % interval]."""
     rows = [
-        [TITLES[name], *("{value:.4f} [{low:.4f}, {high:.4f}]".format(**model[metric]) for metric in metrics)]
+        [model_title(name), *("{value:.4f} [{low:.4f}, {high:.4f}]".format(**model[metric]) for metric in metrics)]
         for name, model in report["models"].items()
     ]
     return table(["model", *map(metric_title, metrics)], rows)
@@ -62,14 +72,20 @@ def against_text(report: dict[str, Any], metrics: Sequence[str] | None = None) -
         parts.append("Other differences between the runs: " + "; ".join(against["differs"]) + ".")
     for name, differences in against["models"].items():
         chosen = [m for m in differences if not m.startswith("recall")] if metrics is None else metrics
-        parts.append(paired_table(f"{TITLES[name]} − theirs", {m: differences[m] for m in chosen}))
+        parts.append(paired_table(f"{model_title(name)} − theirs", {m: differences[m] for m in chosen}))
     return "\n\n".join(parts)
 
 
 def exposure_table(report: dict[str, Any]) -> str:
     """Beyond-accuracy metrics of the top 10, one row per model."""
     rows = [
-        [TITLES[name], f"{x['coverage']:.4f}", f"{x['novelty']:.2f}", f"{x['popularity']:,.1f}", f"{x['gini']:.4f}"]
+        [
+            model_title(name),
+            f"{x['coverage']:.4f}",
+            f"{x['novelty']:.2f}",
+            f"{x['popularity']:,.1f}",
+            f"{x['gini']:.4f}",
+        ]
         for name, x in report["exposure"].items()
     ]
     return table(["top 10", "coverage@10", "novelty, bits", "popularity (ARP)", "Gini"], rows)
@@ -101,7 +117,7 @@ def cohort_table(cohort: str, groups: dict[str, Any], names: Sequence[str]) -> s
         for label, group in groups.items()
     ]
     counted = "targets" if several else "users"
-    return table([cohort.replace("_", " "), counted, *(f"{TITLES[name]} NDCG@10" for name in names)], rows)
+    return table([cohort.replace("_", " "), counted, *(f"{model_title(name)} NDCG@10" for name in names)], rows)
 
 
 def count_targets(group: Mapping[str, Any]) -> int:
@@ -160,7 +176,7 @@ def as_markdown(
         )
     if "against" in report:
         parts.append(against_text(report))
-    names = [name for name in report["models"] if name != "markov"]
+    names = [name for name in report["models"] if name in ("popularity", *STAGES)]
     parts += cohort_tables(report, names)
     if "exposure" in report:
         parts.append(exposure_table(report))

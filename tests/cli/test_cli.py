@@ -33,6 +33,7 @@ from recsys2stage.retrieval.retriever import Retriever
 VERBS = {
     *("simulate", "prepare-data", "fit", "validate", "test", "export-index", "export-onnx"),
     *("serve", "export-log", "mine-negatives", "export-bundle", "recommend", "evaluate", "init", "list"),
+    *("tune", "embed-items"),
 }
 RECSYS = Path(sys.executable).with_name("recsys")
 

@@ -258,6 +258,7 @@ def test_a_name_of_configs_is_found_in_the_project_first_and_else_among_the_ship
         ("encoders", {"Transformer", "HSTU", "Mamba4Rec"}),
         ("losses", {"InfoNCE", "GBCE", "Listwise", "LambdaRank"}),
         ("signals", {"SLIT", "Session", "OtherRetriever"}),
+        ("baselines", {"Popularity", "TransitionGraph", "EASE"}),
         ("scorers", {"MLP", "DIN", "DCN", "MoL"}),
         ("sources", {"Table", "MovieLens"}),
     ],
@@ -270,7 +271,16 @@ def test_list_says_a_line_of_each(
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert all(len(line) == 2 for line in lines)
     assert {name for name, _ in lines} >= some
-    assert not {name for name, _ in lines} & {"Encoder", "Loss", "Sampled", "Signal", "Proposer", "Scorer", "Source"}
+    assert not {name for name, _ in lines} & {
+        "Encoder",
+        "Loss",
+        "Sampled",
+        "Signal",
+        "Proposer",
+        "Scorer",
+        "Source",
+        "Baseline",
+    }
 
 
 def test_list_without_a_kind_lists_the_kinds(capsys: pytest.CaptureFixture[str]) -> None:

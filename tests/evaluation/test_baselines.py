@@ -1,6 +1,7 @@
 """The baselines against counting by hand, on training events only."""
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,18 @@ from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
-from recsys2stage.evaluation.baselines import Baseline, Markov, Popularity
+from recsys2stage.evaluation.baselines import (
+    EASE,
+    Baseline,
+    ItemKNN,
+    Markov,
+    PersonalTopFrequency,
+    Popularity,
+    Scored,
+    TransitionGraph,
+    fit_baselines,
+    specify_baseline,
+)
 
 SEQUENCES = {
     1: [1, 2, 3, 4, 5],  # trains on 1 2 3
@@ -38,39 +50,58 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset(folder / "data")
 
 
-def all_scores(baseline: Baseline, last: list[int]) -> np.ndarray:
-    """Scores of items 0..V."""
-    items = np.arange(baseline.size)
-    return baseline.scores(np.array(last), np.broadcast_to(items, (len(last), len(items))))
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A user of 2 1 3 1 2 4 | 2 | 1, with repeats."""
+    folder = tmp_path_factory.mktemp("repeats")
+    events: list[Event] = [(1, item, 4.0, 10**9 + n) for n, item in enumerate([2, 1, 3, 1, 2, 4, 2, 1])]
+    prepare(MovieLens(write_movielens(folder / "raw", events)), folder / "data", repeats="keep")
+    return Dataset(folder / "data")
+
+
+def ragged(*histories: list[int]) -> Ragged:
+    return Ragged(
+        np.array([item for own in histories for item in own], dtype=np.int64), np.cumsum([0, *map(len, histories)])
+    )
+
+
+def scores(baseline: Baseline, history: list[int]) -> dict[int, float]:
+    """The scored items of one history."""
+    found = baseline.score(ragged(history))
+    assert (found.rows == 0).all()
+    assert len(set(found.items.tolist())) == len(found.items)
+    return dict(zip(found.items.tolist(), found.scores.tolist(), strict=True))
+
+
+def levels(baseline: Baseline, history: list[int]) -> np.ndarray:
+    """Numbers of items 0..V in a baseline's order: scored items first, then ties and others by popularity."""
+    scored = scores(baseline, history)
+    keys = [(item in scored, scored.get(item, 0.0), float(baseline.popularity[item])) for item in range(baseline.size)]
+    return np.array([sorted(set(keys)).index(key) for key in keys], dtype=float)
 
 
 def test_popularity_is_the_training_count(dataset: Dataset) -> None:
     counts = Counter(item for items in TRAIN for item in items)
-    scores = all_scores(Popularity(dataset), [3, 0, 6])
-    assert scores.shape == (3, V + 1)
-    assert (scores == [0] + [counts[item] for item in range(1, V + 1)]).all()
+    baseline = Popularity().fit(dataset)
+    assert baseline.popularity.tolist() == [0] + [counts[item] for item in range(1, V + 1)]
+    assert scores(baseline, [3, 6]) == scores(baseline, []) == {}
 
 
 def test_markov_counts_what_came_right_after_within_a_users_training_events(dataset: Dataset) -> None:
     pairs = Counter(pair for items in TRAIN for pair in pairwise(items))
-    counts = Counter(item for items in TRAIN for item in items)
-    total = sum(counts.values()) + 1
-    scores = all_scores(Markov(dataset), [*range(V + 1)])
-    for last in range(V + 1):
-        for item in range(1, V + 1):
-            expected = pairs[last, item] + counts[item] / total
-            assert scores[last, item] == pytest.approx(expected), (last, item)
+    baseline = Markov().fit(dataset)
+    for last in range(1, V + 1):
+        want = {after: count for (before, after), count in pairs.items() if before == last}
+        assert scores(baseline, [5, last]) == want
+    assert scores(baseline, []) == {}
 
 
 def test_popularity_never_outweighs_a_transition_and_orders_what_is_tied(dataset: Dataset) -> None:
-    scores = all_scores(Markov(dataset), [2, 6, 0])[:, 1:]
-    assert (1 + np.argsort(-scores[0], kind="stable")).tolist()[:3] == [
-        4,
-        3,
-        1,
-    ]  # 2 -> 4 twice, 2 -> 3 once, then by count
-    assert 1 + scores[1].argmax() == 5  # seen once, beside items seen three times
-    assert (scores[2] < 1).all()  # nobody's newest item: popularity alone
+    baseline = Markov().fit(dataset)
+    best = baseline.best(ragged([2], [6], []), ragged([], [], []), 3).tolist()
+    assert best[0] == [4, 3, 1]  # 2 -> 4 twice, 2 -> 3 once, then by count
+    assert best[1][0] == 5  # seen once, before items seen three times
+    assert best[2] == Popularity().fit(dataset).best(ragged([]), ragged([]), 3)[0].tolist()
 
 
 def test_a_dataset_without_any_transition_leaves_popularity(tmp_path: Path) -> None:
@@ -79,27 +110,122 @@ def test_a_dataset_without_any_transition_leaves_popularity(tmp_path: Path) -> N
     ]
     prepare(MovieLens(write_movielens(tmp_path / "raw", events)), tmp_path / "data")
     dataset = Dataset(tmp_path / "data")  # each user trains on one event
-    scores = all_scores(Markov(dataset), [1, 5])
-    assert (np.argsort(-scores, kind="stable") == np.argsort(-dataset.train_counts, kind="stable")).all()
+    for kind in (Markov, TransitionGraph, ItemKNN, EASE):
+        baseline: Baseline = kind().fit(dataset)
+        order = levels(baseline, [1, 5])
+        want = dataset.train_counts.astype(float)
+        if kind is EASE:  # items without another item in common have the score 0, and rank before cold ones
+            want = np.minimum(want, 1)
+            assert set(scores(baseline, [1, 5]).values()) <= {0.0}
+        else:
+            assert scores(baseline, [1, 5]) == {}
+        assert (np.argsort(-order, kind="stable") == np.argsort(-want, kind="stable")).all()
 
 
-@pytest.mark.parametrize("kind", [Popularity, Markov])
-def test_ranks_and_best_items_are_those_of_all_scores(kind: type[Baseline], trained: Run) -> None:
+def test_the_graph_baseline_adds_the_scores_of_the_newest_items(trained: Run) -> None:
     dataset = Dataset(trained.data)
-    baseline, rng, count = kind(dataset), np.random.default_rng(0), dataset.num_items
-    last = rng.integers(0, count + 1, 300)
-    last[:5] = 0
-    excluded = rng.random((300, count + 1)) < rng.choice([0, 0.1, 0.9], (300, 1))
+    both, one = TransitionGraph(items=2, decay=0.25).fit(dataset), TransitionGraph(items=1).fit(dataset)
+    for history in ([7, 3, 9], [3], [11, 11]):
+        want = Counter(scores(one, history))
+        for item, score in scores(one, history[:-1]).items():
+            want[item] += 0.25 * score  # type: ignore[assignment]  # floats
+        assert scores(both, history) == pytest.approx(dict(want), rel=1e-6)
+
+
+def test_neighbours_add_up_over_the_distinct_items_of_the_whole_history(dataset: Dataset) -> None:
+    baseline = ItemKNN(shrink=1.0).fit(dataset)
+    users = {item: {user for user, items in enumerate(TRAIN) if item in items} for item in range(1, V + 1)}
+
+    def cosine(a: int, b: int) -> float:
+        together = len(users[a] & users[b])
+        return together / ((len(users[a]) * len(users[b])) ** 0.5 + 1)
+
+    for history in ([1, 2, 1], [4, 6], [3]):
+        want = {b: sum(cosine(a, b) for a in set(history) - {b}) for b in range(1, V + 1)}
+        assert scores(baseline, history) == pytest.approx({b: s for b, s in want.items() if s}, rel=1e-5)
+
+
+def test_ease_predicts_from_the_set_of_items(dataset: Dataset) -> None:
+    baseline = EASE(ridge=0.5).fit(dataset)
+    sets = np.array([[item in items for item in range(1, V + 1)] for items in TRAIN], dtype=float)
+    gram = sets.T @ sets
+    inverse = np.linalg.inv(gram + 0.5 * np.trace(gram) / V * np.eye(V))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0)
+    for history in ([1, 2, 1], [6], [3, 4, 5]):
+        want = sum(weights[item - 1] for item in set(history))
+        found = scores(baseline, history)
+        assert [found[item] for item in range(1, V + 1)] == pytest.approx(want.tolist(), abs=2e-3)  # of float16
+    assert scores(baseline, []) == {}
+    few = EASE(ridge=0.5, items=3).fit(dataset)
+    assert set(scores(few, [1, 2])) == set(few.most_popular[:3].tolist())
+
+
+def test_own_items_rank_by_count_then_by_recency(keeping: Dataset) -> None:
+    baseline = PersonalTopFrequency().fit(keeping)
+    assert baseline.best(ragged([3, 1, 2, 2, 1]), ragged([]), 4).tolist() == [[1, 2, 3, 4]]
+    assert baseline.best(ragged([1, 1, 3, 4, 2]), ragged([2]), 4).tolist() == [[1, 4, 3, -1]]
+    newest = PersonalTopFrequency(decay=0.1).fit(keeping)
+    assert newest.best(ragged([1, 1, 3, 4, 2]), ragged([]), 4).tolist() == [[2, 4, 3, 1]]
+    assert list(fit_baselines(None, keeping)) == ["popularity", "markov", "personal_top_frequency", "transition_graph"]
+
+
+def test_own_items_need_data_that_keep_repeats(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="has repeats: first, expected repeats: keep; leave it out, or prepare"):
+        PersonalTopFrequency().fit(dataset)
+
+
+class Half(Baseline):
+    """A baseline of a user: every other item, three scores."""
+
+    def score(self, history: Ragged) -> Scored:
+        items = np.arange(2, self.size, 2)
+        rows = np.repeat(np.arange(len(history.offsets) - 1), len(items))
+        items = np.tile(items, len(history.offsets) - 1)
+        return Scored(rows, items, (items % 3 - 1.0) * (1 + rows % 2))
+
+
+KINDS: dict[str, Callable[[], Baseline]] = {
+    "popularity": Popularity,
+    "markov": Markov,
+    "graph": TransitionGraph,
+    "knn": ItemKNN,
+    "ease": lambda: EASE(items=70),
+    "half": Half,
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_ranks_and_best_items_are_those_of_all_scores(make: Callable[[], Baseline], trained: Run) -> None:
+    dataset, rows = Dataset(trained.data), 60
+    baseline, rng, count = make().fit(dataset), np.random.default_rng(0), dataset.num_items
+    baseline.rows_in_flight = 13  # type: ignore[misc]  # blocks
+    histories = [rng.integers(1, count + 1, rng.integers(0, 9)).tolist() for _ in range(rows)]
+    excluded = rng.random((rows, count + 1)) < rng.choice([0, 0.1, 0.9], (rows, 1))
     excluded[7, 1:] = True
     excluded[:, 0] = False
-    rows, values = np.nonzero(excluded)
-    ragged = Ragged(values, np.searchsorted(rows, np.arange(301)))
-    scores = all_scores(baseline, last.tolist())
-    scores[excluded] = -np.inf
-    target = rng.integers(1, count + 1, 300)
-    own = scores[np.arange(300), target]
-    assert baseline.ranks(last, target, ragged).tolist() == (scores[:, 1:] >= own[:, None]).sum(1).tolist()
-    for row, items in enumerate(baseline.top(last, ragged, 10).tolist()):
-        order = np.lexsort((np.arange(1, count + 1), -scores[row, 1:])) + 1  # ties: the lower number first
-        best = [item for item in order.tolist() if not excluded[row, item]][:10]
-        assert items == best + [-1] * (10 - len(best)), row
+    row, values = np.nonzero(excluded)
+    left_out = Ragged(values, np.searchsorted(row, np.arange(rows + 1)))
+    order = np.stack([levels(baseline, history) for history in histories])
+    shown = np.where(excluded, -1, order)
+    target = rng.integers(1, count + 1, rows)
+    own = shown[np.arange(rows), target]
+    assert baseline.ranks(ragged(*histories), target, left_out).tolist() == (
+        (shown[:, 1:] >= own[:, None]).sum(1).tolist()
+    )
+    items = rng.integers(1, count + 1, (rows, 20))
+    want = np.take_along_axis(order, items, axis=1) >= np.take_along_axis(order, target[:, None], axis=1)
+    assert np.array_equal(baseline.not_below(ragged(*histories), target, items), want)
+    for place, found in enumerate(baseline.best(ragged(*histories), left_out, 10).tolist()):
+        best = np.lexsort((np.arange(1, count + 1), -shown[place, 1:])) + 1  # ties: the lower number first
+        best = [item for item in best.tolist() if not excluded[place, item]][:10]
+        assert found == best + [-1] * (10 - len(best)), place
+
+
+def test_baselines_of_one_class_are_numbered_and_described(dataset: Dataset) -> None:
+    fitted = fit_baselines([EASE(), Half(), EASE(ridge=2.0)], dataset)
+    assert list(fitted) == ["ease", "half", "ease_2"]
+    assert specify_baseline(fitted["ease_2"]) == {"class_path": "EASE", "init_args": {"ridge": 2.0, "items": 8192}}
+    assert specify_baseline(fitted["half"])["class_path"] == "test_baselines.Half"
+    assert [kind().name for kind in (TransitionGraph, ItemKNN)] == ["transition_graph", "item_knn"]
+    assert fit_baselines([], dataset) == {}

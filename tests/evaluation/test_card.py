@@ -98,7 +98,7 @@ def test_the_evaluated_card_holds_the_numbers_of_the_report(evaluated: Path, rep
     text = text_of(evaluated / "bundle")
     metrics = ["hr@10", "ndcg@10", "mrr", "recall@100"]
     table = rows_of(text, "model")
-    assert list(table) == ["popularity", "markov", "retriever", "ranker", "ranker, ids masked"]
+    assert list(table) == ["popularity", "markov", "transition graph", "retriever", "ranker", "ranker, ids masked"]
     for name, model in report["models"].items():
         want = [f"{model[m]['value']:.4f} [{model[m]['low']:.4f}, {model[m]['high']:.4f}]" for m in metrics]
         assert table[name.replace("_ids", ", ids").replace("_", " ")] == want

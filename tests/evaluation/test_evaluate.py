@@ -13,6 +13,7 @@ import pytest
 import torch
 from closeness import ROUNDING, close, ranks_of, same_ranks
 from pipeline_fixtures import K, Run, recsys
+from test_baselines import levels
 from worlds import Event, write_movielens
 
 from recsys2stage.artifacts import read_manifest
@@ -20,7 +21,7 @@ from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
-from recsys2stage.evaluation.baselines import Markov, Popularity
+from recsys2stage.evaluation.baselines import Baseline, Markov, Popularity, fit_baselines
 from recsys2stage.evaluation.evaluate import (
     TOP,
     describe,
@@ -40,7 +41,8 @@ from recsys2stage.retrieval.index import Exact
 from recsys2stage.retrieval.towers import TwoTower
 from recsys2stage.shapes import CandidateBatch
 
-MODELS = ["popularity", "markov", "retriever", "ranker", "ranker_ids_masked"]
+BASELINES = ["popularity", "markov", "transition_graph"]
+MODELS = [*BASELINES, "retriever", "ranker", "ranker_ids_masked"]
 METRICS = [*(f"{name}@{k}" for k in KS for name in ("hr", "ndcg", "recall")), "mrr"]
 
 
@@ -91,14 +93,16 @@ def told_of(query: np.ndarray, items: list[int], scores: list[float]) -> Candida
     )
 
 
-def ranks_by_hand(dataset: Dataset, recommender: Recommender, user: int) -> dict[str, range]:
+def ranks_by_hand(
+    dataset: Dataset, recommender: Recommender, user: int, baselines: dict[str, Baseline]
+) -> dict[str, range]:
     """The ranks that one user's test target may have by each model, from the definitions."""
     start, place = int(dataset.offsets[user]), int(dataset.val_ends[user])
     history, target = dataset.items[start:place].tolist(), int(dataset.items[place])
     unmet = sorted(set(range(1, dataset.num_items + 1)) - set(history))
     ranks = {}
-    for name, baseline in (("popularity", Popularity(dataset)), ("markov", Markov(dataset))):
-        scores = baseline.scores(np.array(history[-1:]), np.arange(dataset.num_items + 1)[None])[0]
+    for name, baseline in baselines.items():
+        scores = levels(baseline, history)
         ranks[name] = rank_by_hand({item: float(scores[item]) for item in unmet}, target, rounding=0)
 
     one = np.array([user])
@@ -124,8 +128,9 @@ def test_every_rank_is_that_of_a_naive_evaluation(dataset: Dataset, recommender:
     outcome = rank_users(dataset, recommender, users, "test", batch_size=32)
     ranks, found = outcome.ranks, outcome.candidate_rank <= K
     assert list(ranks) == MODELS
+    baselines = fit_baselines(None, dataset)
     for row, user in enumerate(users.tolist()):
-        expected = ranks_by_hand(dataset, recommender, user)
+        expected = ranks_by_hand(dataset, recommender, user, baselines)
         assert all(int(ranks[name][row]) in expected[name] for name in MODELS), user
     same_ranks(outcome.candidate_rank[found], ranks["retriever"][found])  # the index is exact
     assert (outcome.candidate_rank[~found] == K + 1).all()
@@ -202,7 +207,12 @@ N = 30  # of 120 items, so that the lists of both stages lie partly outside the 
 
 
 def sampled_ranks_by_hand(
-    dataset: Dataset, recommender: Recommender, user: int, negatives: int, seed: int
+    dataset: Dataset,
+    recommender: Recommender,
+    user: int,
+    negatives: int,
+    seed: int,
+    baselines: dict[str, Baseline],
 ) -> dict[str, range]:
     """Each model's whole order of the unmet items, of which only the sampled ones are counted; as `ranks_by_hand`."""
     start, place = int(dataset.offsets[user]), int(dataset.val_ends[user])
@@ -212,8 +222,8 @@ def sampled_ranks_by_hand(
     assert target not in drawn
     assert not set(drawn) & set(history)
     ranks = {}
-    for name, baseline in (("popularity", Popularity(dataset)), ("markov", Markov(dataset))):
-        scores = baseline.scores(np.array(history[-1:]), np.arange(dataset.num_items + 1)[None])[0]
+    for name, baseline in baselines.items():
+        scores = levels(baseline, history)
         ranks[name] = ranks_of((float(scores[item]) for item in drawn), float(scores[target]), rounding=0)
 
     one = np.array([user])
@@ -243,8 +253,9 @@ def test_every_sampled_rank_is_that_of_a_naive_evaluation(
     users = dataset.users("test")[::2]
     outcome = rank_users(dataset, recommender, users, "test", batch_size=32, negatives=negatives, seed=5)
     ranks = outcome.ranks
+    baselines = fit_baselines(None, dataset)
     for row, user in enumerate(users.tolist()):
-        expected = sampled_ranks_by_hand(dataset, recommender, user, negatives, seed=5)
+        expected = sampled_ranks_by_hand(dataset, recommender, user, negatives, 5, baselines)
         assert all(int(ranks[name][row]) in expected[name] for name in MODELS), user
     full = rank_users(dataset, recommender, users, "test")
     same_ranks(outcome.candidate_rank, full.candidate_rank)  # the candidates are those of the whole catalogue
@@ -315,7 +326,7 @@ def test_memory_does_not_grow_with_batch_times_catalogue(negatives: int | None) 
     dataset = Dataset.__new__(Dataset)  # all that baselines read
     dataset.manifest, dataset.offsets, dataset.train_ends = {"counts": {"items": size}}, offsets, offsets[1:]
     dataset.items = rng.integers(1, size + 1, offsets[-1]).astype(np.int32)
-    last, target, users = rng.integers(0, size, rows), rng.integers(1, size + 1, rows), np.arange(rows)
+    last, target, users = rng.integers(1, size, rows), rng.integers(1, size + 1, rows), np.arange(rows)
     seen = Ragged(rng.integers(1, size + 1, 50 * rows), np.arange(0, 50 * rows + 1, 50))
     candidates, vectors = rng.integers(1, size + 1, (rows, 200)), torch.randn(size, 2)
     queries = rng.standard_normal((rows, 2)).astype(np.float32)
@@ -323,9 +334,9 @@ def test_memory_does_not_grow_with_batch_times_catalogue(negatives: int | None) 
     try:
         pool = RankedItems.of(seen, target, size, users, negatives, seed=0)
         for kind in (Popularity, Markov):
-            baseline = kind(dataset)
-            assert pool.baseline_ranks(baseline, last).shape == (rows,)
-            assert (baseline.top(last, pool.excluded, TOP) > 0).all()
+            baseline, newest = kind().fit(dataset), Ragged(last, np.arange(rows + 1))
+            assert pool.baseline_ranks(baseline, newest).shape == (rows,)
+            assert (baseline.best(newest, pool.excluded, TOP) > 0).all()
         pool.retriever_ranks(queries, vectors, candidates, TOP)
         assert pool.holds(candidates).any()
         peak = tracemalloc.get_traced_memory()[1]
@@ -377,8 +388,8 @@ def test_a_protocol_that_is_none_is_refused(trained: Run, tmp_path: Path, protoc
 
 def test_the_report_has_its_shape(report: Path, dataset: Dataset) -> None:
     content = json.loads((report / "report.json").read_text())
-    parts = ["protocol", "items", "users", "targets", "models", "comparison", "cohorts", "by_gap", "candidates"]
-    assert list(content) == [*parts, "exposure", "calibration"]
+    parts = ["protocol", "items", "baselines", "users", "targets", "models", "comparison", "cohorts", "by_gap"]
+    assert list(content) == [*parts, "candidates", "exposure", "calibration"]
     assert content["items"] == dataset.num_items
     assert content["users"] == len(dataset.users("test")) == 150
     assert list(content["models"]) == MODELS
@@ -390,7 +401,7 @@ def test_the_report_has_its_shape(report: Path, dataset: Dataset) -> None:
     assert sorted(content["comparison"]) == sorted(METRICS)
     assert {"difference", "low", "high", "ratio", "p"} < content["comparison"]["ndcg@10"].keys()
     assert content["cohorts"].keys() == {"history_length", "target_popularity", "gap_to_request", "target_age"}
-    assert list(content["exposure"]) == MODELS[:4]
+    assert list(content["exposure"]) == MODELS[:-1]
     assert content["calibration"].keys() == {"users", "confidence", "hits", "ece", "bins"}
 
 
@@ -453,11 +464,11 @@ def test_the_retriever_is_measured_as_it_was_in_training(trained: Run, tmp_path:
 def test_the_first_stage_alone_is_measured_too(trained: Run, report: Path, tmp_path: Path) -> None:
     evaluated("--bundle", trained.index, "--output", tmp_path, "--resamples", 200)
     alone, both = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, report))
-    assert list(alone["models"]) == MODELS[:3]
+    assert list(alone["models"]) == MODELS[:-2]
     assert "comparison" not in alone
     assert "calibration" not in alone
-    assert list(alone["exposure"]) == MODELS[:3]
-    for name in MODELS[:3]:
+    assert list(alone["exposure"]) == MODELS[:-2]
+    for name in MODELS[:-2]:
         values = {metric: value["value"] for metric, value in alone["models"][name].items()}
         assert values == {metric: value["value"] for metric, value in both["models"][name].items()}
     assert "NDCG@10" in (tmp_path / "report.md").read_text()

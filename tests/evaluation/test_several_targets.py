@@ -139,6 +139,29 @@ def test_early_stopping_reads_all_validation_targets(tmp_path: Path) -> None:
     assert batches[0].history.lengths.tolist() == [2, 4]
 
 
+def windows_of(folder: Path, split: Split, changed: int) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
+    """Training windows, mined targets' histories, and training counts where the events from `changed` on are others."""
+    folder.mkdir()
+    lines = ["user_id,item_id,timestamp", "Z,1,1000000000", *(f"Z,{item},{10**9 + item}" for item in range(2, 20))]
+    items = [item if number < changed else 19 - item for number, item in enumerate(range(1, len(A) + 1))]
+    lines += [f"A,{item},{10**9 + time}" for item, time in zip(items, A, strict=True)]
+    (folder / "events.csv").write_text("\n".join([*lines, ""]))
+    prepare(Table(folder / "events.csv"), folder / "data", split=split)
+    data = Histories(folder / "data")
+    windows = data.read_windows(np.arange(len(data.window_starts))).items.tolist()
+    users, events = data.dataset.val_targets()
+    return windows, data.dataset.histories(users, events, 10).items.tolist(), data.dataset.train_counts
+
+
+@pytest.mark.parametrize(("split", "tests_from"), [(SessionStarts(HOUR, 2, 1), 4), (Baskets(2), 6)])
+def test_training_and_lists_do_not_know_the_test_part(tmp_path: Path, split: Split, tests_from: int) -> None:
+    whole, other, earlier = (windows_of(tmp_path / str(n), split, n) for n in (99, tests_from, tests_from - 3))
+    assert whole[0] == other[0]
+    assert whole[1] == other[1]
+    assert np.array_equal(whole[2], other[2])
+    assert whole[0] != earlier[0] or whole[1] != earlier[1], "they do know what comes before"
+
+
 # from end to end
 
 

@@ -17,15 +17,18 @@ from recsys2stage.options import Seen
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.ranking.signals import (
+    EASE,
     SLIT,
     Affinity,
     Content,
     Demographics,
+    ItemKNN,
     Neighbours,
     PopularityAsOf,
     Ratings,
     Session,
     Signal,
+    TransitionGraph,
     Transitions,
 )
 from recsys2stage.recommender import Recommender
@@ -99,6 +102,7 @@ def both_stages(count: int) -> Recommender:
     table = np.concatenate([np.zeros_like(vectors[:1]), vectors])
     signals: list[Signal] = [
         *(PopularityAsOf(20, windows=(3_600, 7 * DAY), trending=7 * DAY), Transitions(40), SLIT(20, items=500)),
+        *(TransitionGraph(20), ItemKNN(20), EASE(20, items=500)),
         *(Neighbours(20), Content(), Affinity(), Demographics(), Session(), Ratings()),
     ]
     for signal in signals:

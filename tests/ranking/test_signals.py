@@ -21,18 +21,22 @@ from recsys2stage.data.sources import MovieLens
 from recsys2stage.ranking import signals
 from recsys2stage.ranking.lists import NONE
 from recsys2stage.ranking.signals import (
+    EASE,
     SLIT,
     Affinity,
     Content,
     Demographics,
+    ItemKNN,
     Neighbours,
     OtherRetriever,
     PopularityAsOf,
     Proposer,
     Ratings,
+    Repeats,
     Requests,
     Session,
     Signal,
+    TransitionGraph,
     Transitions,
 )
 from recsys2stage.ranking.signals.base import is_excluded, load_signals, propose_excluding, save_signals, specify
@@ -44,12 +48,19 @@ KINDS: list[tuple[type[Signal], dict[str, Any]]] = [
     (Affinity, {"decay": 0.5, "smoothing": 2.0, "released": None}),
     (Content, {"candidates": 3, "rare": 6, "ridge": 2.0, "classes": 2}),
     (Demographics, {"alpha": 2.0}),
+    (EASE, {"candidates": 4, "ridge": 0.5, "history": 4, "items": 28}),
+    (ItemKNN, {"candidates": 4, "neighbours": 12, "shrink": 1.0, "history": 4, "decay": 0.7}),
     (Neighbours, {"candidates": 4, "history": 3, "count": 5, "decay": 0.5, "exact": 50_000}),
     (OtherRetriever, {"index": "index", "candidates": 4}),  # as `placed` has it
     (PopularityAsOf, {"candidates": 6, "windows": [86_400, 20 * 86_400], "trending": 86_400}),
     (Ratings, {"prior": 3.0}),
+    (Repeats, {"candidates": 3, "half_life": 86_400.0}),
     (Session, {"session": 7_200}),
     (SLIT, {"candidates": 5, "decays": [0.5, 1.0], "ridge": 0.1, "history": 4, "items": 29}),
+    (
+        TransitionGraph,
+        {"candidates": 5, "hops": 2, "items": 3, "weight": 0.5, "decay": 0.4, "edges": 9, "top": 20},
+    ),
     (Transitions, {"candidates": 5, "lags": [1, 3], "top": 4, "alpha": 2.0, "history": 4, "window": 2, "decay": 0.5}),
 ]
 every = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind.__name__ for kind, _ in KINDS])
@@ -92,8 +103,11 @@ def vectors() -> np.ndarray:
     return table
 
 
-def asked(dataset: Dataset, vectors: np.ndarray) -> tuple[Requests, Ragged]:
-    """Of every user's test item: 12 items each, a few of them none; one request comes without a history."""
+def asked(dataset: Dataset, vectors: np.ndarray, kind: type[Signal] | None = None) -> tuple[Requests, Ragged]:
+    """Of every user's test item: 12 items each, a few of them none; one request comes without a history.
+
+    The histories for Repeats hold some items several times, and only the first of them is excluded.
+    """
     users = dataset.users("test")
     padded = dataset.histories(users, "test", 8)
     parts = (padded.items, padded.times, padded.lengths, padded.ratings)
@@ -104,6 +118,9 @@ def asked(dataset: Dataset, vectors: np.ndarray) -> tuple[Requests, Ragged]:
     items = np.random.default_rng(5).integers(0, ITEMS + 1, size=(len(users), 12))
     queries = np.random.default_rng(6).normal(size=(len(users), D)).astype(np.float32)
     requests = Requests(items, padded, dataset.request_times(users, "test"), vectors, queries)
+    if kind is Repeats:
+        padded.items[:] = np.where(padded.items > 0, 1 + padded.items % 5, 0)
+        return requests, Ragged(np.ones(len(users), np.int64), np.arange(len(users) + 1))
     return requests, dataset.filtered_items(users, "test")
 
 
@@ -167,7 +184,7 @@ def test_a_signal_is_the_same_after_it_was_kept(
 def test_numbers_are_named_finite_and_0_where_no_candidate_is(
     kind: type[Signal], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
 ) -> None:
-    signal, (requests, _) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    signal, (requests, _) = fitted(kind, options, dataset, vectors), asked(dataset, vectors, kind)
     numbers = signal(requests)
     assert numbers.shape == (*requests.items.shape, len(signal.names))
     assert numbers.dtype == np.float32
@@ -209,7 +226,7 @@ def test_the_order_and_the_repeats_of_candidates_do_not_matter(
 def test_a_proposer_reads_what_is_allowed_as_it_reads_exclusions(
     kind: type[Proposer], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
 ) -> None:
-    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors, kind)
     assert isinstance(signal, Proposer)
     for share in (0.1, 0.6, 1.0):
         allowed = np.random.default_rng(8).random((len(requests.items), ITEMS)) < share
@@ -235,7 +252,7 @@ def test_nobody_may_ask(kind: type[Signal], options: dict[str, Any], dataset: Da
 def test_proposals_are_new_to_the_user_and_each_is_made_once(
     kind: type[Proposer], options: dict[str, Any], dataset: Dataset, vectors: np.ndarray
 ) -> None:
-    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors)
+    signal, (requests, known) = fitted(kind, options, dataset, vectors), asked(dataset, vectors, kind)
     assert isinstance(signal, Proposer)
     named = signal.propose(requests, known)
     assert named.shape == (len(requests.items), signal.candidates)
