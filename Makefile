@@ -9,7 +9,7 @@ JOBS ?= 2# processes of the tests, of one thread each
 BIN := .venv/bin
 RECSYS := $(BIN)/recsys
 READY := .venv/ready
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 include configs/pipeline.mk
 
@@ -35,7 +35,7 @@ serve: ## the demo's recommendations as a service with a page, at http://127.0.0
 
 # each table without and with the refit, which is REFIT=all unless another one is given; REFIT= for none
 refit_results := $(if $(filter file,$(origin REFIT)),all,$(REFIT))
-results: ## the headline of DATASET: seeds 0, 1 and 2 (SEEDS), each beside the next one's retriever (PAIR= for none)
+results: ## the main result of DATASET: seeds 0, 1 and 2 (SEEDS), each with the next seed's retriever as the second one (PAIR= for none)
 	@$(if $(filter production,$(REFIT)),$(error REFIT=production has no figures, expected REFIT=all, ranker or none; leave it out))
 	@for seed in $(SEEDS); do $(MAKE) --no-print-directory retriever SEED=$$seed REFIT=$(refit_results); done
 	@for refit in '' $(refit_results); do set -- $(SEEDS); for seed in $(SEEDS); do shift; \

@@ -19,6 +19,14 @@ torch.set_num_threads(1)
 
 pytest_plugins = ["pipeline_fixtures"]  # a tiny trained run
 
+LONG_FILES = ("test_notebooks.py", "test_wheel.py", "test_site.py", "test_docs.py", "test_processes.py", "test_server.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few, long tests come first, so that at the end no process waits for another one's long file."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,10 +307,13 @@ def test_histories_of_which_little_is_known(encoder: Any, place: Callable[[Any],
 # --- the ranker
 
 SCORERS = {
-    "MLP": scorers.MLP,
-    "DIN": scorers.DIN,
-    "DCN": partial(scorers.DCN, rank=2),
-    "MoL": partial(scorers.MoL, user_parts=2, item_parts=2, part_dim=4),
+    "MLP": partial(scorers.MLP, hidden=(8,)),
+    "DIN": partial(scorers.DIN, hidden=(8,)),
+    "DCN": partial(scorers.DCN, hidden=(8,), rank=2),
+    "MoL": partial(scorers.MoL, hidden=(8,), user_parts=2, item_parts=2, part_dim=4),
+    "ListAttention": partial(scorers.ListAttention, width=8),
+    "GBDT": scorers.GBDT,
+    "Blend": partial(scorers.Blend, members=[partial(scorers.MLP, hidden=(8,)), scorers.GBDT]),
 }
 LIST_LOSSES = {
     list_losses.Listwise: "softmax",
@@ -341,12 +344,12 @@ def test_every_scorer(scorer: Any, features: list[dict[str, Any]], place: Callab
 
 @pytest.mark.parametrize("loss", LIST_LOSSES, ids=LIST_LOSSES.values())
 def test_every_list_loss(loss: Any, place: Callable[[Any], Any]) -> None:
-    a_step_of_the_ranker(scorers.MLP, loss, FEATURES, place)
+    a_step_of_the_ranker(SCORERS["MLP"], loss, FEATURES, place)
 
 
 def a_step_of_the_ranker(scorer: Any, loss: Any, features: list[dict[str, Any]], place: Callable[[Any], Any]) -> None:
     signals = [{"name": f"Signal.{n}", "by_id": n == 0, "counted": n == 1} for n in range(S)]
-    ranker = Ranker(V, D, features, signals=signals, scorer=partial(scorer, hidden=(8,)), loss=loss(), id_dropout=0.5)
+    ranker = Ranker(V, D, features, signals=signals, scorer=scorer, loss=loss(), id_dropout=0.5)
     ranker, (listed, positive) = place(ranker, lists())
     device, real = listed.items.device, listed.items != PAD
     ranker.reranker.standardise(listed.signals[real])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin
 
-MOST_NAMES = 16  # longest list of names that a message shows
+MOST_NAMES = 20  # longest list of names that a message shows
 MOST_CHARACTERS = 80  # longest value that a message shows in full
 INTERRUPTED = 130  # exit status of a program that Ctrl-C ends
 WORDS = {

@@ -99,7 +99,7 @@ def gaps_figure(reports: Mapping[str, dict[str, Any]], metric: str = "ndcg@10") 
             at = np.array([at for at, _ in shown]) + 0.2 * row - 0.1
             value, low, high = (np.array([one[key] for _, one in shown]) for key in ("value", "low", "high"))
             handles[model_title(name)] = ax.errorbar(
-                value, at, xerr=[value - low, high - value], fmt="o", capsize=3, color=COLOURS[name]
+                value, at, xerr=np.maximum([value - low, high - value], 0), fmt="o", capsize=3, color=COLOURS[name]
             )
         counts = [f"{groups[label]['targets']:,}" if label in groups else "no" for label in labels]
         names = [f"{label}\n({count} targets)" for label, count in zip(labels, counts, strict=True)]

@@ -73,7 +73,7 @@ def test_each_target_is_measured_once(cycle: Path, processes: int, batch_size: i
 
 
 def test_fewer_users_than_processes_are_refused(cycle: Path) -> None:
-    with pytest.raises(ValueError, match=r"121 processes share 120 evaluation targets.* devices to at most 120"):
+    with pytest.raises(ValueError, match=r"121 processes share 120 evaluation targets.*trainer.devices to at most 120"):
         shares(cycle, 121)[0].val_dataloader()
 
 

@@ -61,6 +61,7 @@ def recommender(trained: Run) -> Recommender:
     """The trained retriever, and a ranker with an opinion of its own, which so little training need not give it."""
     recommender = Recommender.load(trained.bundle)
     assert recommender.reranker is not None
+    recommender.reranker.mask_ids = False  # which so little training may choose
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in recommender.reranker.scorer.parameters():

@@ -312,16 +312,17 @@ def test_known_items_equal_a_loop(rng: np.random.Generator) -> None:
 PAGE = (Path(__file__).parents[2] / "docs/second_stage.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    """The page's one block of code in a language."""
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+def block(language: str, word: str) -> str:
+    """The page's one block of code in a language that holds a word."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    (found,) = [block for block in blocks if word in block]
     return found
 
 
 @pytest.fixture
 def hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Signal]:
     """The signal that the page shows, saved where it says."""
-    (tmp_path / "hours.py").write_text(block("python"), encoding="utf-8")
+    (tmp_path / "hours.py").write_text(block("python", "HourOfDay"), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hours", raising=False)
     return importlib.import_module("hours").HourOfDay
@@ -352,7 +353,7 @@ def test_the_page_s_own_signal_counts_hours(
 
 
 def test_the_page_s_signals_are_mined_beside_one_s_own(hours: type[Signal], trained: Run, tmp_path: Path) -> None:
-    named = yaml.safe_load(block("yaml"))["signals"]
+    named = yaml.safe_load(block("yaml", "signals:"))["signals"]
     config = tmp_path / "mine.yaml"
     config.write_text(yaml.safe_dump({"signals": [*named, {"class_path": f"hours.{hours.__name__}"}]}))
     of = ("--data", trained.data, "--index", trained.index, "--output", tmp_path / "candidates", "--k", K)
