@@ -10,7 +10,7 @@ import numpy as np
 from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
 from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 from recsys2stage.evaluation.compare import STAGES
-from recsys2stage.evaluation.report import metric_title, model_title
+from recsys2stage.evaluation.report import GAP_COHORTS, metric_title, model_title
 from recsys2stage.ranking.bundle import bundle_manifest
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}
@@ -49,8 +49,8 @@ def new_figure(width: float | int, height: float | int, rows: int = 1, columns: 
 
 
 def cohorts_figure(report: dict[str, Any]) -> Figure:
-    """NDCG@10 of both stages, a panel for each cohort type."""
-    cohorts = report["cohorts"]
+    """NDCG@10 of both stages, a panel for each cohort type; that of gaps only if `gaps_figure` does not show them."""
+    cohorts = {name: own for name, own in report["cohorts"].items() if name != GAP_COHORTS or not report.get("by_gap")}
     stages = [name for name in STAGES if name in report["models"]]
     figure, axes = new_figure(10, 3.2 * ((len(cohorts) + 1) // 2), (len(cohorts) + 1) // 2, 2)
     for ax, (cohort, groups) in zip(axes, cohorts.items(), strict=False):

@@ -17,6 +17,7 @@ TITLES = {
     "ranker_ids_masked": "ranker, ids masked",
 }
 STAGES = ("retriever", "ranker", "ranker_ids_masked")
+GAP_COHORTS = "gap_to_request"  # shown by `by_gap` instead, with intervals, where a report has it
 MAIN_METRICS = ("hr@10", "ndcg@10", "mrr", "recall@100")
 
 
@@ -154,7 +155,7 @@ def cohort_tables(report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """
     parts = []
     for cohort, groups in report["cohorts"].items():
-        gaps = report.get("by_gap") if cohort == "gap_to_request" else None
+        gaps = report.get("by_gap") if cohort == GAP_COHORTS else None
         parts.append(gap_table(gaps) if gaps else cohort_table(cohort, groups, names))
     return parts
 
