@@ -79,8 +79,8 @@ def evaluate(
         batch_size: targets per batch.
         seed: random seed of sampling, bootstrap and tests.
         baselines: models counted on training events that the report compares with the two stages: Popularity, Markov,
-            PersonalTopFrequency, TransitionGraph, ItemKNN, EASE or classes of your own. None: Popularity, Markov and
-            TransitionGraph and, with repeats: keep, PersonalTopFrequency.
+            PersonalTopFrequency, TransitionGraph, ItemKNN, EASE or classes of your own. None: Popularity, Markov and,
+            up to 100,000 items, TransitionGraph and, with repeats: keep, PersonalTopFrequency.
         trust: modules outside this package from which the bundle may load classes.
     """
     check_option("split", split, Part)
