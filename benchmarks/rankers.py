@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from exchange import check_one_target
 from tables import ROOT, commit
 from torch import Tensor
 
@@ -112,6 +113,7 @@ def difference(values: np.ndarray, first: np.ndarray, users: np.ndarray) -> list
 
 def measure(options: argparse.Namespace) -> None:
     data, dataset = Candidates(options.run / "candidates", batch_size=64), Dataset(options.data)
+    check_one_target(dataset)
     data.setup("validate")
     validation = list(data.val_dataloader())
     users = {"val": data.lists.user[data.lists.fold == "select"], "test": dataset.users("test")}

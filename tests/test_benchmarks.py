@@ -13,7 +13,7 @@ import venv
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -512,3 +512,12 @@ def test_baselines_alone_have_the_metrics_of_a_report(
     ranks = rank_users(dataset, Recommender.load(trained.bundle), dataset.users("test"), "test").ranks["markov"]
     assert rows[0]["hr@10"]["value"] == pytest.approx((ranks <= 10).mean(), abs=1e-5)
     assert rows[0]["evaluated"] == "test"
+
+
+def test_rankers_are_not_measured_on_the_first_of_several_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    rankers = importlib.import_module("rankers")
+    several = SimpleNamespace(path="data", listed_targets={}, protocol={"split": "Baskets"})
+    monkeypatch.setattr(rankers, "Dataset", lambda path: several)
+    monkeypatch.setattr(rankers, "Candidates", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match="data has the split Baskets with several targets per user, expected one"):
+        rankers.measure(SimpleNamespace(run=Path("run"), data=Path("data")))

@@ -97,6 +97,21 @@ def written(name: str, content: bytes) -> Edit:
     return lambda folder, canary: (folder / name).write_bytes(content)
 
 
+def neighbours(message: str, **tables: Any) -> tuple[Edit, str]:
+    """A signal that looks up stored neighbours, with tables of which one is wrong."""
+
+    def edit(folder: Path, canary: Path) -> None:
+        right = {"offsets": [0, 0, 1, *[2] * 119], "neighbours": np.array([2, 1], np.int32), "scores": np.ones(2)}
+        shutil.rmtree(folder / "signals")
+        (folder / "signals").mkdir()
+        one_signal("ItemKNN")(folder, canary)
+        for name, table in (right | tables).items():
+            if table is not None:
+                np.save(folder / f"signals/0.{name}.npy", table)
+
+    return edit, f"tables of ItemKNN {message}.*; mine again"
+
+
 class Evil:
     """What runs when it is unpickled."""
 
@@ -243,6 +258,17 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         "index.json has options that Exact does not accept",
     ),
     "options that no signal takes": (one_signal("Session", depth=3), "signals.json has a Session with other options"),
+    "neighbours beyond their table": neighbours(
+        "have 122 offsets from 0 to 2147483648, expected ascending ones from 0 to 2, their number",
+        offsets=[0, 0, *[2**31] * 120],
+    ),
+    "neighbours that go back": neighbours("have 122 offsets from 0 to 2, expected", offsets=[0, 2, 1, *[2] * 119]),
+    "neighbours of half an item": neighbours("have offsets of float64 and neighbours", offsets=np.full(122, 2.0)),
+    "neighbours that are no items": neighbours(
+        "have neighbours from 0 to 121, expected items from 0 to 120", neighbours=[121, 1]
+    ),
+    "neighbours with fewer scores": neighbours("have 1 scores, expected 2", scores=[0.5]),
+    "neighbours without scores": neighbours("lack scores", scores=None),
     "another format": (in_manifest("format", value=2), "manifest.json has the format 2, expected 1; it was written by"),
     "no format": (
         in_manifest("format", value=None),

@@ -23,6 +23,7 @@ from recsys2stage.options import check_integer
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MODULES = "modules.json"  # lists the modules of a sentence-transformers model, with their classes
+ROUTERS = ("router_config.json", "config.json")  # may list further modules; the second name is that of older versions
 OWN = "sentence_transformers."  # the package of its own classes
 Encode = Callable[[list[str], int], np.ndarray]  # texts and batch size -> their vectors, (n, P)
 INSTALL = "pip install 'recsys2stage[text]'"
@@ -164,7 +165,7 @@ def load_model(model: str, download: bool, device: str) -> Encode:
 def _check_folder(folder: Path) -> None:
     """Raises a ValueError if a model's folder is none of sentence-transformers, or names classes of its own.
 
-    Some versions of sentence-transformers import classes from a local folder without asking.
+    Versions of sentence-transformers before 6 import classes from a local folder without asking.
     """
     file = folder / MODULES
     if not file.is_file():
@@ -172,6 +173,10 @@ def _check_folder(folder: Path) -> None:
     kinds = [
         str(part.get("type")) for part in read_json(file, list, "download the model anew") if isinstance(part, dict)
     ]
+    for config in sorted(path for path in folder.rglob("*.json") if path.name in ROUTERS and path.is_file()):
+        content = read_json(config, object, "download the model anew")
+        types = content.get("types") if isinstance(content, dict) else None
+        kinds += [str(kind) for kind in types.values()] if isinstance(types, dict) else []
     if foreign := [kind for kind in kinds if not kind.startswith(OWN)]:
         raise ValueError(
             f"model {folder} names the class {foreign[0]!r}, expected classes of sentence-transformers only, as a "

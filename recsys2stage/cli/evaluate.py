@@ -79,8 +79,8 @@ def evaluate(
         batch_size: targets per batch.
         seed: random seed of sampling, bootstrap and tests.
         baselines: models counted on training events that the report compares with the two stages: Popularity, Markov,
-            PersonalTopFrequency, TransitionGraph, ItemKNN, EASE or classes of your own. None: Popularity, Markov and
-            TransitionGraph and, with repeats: keep, PersonalTopFrequency.
+            PersonalTopFrequency, TransitionGraph, ItemKNN, EASE or classes of your own. None: Popularity, Markov and,
+            up to 100,000 items, TransitionGraph and, with repeats: keep, PersonalTopFrequency.
         trust: modules outside this package from which the bundle may load classes.
     """
     check_option("split", split, Part)
@@ -127,7 +127,10 @@ def evaluate(
         line = protocol_line(conditions, report["users"], dataset.num_items, len(measured))
         output.mkdir(parents=True, exist_ok=True)
         with_figures = plots and negatives is None
-        figures, missing = write_figures(report, outcome.candidate_rank, bundle, output) if with_figures else ({}, [])
+        figures: dict[str, str] = {}
+        missing: list[str] = []
+        if with_figures:
+            figures, missing = write_figures(report, outcome.candidate_rank, bundle, output, rows.weights())
         with atomic_write(output / f"ranks{mark}.parquet") as temporary:
             columns = {c.USER: measured, c.PLACE: places, TARGET: targets}
             if rows.baskets is not None:

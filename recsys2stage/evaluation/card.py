@@ -269,9 +269,11 @@ def evaluation_section(evaluation: Evaluation | None, until: Until = "val") -> s
         ]
     if "ranker" in stages:
         k, recall = report["candidates"]["k"], report["candidates"]["recall"]
+        mean = ", as a mean over baskets," if "baskets" in report else ""
         parts.append(
-            f"Candidates' recall: {recall:.4f} of the targets are among the {k:,} candidates. The ranker sorts only "
-            f"these, so this share is the upper bound of its HR@k for k up to {k:,}."
+            f"Candidates' recall: {recall:.4f} of the targets{mean} are among the {k:,} candidates. The ranker sorts "
+            "only these, so this share is the upper bound of its "
+            f"recall@k for k up to {k:,}."
         )
     parts.append("### Cohorts")
     parts += cohort_tables(report, stages)

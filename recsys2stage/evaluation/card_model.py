@@ -187,7 +187,7 @@ def list_limits(folder: Path, manifest: dict[str, Any], data: dict[str, Any] | N
     if "reranker" in manifest:
         lines.append(
             f"Candidates: the ranker sorts {manifest['candidates']:,} candidates and never sees other items. Their "
-            "share of the targets in the evaluation is its upper bound"
+            "share of the targets in the evaluation is the upper bound of its recall"
         )
     ties = (data or {}).get("ties") or {}
     if manifest["has_time"] and isinstance(share := ties.get("events_share"), float) and share > 0.01 and data:

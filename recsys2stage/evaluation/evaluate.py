@@ -248,7 +248,8 @@ def beyond_accuracy(dataset: Dataset, outcome: RankingResult, k: int, targets: T
         k: number of candidates.
         targets: the ranked targets; None: each has a list of its own.
     """
-    report: dict[str, Any] = {"candidates": {"k": k, "recall": float((outcome.candidate_rank <= k).mean())}}
+    recall = np.average(outcome.candidate_rank <= k, weights=None if targets is None else targets.weights())
+    report: dict[str, Any] = {"candidates": {"k": k, "recall": float(recall)}}
     if not outcome.top_counts:
         return report
     report["exposure"] = {

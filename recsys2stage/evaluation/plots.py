@@ -10,7 +10,7 @@ import numpy as np
 from recsys2stage.artifacts import atomic_write, fingerprint, locate_parent, read_manifest
 from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 from recsys2stage.evaluation.compare import STAGES
-from recsys2stage.evaluation.report import metric_title, model_title
+from recsys2stage.evaluation.report import GAP_COHORTS, metric_title, model_title
 from recsys2stage.ranking.bundle import bundle_manifest
 
 COLOURS = {"retriever": "C0", "ranker": "C1"}
@@ -21,7 +21,7 @@ LEGEND = ["retriever", "ranker", SAME_USERS, "training loss"]  # of the learning
 FIGURES = {  # file name -> title
     "cohorts.png": "NDCG@10 by cohort",
     "gaps.png": "NDCG@10 by time since the event before, 95 % intervals",
-    "ceiling.png": "Share of targets among the first K candidates",
+    "ceiling.png": "Recall of the first K candidates, the upper bound of the recall@k of a ranker that sorts them",
     "learning.png": "Learning curves",
     "calibration.png": "Probability of the first item and share of hits",
 }
@@ -49,8 +49,8 @@ def new_figure(width: float | int, height: float | int, rows: int = 1, columns: 
 
 
 def cohorts_figure(report: dict[str, Any]) -> Figure:
-    """NDCG@10 of both stages, a panel for each cohort type."""
-    cohorts = report["cohorts"]
+    """NDCG@10 of both stages, a panel for each cohort type; that of gaps only if `gaps_figure` does not show them."""
+    cohorts = {name: own for name, own in report["cohorts"].items() if name != GAP_COHORTS or not report.get("by_gap")}
     stages = [name for name in STAGES if name in report["models"]]
     figure, axes = new_figure(10, 3.2 * ((len(cohorts) + 1) // 2), (len(cohorts) + 1) // 2, 2)
     for ax, (cohort, groups) in zip(axes, cohorts.items(), strict=False):
@@ -115,26 +115,34 @@ def gaps_figure(reports: Mapping[str, dict[str, Any]], metric: str = "ndcg@10") 
     return figure
 
 
-def ceiling_figure(candidate_rank: np.ndarray, k: int) -> Figure:
-    """Recall of the first candidates against their number: the upper bound of the ranker's hit rate.
+def ceiling_figure(candidate_rank: np.ndarray, k: int, weights: np.ndarray | None = None) -> Figure:
+    """Recall of the first candidates against their number: the upper bound of the ranker's recall@k.
 
     Args:
         candidate_rank: (n,) rank of each target among the candidates, from 1; above k if not among them.
         k: candidates of each user.
+        weights: (n,) of the targets, `Targets.weights`; None: equal ones.
     """
     figure, (ax,) = new_figure(6, 4)
-    ax.plot(np.arange(1, k + 1), ceiling(candidate_rank, k), color="C0")
+    ax.plot(np.arange(1, k + 1), ceiling(candidate_rank, k, weights), color="C0")
     ax.set_xlim(1, max(k, 2))
     ax.set_ylim(0, 1)
     ax.set_xlabel("K, first candidates")
-    ax.set_ylabel("share of targets among them")
+    ax.set_ylabel("recall, upper bound of the ranker's recall@k")
     ax.grid(alpha=0.3)
     return figure
 
 
-def ceiling(candidate_rank: np.ndarray, k: int) -> np.ndarray:
-    """Share of targets among the first 1, 2, ..., k candidates, (k,)."""
-    return np.bincount(np.minimum(candidate_rank, k + 1), minlength=k + 2)[1 : k + 1].cumsum() / len(candidate_rank)
+def ceiling(candidate_rank: np.ndarray, k: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """Recall of the first 1, 2, ..., k candidates, (k,): the share of targets among them.
+
+    Args:
+        candidate_rank: as of `ceiling_figure`.
+        k: candidates of each user.
+        weights: as of `ceiling_figure`.
+    """
+    whole = len(candidate_rank) if weights is None else weights.sum()
+    return np.bincount(np.minimum(candidate_rank, k + 1), weights, k + 2)[1 : k + 1].cumsum() / whole
 
 
 def calibration_figure(calibration: dict[str, Any]) -> Figure:
@@ -235,7 +243,11 @@ def read_log(log: Path) -> dict[str, Curve]:
 
 
 def write_figures(
-    report: dict[str, Any], candidate_rank: np.ndarray, bundle: Path, output: Path
+    report: dict[str, Any],
+    candidate_rank: np.ndarray,
+    bundle: Path,
+    output: Path,
+    weights: np.ndarray | None = None,
 ) -> tuple[dict[str, str], list[str]]:
     """Writes the figures of a report into a folder.
 
@@ -244,6 +256,7 @@ def write_figures(
         candidate_rank: (n,) rank of each target among the candidates, from 1.
         bundle: the evaluated bundle.
         output: the folder.
+        weights: (n,) of the targets, `Targets.weights`; None: equal ones.
 
     Returns:
         File name -> title of the written figures, and the reasons for missing ones.
@@ -252,7 +265,7 @@ def write_figures(
     figures = {
         "cohorts.png": cohorts_figure(report),
         **({"gaps.png": gaps_figure({"time since the event before": report})} if report.get("by_gap") else {}),
-        "ceiling.png": ceiling_figure(candidate_rank, report["candidates"]["k"]),
+        "ceiling.png": ceiling_figure(candidate_rank, report["candidates"]["k"], weights),
     }
     if fits:
         figures["learning.png"] = learning_figure(fits)

@@ -1,6 +1,6 @@
 """Reports as Markdown: tables of metrics, comparisons, exposure, calibration and cohorts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from recsys2stage.evaluation.by_gap import gap_rows
@@ -17,6 +17,7 @@ TITLES = {
     "ranker_ids_masked": "ranker, ids masked",
 }
 STAGES = ("retriever", "ranker", "ranker_ids_masked")
+GAP_COHORTS = "gap_to_request"  # shown by `by_gap` instead, with intervals, where a report has it
 MAIN_METRICS = ("hr@10", "ndcg@10", "mrr", "recall@100")
 
 
@@ -62,7 +63,7 @@ def against_text(report: dict[str, Any], metrics: Sequence[str] | None = None) -
     """Both stages compared with a baseline run, and the other differences between the runs.
 
     Args:
-        metrics: metrics to include; None: all but recall, which equals HR.
+        metrics: metrics to include; None: all, as in `distinct_metrics`.
     """
     against = report["against"]
     users, targets = int(report["users"]), count_targets(report)
@@ -71,9 +72,14 @@ def against_text(report: dict[str, Any], metrics: Sequence[str] | None = None) -
     if against["differs"]:
         parts.append("Other differences between the runs: " + "; ".join(against["differs"]) + ".")
     for name, differences in against["models"].items():
-        chosen = [m for m in differences if not m.startswith("recall")] if metrics is None else metrics
+        chosen = distinct_metrics(report, differences) if metrics is None else metrics
         parts.append(paired_table(f"{model_title(name)} − theirs", {m: differences[m] for m in chosen}))
     return "\n\n".join(parts)
+
+
+def distinct_metrics(report: Mapping[str, Any], metrics: Iterable[str]) -> list[str]:
+    """All metrics, without recall where it equals HR: only a basket has several targets."""
+    return [metric for metric in metrics if "baskets" in report or not metric.startswith("recall")]
 
 
 def exposure_table(report: dict[str, Any]) -> str:
@@ -149,7 +155,7 @@ def cohort_tables(report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """
     parts = []
     for cohort, groups in report["cohorts"].items():
-        gaps = report.get("by_gap") if cohort == "gap_to_request" else None
+        gaps = report.get("by_gap") if cohort == GAP_COHORTS else None
         parts.append(gap_table(gaps) if gaps else cohort_table(cohort, groups, names))
     return parts
 
@@ -167,11 +173,12 @@ def as_markdown(
     """
     parts = ["# Report", line, as_table(report), f"95 % intervals: {interval_text(report)}."]
     if "comparison" in report:
-        compared = {m: d for m, d in report["comparison"].items() if not m.startswith("recall")}
-        parts.append(paired_table("ranker − retriever", compared))
+        compared = report["comparison"]
+        shown = {metric: compared[metric] for metric in distinct_metrics(report, compared)}
+        parts.append(paired_table("ranker − retriever", shown))
         parts.append("p: two-sided randomisation test with random signs of the users' differences.")
         parts.append(
-            "Recall of the candidates (the ranker's upper bound in full ranking): "
+            "Recall of the candidates (in full ranking the upper bound of the ranker's recall@k for k up to K): "
             f"{report['candidates']['recall']:.4f} at K = {report['candidates']['k']}."
         )
     if "against" in report:

@@ -32,6 +32,13 @@ class Targets(NamedTuple):
         """Metrics of each request, (G,) float64, from the (B,) ranks of the targets."""
         return compute_metrics(ranks) if self.baskets is None else compute_basket_metrics(ranks, self.baskets)
 
+    def weights(self) -> np.ndarray | None:
+        """Weight of each target in a mean over requests, (B,) float64: 1 / size of its basket; None: equal ones."""
+        if self.baskets is None:
+            return None
+        _, basket, sizes = np.unique(self.baskets, return_inverse=True, return_counts=True)
+        return 1 / sizes[basket]
+
     def requests(self) -> "Targets":
         """One target of each request, in the order of `metrics`."""
         if self.baskets is None:

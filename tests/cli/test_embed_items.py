@@ -130,6 +130,15 @@ def test_a_folder_that_names_classes_of_its_own_is_refused_before_it_is_loaded(t
     with pytest.raises(ValueError, match=r"names the class 'mine.Mine'") as error:
         load_model(str(tmp_path), False, "cpu")
     check_message(str(error.value), "mine.Mine", "classes of sentence-transformers only", "give another")
+    router = {"idx": 0, "name": "0", "path": "0_Router", "type": "sentence_transformers.models.Router"}
+    (tmp_path / "modules.json").write_text(json.dumps([router]))
+    (tmp_path / "0_Router").mkdir()
+    for name in ("router_config.json", "config.json"):
+        file = tmp_path / "0_Router" / name
+        file.write_text(json.dumps({"types": {"query_0": "mine.Mine"}, "structure": {"query": ["query_0"]}}))
+        with pytest.raises(ValueError, match=r"names the class 'mine.Mine'"):
+            load_model(str(tmp_path), False, "cpu")
+        file.unlink()
 
 
 @pytest.mark.slow  # imports transformers

@@ -14,6 +14,7 @@ from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import MovieLens
+from recsys2stage.evaluation import baselines
 from recsys2stage.evaluation.baselines import (
     EASE,
     Baseline,
@@ -229,3 +230,16 @@ def test_baselines_of_one_class_are_numbered_and_described(dataset: Dataset) -> 
     assert specify_baseline(fitted["half"])["class_path"] == "test_baselines.Half"
     assert [kind().name for kind in (TransitionGraph, ItemKNN)] == ["transition_graph", "item_knn"]
     assert fit_baselines([], dataset) == {}
+
+
+def test_a_large_catalogue_has_a_transition_graph_only_if_asked(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(fit_baselines(None, dataset)) == ["popularity", "markov", "transition_graph"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(baselines, "GRAPH_ITEMS", V - 1)
+    assert list(fit_baselines(None, dataset)) == ["popularity", "markov"]
+    shown = capsys.readouterr().err
+    assert f"TransitionGraph is left out: {V} items, by default it is for at most {V - 1}; ask for it with" in shown
+    assert "--baselines '[Popularity, Markov, TransitionGraph]'" in shown
+    assert list(fit_baselines([TransitionGraph()], dataset)) == ["transition_graph"]

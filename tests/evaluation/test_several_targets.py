@@ -15,7 +15,8 @@ from recsys2stage.data.dataset import Dataset
 from recsys2stage.data.prepare import prepare
 from recsys2stage.data.sources import Table
 from recsys2stage.data.split import Baskets, SessionStarts, Split
-from recsys2stage.evaluation.evaluate import describe, protocol_line, summarise
+from recsys2stage.evaluation.evaluate import RankingResult, beyond_accuracy, describe, protocol_line, summarise
+from recsys2stage.evaluation.plots import ceiling
 from recsys2stage.evaluation.report import as_markdown, interval_text
 from recsys2stage.evaluation.targets import Targets, gaps
 from recsys2stage.metrics import compute_metrics
@@ -92,6 +93,12 @@ def test_a_whole_basket_is_withheld_from_its_targets(tmp_path: Path) -> None:
     assert report["models"]["retriever"]["hr@10"]["value"] == 1
     assert list(report["cohorts"]) == ["history_length", "gap_to_request"]
     assert interval_text(report) == "clustered bootstrap over 3 users with 3 baskets of 4 targets"
+    found = np.array([1, 9, 2, 9])  # candidates' recall is a mean over baskets, as the ranker's recall that it bounds
+    outcome = RankingResult({}, found, {}, np.zeros(4, np.float32), np.zeros(4, dtype=bool))
+    recall = beyond_accuracy(dataset, outcome, 8, targets)["candidates"]["recall"]
+    assert recall == pytest.approx(0.5)  # (1 + 1 / 2 + 0) / 3
+    assert recall == pytest.approx(targets.metrics(np.where(found <= 8, 1, 99))["recall@10"].mean())
+    assert ceiling(found, 8, targets.weights())[[0, 1, 7]] == pytest.approx([1 / 3, 0.5, 0.5])
 
 
 def test_items_bought_twice_at_once_are_one_target(tmp_path: Path) -> None:
@@ -233,6 +240,8 @@ def test_baskets_are_ranked_as_sets(raw: Path, trained: Run, tmp_path: Path) -> 
     recsys("evaluate", *words, "--output", tmp_path / "one")
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     ranks = pl.read_parquet(tmp_path / "one" / "ranks.parquet")
+    assert report["models"]["ranker"]["recall@10"]["value"] <= report["candidates"]["recall"] + 1e-9
+    assert "| Recall@10" in (tmp_path / "one" / "report.md").read_text(), "no repetition of HR@10"
     expected = ranks.group_by("basket").agg((pl.col("ranker") <= 50).mean())["ranker"].mean()
     assert report["models"]["ranker"]["recall@50"]["value"] == pytest.approx(expected)
     assert report["baskets"] == ranks["basket"].n_unique() <= report["targets"] == len(ranks)

@@ -1,5 +1,6 @@
 """Baselines: simple models counted on training events that every report compares with the two stages."""
 
+import sys
 from collections.abc import Sequence
 
 from recsys2stage.data.dataset import Dataset
@@ -13,11 +14,23 @@ from recsys2stage.evaluation.baselines.of_signals import EASE as EASE
 from recsys2stage.evaluation.baselines.of_signals import ItemKNN as ItemKNN
 from recsys2stage.evaluation.baselines.of_signals import TransitionGraph as TransitionGraph
 
+GRAPH_ITEMS = 100_000  # largest catalogue with TransitionGraph by default: 1,000 pairs of 13 bytes per item
+
 
 def default_baselines(dataset: Dataset) -> list[Baseline]:
-    """The baselines of a report that names none: those that are cheap to fit."""
-    own: list[Baseline] = [PersonalTopFrequency()] if dataset.seen_rule == "keep" else []
-    return [Popularity(), Markov(), *own, TransitionGraph()]
+    """The baselines of a report that names none: those that are cheap to fit. Says on stderr if one is left out."""
+    chosen: list[Baseline] = [Popularity(), Markov()]
+    if dataset.seen_rule == "keep":
+        chosen.append(PersonalTopFrequency())
+    if dataset.num_items <= GRAPH_ITEMS:
+        return [*chosen, TransitionGraph()]
+    names = ", ".join(type(one).__name__ for one in chosen)
+    print(
+        f"the baseline TransitionGraph is left out: {dataset.num_items:,} items, by default it is for at most "
+        f"{GRAPH_ITEMS:,}; ask for it with --baselines '[{names}, TransitionGraph]'",
+        file=sys.stderr,
+    )
+    return chosen
 
 
 def fit_baselines(baselines: Sequence[Baseline] | None, dataset: Dataset) -> dict[str, Baseline]:

@@ -67,7 +67,8 @@ class TransitionGraph(StoredNeighbours):
         offsets, followers, counts = count_transitions(dataset, self.edges)
         similarity = FeatureSimilarity(dataset.item_features, size)
         popularity, sources = np.asarray(dataset.train_counts), np.flatnonzero(np.diff(offsets))
-        kept: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0))]
+        kinds = (np.int32, np.float32, np.int8, np.float32)  # as stored: the pairs of all items are held here
+        kept: list[tuple[np.ndarray, ...]] = [tuple(np.zeros(0, kind) for kind in kinds)]
         with item_marks(size) as marks:
             for item in sources.tolist():
                 near, ring = self._rings(item, offsets, followers, marks)
@@ -77,14 +78,11 @@ class TransitionGraph(StoredNeighbours):
                 score = self.hops - ring + ((1 + cosine) / 2 + self.weight * strength) / (1 + self.weight)
                 best = np.lexsort((near, -popularity[near], -score))[: self.top]
                 best = best[score[best] > 0]
-                kept.append((near[best], score[best], ring[best], cosine[best]))
+                own_pairs = (near[best], score[best], ring[best], cosine[best])
+                kept.append(tuple(part.astype(kind) for part, kind in zip(own_pairs, kinds, strict=True)))
         owners = np.repeat(sources, [len(own[0]) for own in kept[1:]])
         neighbours, scores, rings, cosines = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-        self.tables = {
-            **pack(owners, neighbours, scores, size),
-            "rings": rings.astype(np.int8),
-            "similarities": cosines.astype(np.float32),
-        }
+        self.restore({**pack(owners, neighbours, scores, size), "rings": rings, "similarities": cosines})
 
     def _rings(
         self, item: int, offsets: np.ndarray, followers: np.ndarray, marks: np.ndarray

@@ -61,7 +61,7 @@ class ItemKNN(StoredNeighbours):
             best = order[np.arange(len(order)) - np.searchsorted(first, first) < self.neighbours]
             kept.append((first[best], second[best], cosine[best]))
         owners, neighbours, scores = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-        self.tables = pack(owners, neighbours, scores, size)
+        self.restore(pack(owners, neighbours, scores, size))
 
     def weigh(self, requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         longest = max(1, min(self.history, int(np.max(requests.history.lengths, initial=0))))

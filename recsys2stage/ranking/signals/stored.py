@@ -23,6 +23,16 @@ class StoredNeighbours(Proposer):
     reads_allowed: ClassVar[bool] = True
     by_id: ClassVar[bool] = True
 
+    def restore(self, tables: dict[str, np.ndarray]) -> None:
+        """Loads tables, of which all are checked: `propose` reads as many pairs as the offsets say.
+
+        Raises:
+            ValueError: a table is missing or does not fit the others.
+        """
+        if what := _fault(tables):
+            raise ValueError(f"the tables of {type(self).__name__} {what}; mine again: recsys mine-negatives")
+        super().restore(tables)
+
     @abstractmethod
     def weigh(self, requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         """The events that are read, newest first, (B, L) int64, 0 for none, and their weights, (B, L)."""
@@ -54,6 +64,27 @@ class StoredNeighbours(Proposer):
             allowed = None if requests.allowed is None else requests.allowed[rows]
             parts.append(top_by_sum(event // width, items, scores, left_out, size, self.candidates, allowed))
         return np.concatenate([*parts, np.zeros((0, self.candidates), np.int64)])
+
+
+def _fault(tables: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with tables of stored neighbours, and what is expected; None: nothing."""
+    if missing := [name for name in ("offsets", "neighbours", "scores") if name not in tables]:
+        return f"lack {', '.join(missing)}, expected offsets, neighbours and scores"
+    if wrong := [name for name, table in tables.items() if table.ndim != 1 or table.dtype.kind not in "if"]:
+        return f"have {wrong[0]} of shape {tables[wrong[0]].shape}, expected one dimension of numbers"
+    offsets, neighbours = tables["offsets"], tables["neighbours"]
+    if offsets.dtype.kind != "i" or neighbours.dtype.kind != "i":
+        return f"have offsets of {offsets.dtype} and neighbours of {neighbours.dtype}, expected integers"
+    count, size = len(neighbours), len(offsets) - 1
+    if size < 1 or offsets[0] != 0 or offsets[-1] != count or (offsets[1:] < offsets[:-1]).any():
+        ends = f" from {offsets[0]} to {offsets[-1]}" if len(offsets) else ""
+        return f"have {len(offsets):,} offsets{ends}, expected ascending ones from 0 to {count:,}, their number"
+    low, high = neighbours.min(initial=0), neighbours.max(initial=0)
+    if low < 0 or high >= size:
+        return f"have neighbours from {low:,} to {high:,}, expected items from 0 to {size - 1:,}"
+    if other := [name for name, table in tables.items() if name != "offsets" and len(table) != count]:
+        return f"have {len(tables[other[0]]):,} {other[0]}, expected {count:,}, one of each stored neighbour"
+    return None
 
 
 def locate(pairs: Ragged, neighbours: np.ndarray, width: int, items: np.ndarray, size: int) -> np.ndarray:
@@ -111,6 +142,6 @@ def pack(owners: np.ndarray, neighbours: np.ndarray, scores: np.ndarray, size: i
     """
     return {
         "offsets": np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=size))]).astype(np.int64),
-        "neighbours": neighbours.astype(np.int32),
-        "scores": scores.astype(np.float32),
+        "neighbours": neighbours.astype(np.int32, copy=False),
+        "scores": scores.astype(np.float32, copy=False),
     }
