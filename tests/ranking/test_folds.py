@@ -327,7 +327,6 @@ def test_a_refit_takes_the_epochs_of_the_best_not_of_the_last(
 ) -> None:
     run = best_of(selected, tmp_path / "run", epoch=epoch, global_step=1)
     assert Candidates(mined.own, folds=[mined.fold], refit=run).epochs == epoch + 1
-    assert Candidates(str(mined.own), folds=[str(mined.fold)], refit=str(run)).epochs == epoch + 1  # type: ignore[arg-type,list-item]
     assert Candidates(mined.own, folds=[mined.fold]).epochs is None
 
 
