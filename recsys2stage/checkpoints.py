@@ -68,6 +68,21 @@ def trained_until(content: dict[str, Any], where: str | Path) -> Until:
     return until
 
 
+def check_selected(path: str | Path, manifest: dict[str, Any], step: str) -> None:
+    """Raises a ValueError for a ranker that is a refit: its validation lists were trained on.
+
+    Args:
+        path: the ranker's checkpoint, for the error.
+        manifest: of its fit.
+        step: what to do instead, for the error.
+    """
+    if (selected := manifest["parents"].get("selected")) is not None:
+        raise ValueError(
+            f"{path} is a refit of {selected['path']}, expected a ranker that was not trained on the validation lists; "
+            f"{step}"
+        )
+
+
 def load_tensors(file: Path | io.BytesIO, where: str | Path, make: str) -> dict[str, Any]:
     """Loads a dictionary written by torch.save. Refuses compression, so memory use is limited by the file size.
 

@@ -248,6 +248,8 @@ class WriteManifest(Callback):
                 "(trainer.limit_val_batches, trainer.check_val_every_n_epoch), or keep the last weights with "
                 "--checkpoint.monitor null"
             )
+        if (finish := getattr(pl_module, "finish_fit", None)) is not None:
+            finish()  # if training was over before this fit was resumed
         facts: dict[str, Any] = {
             "monitor": checkpoint.monitor,
             "best": None if score is None else float(score),

@@ -21,7 +21,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from recsys2stage.checkpoints import OPTIONS, load_checkpoint, trained_until
+from recsys2stage.artifacts import read_manifest
+from recsys2stage.checkpoints import OPTIONS, check_selected, load_checkpoint, trained_until
 from recsys2stage.cli.callbacks import (
     KeepLast,
     MeasureTheEnd,
@@ -45,12 +46,13 @@ from recsys2stage.cli.messages import INTERRUPTED, first_sentences
 from recsys2stage.cli.parser import ClearErrors, check_accepted, explained
 from recsys2stage.cli.progress import FitLines, quiet_lightning
 from recsys2stage.cli.refit import prepare_refit
+from recsys2stage.columns import MANIFEST
 from recsys2stage.data.locks import locked
 from recsys2stage.data.summary import on_terminal
 from recsys2stage.options import Part, check_untrained
 from recsys2stage.ranking import scorers  # noqa: F401
 from recsys2stage.ranking.candidates import Candidates  # noqa: F401
-from recsys2stage.ranking.ranker import Ranker  # noqa: F401
+from recsys2stage.ranking.ranker import Ranker
 
 # short class names in YAML resolve once their module is imported
 from recsys2stage.retrieval import encoders, inputs, losses, objectives, users  # noqa: F401
@@ -238,6 +240,10 @@ class RecsysCLI(LightningCLI):
         check_model(checkpoint, type(self.model), options.ckpt_path)
         part: Part = "val" if verb == "validate" else "test"
         check_untrained(options.ckpt_path, trained_until(checkpoint, options.ckpt_path), part, NO_FIGURES[part])
+        folder = Path(options.ckpt_path).parent
+        if isinstance(self.model, Ranker) and (folder / MANIFEST).is_file():  # a fit that was ended has none
+            manifest = read_manifest(folder, type(self.model).__name__.lower(), f"recsys fit --output {folder}")
+            check_selected(options.ckpt_path, manifest, NO_FIGURES["val"])
         check_weights(self.model, checkpoint, self.config[verb].model.init_args, options.ckpt_path)
 
     def _load_weights_only(self, verb: str) -> None:

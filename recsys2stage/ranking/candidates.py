@@ -65,7 +65,7 @@ class Candidates(ArrayModule):
         check_integer("batch_size", batch_size, example=128)
         check_integer("recent", recent, 0, MAX_LENGTH, example=20)  # 0: no event
         self.path, self.batch_size, self.recent = Path(path), batch_size, recent
-        self.folds, self.refit = folds or [], refit
+        self.folds, self.refit = [Path(folder) for folder in folds or []], None if refit is None else Path(refit)
         self.manifest = read_mined_manifest(self.path)
         if (fold := self.manifest["options"].get("fold")) is not None:
             raise ValueError(

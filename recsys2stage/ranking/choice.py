@@ -32,8 +32,10 @@ def choose_part(reranker: Reranker, candidates: Candidates, best: Path, device: 
 
     Returns:
         For the manifest: "chosen" (ranker, linear or retriever, each perhaps "with IDs masked"), and under "validation"
-        NDCG@10 on the validation lists, without and with IDs masked.
+        NDCG@10 on the validation lists, without and with IDs masked. Empty if there are no validation lists.
     """
+    if not (candidates.lists.fold == "select").any():
+        return {}
     checkpoint = load_checkpoint(best, f"recsys fit --output {best.parent}")
     trained = {name: value.clone() for name, value in reranker.state_dict().items()}
     own = {

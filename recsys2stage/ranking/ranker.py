@@ -94,6 +94,7 @@ class Ranker(RecsysModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        self.manifest_facts = {}  # an earlier fit of this module has its own
         candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
         if candidates.folds and "state" not in self.reranker.without:
             raise ValueError("folds have states of other retrievers; remove them: --model.init_args.without '[state]'")
@@ -143,7 +144,8 @@ class Ranker(RecsysModule):
         self.trainer.fit_loop.epoch_loop.val_loop.run()
         self.trainer.training = True
         self.train()
-        checkpoint.on_train_epoch_end(self.trainer, self)  # the callback saves at the end of an epoch
+        if checkpoint.monitor in (None, *self.trainer.callback_metrics):  # not a metric of training steps
+            checkpoint.on_train_epoch_end(self.trainer, self)  # the callback saves at the end of an epoch
 
     def training_step(self, lists: Lists, batch_idx: int) -> Tensor:
         items = lists.candidates.items
@@ -201,8 +203,26 @@ class Ranker(RecsysModule):
         for name, value in (values | self.masked_metrics.take("val/masked_")).items():
             self.log(name, value, prog_bar=name.endswith("ndcg@10"), sync_dist=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if (start := self.manifest_facts.get("linear_start")) is not None:
+            checkpoint["linear_start"] = start
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if (start := checkpoint.get("linear_start")) is not None:
+            self.manifest_facts["linear_start"] = start
+
     def on_train_end(self) -> None:
-        """Chooses between the best ranker and its parts; not in a refit, whose validation users were trained on."""
+        self.finish_fit()
+
+    def finish_fit(self) -> None:
+        """Chooses between the best ranker and its parts; not in a refit, whose validation users were trained on.
+
+        Once per fit: at the end of training, or before the manifest if a resumed fit had no step left to train.
+        """
+        if "chosen" in self.manifest_facts:
+            return
         checkpoint = self.trainer.checkpoint_callback
         if not isinstance(checkpoint, ModelCheckpoint) or not self.trainer.is_global_zero or self.trainer.interrupted:
             return

@@ -280,6 +280,26 @@ def test_rankers_of_other_lists_are_not_averaged(averaged: Run, trained: Run, tm
     assert not output.exists()
 
 
+def test_refits_are_neither_averaged_nor_validated(averaged: Run, trained: Run, tmp_path: Path) -> None:
+    """Their validation lists were trained on."""
+    refit = shutil.copytree(averaged.ranker.parent, tmp_path / "refit") / "best.ckpt"
+    manifest = json.loads((refit.parent / "manifest.json").read_text())
+    manifest["parents"]["selected"] = {"path": str(averaged.ranker.parent), "hash": "0" * 64}
+    (refit.parent / "manifest.json").write_text(json.dumps(manifest))
+    message = r"refit/best\.ckpt is a refit of .*, expected a ranker that was not trained on the validation lists; "
+    for first, other in ((trained.ranker, refit), (refit, trained.ranker)):
+        with pytest.raises(ValueError, match=message + "average the rankers that they were refitted from"):
+            export_bundle(trained.index, first, tmp_path / "bundle", average=[other])
+    assert not (tmp_path / "bundle").exists()
+    of = ("--output", refit.parent, "--data.init_args.path", trained.candidates)
+    with pytest.raises(SystemExit) as end:
+        recsys(
+            "validate", "--config", averaged.folder / "ranker.yaml", *of, "--model.init_args.scorer", json.dumps(BLEND)
+        )
+    assert "is a refit of" in str(end.value.code)
+    assert "validate the run that it was refitted from" in str(end.value.code)
+
+
 def test_trees_resume_and_refit(trained: Run, tmp_path: Path) -> None:
     """Broken off after an epoch and resumed, a fit equals one in a piece; a refit grows the best epoch's number."""
     flat = ("--early_stopping.patience", 9, "--trainer.max_epochs")

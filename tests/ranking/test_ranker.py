@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 from lightning import Trainer
+from worlds import seal
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import write_manifest
@@ -462,6 +463,30 @@ def test_with_few_lists_it_starts_from_a_linear_model(checkerboard: Path, tmp_pa
     best, retriever = (one.compute()["ndcg@10"].item() for one in (model.metrics, model.retriever_metrics))
     assert best == pytest.approx(manifest["best"], abs=1e-6)
     assert best > 1.5 * retriever
+
+
+def test_a_fit_that_ended_before_its_choice_makes_it_when_resumed(checkerboard: Path, tmp_path: Path) -> None:
+    lists, output = told_of_signals(checkerboard, tmp_path), tmp_path / "ranker"
+    fit(lists, output, "--trainer.max_epochs", "1")
+    whole = json.loads((output / "manifest.json").read_text())
+    (output / "manifest.json").unlink()  # the process was killed after the last epoch
+    fit(lists, output, "--trainer.max_epochs", "1", "--ckpt_path", str(output / "last.ckpt"))
+    resumed = json.loads((output / "manifest.json").read_text())
+    for name in ("chosen", "validation", "linear_start", "best", "epochs", "steps"):
+        assert resumed[name] == whole[name], name
+
+
+def test_without_validation_lists_nothing_is_chosen(checkerboard: Path, tmp_path: Path) -> None:
+    lists, output = shutil.copytree(checkerboard, tmp_path / "candidates"), tmp_path / "ranker"
+    for name in (CANDIDATES, REQUESTS):
+        table = pl.read_parquet(lists / name)
+        table.with_columns(pl.lit("train").alias(c.FOLD)).write_parquet(lists / name)
+    seal(lists)
+    last = ("--trainer.limit_val_batches", "0", "--checkpoint.monitor", "train/loss", "--checkpoint.mode", "min")
+    fit(lists, output, "--trainer.max_epochs", "1", *last)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["monitor"] == "train/loss"
+    assert "chosen" not in manifest
 
 
 def test_with_many_lists_it_starts_from_the_retrievers_order(
