@@ -19,7 +19,14 @@ torch.set_num_threads(1)
 
 pytest_plugins = ["pipeline_fixtures"]  # a tiny trained run
 
-LONG_FILES = ("test_notebooks.py", "test_wheel.py", "test_site.py", "test_docs.py", "test_processes.py", "test_server.py")
+LONG_FILES = (
+    "test_notebooks.py",
+    "test_wheel.py",
+    "test_site.py",
+    "test_docs.py",
+    "test_processes.py",
+    "test_server.py",
+)
 
 
 @pytest.hookimpl(trylast=True)
