@@ -10,16 +10,18 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import yaml
 from closeness import close
 from lightning import LightningDataModule, LightningModule, Trainer
 from pipeline_fixtures import TOLD, Run, recsys
 
-from recsys2stage.cli.refit import prepare_refit
+from recsys2stage.cli.refit import check_same_config, prepare_refit
 from recsys2stage.cli.refit_bundle import rotation_between
 from recsys2stage.columns import MANIFEST
 from recsys2stage.data.dataset import Dataset
 from recsys2stage.options import STRETCH, TRAINED_TARGETS
 from recsys2stage.ranking.bundle import read_bundle
+from recsys2stage.ranking.candidates import Candidates
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP
 from recsys2stage.ranking.signals.base import load_signals
@@ -261,3 +263,80 @@ def test_a_bundle_of_a_refit_takes_the_ranker_of_the_chosen_retriever_only(
     (other / MANIFEST).write_text(json.dumps(manifest(other) | {"trained_until": "tomorrow"}))
     assert "has the trained_until 'tomorrow', expected one of val, test, end" in refusal(*of, "--index", other)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("model.init_args.loss", {"class_path": "BCE"}, "model.init_args.loss is 'BCE', expected None"),
+        ("model.init_args.optimizer.init_args.lr", 0.5, "optimizer.init_args.lr is 0.5, expected 0.01"),
+        ("data.init_args.batch_size", 7, "data.init_args.batch_size is 7, expected 32"),
+        ("trainer.max_epochs", 9, "trainer.max_epochs is 9, expected 3"),
+        ("data.init_args.eval_batch_size", 7, None),
+        ("trainer.devices", 1, None),
+    ],
+)
+def test_a_refit_has_the_config_of_the_chosen_run(informed: Run, where: str, value: Any, said: str | None) -> None:
+    folder = informed.retriever.parent
+    config = yaml.safe_load((folder / "log" / "version_0" / "config.yaml").read_text())
+    check_same_config(config, folder)
+    *path, last = where.split(".")
+    part = config
+    for name in path:
+        part = part[name]
+    part[last] = value
+    if said is None:
+        check_same_config(config, folder)
+    else:
+        with pytest.raises(ValueError, match=f"{said}, as in .*config.yaml; refit with the options that were chosen"):
+            check_same_config(config, folder)
+
+
+def test_a_damaged_config_of_the_chosen_run_is_named(informed: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(informed.retriever.parent, tmp_path / "moved")
+    path = folder / "log" / "version_0" / "config.yaml"
+    for text in ("model: [", "[]", "model: {}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"moved/.*config.yaml is damaged .*, expected the config of the fit of"):
+            check_same_config({}, folder)
+
+
+def test_a_refit_by_the_command_line_refuses_another_loss(informed: Run, tmp_path: Path) -> None:
+    fit = (*told(informed), "--output", tmp_path, "--data.init_args.refit", informed.retriever.parent)
+    assert "model.init_args.loss is 'GBCE', expected None, as in" in refusal(*fit, "--model.init_args.loss", "GBCE")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_refit_of_a_ranker_trains_as_the_chosen_one_did(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masked IDs are for serving only, the linear start stays, and an interrupted refit continues as it began."""
+    own = Candidates(trained.candidates)
+    own.setup("fit")
+    count = len(own.training_lists())  # a refit has more lists
+    monkeypatch.setattr("recsys2stage.ranking.ranker.LINEAR_LISTS", count)
+
+    def choose(name: str, epoch: int, masked: bool) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(trained.ranker.parent, folder, dirs_exist_ok=True)
+        content = checkpoint(folder / "best.ckpt") | {"epoch": epoch, "global_step": 1}
+        content["hyper_parameters"]["mask_ids"] = masked
+        torch.save(content, folder / "best.ckpt")
+        return folder
+
+    def refit(chosen: Path, name: str, *words: object) -> Path:
+        of = ("--data.init_args.path", trained.candidates, "--data.init_args.refit", chosen)
+        recsys("fit", "--config", trained.folder / "ranker.yaml", "--output", tmp_path / name, *of, *words)
+        return tmp_path / name
+
+    rare = ("--trainer.check_val_every_n_epoch", 3, "--checkpoint.every_n_epochs", 3)
+    whole = refit(choose("plain", 1, False), "whole", *rare)
+    parts = refit(choose("masked", 0, True), "parts")
+    assert checkpoint(parts / "best.ckpt")["epoch"] == 0
+    parts = refit(choose("masked", 1, True), "parts", "--ckpt_path", parts / "last.ckpt")
+    one, other = checkpoint(whole / "best.ckpt"), checkpoint(parts / "best.ckpt")
+    assert one["epoch"] == other["epoch"] == 1, "best.ckpt is of the last epoch"
+    assert (one["hyper_parameters"]["mask_ids"], other["hyper_parameters"]["mask_ids"]) == (False, True)
+    assert manifest(whole)["linear_start"]["lists"] == count
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name

@@ -19,6 +19,7 @@ FROM_DATA = (  # links of the data module set them
     *("num_items", "features", "vector_dim", "num_candidates", "signals", "scores_cold", "recent"),
     *("max_length", "request_time", "next_action", "user_features", "actions", "fold"),
 )
+CHOSEN = "mask_ids"  # where it is not given, a fit chooses it at its end, after training without it
 PARTS = {Retriever: "towers", Ranker: "reranker"}
 
 
@@ -51,7 +52,7 @@ def check_same_options(given: Any, stored: Mapping[str, Any], path: str | Path, 
         path: the checkpoint, for the error.
         step: what to do next, for the error.
     """
-    for name, now, then in differences(_plain(given), _plain(stored)):
+    for name, now, then in differences(plain(given), plain(stored)):
         raise ValueError(f"model.{INIT}.{name} is {shown(now)}, but the fit of {path} began with {shown(then)}; {step}")
 
 
@@ -66,7 +67,8 @@ def check_same_data(model: LightningModule, stored: Mapping[str, Any], path: str
     """
     for name in ("num_items", "max_length", "request_time", "next_action", "vector_dim", "recent", "fold"):
         now, then = model.hparams.get(name), stored.get(name)
-        if now is not None and then is not None and now != then:
+        comparable = name in stored if name == "fold" else now is not None and then is not None  # no fold: all users
+        if comparable and now != then:
             raise ValueError(
                 f"{name} of the data is {shown(now)}, but the fit of {path} began with {shown(then)}; {step}"
             )
@@ -88,7 +90,7 @@ def check_weights(model: LightningModule, checkpoint: dict[str, Any], given: Any
     if wrong is None:
         return
     step = "give the config of that fit, or another --ckpt_path"
-    for name, now, then in differences(_plain(given), _plain(checkpoint[OPTIONS])):
+    for name, now, then in differences(plain(given), plain(checkpoint[OPTIONS])):
         raise ValueError(f"model.{INIT}.{name} is {shown(now)}, but {path} was trained with {shown(then)}; {step}")
     raise ValueError(
         f"{path} holds {wrong} of shape {theirs.get(wrong)}, expected {own.get(wrong)}, as of this config; {step}"
@@ -99,6 +101,8 @@ def differences(given: Any, stored: Any, name: str = "") -> Iterator[tuple[str, 
     """Options that both have with different values: dotted name, value given and value stored."""
     if isinstance(given, dict) and isinstance(stored, dict) and given.get(CLASS) == stored.get(CLASS):
         for key in [key for key in given if key in stored]:
+            if not name and key == CHOSEN and given[key] is False:
+                continue
             if name or key not in FROM_CONFIG + FROM_DATA:
                 yield from differences(given[key], stored[key], f"{name}.{key}" if name else key)
     elif given != stored:
@@ -110,7 +114,7 @@ def _short(value: Any) -> Any:
     return value[CLASS] if isinstance(value, dict) and CLASS in value else value
 
 
-def _plain(options: Any) -> Any:
+def plain(options: Any) -> Any:
     """Options as they are after a way through JSON, with short names of classes."""
     as_dict = options.as_dict() if hasattr(options, "as_dict") else dict(options or {})
     return shorten_class_paths(json.loads(json.dumps(as_dict, default=str)))

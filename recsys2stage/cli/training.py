@@ -35,6 +35,7 @@ from recsys2stage.cli.callbacks import (
     WriteManifest,
 )
 from recsys2stage.cli.checkpoint_checks import (
+    CHOSEN,
     FROM_DATA,
     check_model,
     check_same_data,
@@ -45,7 +46,7 @@ from recsys2stage.cli.fit_checks import check_monitors, check_options, check_out
 from recsys2stage.cli.messages import INTERRUPTED, first_sentences
 from recsys2stage.cli.parser import ClearErrors, check_accepted, explained
 from recsys2stage.cli.progress import FitLines, quiet_lightning
-from recsys2stage.cli.refit import prepare_refit
+from recsys2stage.cli.refit import check_same_config, prepare_refit
 from recsys2stage.columns import MANIFEST
 from recsys2stage.data.locks import locked
 from recsys2stage.data.summary import on_terminal
@@ -129,6 +130,7 @@ class RecsysCLI(LightningCLI):
         stored.pop("optimizer", None)  # the class comes from the config, the state from the checkpoint
         if self.config.subcommand == "fit":
             check_same_options(options.model.init_args, stored, options.ckpt_path)
+            stored.pop(CHOSEN, None)  # else the rest of the fit would train with it
         with trusting(options.trust):
             arguments(model_class, stored, options.ckpt_path)
         model = {"class_path": options.model.class_path, "dict_kwargs": stored}
@@ -180,6 +182,8 @@ class RecsysCLI(LightningCLI):
                     f"{output} is the {name} of this fit and would be overwritten; choose another --output"
                 )
         prepare_refit(self.trainer, self.model, self.datamodule, self.config["fit"].model.init_args)
+        if getattr(self.datamodule, "epochs", None) is not None:
+            check_same_config(self.config["fit"], Path(self.datamodule.refit))
         if (ckpt_path := self.config_init["fit"].ckpt_path) is not None and Path(ckpt_path).is_file():
             check_same_data(self.model, load_checkpoint(ckpt_path, RESUME)[OPTIONS], ckpt_path)
         check_output(output, self.model)

@@ -99,7 +99,7 @@ class Ranker(RecsysModule):
         if candidates.folds and "state" not in self.reranker.without:
             raise ValueError("folds have states of other retrievers; remove them: --model.init_args.without '[state]'")
         if candidates.refit is not None:
-            self.reranker.mask_ids = self.hparams["mask_ids"] = candidates.masks_ids
+            self.hparams["mask_ids"] = candidates.masks_ids  # as chosen after training; for serving only
         dataset = candidates.dataset
         self.leave_out_of_ddp(len(self.reranker.vectors))
         self.reranker.load_item_tables(candidates.item_vectors(), dataset.train_counts, dataset.item_features)
@@ -123,7 +123,8 @@ class Ranker(RecsysModule):
             return
         self.validate_start()
         candidates: Candidates = self.trainer.datamodule  # type: ignore[attr-defined]
-        few = len(candidates.training_lists()) <= LINEAR_LISTS
+        # a refit starts as the chosen run did, which did not train on the validation lists
+        few = ((candidates.lists.fold == "train") & (candidates.lists.positive >= 0)).sum() <= LINEAR_LISTS
         if self.reranker.wide is None or not (few if self.linear_start is None else self.linear_start):
             return
         lists, users = candidates.sample_lists(LINEAR_LISTS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys2stage import columns as c
 from recsys2stage.artifacts import fingerprint, read_manifest, take
-from recsys2stage.checkpoints import SPLIT, load_checkpoint, trained_until
+from recsys2stage.checkpoints import OPTIONS, SPLIT, load_checkpoint, trained_until
 from recsys2stage.data.batches import as_history, windows
 from recsys2stage.data.dataset import At, Dataset, feature_specs
 from recsys2stage.data.folds import Fold, without_fold
@@ -366,13 +366,20 @@ def chosen_epochs(best: Path, dataset: Dataset, make: str) -> int:
         make: command that makes such a checkpoint, for the error.
 
     Raises:
-        ValueError: for a checkpoint of another split, of a refit, or from before the first step.
+        ValueError: for a checkpoint of another split, of a refit, of a fold of users, or from before the first step.
     """
     checkpoint = load_checkpoint(best, make)
     dataset.check_split(best, checkpoint[SPLIT])
     check_untrained(best, trained_until(checkpoint, best), "val", "refit the run that was chosen by validation")
     if not take(checkpoint, "global_step", int, best):
-        raise ValueError(f"{best} is step 0, before any training; there is nothing to refit")
+        raise ValueError(
+            f"{best} is step 0, before any training, expected one after a step; serve it as it is, or use REFIT=all"
+        )
+    if (fold := take(checkpoint, OPTIONS, dict, best).get("fold")) is not None:
+        raise ValueError(
+            f"{best} was fitted with data.fold {fold}, expected a retriever fitted on all users; refit the one that is "
+            "served"
+        )
     return int(take(checkpoint, "epoch", int, best)) + 1
 
 

@@ -158,6 +158,14 @@ class Retriever(RecsysModule):
                     check_untrained(
                         self.start, options[UNTIL], "val", "start from the retriever that it was refitted from"
                     )
+                if histories.fold is not None and options.get("fold") != histories.fold:
+                    fold = options.get("fold")
+                    on = "on all users" if fold is None else f"with data.fold {fold}"
+                    raise ValueError(
+                        f"start is {self.start}, fitted {on}, "
+                        f"but this fit leaves out the users of fold {histories.fold}, expected a retriever that did "
+                        "the same; start from such a one, or leave start out"
+                    )
                 try:
                     self.towers.load_state_dict(weights)
                 except RuntimeError as error:

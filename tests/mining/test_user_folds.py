@@ -257,3 +257,19 @@ def test_a_manifest_with_another_kind_of_fold_is_refused(folded: Run, tmp_path: 
     (copy / c.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ValueError, match=r"has the option fold \[1, 3\], expected a fold such as 0/5, or null"):
         Candidates(copy)
+
+
+def test_a_fold_starts_from_no_weights_that_saw_it(trained: Run, folded: Run, tmp_path: Path) -> None:
+    of = ("--config", trained.folder / "retriever.yaml", "--data.init_args.path", trained.data, "--output", tmp_path)
+    other = ("--data.init_args.fold", "0/3")
+    for words, message in (
+        ((*other, "--model.init_args.start", trained.retriever), "fitted on all users, but this fit leaves out the"),
+        ((*other, "--ckpt_path", trained.retriever.parent / "last.ckpt"), "fold of the data is '0/3', but the fit of"),
+        (("--ckpt_path", folded.retriever.parent / "last.ckpt"), "fold of the data is None, but the fit of"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            recsys("fit", *of, *words)
+        assert message in str(end.value.code)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    with pytest.raises(ValueError, match=r"fitted with data.fold 1/3, expected a retriever fitted on all users; refit"):
+        _ = Histories(folded.data, max_length=20, refit=folded.retriever.parent).epochs

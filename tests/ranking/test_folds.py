@@ -332,7 +332,7 @@ def test_a_refit_takes_the_epochs_of_the_best_not_of_the_last(
 
 def test_there_is_nothing_to_refit_where_no_step_helped(mined: Mined, selected: Path, tmp_path: Path) -> None:
     run = best_of(selected, tmp_path / "run", epoch=0, global_step=0)
-    with pytest.raises(ValueError, match="is step 0, before any training; there is nothing to refit"):
+    with pytest.raises(ValueError, match="is step 0, before any training, expected one after a step; serve it as"):
         _ = Candidates(mined.own, folds=[mined.fold], refit=run).epochs
 
 
