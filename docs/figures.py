@@ -334,7 +334,7 @@ def results() -> Canvas:
         "Our copy of MovieLens-1M has",
         "10.3 % of its timestamps estimated, so its targets are not all those of the published numbers. "
         "Our copy of Amazon Beauty has no times.",
-        "refit: trained again on all events before the test targets, with the options and epochs that validation chose.",
+        "refit: trained again on all events before the test targets, with the options that validation chose.",
     ]
     for number, note in enumerate(notes):
         c.text(24, y + 19 * number, note, size=11, color=QUIET, ha="left")
