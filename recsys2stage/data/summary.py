@@ -43,7 +43,8 @@ def config_option(stage: str, name: str) -> str:
 
 def on_terminal() -> bool:
     """Whether progress bars can be drawn: on a terminal or in a notebook, but not in a log file."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or hasattr(shell, "kernel")  # of a notebook
 
 
 def progress(parts: Collection[T], desc: str, unit: str = "batch") -> Iterator[T]:
@@ -54,7 +55,7 @@ def progress(parts: Collection[T], desc: str, unit: str = "batch") -> Iterator[T
         desc: text before the bar.
         unit: what is counted.
     """
-    yield from tqdm(parts, desc=desc, unit=unit, disable=None if "ipykernel" not in sys.modules else False)
+    yield from tqdm(parts, desc=desc, unit=unit, disable=not on_terminal())
 
 
 DROPPED = {  # counts in the manifest of a dataset: events that were read and are not in it
