@@ -439,7 +439,7 @@ def test_results_by_gap_are_of_the_means_over_the_runs(tmp_path: Path) -> None:
         **{"all": 4, "the same second": 1, "an hour to a day": 2, "an hour or more": 2}
     }
     same = found["the same second"]
-    assert same["models"]["ranker"]["ndcg@10"]["value"] == 0.75
+    assert same["models"]["ranker"]["ndcg@10"]["value"] == pytest.approx(0.75, abs=1e-6)
     assert same["comparison"]["ndcg@10"]["ratio"] == 1.5
     assert found["an hour to a day"]["models"]["ranker"]["ndcg@10"]["value"] == (1 + 0.75) / 2
     assert found["an hour to a day"]["users"] == 2

@@ -32,7 +32,7 @@ from recsys2stage.recommender import Recommender
 try:
     from recsys2stage.retrieval.states import UserStates
 except ImportError:  # an earlier version
-    UserStates = None  # type: ignore[assignment,misc]  # a class, or its absence
+    UserStates = None  # type: ignore[assignment,misc]  # an earlier version has no such class
 
 
 def main() -> None:

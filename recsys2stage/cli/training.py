@@ -58,7 +58,7 @@ from recsys2stage.ranking.ranker import Ranker
 # short class names in YAML resolve once their module is imported
 from recsys2stage.retrieval import encoders, inputs, losses, objectives, users  # noqa: F401
 from recsys2stage.retrieval.encoders import positions, times  # noqa: F401
-from recsys2stage.retrieval.histories import BEST, Histories  # noqa: F401
+from recsys2stage.retrieval.histories import BEST, Histories  # noqa: F401  # Histories: short class names resolve once it is imported
 from recsys2stage.retrieval.retriever import Retriever  # noqa: F401
 from recsys2stage.trust import Trust, arguments, trusting
 

@@ -49,7 +49,7 @@ def without_fold(dataset: Dataset, fold: Fold) -> Dataset:
     that is counted of training events, leaves them out. Their validation targets by name ("val") are meaningless.
 
     Raises:
-        ValueError: if nobody is left to train on, or nobody is in the fold.
+        ValueError: if no user is left to train on, or no user is in the fold.
     """
     members = fold.members(dataset.num_users)
     starts, ends = np.asarray(dataset.offsets[:-1]), np.asarray(dataset.train_ends)

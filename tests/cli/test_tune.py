@@ -36,8 +36,8 @@ def test_numbers_are_integers_where_both_ends_are() -> None:
     numbers = Range(0.0, 0.5, step=0.1)
     assert isinstance(integers, optuna.distributions.IntDistribution)
     assert isinstance(numbers.distribution(), optuna.distributions.FloatDistribution)
-    assert numbers.value(0.1 + 0.2) == 0.3
-    assert Range(1e-4, 1e-2, log=True).value(0.00123456) == 0.001235
+    assert numbers.value(0.1 + 0.2) == 0.3  # exact: it is rounded to the decimal that a YAML file holds
+    assert Range(1e-4, 1e-2, log=True).value(0.00123456) == 0.001235  # likewise
 
 
 def test_choices_may_be_classes_with_options() -> None:
@@ -233,7 +233,9 @@ def test_trials_are_claimed_once_and_those_of_dead_processes_again(tmp_path: Pat
             assert again.number == 0
             assert again.params == one.params
             third.report(again, 0, 0.4)  # the epoch that was lost, once more
-            assert third.finish(again, 1.0, None, pruned=False, keep="best").value == 0.5
+            assert (
+                third.finish(again, 1.0, None, pruned=False, keep="best").value == 0.5
+            )  # exact: it is stored, not computed
         for _ in range(2):
             yours.close()
             with ExitStack() as next_:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -249,7 +250,10 @@ def test_an_average_is_explained_and_described(averaged: Run) -> None:
 
 
 @pytest.mark.slow
-def test_an_average_with_trees_is_exported_to_onnx(averaged: Run, tmp_path: Path) -> None:
+def test_an_average_with_trees_is_exported_to_onnx(
+    averaged: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # sizes are symbols during the export
     made = write_graphs(Recommender.load(averaged.bundle), tmp_path)  # compares each file with torch
     assert made["ranker"]["file"] == "ranker.onnx"
 

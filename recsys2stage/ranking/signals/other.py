@@ -51,7 +51,7 @@ class OtherRetriever(Proposer):
         manifest = read_manifest(folder, "index", make)
         dataset.check_split(folder, take(manifest, "split_hash", str, folder))
         if (fold := take({"fold": None, **manifest}, "fold", str | None, folder)) != dataset.fold:
-            theirs, ours = (f"fold {one}" if one else "nobody" for one in (fold, dataset.fold))
+            theirs, ours = (f"fold {one}" if one else "no user" for one in (fold, dataset.fold))
             raise ValueError(
                 f"the retriever of {folder} was fitted on all users but {theirs}, expected all but {ours}, as the "
                 "first retriever was; fit it with the same data.fold and export its index"
