@@ -116,7 +116,8 @@ noted = $(@D)/.$(@F).inputs
 parents = $(filter-out FORCE,$^)
 inputs = { $(SHA256) $(parents)$(if $(1),; echo "$(1)"); } 2> /dev/null
 sums = sed "s/  .*//"
-same = [ "$$($(call inputs,$(1)) | $(sums))" = "$$($(sums) $(or $(2),$(noted)) 2> /dev/null)" ]
+same = { now=$$($(call inputs,$(1))); was=$$(< $(or $(2),$(noted))); [ "$$now" = "$$was" ] || \
+	[ "$$($(sums) <<< "$$now")" = "$$($(sums) <<< "$$was")" ]; }# or the same under other paths
 newer = find $(parents) -prune -newer
 flag = $(findstring $(1),$(filter-out --%,$(firstword -$(MAKEFLAGS))))
 dry := $(call flag,n)$(call flag,q)# nothing is written by a dry run, which takes what it would make as changed
@@ -127,9 +128,9 @@ stale = $(if $(filter $(pretended),$^),x,$(shell if [ ! -e $@ ]; then echo x; \
 	elif [ -n "$$($(newer) $@ 2> /dev/null)" ]; then echo x; \
 	$(if $(dry),,else { $(call inputs,$(1)) > $(noted); } 2> /dev/null || true;) fi))
 # what changed since the target was made, or since its training began
-changes = $(sort $(shell if [ -e $(noted) ]; then \
+changes = $(if $(wildcard $(noted) $@ $(@D)/last.ckpt),$(sort $(shell if [ -e $(noted) ]; then \
 	comm -3 <($(call inputs,$(1)) | sort) <(sort $(noted)) | tr -d "\t" | sed "s/^[0-9a-f]*  //"; \
-	else for made in $@ $(@D)/last.ckpt; do [ ! -e $$made ] || { $(newer) $$made; break; }; done; fi 2> /dev/null))
+	else for made in $@ $(@D)/last.ckpt; do [ ! -e $$made ] || { $(newer) $$made; break; }; done; fi 2> /dev/null)))
 
 # What was read for DATASET: RAW, then the SHA-256, size and date, and path of each file and folder of the raw data; of a
 # folder, the hash of its names. A file is hashed again only if its size or date differ. raw_changed prints what changed
@@ -180,19 +181,19 @@ cleared = [ -e $@ ] || rm -f $(noted);# recsys writes into empty folders only
 # is undone
 define fit
 $(if $(call regain,$(seed)),$(info $(@D): back from $(@D).before$(comma) which began with the same inputs))$(if $(call \
-	stale,$(seed)),$(call begin,$(1),$(2),$(@D),$(call changes,$(seed)))
-@$(if $(dry),,$(interrupted); $(running) || { $(if $(call resume,$(seed)),,$(aside)) inputs=$$($(call inputs,$(seed))); \
+	stale,$(seed)),$(call begin,$(1),$(2),$(@D),$(call changes,$(seed)))$(eval resume := $(call last,$(seed)))
+@$(if $(dry),,$(interrupted); $(running) || { $(if $(resume),,$(aside)) inputs=$$($(call inputs,$(seed))); \
 	mkdir -p $(@D); echo "$$inputs" > $(noted); }; RECSYS_HINTS=0) $(RECSYS) fit $(3) $(addprefix --seed_everything ,$(SEED)) \
-	$(trust) --output $(@D) $(call resume,$(seed)))
+	$(trust) --output $(@D) $(addprefix --ckpt_path ,$(resume)))
 endef
-resume = $(shell if [ ! -e $(@D)/last.ckpt ]; then :; \
+last = $(shell if [ ! -e $(@D)/last.ckpt ]; then :; \
 	elif if [ -e $(noted) ]; then $(call same,$(1)); else [ -z "$$($(newer) $(@D)/last.ckpt)" ]; fi; \
-	then echo --ckpt_path $(@D)/last.ckpt; fi)
+	then echo $(@D)/last.ckpt; fi)
 aside = if [ -e $(@D)/last.ckpt ] || [ -e $(@D)/best.ckpt ]; then rm -rf $(@D).before; mv $(@D) $(@D).before; \
 	echo "Training starts anew. What was trained before is kept in $(@D).before until the next change."; fi;
-regain = $(if $(dry),,$(shell [ ! -e $(noted) ] || [ ! -e $(before) ] || $(call same,$(1)) || ! $(call same,$(1),$(before)) || \
+regain = $(if $(dry),,$(if $(wildcard $(before)),$(shell [ ! -e $(noted) ] || $(call same,$(1)) || ! $(call same,$(1),$(before)) || \
 	$(running) || { rm -rf $(@D).other; mv $(@D) $(@D).other; mv $(@D).before $(@D); \
-	[ ! -e $(@D).other/last.ckpt ] || mv $(@D).other $(@D).before; rm -rf $(@D).other; echo x; }))
+	[ ! -e $(@D).other/last.ckpt ] || mv $(@D).other $(@D).before; rm -rf $(@D).other; echo x; })))
 before = $(@D).before/.$(@F).inputs
 # whether another process writes this folder: recsys will refuse a second one
 running = kill -0 "$$(sed -n 's/.*"pid": \([0-9]*\).*/\1/p' $(dir $(@D)).$(notdir $(@D)).running 2> /dev/null)" 2> /dev/null

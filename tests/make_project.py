@@ -14,17 +14,20 @@ verb=$1; output=; raw=; config=
 while [ $# -gt 0 ]; do
     case $1 in --output) output=$2 ;; --source.path) raw=$2 ;; --config) config=$2 ;; esac; shift
 done
-manifest() { date +%s%N > "$output/manifest.json"; }
+new() { echo "$EPOCHREALTIME $RANDOM$RANDOM"; }
+manifest() { new > "$output/manifest.json"; }
 case $verb in
     simulate) mkdir -p "$output"; echo ratings > "$output/ratings.csv" ;;
     prepare-data)
         mkdir -p "$output"; touch inputs.txt
-        { grep -v '^#' "$config"; { echo "$raw"; cat inputs.txt; } | while IFS= read -r path; do
-            if [ -d "$path" ]; then cat "$path"/*; elif [ -e "$path" ]; then cat "$path"; fi; done; } > "$output/events.npy"
-        { echo '{'; echo "  \\"created\\": $(date +%s%N),"; echo '  "inputs": ['
+        grep -v '^#' "$config" > "$output/events.npy"
+        { echo "$raw"; cat inputs.txt; } | while IFS= read -r path; do
+            if [ -d "$path" ]; then cat "$path"/*; elif [ -e "$path" ]; then cat "$path"; fi
+        done >> "$output/events.npy"
+        { echo '{'; echo "  \\"created\\": \\"$(new)\\","; echo '  "inputs": ['
           sed 's/.*/    "&",/' inputs.txt; echo '  ],'; echo '  "counts": {}'; echo '}'; } > "$output/manifest.json" ;;
-    recommend) date +%s%N > "$output" ;;
-    evaluate) touch "$output/report.md" "$output/ranks.parquet"; date +%s%N > "$output/report.json" ;;
+    recommend) new > "$output" ;;
+    evaluate) touch "$output/report.md" "$output/ranks.parquet"; new > "$output/report.json" ;;
     fit) mkdir -p "$output"; echo "$config" > "$output/best.ckpt"; echo "$config" > "$output/last.ckpt"
          [ -e kill ] && exit 1; manifest ;;
     *) mkdir -p "$output"; manifest ;;

@@ -45,28 +45,25 @@ def test_new_dates_of_equal_contents_redo_nothing(project: Project) -> None:
     assert project.make(*WORDS, "WITH=hstu") == []
 
 
-@pytest.mark.parametrize(
-    ("changed", "redone"),
-    [
-        ("raw.zip", ["prepare-data", *ALL]),
-        ("configs/ml-1m/prepare.yaml", ["prepare-data", *ALL]),
-        ("configs/ml-1m/retriever.yaml", ALL),
-        ("configs/with/hstu.yaml", ALL),
-        ("configs/ml-1m/mine.yaml", ALL[2:]),
-        ("configs/ml-1m/ranker.yaml", ALL[3:]),
-    ],
-)
-def test_one_byte_redoes_what_depends_on_it_however_old_the_file_is(
-    project: Project, changed: str, redone: list[str]
-) -> None:
-    project.make(*WORDS, "WITH=hstu")
-    project.change(changed, "x")
-    os.utime(project.folder / changed, (1, 1))
-    assert project.make(*WORDS, "WITH=hstu", "--dry-run") == []
-    assert project.said.count(".venv/bin/recsys ") == len(redone) + 1, "a dry run lists them, and what is next"
-    assert verbs(project.make(*WORDS, "WITH=hstu")) == redone
-    assert f"(changed: {changed})" in project.said
-    assert project.make(*WORDS, "WITH=hstu") == []
+def test_one_byte_redoes_what_depends_on_it_however_old_the_file_is(project: Project) -> None:
+    words = (*WORDS, "WITH=hstu")
+    project.make(*words)
+    for changed, redone in {
+        "configs/ml-1m/ranker.yaml": ALL[3:],
+        "configs/ml-1m/mine.yaml": ALL[2:],
+        "configs/with/hstu.yaml": ALL,
+        "configs/ml-1m/retriever.yaml": ALL,
+        "configs/ml-1m/prepare.yaml": ["prepare-data", *ALL],
+        "raw.zip": ["prepare-data", *ALL],
+    }.items():
+        project.change(changed, "x")
+        os.utime(project.folder / changed, (1, 1))
+        if changed.endswith("mine.yaml"):
+            assert project.make(*words, "--dry-run") == []
+            assert project.said.count(".venv/bin/recsys ") == len(redone) + 1, "it lists the commands, and what is next"
+        assert verbs(project.make(*words)) == redone
+        assert f"(changed: {changed})" in project.said
+    assert project.make(*words) == []
 
 
 def test_a_new_file_in_the_raw_folder_is_another_dataset(project: Project) -> None:
