@@ -128,7 +128,7 @@ def killed(project: Project, *words: str) -> None:
 
 @pytest.mark.parametrize("noted", [True, False])
 def test_a_killed_fit_resumes_after_new_dates_of_its_inputs(project: Project, noted: bool) -> None:
-    """Without notes, as an earlier version left it, only dates tell, so they stay."""
+    """Without notes, as an earlier version left it, only dates tell, so here they stay."""
     killed(project, *WORDS)
     if noted:
         touch_everything(project)

@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from make_project import ALL, REFITTED, ROOT, Project, verbs
+from pipeline_fixtures import recsys
 
 WORDS = ("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "SEED=1")
 RUN = "runs/ml-1m-seed1"
@@ -81,11 +84,11 @@ def test_a_second_retriever_is_that_of_the_same_fold(project: Project) -> None:
     assert "has no such folds, expected runs/ml-1m-seed5/folds-2/1/index/manifest.json; make that run's" in project.said
 
 
-@pytest.mark.parametrize("value", ["1", "0", "05", "1001", "2.5", "five", "2 3", "it's"])
-def test_another_number_of_folds_is_refused_in_a_sentence(project: Project, value: str) -> None:
-    assert project.make(*WORDS, f"FOLDS={value}") == []
-    assert f"FOLDS={value}, expected a whole number from 2 to 1000; set FOLDS=5 for example" in project.said
-    assert len(project.said.splitlines()) == 1
+def test_another_number_of_folds_is_refused_in_a_sentence(project: Project) -> None:
+    for value in ("1", "0", "05", "1001", "2.5", "five", "2 3", "it's"):
+        assert project.make(*WORDS, f"FOLDS={value}") == []
+        assert f"FOLDS={value}, expected a whole number from 2 to 1000; set FOLDS=5 for example" in project.said
+        assert len(project.said.splitlines()) == 1
 
 
 def test_the_number_of_targets_is_a_number_or_nothing(project: Project) -> None:
@@ -96,34 +99,68 @@ def test_the_number_of_targets_is_a_number_or_nothing(project: Project) -> None:
     assert "--targets" not in project.said
 
 
+# a program that sends its words to the test, since importing torch for every stage takes longer than the stages
+CLIENT = """#!{python} -SE
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("recsys.socket")
+connection.sendall("\\0".join(sys.argv[1:]).encode())
+connection.shutdown(socket.SHUT_WR)
+sys.exit(connection.recv(1) != b"0")
+"""
+
+
+def make_in_process(*words: str) -> str:
+    """Runs make in the working directory, and the commands that its rules call in this process; returns its output."""
+    client, path = Path("recsys"), Path("recsys.socket")
+    client.write_text(CLIENT.format(python=sys.executable))
+    client.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(0.1)
+        command = ["make", *words, "RECSYS=./recsys", "READY="]
+        with Path("said.txt").open("w") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+            while process.poll() is None:
+                with suppress(TimeoutError):
+                    connection = listener.accept()[0]
+                    with connection, connection.makefile("rb") as sent:
+                        connection.settimeout(None)
+                        status = b"1"
+                        try:
+                            recsys(*sent.read().decode().split("\0"))
+                            status = b"0"
+                        finally:
+                            connection.sendall(status)
+    path.unlink()
+    output = Path("said.txt").read_text()
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
 @pytest.mark.slow
-def test_folds_of_real_runs(tmp_path: Path) -> None:
-    """On the simulated log, made shorter: every stage accepts what the others wrote, with both kinds of refit."""
+def test_folds_of_real_runs(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage accepts what the others wrote, with both kinds of refit; and what make notes disturbs none."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    python = Path(sys.executable)
-    (tmp_path / "Makefile").write_text(
-        f"DATASET ?= demo\nRECSYS := {python} -m recsys2stage\ninclude configs/pipeline.mk\n"
-    )
+    shutil.copytree(raw, tmp_path / "data/raw/demo")
+    monkeypatch.chdir(tmp_path)
+    Path("Makefile").write_text("DATASET ?= demo\ninclude configs/pipeline.mk\n")
     for stage in ("retriever", "ranker"):
-        path = tmp_path / f"configs/demo/{stage}.yaml"
-        path.write_text(re.sub(r"max_epochs: \d+", "max_epochs: 1", path.read_text()))
-
-    def make(*words: str) -> str:
-        done = subprocess.run(["make", *words], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    make("pipeline", "FOLDS=2")
-    folds = tmp_path / "runs/demo/folds-2"
+        path = Path(f"configs/demo/{stage}.yaml")
+        path.write_text(re.sub(r"max_epochs: \d+", "max_epochs: 2", path.read_text()))
+    make_in_process("pipeline", "FOLDS=2")
+    folds = Path("runs/demo/folds-2")
     made = json.loads((folds / "ranker/manifest.json").read_text())
     assert set(made["parents"]) == {"candidates", "fold 1", "fold 2"}
     for refit in ("ranker", "all"):
-        make("pipeline", "FOLDS=2", f"REFIT={refit}")
+        make_in_process("pipeline", "FOLDS=2", f"REFIT={refit}")
         assert json.loads((folds / f"refit-{refit}/report.json").read_text())["users"] > 0
     for path in tmp_path.rglob("*"):
         path.touch()
-    assert "[" not in make("pipeline", "FOLDS=2", "REFIT=all").partition("protocol")[0], "nothing is redone"
-    with (tmp_path / "configs/demo/prepare.yaml").open("a") as file:
+    assert not re.search(r"^\[\d", make_in_process("pipeline", "FOLDS=2", "REFIT=all"), re.MULTILINE), (
+        "nothing is redone"
+    )
+    with Path("configs/demo/prepare.yaml").open("a") as file:
         file.write("# a comment\n")
-    stages = re.findall(r"^\[\d+/\d+\] (.*):", make("pipeline", "FOLDS=2"), re.MULTILINE)
+    stages = re.findall(r"^\[\d+/\d+\] (.*): ", make_in_process("pipeline", "FOLDS=2"), re.MULTILINE)
     assert stages == ["prepare the data: data/demo (changed"], "the same data, so all lists and models stay"
