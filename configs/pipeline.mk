@@ -70,11 +70,11 @@ ifneq ($(filter-out $(refits),$(REFIT))$(word 2,$(REFIT)),)
 $(error REFIT=$(REFIT), expected one of: $(refits)$(if $(filter 1,$(REFIT)),; what was REFIT=1 is REFIT=ranker,$(call nearest,$(REFIT),$(refits))))
 endif
 
-# whether $(1), the value of $(2), is a whole number from $(3) to 1000
+# $(call check_whole,VALUE,NAME,LEAST,ADVICE) stops unless VALUE is empty or a whole number from LEAST to 1000
 whole = $(shell number='$(subst $(quote),,$(1))'; [[ $$number =~ ^[1-9][0-9]{0,3}$$ ]] && ((number >= $(3) && number <= 1000)) && echo yes)
 check_whole = $(if $(1),$(if $(call whole,$(1),,$(3)),,$(error $(2)=$(1), expected a whole number from $(3) to 1000; set $(2)=$(4))))
 $(call check_whole,$(FOLDS),FOLDS,2,5 for example$(comma) or leave it out)
-$(call check_whole,$(TARGETS),TARGETS,1,8$(comma) or to nothing for as many as resemble the requests that are served)
+$(call check_whole,$(if $(FOLDS),$(TARGETS)),TARGETS,1,8$(comma) or to nothing for as many as resemble the requests that are served)
 folds := $(if $(FOLDS),$(shell seq 0 $$(($(FOLDS) - 1))))# their numbers
 
 second := $(patsubst %/,%,$(OTHER))# its refit and its folds lie beside it
