@@ -42,7 +42,7 @@ results: ## the main result of DATASET: seeds 0, 1 and 2 (SEEDS), each with the 
 		$(MAKE) --no-print-directory stages SEED=$$seed REFIT=$$refit \
 		$(if $(PAIR),OTHER=$(NAME)-seed$${1:-$(firstword $(SEEDS))}/index); done; done
 	@for refit in '' $(refit_results:%=/refit-%); do \
-		for seed in $(SEEDS); do echo $(NAME)$(if $(PAIR),-pair)-seed$$seed$$refit; done | \
+		for seed in $(SEEDS); do echo $(NAME)$(if $(PAIR),-pair)-seed$$seed$(FOLDS:%=/folds-%)$$refit; done | \
 		xargs $(BIN)/python benchmarks/results.py; done
 
 test: .venv/ready ## the tests
