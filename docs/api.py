@@ -134,17 +134,19 @@ API: dict[str, tuple[str, str, list[Section]]] = {
             Section(
                 "",
                 [
-                    f"metrics.{name}"
-                    for name in [
-                        "RankMetrics",
-                        "compute_rank",
-                        "compute_metrics",
-                        "bootstrap",
-                        "interval",
-                        "randomisation_test",
-                        "compute_exposure",
-                        "compute_calibration",
-                    ]
+                    "retrieval.rank_metrics.RankMetrics",
+                    *(
+                        f"metrics.{name}"
+                        for name in [
+                            "compute_rank",
+                            "compute_metrics",
+                            "bootstrap",
+                            "interval",
+                            "randomisation_test",
+                            "compute_exposure",
+                            "compute_calibration",
+                        ]
+                    ),
                 ],
             )
         ],

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from recsys2stage.columns import PAD
-from recsys2stage.metrics import RankMetrics
 from recsys2stage.ranking import losses as list_losses
 from recsys2stage.ranking import scorers
 from recsys2stage.ranking.candidates import Lists
@@ -59,6 +58,7 @@ from recsys2stage.retrieval.losses import (
     Uniform,
 )
 from recsys2stage.retrieval.objectives import Cloze, NextItem
+from recsys2stage.retrieval.rank_metrics import RankMetrics
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.retrieval.users import UserTower
 from recsys2stage.shapes import CandidateBatch, History

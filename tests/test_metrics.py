@@ -10,7 +10,6 @@ from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNorm
 
 from recsys2stage.metrics import (
     KS,
-    RankMetrics,
     bootstrap,
     compute_basket_metrics,
     compute_calibration,
@@ -20,6 +19,7 @@ from recsys2stage.metrics import (
     interval,
     randomisation_test,
 )
+from recsys2stage.retrieval.rank_metrics import RankMetrics
 
 INF, NAN = math.inf, math.nan
 

@@ -925,7 +925,7 @@ import json, sys
 from recsys2stage.recommender import Recommender
 rows = Recommender.load("bundle").recommend({history}, k=5)
 rows += Recommender.load("informed").recommend({history}, k=5, **{when})
-assert not [name for name in ("lightning", "faiss", "jsonargparse") if name in sys.modules]
+assert not [name for name in ("lightning", "torchmetrics", "faiss", "jsonargparse") if name in sys.modules]
 print(json.dumps(rows))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from recsys2stage.columns import PAD
-from recsys2stage.metrics import RankMetrics, compute_rank
+from recsys2stage.metrics import compute_rank
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, with_schedule
 from recsys2stage.options import check_number
 from recsys2stage.processes import copy_from_first, global_mean
@@ -22,6 +22,7 @@ from recsys2stage.ranking.choice import choose_part
 from recsys2stage.ranking.losses import ListLoss, Listwise
 from recsys2stage.ranking.reranker import Reranker
 from recsys2stage.ranking.scorers import MLP, ScorerFactory
+from recsys2stage.retrieval.rank_metrics import RankMetrics
 from recsys2stage.shapes import CandidateBatch
 
 LINEAR_LISTS = 1_000  # training lists up to which there is a linear start; it is fitted to at most so many

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from recsys2stage.checkpoints import SPLIT, UNTIL, read_checkpoint
 from recsys2stage.data.dataset import Dataset
-from recsys2stage.metrics import RankMetrics
 from recsys2stage.optim import RecsysAdamW, RecsysModule, check_schedule, rowwise_name, with_schedule
 from recsys2stage.options import RequestTime, Seen, check_integer, check_option, check_untrained
 from recsys2stage.processes import copy_from_first, global_mean
@@ -25,6 +24,7 @@ from recsys2stage.retrieval.inputs import InputFactory, check_inputs
 from recsys2stage.retrieval.items import ItemsFactory, ItemTable
 from recsys2stage.retrieval.losses import Catalogue, InfoNCE, Loss, NormPenalty, Targets
 from recsys2stage.retrieval.objectives import Cloze, NextItem, Objective
+from recsys2stage.retrieval.rank_metrics import RankMetrics
 from recsys2stage.retrieval.towers import TwoTower, full_precision
 from recsys2stage.retrieval.users import UserFactory
 from recsys2stage.shapes import History, Similarity

@@ -376,7 +376,7 @@ assert not found, found
 import sys
 import recsys2stage.cli.main
 assert "polars" in sys.modules
-found = [name for name in ("lightning", "faiss") if name in sys.modules]
+found = [name for name in ("lightning", "torchmetrics", "faiss") if name in sys.modules]
 assert not found, found
 """
     subprocess.run([sys.executable, "-c", code], check=True)
