@@ -46,7 +46,7 @@ def init(
 ) -> None:
     """Write a project folder: configs, overlays, a Makefile, a README.
 
-    recsys init shop --events orders.csv reads the first rows of a table, fills in the columns it recognises, and marks
+    recsys init shop --events orders.csv reads the first rows of a table, fills in the columns it recognizes, and marks
     the others as questions in shop/configs/shop/prepare.yaml.
 
     Args:
@@ -93,7 +93,7 @@ def init(
     print(f"{folder}: a project with the dataset {name} (template {template}): configs/{name}, Makefile, README.md")
     if table is not None:
         if table.table is not None:
-            print(f"Recognised in {table.table.path}:")
+            print(f"Recognized in {table.table.path}:")
         print("\n".join(table.summary()))
         if table.questions:
             print(

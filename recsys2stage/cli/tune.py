@@ -55,7 +55,7 @@ def tune(
         fit: config of `recsys fit`, or several, of which later ones override earlier ones.
         ranges: dotted option of `recsys fit` -> the values to try.
         output: folder of the study.
-        metric: validation metric to optimise: the best epoch of a trial counts. It also selects best.ckpt.
+        metric: validation metric to optimize: the best epoch of a trial counts. It also selects best.ckpt.
         mode: max or min.
         trials: number of trials of the study, over all processes and restarts; raise it to go on.
         timeout: seconds after which this process starts no more trials; null: no limit.

@@ -186,7 +186,7 @@ def identity(parsed: Namespace, ranges: Mapping[str, Range], metric: str, mode: 
     Args:
         parsed: options of the fit, from `check_ranges`.
         ranges: dotted option -> its range.
-        metric: what is optimised.
+        metric: what is optimized.
         mode: max or min.
     """
     flat = {name: str(value) for name, value in vars(parsed.as_flat()).items()}

@@ -265,7 +265,7 @@ def evaluation_section(evaluation: Evaluation | None, until: Until = "val") -> s
             "### Ranker against retriever",
             _verdict(compared["ndcg@10"]),
             paired_table("ranker − retriever", compared),
-            "p: two-sided randomisation test with random signs of the users' differences.",
+            "p: two-sided randomization test with random signs of the users' differences.",
         ]
     if "ranker" in stages:
         k, recall = report["candidates"]["k"], report["candidates"]["recall"]
