@@ -46,7 +46,7 @@ def serve(
         bundle: folder written by export-bundle or export-index, or a symbolic link to one.
         data: prepared dataset with the known users' histories; None: those packed into the bundle, else the dataset
             that the bundle was made from, if it is there.
-        store: SQLite file of new events and impressions; None: store.sqlite, beside the bundle.
+        store: SQLite file of new events and impressions; None: store.sqlite, in the bundle's parent folder.
         host: address to listen on.
         port: TCP port; 0: any free one.
         workers: number of worker processes.
@@ -62,7 +62,7 @@ def serve(
         max_k: most items that a request may ask for, offset included.
         max_list: most entries of a list in a request.
         max_batch: most requests of a batch, and most events of one request.
-        cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
+        cached_events: most events of users with new events that a worker keeps in memory, about 32 bytes each; a user
             counts as 32 events more.
         cached_states: most MiB of a worker's memory for what a causal encoder has computed of returning users, so that
             a request computes only new events; 0: every request computes the whole history.
@@ -88,7 +88,7 @@ def export_log(store: Path = RUN / STORE, output: Path | None = None, remove: bo
 
     Args:
         store: file of the service, which may be running.
-        output: folder to write; None: log, beside the store.
+        output: folder to write; None: log, in the folder of the store.
         remove: whether to remove the exported impressions from the store afterwards; events stay.
     """
     output = output or store.parent / "log"

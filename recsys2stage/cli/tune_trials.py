@@ -95,7 +95,7 @@ class ReportMetric(Callback):
 
 
 def run_trial(options: Sequence[str], folder: Path, metric: str, report: Report) -> None:
-    """Fits with the options of a trial; goes on from its last.ckpt if it was interrupted.
+    """Fits with the options of a trial; resumes from its last.ckpt if it was interrupted.
 
     Args:
         options: the words after `recsys fit`, without --output.

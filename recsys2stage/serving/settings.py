@@ -33,7 +33,7 @@ class Settings:
         bundle: folder written by export-bundle or export-index, or a symbolic link to one.
         data: prepared dataset with the known users' histories; None: those packed into the bundle, else the dataset
             that the bundle was made from, if it is there.
-        store: SQLite file of new events and impressions; None: store.sqlite, beside the bundle.
+        store: SQLite file of new events and impressions; None: store.sqlite, in the bundle's parent folder.
         host: address to listen on.
         port: TCP port; 0: any free one.
         workers: number of worker processes.
@@ -50,7 +50,7 @@ class Settings:
         max_k: most items that a request may ask for, offset included.
         max_list: most entries of a list in a request: history, exclude, allow, shown, items.
         max_batch: most requests of /v1/recommend/batch, and most events of /v1/events.
-        cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
+        cached_events: most events of users with new events that a worker keeps in memory, about 32 bytes each; a user
             counts as 32 events more.
         cached_states: most MiB of a worker's memory for what a causal encoder has computed of returning users, so that
             a request computes only new events; 0: every request computes the whole history.

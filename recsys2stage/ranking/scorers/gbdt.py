@@ -43,7 +43,7 @@ class GBDT(BoostedScorer):
         learning_rate: factor of each tree.
         min_leaf: minimum number of training candidates in a leaf.
         l2: L2 regularization of the leaves.
-        feature_share: share of the features, sampled anew for each tree, that it may split on.
+        feature_share: share of the features, sampled again for each tree, that it may split on.
         objective: `lambdarank`, or `rank_xendcg` (Bruch 2021).
         cutoff: number of the first ranks whose pairs count (`lambdarank_truncation_level`).
     """

@@ -48,7 +48,7 @@ class Auto(Index):
 
     Args:
         recall: share of the exact 100 best items that the index has to return, averaged over queries without a filter.
-        memory_gb: GiB that the index may take beside the item vectors, so that codes (PQ) are tried where graph and
+        memory_gb: GiB that the index may take in addition to the item vectors, so that codes (PQ) are tried where graph and
             lists would take more; None: no limit, and no codes.
     """
 
