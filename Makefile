@@ -73,5 +73,5 @@ docs: .venv/ready ## the documentation as a site in site/, which works offline; 
 docs-serve: .venv/ready ## the documentation at http://127.0.0.1:8001/ while you write (PORT=)
 	$(MKDOCS) serve --dev-addr 127.0.0.1:$(or $(PORT),8001)
 
-figures: .venv/ready ## draw the figures of the documentation again, into docs/figures/
+figures: .venv/ready ## draw the figures of the documentation anew, into docs/figures/
 	$(BIN)/python -m docs.figures
