@@ -32,7 +32,8 @@ A project of recsys2stage: recommendations in two stages, a retriever and a rank
     recsys recommend --bundle runs/{name}/bundle --output lists.csv
 
 `configs/{name}/` says how the data are read (prepare.yaml) and how both stages are trained. After a change,
-`make pipeline` redoes what depends on it; if it is interrupted, the same command continues it. Results: `runs/{name}/report.md`.
+`make pipeline` redoes what depends on it. If it is interrupted, the same command continues it.
+Results: `runs/{name}/report.md`.
 """
 
 

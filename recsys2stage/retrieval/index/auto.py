@@ -48,8 +48,8 @@ class Auto(Index):
 
     Args:
         recall: share of the exact 100 best items that the index has to return, averaged over queries without a filter.
-        memory_gb: GiB that the index may take in addition to the item vectors, so that codes (PQ) are tried where graph and
-            lists would take more; None: no limit, and no codes.
+        memory_gb: GiB that the index may take in addition to the item vectors, so that codes (PQ) are tried where graph
+            and lists would take more; None: no limit, and no codes.
     """
 
     def __init__(self, recall: float = 0.95, memory_gb: float | None = None) -> None:
