@@ -75,7 +75,7 @@ class Store:
 
     Args:
         path: SQLite file; made where it is missing, readable by its owner only.
-        waiting: most impressions that wait to be written; further ones are dropped and counted.
+        waiting: maximum number of impressions that wait to be written; further ones are dropped and counted.
 
     Raises:
         ValueError: for a file that is something else, or of another version.
