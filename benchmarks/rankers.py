@@ -1,13 +1,14 @@
 """Rankers of one set of candidate lists beside each other, and averages of several: accuracy and time of a request.
 
     python benchmarks/rankers.py RUN --data DATA MLP=runs/a/best.ckpt 'three seeds=runs/a/best.ckpt,runs/b/best.ckpt'
+    python benchmarks/rankers.py RUN --validation ...    without the test, to choose a row; records nothing
     python benchmarks/rankers.py RUN --show    print the recorded rows only
 
-RUN holds candidates/ and a bundle/, which finds the candidates of the test users, once for all rows. Several
-checkpoints of a row are averaged as by `recsys export-bundle --average`. Validation metrics are those of the validation
-lists, which selected the checkpoints; test metrics are those of the candidates in service, and a target that was not
-retrieved counts as 0. Differences to the first row are paired, with a standard error clustered by user. The time is the
-ranker's CPU time in one thread for one request: features, scorer and order, without retrieval and signals.
+RUN holds candidates/ and, for the test, a bundle/, which finds the candidates of the test users, once for all rows.
+Several checkpoints of a row are averaged as by `recsys export-bundle --average`. Validation metrics are those of the
+validation lists, which selected the checkpoints; test metrics are those of the candidates in service, and a target that
+was not retrieved counts as 0. Differences to the first row are paired, with a standard error clustered by user. The
+time is the ranker's CPU time in one thread for one request: features, scorer and order, without retrieval and signals.
 """
 
 import argparse
@@ -112,12 +113,15 @@ def difference(values: np.ndarray, first: np.ndarray, users: np.ndarray) -> list
 
 
 def measure(options: argparse.Namespace) -> None:
-    data, dataset = Candidates(options.run / "candidates", batch_size=64), Dataset(options.data)
-    check_one_target(dataset)
+    data = Candidates(options.run / "candidates", batch_size=64)
     data.setup("validate")
     validation = list(data.val_dataloader())
-    users = {"val": data.lists.user[data.lists.fold == "select"], "test": dataset.users("test")}
-    test = test_lists(options.run / "bundle", dataset, 64)
+    users, test = {"val": data.lists.user[data.lists.fold == "select"]}, list[Lists]()
+    if not options.validation:
+        dataset = Dataset(options.data)
+        check_one_target(dataset)
+        users["test"] = dataset.users("test")
+        test = test_lists(options.run / "bundle", dataset, 64)
     known: dict[str, Scored] = {}
     firsts: dict[str, np.ndarray] = {}
     for row in options.rows:
@@ -139,7 +143,8 @@ def measure(options: argparse.Namespace) -> None:
         if len(members) > 1:
             whole = Average([one.ranker for one in members], weights).freeze()
         measured: dict[str, Any] = {"run": options.run.name, "label": label, "date": date.today().isoformat()}
-        for name, lists in (("val", validation), ("test", test)):
+        for name in users:
+            lists = validation if name == "val" else test
             batches = zip(*(getattr(one, "validation" if name == "val" else "test") for one in members), strict=True)
             metrics = compute_metrics(ranks((torch.stack(each, dim=-1) @ weights for each in batches), lists), [10])
             measured |= {
@@ -148,12 +153,12 @@ def measure(options: argparse.Namespace) -> None:
             first = firsts.setdefault(name, metrics["ndcg@10"])
             measured[f"{name}_difference"] = difference(metrics["ndcg@10"], first, users[name])
         measured |= {
-            "request_ms": round(request_ms(whole, test), 2),
+            "request_ms": round(request_ms(whole, test or validation), 2),
             "commit": commit(),
             "command": shlex.join(sys.argv),
         }
         print(json.dumps(measured), flush=True)
-        if not options.no_record:
+        if not (options.no_record or options.validation):
             with FILE.open("a") as out:
                 out.write(json.dumps(measured) + "\n")
 
@@ -175,13 +180,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder with candidates/ and bundle/")
     parser.add_argument("rows", nargs="*", help="LABEL=CHECKPOINT[,CHECKPOINT...]")
     parser.add_argument("--data", type=Path, help="prepared dataset")
+    parser.add_argument("--validation", action="store_true", help="measure the validation lists only, record nothing")
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--show", action="store_true", help="print the recorded rows only")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     if not options.show:
         measure(options)
-    if FILE.exists():
+    if FILE.exists() and not options.validation:
         show(options.run.name)
 
 

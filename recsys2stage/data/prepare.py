@@ -41,7 +41,7 @@ log = logging.getLogger("recsys2stage")
 def prepare(
     source: Source,
     output: Path,
-    split: Split = LeaveOneOut(),  # noqa: B008  it has no state
+    split: Split | None = None,
     min_rating: float | int | None = None,
     core: int = 0,
     tie_break: TieBreak = "file_order",
@@ -58,7 +58,8 @@ def prepare(
     Args:
         source: reader of the raw data.
         output: the folder to write. An existing folder is replaced once the new one is complete.
-        split: assigns events to training, validation and test.
+        split: assigns events to training, validation and test. None: LeaveOneOut, which withholds each user's last two
+            events.
         min_rating: drop events rated lower than this.
         core: k-core filter: repeatedly drop users and items with fewer events than this; 0 or 1 drops none.
         tie_break: order of a user's events of equal time: as in the file, by item id, or by a seeded hash.
@@ -83,6 +84,8 @@ def prepare(
     check_integer("core", core, 0, example=5)
     check_number("cold_items", cold_items, low=0, below=1, example=0.05, what="a share of the items")
     check_seed("seed", seed)
+    # no default instance: on the command line its options would pass to another class that has options of their names
+    split = split or LeaveOneOut()
     item_vectors = item_vectors or {}
     options = {
         **locals(),

@@ -141,7 +141,23 @@ class GlobalTime(Split):
         return offsets[:-1] + before_val, offsets[:-1] + before_test
 
 
-class SessionStarts(Split):
+class TargetSplit(Split):
+    """A split that lists its targets: each part of a user's events ends before the user's first target of the next."""
+
+    @abstractmethod
+    def targets(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]]: ...
+
+    def ends(
+        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
+    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
+        validation, test = self.targets(times, offsets)
+        val_end = first_of_users(test, offsets, np.asarray(offsets[1:], dtype=np.int64))
+        return first_of_users(validation, offsets, val_end), val_end
+
+
+class SessionStarts(TargetSplit):
     """Each user's newest session beginnings are for test, those before them for validation.
 
     A session begins with an event that comes `gap` seconds or more after the user's event before it; a user's first
@@ -164,11 +180,6 @@ class SessionStarts(Split):
         check_integer("val", val, 1, MAX_LENGTH, example=5)
         self.gap, self.test, self.val = gap, test, val
 
-    def ends(
-        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
-    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
-        return ends_before(self.targets(times, offsets), offsets)
-
     def targets(
         self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
     ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]]:
@@ -178,7 +189,7 @@ class SessionStarts(Split):
         return starts[(place >= self.test) & (place < self.test + self.val)], starts[place < self.test]
 
 
-class Baskets(Split):
+class Baskets(TargetSplit):
     """Events of one user and time are a basket: each user's last basket is for test, those before it for validation.
 
     All events of a basket are targets with the same history, which ends before the basket. A user's first basket
@@ -195,11 +206,6 @@ class Baskets(Split):
     def __init__(self, val: int = 1) -> None:
         check_integer("val", val, 1, MAX_LENGTH)
         self.val = val
-
-    def ends(
-        self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
-    ) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
-        return ends_before(self.targets(times, offsets), offsets)
 
     def targets(
         self, times: Int64[np.ndarray, " E"], offsets: Int64[np.ndarray, " _"]
@@ -235,14 +241,10 @@ def places_from_newest(events: Int64[np.ndarray, " N"], offsets: Int64[np.ndarra
     return last[users] - np.arange(len(events))
 
 
-def ends_before(
-    targets: tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " M"]], offsets: Int64[np.ndarray, " _"]
-) -> tuple[Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
-    """train_end and val_end of splits with several targets: each part ends before the first target of the next."""
-    end = np.asarray(offsets[1:], dtype=np.int64)
-    ends = []
-    for events in reversed(targets):
-        end = end.copy()
-        np.minimum.at(end, np.searchsorted(offsets, events, side="right") - 1, events)
-        ends.append(end)
-    return ends[1], ends[0]
+def first_of_users(
+    events: Int64[np.ndarray, " N"], offsets: Int64[np.ndarray, " _"], end: Int64[np.ndarray, " U"]
+) -> Int64[np.ndarray, " U"]:
+    """Each user's first of the given events, or `end` where that comes first."""
+    first = end.copy()
+    np.minimum.at(first, np.searchsorted(offsets, events, side="right") - 1, events)
+    return first

@@ -3,6 +3,7 @@
 Item tables (vectors, popularity, features) are buffers, so the state_dict is self-contained.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from recsys2stage.columns import PAD
 from recsys2stage.options import MAX_WIDTH, check_integer
 from recsys2stage.ranking.linear import LinearFit, LinearLists, fit_linear
 from recsys2stage.ranking.scorers import RankerInputs, ScorerFactory
+from recsys2stage.ranking.scorers.base import fit_scale
 from recsys2stage.ranking.scorers.deep import DIRECT_SCALE, Deep, Wide
 from recsys2stage.retrieval.features import FeatureTable
 from recsys2stage.retrieval.towers import unit
@@ -281,21 +283,15 @@ class Reranker(nn.Module):
         return fitted
 
     def calibrate(self, score: Float[Tensor, "B C"], positive: Int[Tensor, " B"], real: Bool[Tensor, "B C"]) -> None:
-        """Fits scale (grid search on the softmax cross-entropy of the base logits) and center to a sample of lists.
+        """Fits the scale of the base logits (see `fit_scale`) and their center to a sample of lists.
 
         Args:
             score: retriever scores.
             positive: index of the positive in each list.
             real: False at padding.
         """
-        count = real.sum(1, keepdim=True).clamp(min=1)
-        centered = score - score.where(real, 0).sum(1, keepdim=True) / count  # softmax ignores the mean of a list
-        spread = centered[real].square().mean().sqrt()
-        # cosines within a list differ by tenths, dot products perhaps by hundreds: the grid is in units of the spread
-        scales = torch.logspace(-1, 2, 61, device=score.device) / torch.where(spread > 0, spread, 1)
-        losses = [nn.functional.cross_entropy((s * centered).masked_fill(~real, -torch.inf), positive) for s in scales]
         with torch.no_grad():
-            self.log_scale.copy_(scales[int(torch.stack(losses).argmin())].log())
+            self.log_scale.fill_(math.log(fit_scale(score, positive, real)))
             self.center.copy_(score[real].mean())
 
 

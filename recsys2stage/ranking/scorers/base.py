@@ -118,6 +118,7 @@ def fit_scale(logits: Float[Tensor, "N C"], positive: Int[Tensor, " N"], real: B
     spread = centered[real].square().mean().sqrt()
     if not spread > 0:
         return 1.0
-    scales = torch.logspace(-1.5, 1.5, 121, device=logits.device) / spread
+    # cosines within a list differ by tenths, dot products perhaps by hundreds: the grid is in units of the spread
+    scales = torch.logspace(-1.5, 2, 141, device=logits.device) / spread
     losses = [nn.functional.cross_entropy((s * centered).masked_fill(~real, -torch.inf), positive) for s in scales]
     return float(scales[int(torch.stack(losses).argmin())])
