@@ -1,6 +1,5 @@
 """Make's rules, with a stand-in for `recsys` that only touches what each verb would write."""
 
-import json
 import os
 import re
 import shutil
@@ -10,66 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-STAND_IN = """#!/usr/bin/env bash
-echo "$@" >> calls.txt
-verb=$1; output=; while [ $# -gt 0 ]; do [ "$1" = --output ] && output=$2; shift; done
-case $verb in
-    simulate) mkdir -p "$output"; touch "$output/ratings.csv" ;;
-    recommend) touch "$output" ;;
-    evaluate) touch "$output/report.md" "$output/ranks.parquet" "$output/report.json" ;;
-    fit) mkdir -p "$output"; touch "$output/best.ckpt" "$output/last.ckpt"
-         [ -e kill ] && exit 1; touch "$output/manifest.json" ;;
-    *) mkdir -p "$output"; touch "$output/manifest.json" ;;
-esac
-"""
-
+from make_project import ALL, REFITTED, ROOT, STAND_IN, Project, verbs
 
 SLOW = "    fit) trap 'exit 130' INT; echo started > started; while :; do sleep 0.05; done ;;\n    simulate)"
-
-
-class Project:
-    """A copy of the Makefile and the configs with the stand-in installed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shutil.copy(ROOT / "Makefile", folder)
-        shutil.copytree(ROOT / "configs", folder / "configs")
-        for name in ("pyproject.toml", "constraints.txt", "raw.zip"):
-            (folder / name).touch()
-        recsys = folder / ".venv/bin/recsys"
-        recsys.parent.mkdir(parents=True)
-        recsys.write_text(STAND_IN)
-        recsys.chmod(0o755)
-        for path in folder.rglob("*"):
-            os.utime(path, (1, 1))
-        (folder / ".venv/ready").touch()
-
-    def make(self, *words: str) -> list[str]:
-        """The verbs make called, each with its options."""
-        (self.folder / "calls.txt").write_text("")
-        time.sleep(0.01)  # a later touch must have a later date
-        done = subprocess.run(["make", *words], cwd=self.folder, capture_output=True, text=True)
-        self.said = done.stdout + done.stderr
-        return (self.folder / "calls.txt").read_text().splitlines()
-
-    def touch(self, name: str) -> None:
-        time.sleep(0.01)
-        (self.folder / name).touch()
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
-
-
-def verbs(calls: list[str]) -> list[str]:
-    return [call.split()[0] for call in calls]
-
-
-ALL = ["fit", "export-index", "mine-negatives", "fit", "export-bundle", "evaluate", "recommend"]
-REFITTED = ["fit", "export-index", "export-bundle", "evaluate", "recommend"]
 
 
 def test_the_pipeline_runs_every_stage_once(project: Project) -> None:
@@ -99,7 +46,7 @@ def test_refits_lie_beside_what_was_chosen(project: Project) -> None:
     assert f"--index {run}/index --ranker {run}/refit-ranker/ranker/best.ckpt" in bundle
     for refit in ("", "ranker", "all", "production"):
         assert project.make(*words, f"REFIT={refit}") == [], "none disturbs another"
-    project.touch("configs/ml-1m/ranker.yaml")
+    project.change("configs/ml-1m/ranker.yaml")
     assert verbs(project.make(*words, "REFIT=all")) == ["fit", *REFITTED[2:]], "the refitted retriever stays"
 
 
@@ -130,9 +77,9 @@ def test_the_demo_makes_its_own_world(project: Project) -> None:
     assert verbs(project.make("demo")) == ["simulate", "prepare-data", *ALL]
 
 
-def test_touching_a_config_redoes_only_what_depends_on_it(project: Project) -> None:
+def test_a_changed_config_redoes_only_what_depends_on_it(project: Project) -> None:
     project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
-    project.touch("configs/ml-1m/ranker.yaml")
+    project.change("configs/ml-1m/ranker.yaml")
     assert verbs(project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")) == ALL[3:]
 
 
@@ -143,39 +90,26 @@ def test_another_archive_is_another_dataset_however_old(project: Project) -> Non
     assert "--source.path other.zip" in project.make("pipeline", "DATASET=ml-1m", "RAW=other.zip")[0]
 
 
-@pytest.mark.parametrize("touched", ["events of 2026/a.csv", "items.csv", "events of 2026/new shard.csv", None])
-def test_new_rows_in_a_file_that_the_manifest_names_make_the_data_anew(project: Project, touched: str | None) -> None:
-    """None: a file is removed."""
+def test_new_rows_in_a_file_that_the_manifest_names_make_the_data_anew(project: Project) -> None:
     inputs = ["events of 2026/a.csv", "items.csv", "events of 2026"]
     (project.folder / "events of 2026").mkdir()
     for name in inputs[:2]:
-        (project.folder / name).touch()
-    project.make("pipeline", "DATASET=ml-1m")
-    text = json.dumps({"kind": "dataset", "inputs": inputs, "counts": {"users": 3}}, indent=2) + "\n"
-    (project.folder / "data/ml-1m/manifest.json").write_text(text)
+        (project.folder / name).write_text("rows\n")
+    (project.folder / "inputs.txt").write_text("\n".join(inputs) + "\n")
     project.make("pipeline", "DATASET=ml-1m")
     assert project.make("pipeline", "DATASET=ml-1m") == []
-    if touched is None:
-        (project.folder / "items.csv").unlink()
-    else:
-        project.touch(touched)
+    for changed in ("events of 2026/a.csv", "items.csv", "events of 2026/new shard.csv"):
+        project.change(changed)
+        assert verbs(project.make("pipeline", "DATASET=ml-1m")) == ["prepare-data", *ALL]
+    (project.folder / "items.csv").unlink()
     assert verbs(project.make("pipeline", "DATASET=ml-1m")) == ["prepare-data", *ALL]
-
-
-def test_a_killed_fit_goes_on_from_its_last_checkpoint(project: Project) -> None:
-    (project.folder / "kill").touch()
-    assert verbs(project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")) == ["prepare-data", "fit"]
-    (project.folder / "kill").unlink()
-    calls = project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
-    assert verbs(calls) == ALL
-    assert "--ckpt_path runs/ml-1m/retriever/last.ckpt" in calls[0]
 
 
 @pytest.mark.parametrize("touched", ["configs/ml-1m/retriever.yaml", "configs/with/request-time.yaml"])
 def test_a_fit_whose_config_changed_starts_anew(project: Project, touched: str) -> None:
     words = ("pipeline", "DATASET=ml-1m", "RAW=raw.zip", "WITH=request-time")
     project.make(*words)
-    project.touch(touched)
+    project.change(touched)
     calls = project.make(*words)
     assert verbs(calls) == ALL
     assert "--config configs/with/request-time.yaml" in calls[0]
@@ -241,7 +175,7 @@ def test_each_stage_has_a_number_and_a_path_and_no_shell_is_shown(project: Proje
     for path in ("data/ml-1m/", "runs/ml-1m/retriever/", "runs/ml-1m/bundle/", "runs/ml-1m/report.md"):
         assert f"  {path}" in ended
     assert ended[-1].startswith("next: ")
-    project.touch("configs/ml-1m/ranker.yaml")
+    project.change("configs/ml-1m/ranker.yaml")
     project.make("pipeline", "DATASET=ml-1m", "RAW=raw.zip")
     assert [line[:5] for line in project.said.splitlines() if line.startswith("[")] == [
         f"[{n}/8]" for n in (5, 6, 7, 8)
@@ -318,7 +252,7 @@ def test_interrupted_it_says_that_the_same_command_goes_on(project: Project) -> 
         time.sleep(0.05)
     os.killpg(done.pid, signal.SIGINT)  # as Ctrl-C does
     said, _ = done.communicate(timeout=30)
-    assert said.count("Interrupted. The same command goes on where it stopped.") == 1
+    assert said.count("Interrupted. The same command continues where it stopped.") == 1
     assert done.returncode != 0
     recsys.write_text(STAND_IN)
     assert verbs(project.make(*words[1:])) == ALL

@@ -183,7 +183,7 @@ def prepare(
                 "dataset",
                 options,
                 {str(file): file for file in inputs},
-                inputs=[str(path) for path in [*inputs, *tables.folders]],  # make compares their modification times
+                inputs=[str(path) for path in [*inputs, *tables.folders]],  # make notes their hashes
                 counts=counts,
                 ties=ties,
                 protocol={
