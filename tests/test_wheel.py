@@ -13,6 +13,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from warm import warm
 
 from recsys2stage.data.simulate import simulate
 
@@ -115,7 +116,8 @@ def test_the_demo_runs_in_a_project_of_the_wheel(installed: Path, tmp_path: Path
     project = tmp_path / "demo-project"
     shrink(project, "demo")
     simulate(project / "data/raw/demo", users=60, items=50, events=800)  # a smaller log than that of make
-    run("make", "pipeline", cwd=project)
+    with warm(installed, tmp_path) as program:
+        run("make", "pipeline", f"RECSYS={program}", cwd=project)
     report = json.loads((project / "runs/demo/report.json").read_text())
     assert report["users"] == 60
     assert {"retriever", "ranker", "popularity"} <= report["models"].keys()
@@ -124,7 +126,7 @@ def test_the_demo_runs_in_a_project_of_the_wheel(installed: Path, tmp_path: Path
     assert str(ROOT) not in (project / "runs/demo/bundle/manifest.json").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # each stage by the program of the environment, as users start it
 def test_a_table_of_one_s_own_runs_in_a_project_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     check_it_is_the_wheel(installed, tmp_path)
     rows = ["Client No;Article;bought at"]

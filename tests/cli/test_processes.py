@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline_fixtures import RANKER, RETRIEVER, Run
+from pipeline_fixtures import RETRIEVER
 
 from recsys2stage import estimator
-from recsys2stage.ranking.candidates import Candidates
-from recsys2stage.ranking.ranker import Ranker
 from recsys2stage.retrieval import histories as histories_module
 from recsys2stage.retrieval.histories import Histories, balance_batches, shuffled
 from recsys2stage.retrieval.retriever import Retriever
 
-TIMEOUT = 150  # seconds: processes that wait for each other fail the test, not the suite
+TIMEOUT = 400  # seconds, also on a busy machine: processes that wait for each other fail the test, not the suite
 
 
 def shares(dataset: Path, processes: int, epoch: int = 0, **options: Any) -> list[Histories]:
@@ -153,15 +151,3 @@ def test_two_processes_fit_a_retriever(cycle: Path, tmp_path: Path) -> None:
         model.eval().validation_step(batch, 0)
     assert model.val_metrics.users == 120
     assert manifest["best"] == pytest.approx(float(model.val_metrics.compute()["ndcg@10"]), abs=1e-6)
-
-
-def test_two_processes_fit_a_ranker(trained: Run, tmp_path: Path) -> None:
-    manifest = fit_by_two(RANKER, tmp_path / "ranker", "--data.init_args.path", trained.candidates)
-    model = Ranker.load_from_checkpoint(tmp_path / "ranker/best.ckpt", weights_only=True, map_location="cpu").eval()
-    candidates = Candidates(trained.candidates, batch_size=16)
-    candidates.setup("fit")
-    with torch.no_grad():
-        for lists in candidates.val_dataloader():
-            model.validation_step(lists, 0)
-    assert manifest["best"] == pytest.approx(float(model.metrics.compute()["ndcg@10"]), abs=1e-6)
-    assert manifest["steps"] == 2 * -(-len(candidates.train_dataloader()) // 2)

@@ -1,7 +1,6 @@
 """A fit that is killed and taken up from last.ckpt ends with the very weights of one that was left alone."""
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,18 +15,29 @@ from recsys2stage.retrieval.retriever import Retriever
 
 STEPS, EPOCHS = 8, 4  # 120 windows in batches of 16
 
+# a process that imports torch once, and forks a copy for each fit that is killed
 KILLED = """
 import os, signal, sys
 from recsys2stage.cli.main import main
+from recsys2stage.cli.training import train
 from recsys2stage.retrieval.retriever import Retriever
 
-def kill(model, outputs, batch, batch_idx):
-    if model.global_step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
+def fit(step, argv):
+    def kill(model, outputs, batch, batch_idx):
+        if model.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-Retriever.on_train_batch_end = kill
-sys.argv = {argv!r}
-main()
+    Retriever.on_train_batch_end = kill
+    sys.argv = argv
+    main()
+
+for step, argv in {fits!r}:
+    process = os.fork()
+    if not process:
+        fit(step, argv)
+        sys.exit()
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, status
 """
 
 
@@ -87,16 +97,13 @@ def unbroken(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def killed(cycle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What is left of fits that got SIGKILL."""
-    folder, processes = tmp_path_factory.mktemp("killed"), {}
-    for number, (name, kill) in enumerate(KILLS.items()):
-        code = KILLED.format(step=kill.step, argv=argv(cycle, folder / f"run{number}", *kill.options))
-        processes[name] = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    for process in processes.values():
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, output
-    return {name: folder / f"run{number}" for number, name in enumerate(KILLS)}
+    folder = tmp_path_factory.mktemp("killed")
+    left = {name: folder / f"run{number}" for number, name in enumerate(KILLS)}
+    fits = [(kill.step, argv(cycle, left[name], *kill.options)) for name, kill in KILLS.items()]
+    words = [sys.executable, "-c", KILLED.format(fits=fits)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return left
 
 
 def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,13 +13,19 @@ P = (COUNTS[1:] + 1).double() / (COUNTS[1:] + 1).sum()
 
 
 class Side(Negatives):
-    """Each row is the first place of a batch of its own, of which `inner` draws."""
+    """Each row is the first place of a batch of its own, of which `inner` draws; every call gives the same draws."""
 
     def __init__(self, inner: Negatives, others: int) -> None:
         super().__init__()
         self.inner, self.others = inner, others
+        self.drawn: SampledNegatives | None = None
 
     def forward(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
+        if self.drawn is None:
+            self.drawn = self.draw(targets, catalogue)
+        return self.drawn
+
+    def draw(self, targets: Targets, catalogue: Catalogue) -> SampledNegatives:
         rows = len(targets.items)
         times, log_expected = torch.zeros(2, rows, V, dtype=torch.float64)
         own = torch.zeros(rows, dtype=torch.float64)
@@ -31,11 +37,10 @@ class Side(Negatives):
             column = drawn.items[0] - 1
             times[row, column], log_expected[row, column] = drawn.sample_counts[0], drawn.log_expected[0]
             own[row] = drawn.target_log_q[0]
-        self.sample_counts = times
         return SampledNegatives(torch.arange(1, V + 1).expand(rows, V), times, log_expected, own, None)
 
 
-def bias(inner: Negatives, share: float, others: int, correct: str, scores: Tensor) -> float:
+def bias(side: Side, share: float, correct: str, scores: Tensor) -> float:
     """Norm of (expected gradient for the scores − the full softmax's), relative to the latter's.
 
     The part of the gradient that is linear in draws − expected draws has a mean of zero, and is taken out: what
@@ -44,11 +49,11 @@ def bias(inner: Negatives, share: float, others: int, correct: str, scores: Tens
     queries = scores.expand(BATCHES, V).clone().requires_grad_()
     targets = Targets(torch.full((BATCHES,), ANSWER), torch.arange(BATCHES), torch.full((BATCHES, 1), ANSWER))
     table = torch.cat([torch.zeros(1, V), torch.eye(V)]).double()  # the score of item j is coordinate j
-    side = Side(inner, others)
     InfoNCE(1.0, side, correct)(queries, targets, Catalogue(lambda items: table[items], COUNTS, 0 * COUNTS)).backward()
     assert queries.grad is not None
+    assert side.drawn is not None
     full = scores.softmax(0) - torch.eye(V)[ANSWER - 1]
-    surplus = side.sample_counts / (others * (P + share / (1 - share) / V)) - 1
+    surplus = side.drawn.sample_counts / (side.others * (P + share / (1 - share) / V)) - 1
     surplus[:, ANSWER - 1] = 0
     part = scores.softmax(0) * surplus
     linear = part - scores.softmax(0) * part.sum(1, keepdim=True)
@@ -59,10 +64,10 @@ def bias(inner: Negatives, share: float, others: int, correct: str, scores: Tens
 def test_corrected_negatives_estimate_the_full_softmax(inner: Negatives, share: float) -> None:
     """Four times the draws, a quarter of the bias; it stays where nothing or the answer, too, is corrected."""
     scores = P.log() + torch.randn(V, dtype=torch.float64) / 2
-    sizes = (32, 128, 512)
-    few, more, many = (bias(inner, share, others, "negatives", scores) for others in sizes)
+    sides = [Side(inner, others) for others in (32, 128, 512)]
+    few, more, many = (bias(side, share, "negatives", scores) for side in sides)
     assert 2.5 < few / more < 6
     assert 2.5 < more / many < 6
     assert many < 0.01
     for correct in ("none", "both"):
-        assert bias(inner, share, sizes[-1], correct, scores) > 10 * many
+        assert bias(sides[-1], share, correct, scores) > 10 * many

@@ -30,10 +30,15 @@ class Slow:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.lock = seconds, asyncio.Lock()
+        self.open = 0
+        self.met: list[int] = []  # requests that were open once each was sent
 
     async def send(self, request: bytes) -> tuple[int, bytes]:
+        self.open += 1
+        self.met.append(self.open)
         async with self.lock:
             await asyncio.sleep(self.seconds)
+        self.open -= 1
         return 200, b""
 
 
@@ -70,8 +75,10 @@ def test_an_open_loop_counts_the_time_that_requests_wait(load: ModuleType) -> No
 
 
 def test_a_closed_loop_sends_when_it_is_answered(load: ModuleType) -> None:
-    results = asyncio.run(load.closed_loop(Slow(0.02), [b""], connections=2, seconds=0.5))
-    assert 15 <= len(results) <= 27
+    service = Slow(0.02)
+    results = asyncio.run(load.closed_loop(service, [b""], connections=2, seconds=0.5))
+    assert 2 < len(results) <= 27, "at most one in 0.02 seconds, and fewer where the machine is busy"
+    assert service.met == [1, *[2] * (len(results) - 1)], "each connection has one open, and sends the next at once"
     assert all(latency >= 0.02 for _, latency in results)
 
 
