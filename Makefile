@@ -36,7 +36,7 @@ serve: ## the demo's recommendations as a service with a page, at http://127.0.0
 # each table without and with the refit, which is REFIT=all unless another one is given; REFIT= for none
 refit_results := $(if $(filter file,$(origin REFIT)),all,$(REFIT))
 results: ## the main result of DATASET: seeds 0, 1 and 2 (SEEDS), each with the next seed's retriever as the second one (PAIR= for none)
-	@$(if $(filter production,$(REFIT)),$(error REFIT=production has no figures, expected REFIT=all, ranker or none; leave it out))
+	@$(if $(filter production,$(REFIT)),$(error REFIT=production has no metrics, expected REFIT=all, ranker or none; leave it out))
 	@for seed in $(SEEDS); do $(MAKE) --no-print-directory retriever SEED=$$seed REFIT=$(refit_results); done
 	@for refit in '' $(refit_results); do set -- $(SEEDS); for seed in $(SEEDS); do shift; \
 		$(MAKE) --no-print-directory stages SEED=$$seed REFIT=$$refit \
@@ -73,5 +73,5 @@ docs: .venv/ready ## the documentation as a site in site/, which works offline; 
 docs-serve: .venv/ready ## the documentation at http://127.0.0.1:8001/ while you write (PORT=)
 	$(MKDOCS) serve --dev-addr 127.0.0.1:$(or $(PORT),8001)
 
-figures: .venv/ready ## draw the figures of the documentation anew, into docs/figures/
+figures: .venv/ready ## draw the figures of the documentation again, into docs/figures/
 	$(BIN)/python -m docs.figures

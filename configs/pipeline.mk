@@ -1,9 +1,9 @@
 # The pipeline's rules. Artifacts are the targets: each rule reads files and writes files, is run again only if the
-# contents of what it reads have changed (dates do not count), and goes on after a kill. The Makefile that includes this
+# contents of what it reads have changed (dates do not count), and continues after a kill. The Makefile that includes this
 # file sets
 #   DATASET  the folder of configs/ that is meant when none is named: DATASET ?= demo
 #   RECSYS   the command recsys, if it is not the one on PATH
-#   PYTHON   a Python, which finds the nearest name of a misspelt one; default: python3
+#   PYTHON   a Python, which finds the nearest name of a misspelled one; default: python3
 #   READY    a file that must be made before RECSYS can run; empty where it is installed already
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -40,7 +40,7 @@ relearned := $(filter all production,$(REFIT))
 INDEX = $(FIRST)$(if $(relearned),/refit-$(REFIT))/index
 RANKER = $(if $(relearned),$(CHOSEN),$(OUT))/ranker
 
-# the word of $(2) that is spelt most like $(1), as a question
+# the word of $(2) that is spelled most like $(1), as a question
 nearest = $(addprefix ; did you mean ,$(addsuffix ?,$(shell $(PYTHON) -c 'import difflib, sys; \
 	print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' '$(subst $(quote),,$(1))' $(2) 2> /dev/null)))
 datasets := $(sort $(patsubst configs/%/retriever.yaml,%,$(wildcard configs/*/retriever.yaml)))
@@ -165,7 +165,7 @@ counted :=
 $(foreach stage,$(stages),$(eval counted += x)$(eval number_$(stage) := $(words $(counted))))
 begin = $(info [$(number_$(1))/$(words $(stages))] $(2): $(3)$(if $(4), (changed: $(4))))$(if \
 	$(dry),$(eval pretended += $@))
-interrupted := trap 'echo "Interrupted. The same command goes on where it stopped." >&2; exit 130' INT
+interrupted := trap 'echo "Interrupted. The same command continues where it stopped." >&2; exit 130' INT
 
 # $(call run,STAGE,TEXT,PATH,OPTIONS,COMMAND) runs `recsys COMMAND` if the target is out of date
 define run
@@ -190,7 +190,7 @@ last = $(shell if [ ! -e $(@D)/last.ckpt ]; then :; \
 	elif if [ -e $(noted) ]; then $(call same,$(1)); else [ -z "$$($(newer) $(@D)/last.ckpt)" ]; fi; \
 	then echo $(@D)/last.ckpt; fi)
 aside = if [ -e $(@D)/last.ckpt ] || [ -e $(@D)/best.ckpt ]; then rm -rf $(@D).before; mv $(@D) $(@D).before; \
-	echo "Training starts anew. What was trained before is kept in $(@D).before until the next change."; fi;
+	echo "Training starts from scratch. What was trained before is kept in $(@D).before until the next change."; fi;
 regain = $(if $(dry),,$(if $(wildcard $(before)),$(shell [ ! -e $(noted) ] || $(call same,$(1)) || ! $(call same,$(1),$(before)) || \
 	$(running) || { rm -rf $(@D).other; mv $(@D) $(@D).other; mv $(@D).before $(@D); \
 	[ ! -e $(@D).other/last.ckpt ] || mv $(@D).other $(@D).before; rm -rf $(@D).other; echo x; })))

@@ -142,7 +142,7 @@ API: dict[str, tuple[str, str, list[Section]]] = {
                             "compute_metrics",
                             "bootstrap",
                             "interval",
-                            "randomisation_test",
+                            "randomization_test",
                             "compute_exposure",
                             "compute_calibration",
                         ]

@@ -1,7 +1,7 @@
 """A drawing in SVG: boxes, arrows and text in pixels from the top left, in one palette with a dark counterpart.
 
 The drawing is matplotlib's. Text stays text, so that it can be read aloud, searched and copied. A style sheet in the
-file replaces every colour of the palette by its dark counterpart where the reader's system asks for dark pages.
+file replaces every color of the palette by its dark counterpart where the reader's system asks for dark pages.
 """
 
 import io
@@ -97,7 +97,7 @@ class Canvas:
         ha: Literal["left", "center", "right"] = "center",
         mono: bool = False,
     ) -> None:
-        """Text, vertically centred on y. Lines are 1.35 times its size apart."""
+        """Text, vertically centered on y. Lines are 1.35 times its size apart."""
         lines, size = text.split("\n"), SCALE * size
         for number, line in enumerate(lines):
             self.axes.text(
@@ -133,7 +133,7 @@ class Canvas:
         self.axes.add_patch(Polygon(points, closed=True, facecolor=fill, edgecolor="none"))
 
     def dot(self, x: float, y: float, radius: float = 7, fill: str = QUIET, edge: str | None = None) -> None:
-        """A circle; with an edge of another colour it is a ring around its fill."""
+        """A circle; with an edge of another color it is a ring around its fill."""
         self.axes.plot(
             [x],
             [y],

@@ -413,7 +413,7 @@ def by_gap(panels: Sequence[dict[str, Any]] | None = None) -> Canvas:
     c.text(42, y, "retriever", size=12, ha="left")
     c.dot(130, y, 5, fill=ORANGE)
     c.text(142, y, "both stages", size=12, ha="left")
-    note = "NDCG@10, test; lines: 95 % intervals over users; the numbers beside the groups count targets."
+    note = "NDCG@10, test; lines: 95 % intervals over users; the numbers next to the groups count targets."
     c.text(250, y, note, size=11, color=QUIET, ha="left")
     return c
 

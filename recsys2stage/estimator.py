@@ -157,7 +157,7 @@ class TwoStageRecommender:
             raise NotFittedError("this model is not fitted; call fit(events), or TwoStageRecommender.load(path)")
         if self._holder is not None and self._holder.is_changed():
             raise NotFittedError(
-                f"{self._fitted} no longer holds this model: it was removed or written anew; call fit(events), or "
+                f"{self._fitted} no longer holds this model: it was removed or overwritten; call fit(events), or "
                 "TwoStageRecommender.load(path) for the one that is there"
             )
         return self._fitted

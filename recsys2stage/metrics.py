@@ -107,10 +107,10 @@ def interval(means: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.nda
     return low, high
 
 
-def randomisation_test(
+def randomization_test(
     differences: np.ndarray, resamples: int = 1000, seed: int = 0, users: np.ndarray | None = None
 ) -> np.ndarray:
-    """Two-sided p-values of mean differences by a paired randomisation test, (K,).
+    """Two-sided p-values of mean differences by a paired randomization test, (K,).
 
     If both models are equal, the sign of each user's difference is random. So all signs are sampled `resamples` times
     (Fisher 1935; for retrieval: Smucker, Allan & Carterette 2007). The observed difference counts as one more sample,
@@ -140,7 +140,7 @@ def compute_exposure(recommended: np.ndarray, train_counts: np.ndarray) -> dict[
     coverage: share of the catalogue that is recommended to at least one user. novelty: mean −log2 of a recommended
     item's share of the training events, with add-one smoothing (Zhou et al. 2010; Vargas & Castells 2011). popularity:
     mean training events of a recommended item, ARP (Yin et al. 2012). gini: Gini coefficient of the recommendations per
-    item of the catalogue, 0 if equal, towards 1 if few items have them all (Fleder & Hosanagar 2009).
+    item of the catalogue, 0 if equal, toward 1 if few items have them all (Fleder & Hosanagar 2009).
 
     Args:
         recommended: (V + 1,) number of users each item is recommended to; item 0, padding, is ignored.

@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedule and base LightningModule of both stages."""
+"""Optimizers, learning-rate schedule and base LightningModule of both stages."""
 
 import math
 from abc import ABC, abstractmethod
@@ -50,7 +50,7 @@ class RecsysAdamW(torch.optim.AdamW):
             )
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         # a fused step can unscale float16 gradients itself, and Lightning then refuses to clip them; with this flag off
-        # they are unscaled before the step, as for any other optimiser; bf16 needs no scaling
+        # they are unscaled before the step, as for any other optimizer; bf16 needs no scaling
         self._step_supports_amp_scaling = False
 
 
@@ -60,7 +60,7 @@ class RowwiseOptimizer(RecsysAdamW, ABC):
     A step then costs the same however many items there are. Item tables are the parameters of groups with
     `rowwise: true`, and all parameters with a sparse gradient. Subclasses define `update_rows`.
 
-    What differs from an optimiser of the whole table: rows without a gradient stay as they are. Their moments do not
+    What differs from an optimizer of the whole table: rows without a gradient stay as they are. Their moments do not
     decay, momentum does not move them on, and weight decay does not shrink them.
 
     Args:
@@ -213,10 +213,10 @@ class RowwiseAdagrad(RowwiseOptimizer):
 
 
 def rowwise_name(make: Callable[[Any], Optimizer]) -> str | None:
-    """Name of the class of an optimiser that updates item tables by rows; None for other optimisers.
+    """Name of the class of an optimizer that updates item tables by rows; None for other optimizers.
 
     Args:
-        make: parameters -> optimiser, as configs give it; called with a parameter of its own.
+        make: parameters -> optimizer, as configs give it; called with a parameter of its own.
     """
     optimizer = make([torch.nn.Parameter(torch.zeros(1))])
     return type(optimizer).__name__ if getattr(optimizer, "rowwise", False) else None
@@ -230,7 +230,7 @@ def sparse_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 class RecsysModule(LightningModule):
     """Base module of both stages: training progress, checkpoint metadata, loading without untrusted code."""
 
-    planned_steps = float("inf")  # optimiser steps of the whole run
+    planned_steps = float("inf")  # optimizer steps of the whole run
     planned_epochs: int | None = None  # of its schedules, where a refit ends before them; None: max_epochs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ class RecsysModule(LightningModule):
             )
 
     def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to resume with an optimiser that cannot take the state of the checkpoint's."""
+        """Refuses to resume with an optimizer that cannot take the state of the checkpoint's."""
         states, make = checkpoint.get("optimizer_states"), getattr(self, "optimizer", None)
         if not self._fits or not states or make is None:
             return

@@ -73,7 +73,7 @@ def find_class(name: Any, base: type, where: str | Path) -> type:
                 f"{', '.join(sorted(members))}"
             )
         return members[short]
-    own = _root(module) == _root(base.__module__)  # such as torch's optimisers
+    own = _root(module) == _root(base.__module__)  # such as torch's optimizers
     if not own and not any(module == allowed or module.startswith(f"{allowed}.") for allowed in _allowed.get()):
         raise ValueError(
             f"{where} names {name}, which is not part of {PACKAGE}; loading it would run the code of {module}. If you "

@@ -111,7 +111,7 @@ def workspace(raw: Path, informed: Run, tmp_path_factory: pytest.TempPathFactory
     shutil.copytree(ROOT / "configs", folder / "configs")
     for path in (folder / f"configs/{name}/{stage}.yaml" for name in ("demo", "small") for stage in STAGES):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config["trainer"] |= {"limit_train_batches": 2, "accelerator": "cpu"}
+        config["trainer"] |= {"max_epochs": 2, "limit_train_batches": 2, "accelerator": "cpu"}
         if path.stem == "retriever":
             config["model"]["init_args"]["dim"] = 16
         path.write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -437,7 +437,7 @@ def test_a_folder_that_no_longer_holds_the_model_is_not_served(change: str, trai
     else:
         write_manifest(tmp_path / "own", "model", {"seed": 1}, {}, pandas=False)
     for one in (model, other):
-        with pytest.raises(NotFittedError, match=r"own no longer holds this model: it was removed or written anew"):
+        with pytest.raises(NotFittedError, match=r"own no longer holds this model: it was removed or overwritten"):
             one.recommend(users=[1])
 
 

@@ -252,7 +252,7 @@ def test_interrupted_it_says_that_the_same_command_goes_on(project: Project) -> 
         time.sleep(0.05)
     os.killpg(done.pid, signal.SIGINT)  # as Ctrl-C does
     said, _ = done.communicate(timeout=30)
-    assert said.count("Interrupted. The same command goes on where it stopped.") == 1
+    assert said.count("Interrupted. The same command continues where it stopped.") == 1
     assert done.returncode != 0
     recsys.write_text(STAND_IN)
     assert verbs(project.make(*words[1:])) == ALL

@@ -17,7 +17,7 @@ from recsys2stage.metrics import (
     compute_metrics,
     compute_rank,
     interval,
-    randomisation_test,
+    randomization_test,
 )
 from recsys2stage.retrieval.rank_metrics import RankMetrics
 
@@ -148,7 +148,7 @@ def test_interval_is_of_the_level_asked() -> None:
     assert interval(means, 0.5) == (pytest.approx(25), pytest.approx(75))
 
 
-# the randomisation test
+# the randomization test
 
 
 def test_p_is_the_share_of_all_sign_flips_that_are_as_large(rng: np.random.Generator) -> None:
@@ -157,36 +157,36 @@ def test_p_is_the_share_of_all_sign_flips_that_are_as_large(rng: np.random.Gener
     signs = np.array(list(itertools.product((-1, 1), repeat=10)))
     exact = (np.abs(signs @ differences) >= np.abs(differences.sum(0)) - 1e-9).mean(0)
     assert 0.05 < exact.min() < exact.max() < 0.95
-    p = randomisation_test(differences, resamples=20_000)
+    p = randomization_test(differences, resamples=20_000)
     np.testing.assert_allclose(p, exact, atol=4 * np.sqrt(0.25 / 20_000))
 
 
 def test_p_is_two_sided_and_never_zero(rng: np.random.Generator) -> None:
     gain = rng.random((200, 1)) + 0.1
-    assert randomisation_test(gain, resamples=99).tolist() == [1 / 100]
-    assert randomisation_test(-gain, resamples=99).tolist() == [1 / 100]
+    assert randomization_test(gain, resamples=99).tolist() == [1 / 100]
+    assert randomization_test(-gain, resamples=99).tolist() == [1 / 100]
 
 
 def test_p_of_equal_models_is_one() -> None:
-    assert randomisation_test(np.zeros((30, 2)), resamples=50).tolist() == [1, 1]
+    assert randomization_test(np.zeros((30, 2)), resamples=50).tolist() == [1, 1]
     one = np.zeros((30, 1))
     one[3] = 0.7  # a single user can differ either way
-    assert randomisation_test(one, resamples=50).tolist() == [1]
+    assert randomization_test(one, resamples=50).tolist() == [1]
     cancelling = np.array([[0.1], [0.2], [-0.3], [0.3], [-0.2], [-0.1]])  # the sum is 0, but for rounding
-    assert randomisation_test(cancelling, resamples=50).tolist() == [1]
+    assert randomization_test(cancelling, resamples=50).tolist() == [1]
 
 
 def test_p_does_not_look_at_users_who_do_not_differ(rng: np.random.Generator) -> None:
     differences = rng.normal(0.2, 1.0, size=(40, 1))
     diluted = np.concatenate([np.zeros((500, 1)), differences])
-    assert randomisation_test(diluted, 300, seed=3) == randomisation_test(differences, 300, seed=3)
+    assert randomization_test(diluted, 300, seed=3) == randomization_test(differences, 300, seed=3)
 
 
 def test_of_models_that_are_alike_p_falls_below_a_level_as_often_as_it_says() -> None:
     low = 0
     for seed in range(400):
         differences = np.random.default_rng(seed).standard_t(3, size=(60, 1))
-        low += bool(randomisation_test(differences, 199, seed=seed)[0] <= 0.1)
+        low += bool(randomization_test(differences, 199, seed=seed)[0] <= 0.1)
     assert 0.06 <= low / 400 <= 0.14
 
 
@@ -199,7 +199,7 @@ def test_of_models_that_are_alike_p_falls_below_a_level_as_often_as_it_says() ->
 def test_with_one_target_per_user_nothing_changes(rng: np.random.Generator) -> None:
     values, users = rng.standard_normal((50, 3)), np.arange(50) * 3
     assert np.array_equal(bootstrap(values, 40, 1), bootstrap(values, 40, 1, users))
-    assert np.array_equal(randomisation_test(values, 40, 1), randomisation_test(values, 40, 1, users))
+    assert np.array_equal(randomization_test(values, 40, 1), randomization_test(values, 40, 1, users))
 
 
 def test_equal_targets_of_a_user_give_the_interval_of_users(rng: np.random.Generator) -> None:
@@ -207,7 +207,7 @@ def test_equal_targets_of_a_user_give_the_interval_of_users(rng: np.random.Gener
     values, users = rng.random((60, 2)), np.arange(60)
     copies, owners = np.repeat(values, 10, axis=0), np.repeat(users, 10)
     assert bootstrap(copies, 200, 3, owners) == pytest.approx(bootstrap(values, 200, 3, users))
-    assert np.array_equal(randomisation_test(copies - 0.4, 200, 3, owners), randomisation_test(values - 0.4, 200, 3))
+    assert np.array_equal(randomization_test(copies - 0.4, 200, 3, owners), randomization_test(values - 0.4, 200, 3))
     order = rng.permutation(len(owners))
     assert bootstrap(copies[order], 200, 3, owners[order]) == pytest.approx(bootstrap(values, 200, 3, users))
 

@@ -205,7 +205,7 @@ def test_production_serves_and_has_no_figures(informed: Run, production: Run) ->
         text = refusal("evaluate", "--bundle", production.bundle, "--data", informed.data, "--split", part)
         assert f"was refitted on all events, expected one that was not trained on {part} targets; evaluate" in text
     card = (production.bundle / "README.md").read_text()
-    assert "no figures of this folder: it learned from all events, those of the test too" in card
+    assert "no metrics of this folder: it learned from all events, those of the test too" in card
     model = Recommender.load(production.bundle)
     assert model.newest_time == Dataset(informed.data).times.max()
     item = model.catalogue.items["item_id"][0]

@@ -5,8 +5,8 @@
     python benchmarks/speed/indexes.py --table
     python benchmarks/alternate.py --before ../before indexes benchmarks/speed/indexes.py --ratios --items 1000000
 
-The vectors are a mixture like that of a trained retriever: unit vectors around 1,000 centres of Zipf sizes, an item is
-a centre plus Gaussian noise of .7 of its length. A query is an item plus noise of .5 of its length: it looks for items
+The vectors are a mixture like that of a trained retriever: unit vectors around 1,000 centers of Zipf sizes, an item is
+a center plus Gaussian noise of .7 of its length. A query is an item plus noise of .5 of its length: it looks for items
 near one that the user would like. A filter allows items at random. Each kind is built and searched in a process of its
 own, on one core; times are CPU times, so that other processes on the machine hardly change them. Rows are appended to
 docs/measured/indexes.jsonl as they are measured; rows that are there already are not measured again.

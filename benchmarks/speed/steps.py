@@ -3,7 +3,7 @@
     python benchmarks/alternate.py --before ../before steps benchmarks/speed/steps.py
 
 Prints milliseconds of CPU time per step, by phase, and the peak of memory above that of the imports. The histories are
-the same at all sizes: their items are spread over the catalogue. A version without row-wise optimisers runs RecsysAdamW
+the same at all sizes: their items are spread over the catalogue. A version without row-wise optimizers runs RecsysAdamW
 only. Each case runs in a process of its own.
 """
 
@@ -75,7 +75,7 @@ def measure(optimizer: str, negatives: str, items: int, options: argparse.Namesp
     numbers = torch.randint(DISTINCT, (options.batch, options.length + 1)) * (items // DISTINCT) + 1
     lengths = torch.full((options.batch,), options.length + 1)
     window = History(numbers, lengths, torch.arange(numbers.numel()).view_as(numbers), None)
-    times: dict[str, list[float]] = {"forward and backward": [], "optimiser": [], "step": []}
+    times: dict[str, list[float]] = {"forward and backward": [], "optimizer": [], "step": []}
     for _ in range(2 + options.steps):
         began = time.process_time()
         steps.zero_grad()

@@ -37,7 +37,7 @@ class ReseedEveryStep(Callback):
 class RequireFinite(Callback):
     """Ends a fit at the first step whose loss is NaN or infinite; no checkpoint of such weights is written.
 
-    Reading a loss synchronises the GPU, so it is read every 50 batches there and before each validation and checkpoint;
+    Reading a loss synchronizes the GPU, so it is read every 50 batches there and before each validation and checkpoint;
     on a CPU after each batch.
     """
 

@@ -13,7 +13,7 @@ def shipped_configs() -> Path:
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / OVERLAYS).is_dir():
             return folder
-    raise FileNotFoundError(f"{package} has no folder configs, expected that of its wheel; install recsys2stage anew")
+    raise FileNotFoundError(f"{package} has no folder configs, expected that of its wheel; install recsys2stage again")
 
 
 def datasets(folder: Path) -> list[str]:

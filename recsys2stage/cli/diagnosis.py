@@ -286,7 +286,7 @@ class Diagnosis:
                     f"{self._step(bases)}"
                 )
             raise UsageError(
-                f"{at.child(loose)} is not expected beside {CLASS}, expected {CLASS} and {INIT}; write it as "
+                f"{at.child(loose)} is not expected next to {CLASS}, expected {CLASS} and {INIT}; write it as "
                 f"{at.child(INIT).child(loose).key}"
             )
         if path not in self.classes:

@@ -171,10 +171,10 @@ def _check_folder(folder: Path) -> None:
     if not file.is_file():
         raise ValueError(f"model {folder} has no {MODULES}, expected a folder of sentence-transformers; give another")
     kinds = [
-        str(part.get("type")) for part in read_json(file, list, "download the model anew") if isinstance(part, dict)
+        str(part.get("type")) for part in read_json(file, list, "download the model again") if isinstance(part, dict)
     ]
     for config in sorted(path for path in folder.rglob("*.json") if path.name in ROUTERS and path.is_file()):
-        content = read_json(config, object, "download the model anew")
+        content = read_json(config, object, "download the model again")
         types = content.get("types") if isinstance(content, dict) else None
         kinds += [str(kind) for kind in types.values()] if isinstance(types, dict) else []
     if foreign := [kind for kind in kinds if not kind.startswith(OWN)]:

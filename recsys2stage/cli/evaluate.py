@@ -75,7 +75,7 @@ def evaluate(
         against: folder of the baseline run's report, to compare both stages with; its targets, users and protocol must
             be the same. None: no comparison.
         plots: also write cohorts.png, gaps.png, ceiling.png, learning.png and calibration.png.
-        resamples: number of bootstrap samples of users, and of permutations of each randomisation test.
+        resamples: number of bootstrap samples of users, and of permutations of each randomization test.
         batch_size: targets per batch.
         seed: random seed of sampling, bootstrap and tests.
         baselines: models counted on training events that the report compares with the two stages: Popularity, Markov,

@@ -20,7 +20,7 @@ def export_onnx(bundle: Path = RUN / "bundle", output: Path | None = None, trust
     """Export a bundle as ONNX files, for serving without Python or without this package.
 
     retriever.onnx computes query vectors of histories, ranker.onnx the scores of candidates, with any batch size and
-    length. Beside them lie the item vectors, the item ids, the items' popularity, and a manifest that names inputs and
+    length. The folder also has the item vectors, item ids, item popularity, and a manifest that names inputs and
     outputs. Each file is compared with the model in onnxruntime; nothing is written if one cannot be exported or
     differs.
 

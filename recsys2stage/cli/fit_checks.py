@@ -90,7 +90,7 @@ def _check_checkpoint(path: Any, verb: str) -> None:
     if path is None or str(path) in OF_A_RUN or str(path).startswith("registry") or Path(path).is_file():
         return
     what = "is a folder" if Path(path).is_dir() else "does not exist"
-    other = "leave it out to begin anew" if verb == "fit" else "leave it out for OUTPUT/best.ckpt"
+    other = "leave it out to start from scratch" if verb == "fit" else "leave it out for OUTPUT/best.ckpt"
     raise ValueError(
         f"--ckpt_path {path} {what}, expected a checkpoint of a fit, such as OUTPUT/last.ckpt; give its path, or "
         f"{other}"

@@ -62,7 +62,7 @@ def describe_overlays() -> Lines:
 
 
 def describe_optimizers() -> Lines:
-    """The optimisers of this package; those of torch can be named too."""
+    """The optimizers of this package; those of torch can be named too."""
     from recsys2stage import optim  # imports Lightning
 
     return {"RecsysAdamW": first_line(optim.RecsysAdamW)} | classes(optim, optim.RecsysAdamW)

@@ -60,7 +60,7 @@ class FitLines(Callback):
         if not self.enabled:
             return
         weights = sum(weight.numel() for weight in pl_module.parameters())
-        resumed = f", goes on after epoch {self.first}" if trainer.ckpt_path else ""
+        resumed = f", resumes after epoch {self.first}" if trainer.ckpt_path else ""
         print(
             f"{type(pl_module).__name__}: {weights:,} parameters, {trainer.strategy.root_device}, {trainer.precision}, "
             f"{_at_most(trainer)}, {trainer.num_training_batches:,} batches each{resumed}",
@@ -93,7 +93,7 @@ class FitLines(Callback):
         if os.environ.get(HINTS, "0") != "0" and saver is not None and self.verb == "fit":
             last = Path(str(saver.dirpath)) / "last.ckpt"
             own = trainer.ckpt_path or (last.is_file() and last.stat().st_mtime >= getattr(self, "clock", math.inf))
-            advice = f"; to go on, add to the command --ckpt_path {last}" if own else " before its first checkpoint"
+            advice = f"; to resume, add to the command --ckpt_path {last}" if own else " before its first checkpoint"
         print(f"\nrecsys {self.verb}: interrupted{advice}", file=sys.stderr, flush=True)
 
     @rank_zero_only

@@ -32,7 +32,8 @@ A project of recsys2stage: recommendations in two stages, a retriever and a rank
     recsys recommend --bundle runs/{name}/bundle --output lists.csv
 
 `configs/{name}/` says how the data are read (prepare.yaml) and how both stages are trained. After a change,
-`make pipeline` redoes what depends on it; interrupted, it goes on where it stopped. Results: `runs/{name}/report.md`.
+`make pipeline` redoes what depends on it. If it is interrupted, the same command continues it.
+Results: `runs/{name}/report.md`.
 """
 
 
@@ -46,7 +47,7 @@ def init(
 ) -> None:
     """Write a project folder: configs, overlays, a Makefile, a README.
 
-    recsys init shop --events orders.csv reads the first rows of a table, fills in the columns it recognises, and marks
+    recsys init shop --events orders.csv reads the first rows of a table, fills in the columns it recognizes, and marks
     the others as questions in shop/configs/shop/prepare.yaml.
 
     Args:
@@ -93,7 +94,7 @@ def init(
     print(f"{folder}: a project with the dataset {name} (template {template}): configs/{name}, Makefile, README.md")
     if table is not None:
         if table.table is not None:
-            print(f"Recognised in {table.table.path}:")
+            print(f"Recognized in {table.table.path}:")
         print("\n".join(table.summary()))
         if table.questions:
             print(

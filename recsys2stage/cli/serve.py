@@ -46,26 +46,26 @@ def serve(
         bundle: folder written by export-bundle or export-index, or a symbolic link to one.
         data: prepared dataset with the known users' histories; None: those packed into the bundle, else the dataset
             that the bundle was made from, if it is there.
-        store: SQLite file of new events and impressions; None: store.sqlite, beside the bundle.
+        store: SQLite file of new events and impressions; None: store.sqlite, in the bundle's parent folder.
         host: address to listen on.
         port: TCP port; 0: any free one.
         workers: number of worker processes.
         api_keys: text file with an API key per line; None: no keys, on loopback addresses only.
         cors: origins whose pages may call the service, such as https://shop.example; None: none.
         torch_threads: threads of each worker's computation.
-        batch_size: most requests that are computed together.
-        queue: most requests that wait in a worker; further ones get 429.
+        batch_size: maximum number of requests that are computed together.
+        queue: maximum number of requests that wait in a worker; further ones get 429.
         timeout: seconds until a request gets 504.
         keep_alive: seconds until an idle connection is closed.
         shutdown_timeout: seconds that running requests have when the service ends.
-        max_body: most bytes of a request's body.
-        max_k: most items that a request may ask for, offset included.
-        max_list: most entries of a list in a request.
-        max_batch: most requests of a batch, and most events of one request.
-        cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
-            counts as 32 events more.
-        cached_states: most MiB of a worker's memory for what a causal encoder has computed of returning users, so that
-            a request computes only new events; 0: every request computes the whole history.
+        max_body: maximum size of a request body in bytes.
+        max_k: maximum number of items that a request may ask for, offset included.
+        max_list: maximum number of entries of a list in a request.
+        max_batch: maximum number of requests of a batch, and of events of one request.
+        cached_events: maximum number of events that a worker keeps in memory, of users with new events; about 32 bytes
+            each, and a user counts as 32 events more.
+        cached_states: maximum MiB of a worker's memory for what a causal encoder has computed of returning users, so
+            that a request computes only new events; 0: every request computes the whole history.
         log_requests: whether each request is logged.
         trust: modules outside this package from which the bundle may load classes.
     """
@@ -84,11 +84,11 @@ def export_log(store: Path = RUN / STORE, output: Path | None = None, remove: bo
     """Export the events and impressions of a service as Parquet.
 
     The folder gets events.parquet (user_id, item_id, time, rating, action, request_id, received) and
-    impressions.parquet (request_id, bundle, user_id, time, item_id, position), a row for each item of an answer.
+    impressions.parquet (request_id, bundle, user_id, time, item_id, position), a row for each item of a list.
 
     Args:
         store: file of the service, which may be running.
-        output: folder to write; None: log, beside the store.
+        output: folder to write; None: log, in the folder of the store.
         remove: whether to remove the exported impressions from the store afterwards; events stay.
     """
     output = output or store.parent / "log"

@@ -14,7 +14,7 @@ SHARE = 4  # at most one of this many events of a user is a validation target
 
 
 class TableConfig:
-    """What was recognised in the tables, as configs and as a summary.
+    """What was recognized in the tables, as configs and as a summary.
 
     Args:
         events: events, or None if they are not known yet.
@@ -67,7 +67,7 @@ class TableConfig:
         path = OPEN if self.table is None else str(self.table.path.resolve())
         about = path if self.table is None else self.table.path.name
         lines = [
-            f"# {about if self.table else 'A table of events'}, as recsys init recognised it."
+            f"# {about if self.table else 'A table of events'}, as recsys init recognized it."
             f"  recsys prepare-data --config configs/{name}/prepare.yaml",
             "source:",
             "  class_path: Table",
@@ -144,7 +144,7 @@ class TableConfig:
         return "\n".join(lines) + "\n"
 
     def summary(self) -> list[str]:
-        """A line for each column of ours: what was recognised, and what is open."""
+        """A line for each column of ours: what was recognized, and what is open."""
         found = self.events
         lines = [f"  {own:<8}{self._said(own)}" for own in ("user", "item", "time", "rating", "action")]
         for own, side in self.sides.items():

@@ -48,16 +48,16 @@ def tune(
     """Search the options of a fit with Optuna; write report.md, report.json, figures and best.yaml.
 
     Each trial is a fit in a folder of its own, chosen by validation; test events are never read. The study is kept in
-    tune.sqlite: after a kill the same command goes on, and the same command in further processes shares the trials.
+    tune.sqlite: after a kill the same command continues, and the same command in further processes shares the trials.
     Needs the extra `tune`.
 
     Args:
         fit: config of `recsys fit`, or several, of which later ones override earlier ones.
         ranges: dotted option of `recsys fit` -> the values to try.
         output: folder of the study.
-        metric: validation metric to optimise: the best epoch of a trial counts. It also selects best.ckpt.
+        metric: validation metric to optimize: the best epoch of a trial counts. It also selects best.ckpt.
         mode: max or min.
-        trials: number of trials of the study, over all processes and restarts; raise it to go on.
+        trials: number of trials of the study, over all processes and restarts; raise it to continue.
         timeout: seconds after which this process starts no more trials; null: no limit.
         trial_options: options of the trials alone, such as trainer.max_epochs for short ones; not in best.yaml.
         sampler: tpe, which learns from earlier trials, or random.
@@ -124,12 +124,12 @@ def tune(
                 _run(study, trial, configs, {**own, **fixed}, keep)
             _check_some_succeed(study, MOST_FAILURES)
     except KeyboardInterrupt:
-        print(f"\nrecsys tune: interrupted; the same command goes on in {output}", file=sys.stderr)
+        print(f"\nrecsys tune: interrupted; the same command continues in {output}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     _check_some_succeed(study, 1)
     best = study.best
     if best is None:
-        print(f"{output}: no trial is complete yet; the same command goes on")
+        print(f"{output}: no trial is complete yet; the same command continues")
         return
     command = ["recsys", "fit", *tune_trials.config_words([*configs, output / BEST]), "--output", str(output / "best")]
     ended = study.frozen("COMPLETE", "PRUNED")

@@ -34,7 +34,7 @@ class Study:
     Args:
         output: folder of the study.
         ranges: dotted option -> its range.
-        metric: what is optimised.
+        metric: what is optimized.
         mode: max or min.
         trials: number of trials of the whole study.
         sampler: tpe or random.

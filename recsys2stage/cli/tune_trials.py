@@ -95,7 +95,7 @@ class ReportMetric(Callback):
 
 
 def run_trial(options: Sequence[str], folder: Path, metric: str, report: Report) -> None:
-    """Fits with the options of a trial; goes on from its last.ckpt if it was interrupted.
+    """Fits with the options of a trial; resumes from its last.ckpt if it was interrupted.
 
     Args:
         options: the words after `recsys fit`, without --output.
@@ -186,7 +186,7 @@ def identity(parsed: Namespace, ranges: Mapping[str, Range], metric: str, mode: 
     Args:
         parsed: options of the fit, from `check_ranges`.
         ranges: dotted option -> its range.
-        metric: what is optimised.
+        metric: what is optimized.
         mode: max or min.
     """
     flat = {name: str(value) for name, value in vars(parsed.as_flat()).items()}

@@ -1,4 +1,4 @@
-"""A prepared dataset as memory-mapped arrays; each read is one vectorised gather over many users."""
+"""A prepared dataset as memory-mapped arrays; each read is one vectorized gather over many users."""
 
 from functools import cached_property
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Recognises the columns of a raw table: user, item, time and its unit, rating, action, and features of items or users.
+"""Recognizes the columns of a raw table: user, item, time and its unit, rating, action, and features of items or users.
 
-Names decide first, in the order of the lists below; a time is also recognised by its values.
+Names decide first, in the order of the lists below; a time is also recognized by its values.
 """
 
 import re
@@ -23,7 +23,7 @@ def _names(text: str) -> list[str]:
     return text.split()
 
 
-# normalised names, the likeliest first
+# normalized names, the likeliest first
 USERS = _names(
     "userid user uid useridx userkey customerid customer custid clientid client visitorid visitor memberid member "
     "accountid account buyerid buyer shopperid shopper reviewerid reviewer personid profileid subscriberid "
@@ -65,7 +65,7 @@ CLASSES = {
 
 @dataclass
 class Events:
-    """Columns of an event table; None where none was recognised.
+    """Columns of an event table; None where none was recognized.
 
     Attributes:
         questions: column of ours (user, item, time) -> what has to be answered before the table can be read.
@@ -87,7 +87,7 @@ class Side:
     """Columns of an item or user table.
 
     Attributes:
-        id: id column, None where none was recognised.
+        id: id column, None where none was recognized.
         features: column -> kind, and the separator of a multi-valued one.
         skipped: column -> why it is no feature.
     """
@@ -121,7 +121,7 @@ def by_name(columns: Sequence[str], names: Sequence[str], owner: str = "") -> li
 
 
 def recognise_events(table: RawTable) -> Events:
-    """Recognises the columns of an event table."""
+    """Recognizes the columns of an event table."""
     events, free = Events(), list(table.columns)
     listed = f"columns: {', '.join(table.columns)}"
     for own, names, what in (("user", USERS, "user"), ("item", ITEMS, "item")):
@@ -171,7 +171,7 @@ def _recognise_time(table: RawTable, events: Events, free: list[str]) -> None:
     if len(by_value) == 1:
         events.time, events.time_unit = by_value[0], units[by_value[0]] or "order"
         free.remove(by_value[0])
-        events.notes["time"] = "recognised by its values"
+        events.notes["time"] = "recognized by its values"
     elif by_value:
         events.questions["time"] = f"which column holds the time of an event? columns: {', '.join(by_value)}"
     else:
@@ -218,7 +218,7 @@ def is_numeric(values: pl.Series) -> bool:
 
 
 def recognise_side(table: RawTable, own: str, id_column: str | None) -> Side:
-    """Recognises the columns of an item or user table.
+    """Recognizes the columns of an item or user table.
 
     Args:
         table: the table.

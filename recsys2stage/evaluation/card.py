@@ -148,7 +148,7 @@ def model_card(folder: Path, dataset: Dataset | None, evaluation: Evaluation | N
         + (
             f"The retriever finds {manifest['candidates']:,} candidates for a request, and the ranker sorts them."
             if both
-            else "It holds the first stage only: items are sorted by the retriever's scores."
+            else "It has the first stage only: items are sorted by the retriever's scores."
         )
         + ("" if until == "val" else f" It was refitted: retriever and signals learned from {STRETCH[until]}."),
         "## Model",
@@ -240,7 +240,7 @@ def evaluation_section(evaluation: Evaluation | None, until: Until = "val") -> s
     """
     if evaluation is None:
         todo = (
-            "There are no figures of this folder: it learned from all events, those of the test too."
+            "There are no metrics of this folder: it learned from all events, those of the test too."
             if until == "end"
             else "Not evaluated yet. This command writes the metrics here: `recsys evaluate --bundle BUNDLE`"
         )
@@ -252,7 +252,7 @@ def evaluation_section(evaluation: Evaluation | None, until: Until = "val") -> s
         f"<!-- evaluation: {part} targets of {users} users -->",
         escape(line[0].upper() + line[1:] + "."),
         as_table(report),
-        f"Each value stands with its 95 % interval, a {interval_text(report)}.",
+        f"Each value has its 95 % interval, a {interval_text(report)}.",
     ]
     if "ranker_ids_masked" in report["models"]:
         parts[-1] += (
@@ -265,7 +265,7 @@ def evaluation_section(evaluation: Evaluation | None, until: Until = "val") -> s
             "### Ranker against retriever",
             _verdict(compared["ndcg@10"]),
             paired_table("ranker − retriever", compared),
-            "p: two-sided randomisation test with random signs of the users' differences.",
+            "p: two-sided randomization test with random signs of the users' differences.",
         ]
     if "ranker" in stages:
         k, recall = report["candidates"]["k"], report["candidates"]["recall"]
@@ -295,7 +295,7 @@ def _verdict(difference: dict[str, Any]) -> str:
     elif high < 0:
         what = "The ranker is worse than the retriever"
     else:
-        what = "The interval holds 0, so no difference is shown"
+        what = "The interval contains 0, so no difference is shown"
     return (
         f"{what}: {metric_title('ndcg@10')} differs by {difference['difference']:+.4f}, 95 % interval "
         f"[{low:+.4f}, {high:+.4f}], p = {difference['p']:.4f}."

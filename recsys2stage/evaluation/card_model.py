@@ -19,7 +19,7 @@ from recsys2stage.trust import CLASS, OPTIONS, PACKAGE
 MAX_NAME, MAX_NAMES = 80, 40  # characters of a name, names of a list
 REQUEST_TIMES = {  # option request_time -> what the retriever reads
     "none": "not read",
-    "last_event": "the time of the newest event stands for it",
+    "last_event": "the time of the newest event is used instead",
     "target": "read; a request must come with its time, else the current time is taken",
 }
 
@@ -115,7 +115,7 @@ def describe_model(folder: Path, manifest: dict[str, Any], index: dict[str, Any]
         f"Request time: {REQUEST_TIMES.get(manifest['request_time'], 'not known')} ({code(manifest['request_time'])})",
     ]
     if inputs := towers.get("inputs"):
-        lines.insert(2, "Inputs besides the items: " + ", ".join(map(name_class, inputs)))
+        lines.insert(2, "Inputs in addition to the items: " + ", ".join(map(name_class, inputs)))
     if user := towers.get("user"):
         lines.insert(2, f"User features: {name_class(user)}")
     if manifest["next_action"] != "none":
@@ -197,8 +197,8 @@ def list_limits(folder: Path, manifest: dict[str, Any], data: dict[str, Any] | N
             "gives them, also where it estimates or rounds them"
         )
     if manifest.get("options", {}).get("with_histories"):
-        lines.append("Personal data: this folder holds the users' ids and all their events")
-    lines.append("Feedback: the data hold only events that happened, so items that were never shown look unwanted")
+        lines.append("Personal data: this folder contains the users' ids and all their events")
+    lines.append("Feedback: the data contain only events that happened, so items that were never shown look unwanted")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -9,7 +9,7 @@ import polars as pl
 from recsys2stage import columns as c
 from recsys2stage.artifacts import read_json, take
 from recsys2stage.evaluation.targets import Targets
-from recsys2stage.metrics import bootstrap, compute_metrics, interval, randomisation_test
+from recsys2stage.metrics import bootstrap, compute_metrics, interval, randomization_test
 from recsys2stage.options import STRETCH
 
 TARGET = "target"  # column of ranks.parquet: each user's target item
@@ -43,7 +43,7 @@ def paired_differences(
     Args:
         one: metric -> (n,) values of n targets, from `compute_metrics`.
         other: the same for the other model, on the same targets.
-        resamples: of the bootstrap and of the randomisation test.
+        resamples: of the bootstrap and of the randomization test.
         seed: of both.
         users: (n,) user of each target; None: each is another user's.
     """
@@ -51,7 +51,7 @@ def paired_differences(
     means = bootstrap(differences, resamples, seed, users)
     base = bootstrap(np.stack([other[metric] for metric in one], axis=1), resamples, seed, users)  # of the same users
     low, high = interval(means)
-    p = randomisation_test(differences, resamples, seed, users)
+    p = randomization_test(differences, resamples, seed, users)
     has_ratio: np.ndarray = np.all(base > 0, axis=0)  # in every resample
     ratio_low, ratio_high = interval(1 + means / np.where(has_ratio, base, 1))
     return {

@@ -176,7 +176,7 @@ def as_markdown(
         compared = report["comparison"]
         shown = {metric: compared[metric] for metric in distinct_metrics(report, compared)}
         parts.append(paired_table("ranker − retriever", shown))
-        parts.append("p: two-sided randomisation test with random signs of the users' differences.")
+        parts.append("p: two-sided randomization test with random signs of the users' differences.")
         parts.append(
             "Recall of the candidates (in full ranking the upper bound of the ranker's recall@k for k up to K): "
             f"{report['candidates']['recall']:.4f} at K = {report['candidates']['k']}."

@@ -1,4 +1,4 @@
-"""A penalised conditional logit: the linear model of the ranker's features from which its training starts."""
+"""A penalized conditional logit: the linear model of the ranker's features from which its training starts."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class LinearFit(NamedTuple):
 
     weights: Float[Tensor, " F"]
     penalty: float
-    base: float  # weight of the retriever's score that the penalty pulls towards: 1 or 0
+    base: float  # weight of the retriever's score that the penalty pulls toward: 1 or 0
     loss: float  # cross-validated softmax cross-entropy of a list
 
 
@@ -44,7 +44,7 @@ def fit_linear(lists: LinearLists, users: np.ndarray) -> LinearFit:
     """Fits the weights w of the logit base + features · w by softmax cross-entropy and an L2 penalty.
 
     The first feature is the base itself, so its weight says how much the retriever's score counts. The penalty, and the
-    total weight that it pulls the score towards, 1 (the retriever's order) or 0 (a feature as the others), are those
+    total weight that it pulls the score toward, 1 (the retriever's order) or 0 (a feature as the others), are those
     with the lowest loss in cross-validation over users. The problem is convex, so few lists suffice, where a few steps
     of gradient descent would stop near the retriever's order.
 
@@ -69,7 +69,7 @@ def fit_linear(lists: LinearLists, users: np.ndarray) -> LinearFit:
 
 
 def minimise(lists: LinearLists, penalty: float, total: float, start: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
-    """The weights with the lowest penalised loss, by L-BFGS.
+    """The weights with the lowest penalized loss, by L-BFGS.
 
     Args:
         lists: to fit.

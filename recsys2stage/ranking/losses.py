@@ -64,7 +64,7 @@ class LambdaRank(ListLoss):
     gain(r) = 1 / log2(1 + r) up to rank k, 0 below. Ranks are those of the current scores and carry no gradient. A tie
     counts against the positive; ties of negatives keep the order of the list. Pairs with both ranks below k have weight
     0, so only the top k candidates pull up a positive that is below rank k. With one positive the ideal DCG is 1, so
-    the weights need no normalisation. Each list is summed, as in LambdaLoss (Wang et al. 2018), and lists are averaged,
+    the weights need no normalization. Each list is summed, as in LambdaLoss (Wang et al. 2018), and lists are averaged,
     without `lambdarank_norm` of LightGBM, which reduces the loss of badly ordered lists.
 
     Args:

@@ -50,7 +50,7 @@ class Ranker(RecsysModule):
         optimizer: called with the parameters.
         warmup_steps: steps of linear warmup of the learning rate.
         final_lr: share of the learning rate at the planned end, after cosine decay; 1: constant.
-        linear_start: whether training starts from a penalised linear model of the features; if not, it starts from the
+        linear_start: whether training starts from a penalized linear model of the features; if not, it starts from the
             retriever's order. Both are validated before the first step. None: with up to 1,000 training lists, from
             which gradient descent learns too little.
         mask_ids: whether the IDs of all candidates are always masked. If not, this is chosen at the end of a fit if the

@@ -35,7 +35,7 @@ class Reranker(nn.Module):
 
     Features of a candidate: the calibrated score (the first term), log rank, margin (calibrated difference to the best
     score of the list), `is_unknown`, popularity z-score, declared item features encoded by a FeatureTable, and
-    standardised signal features. State and vectors are L2-normalised, whatever the retriever's similarity.
+    standardized signal features. State and vectors are L2-normalized, whatever the retriever's similarity.
 
     If an ID is masked, all ID-based inputs are zero: vector, retriever score, rank, margin, ID-based signal features
     and the base logit; `is_unknown` is 1. Popularity and declared features stay.
@@ -94,12 +94,12 @@ class Reranker(nn.Module):
             raise ValueError(
                 f"without has {', '.join(unknown)}, expected some of {', '.join(sorted(inputs))}; leave the others out"
             )
-        self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # of the retriever, not normalised
+        self.register_buffer("vectors", torch.zeros(num_items + 1, dim))  # of the retriever, not normalized
         self.register_buffer("rotation", torch.eye(dim) if rotated else None)
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.register_buffer("cold", torch.zeros(num_items + 1, dtype=torch.bool))
         self.features = FeatureTable(num_items, features, feature_dim) if features else None
-        # the features and the normalised vectors of all items, see `freeze`
+        # the features and the normalized vectors of all items, see `freeze`
         self.register_buffer("encoded", None, persistent=False)
         self.register_buffer("units", None, persistent=False)
         hidden = [bool({name, name.partition(".")[0]} & self.without) for name in names]
@@ -210,7 +210,7 @@ class Reranker(nn.Module):
         return self.features(distinct)[inverse]
 
     def unit_vectors(self, items: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
-        """The normalised item vectors."""
+        """The normalized item vectors."""
         # an embedding's look-up of rows is several times as fast as an index
         return unit(F.embedding(items, self.vectors)) if self.units is None else F.embedding(items, self.units)
 

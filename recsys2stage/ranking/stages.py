@@ -234,7 +234,7 @@ class Stages:
         if not self.signals:
             return np.zeros((*items.shape, 0), dtype=np.float32)
         items = np.maximum(items, c.PAD).astype(np.int64, copy=False)
-        # the signals look items up in tables: in ascending order, neighbours are near
+        # the signals look items up in tables: in ascending order, neighbors are near
         order = np.arange(len(items))[:, None], items.argsort(axis=1)
         items = items[order]
         requests = Requests(items, padded, self.ranker_request_time(padded, request), self.vectors, queries)

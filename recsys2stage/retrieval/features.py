@@ -1,4 +1,4 @@
-"""Encoders of declared item and user features: embeddings, standardised numbers, projected vectors.
+"""Encoders of declared item and user features: embeddings, standardized numbers, projected vectors.
 
 N rows (items or users), P values of a feature in a row, G width of all encoded features of a row.
 
@@ -142,7 +142,7 @@ class CategoricalEncoder(ColumnEncoder):
 
 
 class NumericEncoder(ColumnEncoder):
-    """A standardised number and an indicator that it is known; both 0 if it is missing."""
+    """A standardized number and an indicator that it is known; both 0 if it is missing."""
 
     missing, dtype = torch.nan, torch.float32
 

@@ -57,8 +57,8 @@ class Retriever(RecsysModule):
         warmup_steps: steps of linear warmup of the learning rate.
         final_lr: share of the learning rate at the planned end, after cosine decay; 1: constant. With decay, increase
             the patience of early stopping.
-        start: checkpoint of a retriever of the same architecture, trained on the same split, that initialises the
-            weights; None: random initialisation.
+        start: checkpoint of a retriever of the same architecture, trained on the same split, that initializes the
+            weights; None: random initialization.
         compiled: whether torch.compile compiles the encoder, which is worth it on a GPU.
         recompute_rows: gradient checkpointing in chunks of this many histories: activations are recomputed in the
             backward pass, which takes much less memory and about a fifth more time. None: activations are kept.
@@ -170,7 +170,7 @@ class Retriever(RecsysModule):
                     self.towers.load_state_dict(weights)
                 except RuntimeError as error:
                     raise ValueError(
-                        f"{self.start} holds a model of another architecture, so it cannot initialise this one: {error}"
+                        f"{self.start} holds a model of another architecture, so it cannot initialize this one: {error}"
                     ) from error
             self.load_item_tables(histories.trained)
 
@@ -189,7 +189,7 @@ class Retriever(RecsysModule):
         return [own, *([] if untied is None else [untied.table]), *filter(None, [self.towers.bias])]
 
     def use_sparse_gradients(self) -> bool:
-        """Gives the item tables sparse gradients if the optimiser updates them by rows; returns whether it does.
+        """Gives the item tables sparse gradients if the optimizer updates them by rows; returns whether it does.
 
         DistributedDataParallel must then leave them out, as NCCL cannot reduce sparse gradients: see
         `on_before_optimizer_step`.

@@ -241,7 +241,7 @@ def append_masked_event(history: History) -> History:
 
 
 def unit(x: Tensor) -> Tensor:
-    """L2-normalised along the last axis, at full precision even under bf16 autocast."""
+    """L2-normalized along the last axis, at full precision even under bf16 autocast."""
     x = full_precision(x)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)
 

@@ -18,7 +18,7 @@ class UserTower(nn.Module):
     """Encodes user features as a vector: the first token of the history, and the input of FiLM modulation.
 
         user = dropout(SiLU(Linear(features)))
-        scale, shift = Linear(user), initialised to zero
+        scale, shift = Linear(user), initialized to zero
         event = event · (1 + tanh(scale)) + shift
 
     As in the model of a TAAC 2025 finalist (FiLM: Perez et al. 2018), but with SiLU instead of ReLU: with so few

@@ -32,8 +32,8 @@ class Batcher:
     Args:
         compute: called with the bodies of a batch and the seconds that each has waited; returns a result or an
             exception for each.
-        size: most requests that are computed together.
-        queue: most requests that wait.
+        size: maximum number of requests that are computed together.
+        queue: maximum number of requests that wait.
         observe: called with the size of each batch.
     """
 

@@ -40,7 +40,7 @@ class Histories:
         known: users of the prepared data; None: none.
         catalogue: items and actions of the bundle.
         has_time: whether times of the prepared data are seconds; if not, new events follow in the order of arrival.
-        cached: most events held in memory, at about 32 bytes each; every user counts as `USER_COST` more.
+        cached: maximum number of events held in memory, at about 32 bytes each; every user counts as `USER_COST` more.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class Metrics:
             name: Gauge(name, text, **gauge)
             for name, text in {
                 "queue_length": "Requests that wait to be computed",
-                "cached_users": "Users with new events whose history is held in memory",
+                "cached_users": "Users with new events whose history is in memory",
                 "cached_events": "Events of these users",
                 "cached_states": "Users with a cached state of the encoder",
                 "cached_states_bytes": "Memory of these states",

@@ -99,7 +99,7 @@ class Selection(Body):
     exclude: Ids = Field(default=[], description="Items that may not.")
     allow: Ids | None = Field(default=None, description="The only items that may; null: all.")
     filters: dict[str, Filter] = Field(
-        default={}, description="Conditions on declared item features, by name; all must hold."
+        default={}, description="Conditions on declared item features, by name; all must be met."
     )
 
 

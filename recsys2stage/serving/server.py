@@ -346,7 +346,7 @@ def metrics_folder() -> Path:
 
 
 def run(settings: Settings) -> None:
-    """Serves a bundle until SIGTERM or SIGINT; SIGHUP loads the bundle anew.
+    """Serves a bundle until SIGTERM or SIGINT; SIGHUP reloads the bundle.
 
     Raises:
         ValueError: if the address is taken, the store is another file, or the bundle cannot be loaded.

@@ -33,7 +33,7 @@ class Settings:
         bundle: folder written by export-bundle or export-index, or a symbolic link to one.
         data: prepared dataset with the known users' histories; None: those packed into the bundle, else the dataset
             that the bundle was made from, if it is there.
-        store: SQLite file of new events and impressions; None: store.sqlite, beside the bundle.
+        store: SQLite file of new events and impressions; None: store.sqlite, in the bundle's parent folder.
         host: address to listen on.
         port: TCP port; 0: any free one.
         workers: number of worker processes.
@@ -41,19 +41,19 @@ class Settings:
         cors: origins whose pages may call the service, such as https://shop.example.
         trust: modules outside this package from which the bundle may load classes.
         torch_threads: threads of each worker's computation.
-        batch_size: most requests that are computed together.
-        queue: most requests that wait in a worker; further ones get 429.
+        batch_size: maximum number of requests that are computed together.
+        queue: maximum number of requests that wait in a worker; further ones get 429.
         timeout: seconds until a request gets 504.
         keep_alive: seconds until an idle connection is closed.
         shutdown_timeout: seconds that running requests have when the service ends.
-        max_body: most bytes of a request's body.
-        max_k: most items that a request may ask for, offset included.
-        max_list: most entries of a list in a request: history, exclude, allow, shown, items.
-        max_batch: most requests of /v1/recommend/batch, and most events of /v1/events.
-        cached_events: most events of users with new events that a worker holds in memory, about 32 bytes each; a user
-            counts as 32 events more.
-        cached_states: most MiB of a worker's memory for what a causal encoder has computed of returning users, so that
-            a request computes only new events; 0: every request computes the whole history.
+        max_body: maximum size of a request body in bytes.
+        max_k: maximum number of items that a request may ask for, offset included.
+        max_list: maximum number of entries of a list in a request: history, exclude, allow, shown, items.
+        max_batch: maximum number of requests of /v1/recommend/batch, and of events of /v1/events.
+        cached_events: maximum number of events that a worker keeps in memory, of users with new events; about 32 bytes
+            each, and a user counts as 32 events more.
+        cached_states: maximum MiB of a worker's memory for what a causal encoder has computed of returning users, so
+            that a request computes only new events; 0: every request computes the whole history.
         log_requests: whether each request is logged.
     """
 

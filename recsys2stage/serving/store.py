@@ -1,6 +1,6 @@
 """The store of a running service: new events and impressions, in one SQLite file that several processes share.
 
-Events are written by one thread of each process. It commits everything that waits in one transaction and synchronises
+Events are written by one thread of each process. It commits everything that waits in one transaction and synchronizes
 the file (WAL, synchronous=FULL) before any of the callers returns: an accepted event survives kill -9 and power loss.
 Impressions are written behind: they wait at most `FLUSH` seconds in a bounded queue, and a killed process loses those.
 """
@@ -75,7 +75,7 @@ class Store:
 
     Args:
         path: SQLite file; made where it is missing, readable by its owner only.
-        waiting: most impressions that wait to be written; further ones are dropped and counted.
+        waiting: maximum number of impressions that wait to be written; further ones are dropped and counted.
 
     Raises:
         ValueError: for a file that is something else, or of another version.

@@ -180,7 +180,7 @@ def test_an_interrupted_fit_says_how_to_go_on(
     finally:
         signal.signal(signal.SIGINT, handler)
     said = capfd.readouterr().err
-    advice = f"; to go on, add to the command --ckpt_path {tmp_path / 'run/last.ckpt'}" if hints == "1" else ""
+    advice = f"; to resume, add to the command --ckpt_path {tmp_path / 'run/last.ckpt'}" if hints == "1" else ""
     assert f"recsys fit: interrupted{advice}\n" in said
     assert "Traceback" not in said
 

@@ -16,7 +16,7 @@ MAX_ITEMS = 1 << 16  # of EASE: their weights take 34 GB in double precision
 
 
 def sum_scores(signal: StoredNeighbours, events: np.ndarray, weights: np.ndarray, size: int) -> Scored:
-    """The sum of weight · score of each item over the stored neighbours of the events of its row.
+    """The sum of weight · score of each item over the stored neighbors of the events of its row.
 
     Args:
         signal: fitted.
@@ -68,17 +68,17 @@ class TransitionGraph(Baseline):
 
 
 class ItemKNN(Baseline):
-    """Item-based nearest neighbours (Sarwar et al. 2001): cosines of the users in common, summed over the history.
+    """Item-based nearest neighbors (Sarwar et al. 2001): cosines of the users in common, summed over the history.
 
-    Items that are no neighbour of the history follow by popularity.
+    Items that are no neighbor of the history follow by popularity.
 
     Args:
-        neighbours: number of neighbours kept per item.
+        neighbours: number of neighbors kept per item.
         shrink: added to the divisor of the cosine; takes weight from items of few users.
         decay: weight of an event relative to the next newer one; 1: all alike, as in the paper.
     """
 
-    rows_in_flight = 32  # whole histories, each event with its neighbours
+    rows_in_flight = 32  # whole histories, each event with its neighbors
 
     def __init__(self, neighbours: int = 100, shrink: float = 10.0, decay: float = 1.0) -> None:
         self.signal = item_knn.ItemKNN(0, neighbours, shrink, decay=decay)

@@ -104,7 +104,7 @@ class BoostedScorer(CalibratedScorer, ABC):
 
 
 def fit_scale(logits: Float[Tensor, "N C"], positive: Int[Tensor, " N"], real: Bool[Tensor, "N C"]) -> float:
-    """The factor, of a grid, that minimises the softmax cross-entropy of the logits; 1 if they are all equal.
+    """The factor, of a grid, that minimizes the softmax cross-entropy of the logits; 1 if they are all equal.
 
     Args:
         logits: of N lists.

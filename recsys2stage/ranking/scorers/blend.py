@@ -11,7 +11,7 @@ from recsys2stage.options import check_option
 from recsys2stage.ranking.scorers.base import CalibratedScorer, RankerInputs, Scorer, ScorerFactory, fit_scale
 
 MAX_MEMBERS = 16
-STEPS = 100  # of the optimiser of the weights; they are few
+STEPS = 100  # of the optimizer of the weights; they are few
 
 Weights = Literal["equal", "validation"]
 
@@ -30,7 +30,7 @@ class Blend(CalibratedScorer):
         dim: width D of states and item vectors.
         num_features: F.
         members: the scorers, such as [GBDT, MLP]; two or more.
-        weights: `equal`: all w_k are 1/K, only the scale is fitted; `validation`: the w_k, at least 0, minimise the
+        weights: `equal`: all w_k are 1/K, only the scale is fitted; `validation`: the w_k, at least 0, minimize the
             softmax cross-entropy of the validation lists.
     """
 
@@ -69,7 +69,7 @@ class Blend(CalibratedScorer):
 def minimise(
     logits: Float[Tensor, "N C K"], positive: Int[Tensor, " N"], real: Bool[Tensor, "N C"], start: Float[Tensor, " K"]
 ) -> Float[Tensor, " K"]:
-    """The weights, at least 0, that minimise the softmax cross-entropy of the weighted logits.
+    """The weights, at least 0, that minimize the softmax cross-entropy of the weighted logits.
 
     Args:
         logits: of the parts.

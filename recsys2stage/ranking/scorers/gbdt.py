@@ -42,8 +42,8 @@ class GBDT(BoostedScorer):
         leaves: maximum number of leaves of a tree.
         learning_rate: factor of each tree.
         min_leaf: minimum number of training candidates in a leaf.
-        l2: L2 regularisation of the leaves.
-        feature_share: share of the features, sampled anew for each tree, that it may split on.
+        l2: L2 regularization of the leaves.
+        feature_share: share of the features, sampled again for each tree, that it may split on.
         objective: `lambdarank`, or `rank_xendcg` (Bruch 2021).
         cutoff: number of the first ranks whose pairs count (`lambdarank_truncation_level`).
     """

@@ -38,7 +38,7 @@ class Content(Proposer):
 
     Args:
         candidates: number of items proposed for each request; 0: none.
-        rare: most training events of a proposed item.
+        rare: maximum number of training events of a proposed item.
         ridge: L2 penalty of the map, in items of mean weight.
         classes: number of most frequent classes of a categorical or multi-valued feature that get columns.
     """

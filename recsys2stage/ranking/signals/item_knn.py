@@ -17,7 +17,7 @@ CELLS_PER_PAIR = 4  # a dense block of counts may have so many numbers for each 
 
 
 class ItemKNN(StoredNeighbours):
-    """Item-based nearest neighbours (Sarwar et al., WWW 2001) with the cosine of users: order does not count.
+    """Item-based nearest neighbors (Sarwar et al., WWW 2001) with the cosine of users: order does not count.
 
     With n(a) the users who have a among their training events and n(a, b) those who have both,
 
@@ -30,7 +30,7 @@ class ItemKNN(StoredNeighbours):
 
     Args:
         candidates: number of items proposed for each request; 0: none.
-        neighbours: number of neighbours stored per item.
+        neighbours: number of neighbors stored per item.
         shrink: added to the divisor; takes weight from items of few users.
         history: number of newest events to use.
         decay: weight of an event relative to the next newer one; 1: all alike, as in the paper.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 CELLS = 1 << 24  # cosines in memory at once
-CLUSTERS_READ = 32  # nearest clusters that are searched for the neighbours of a vector
+CLUSTERS_READ = 32  # nearest clusters that are searched for the neighbors of a vector
 ITERATIONS, POINTS = 10, 64  # of k-means, and sampled vectors per cluster
 
 
@@ -16,7 +16,7 @@ def nearest_vectors(vectors: np.ndarray, count: int, exact: int, seed: int = 0) 
     of the nearest clusters of its own cluster's center: N^1.5 pairs.
 
     Args:
-        vectors: (N, D) float32, normalised.
+        vectors: (N, D) float32, normalized.
         count: below N.
         exact: largest N for an exact search.
         seed: of k-means.

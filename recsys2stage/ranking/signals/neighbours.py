@@ -17,7 +17,7 @@ class Neighbours(Proposer):
 
     The values are the cosine to the newest item; the maximum, the mean of the top 3 and the mean of the cosines to the
     `history` newest items; and the share of the candidate's `count` nearest items that occur in the whole history.
-    All are 0 without a history. An item with a zero vector has cosine 0 to all items, and no neighbours.
+    All are 0 without a history. An item with a zero vector has cosine 0 to all items, and no neighbors.
 
     Proposals are the nearest items of the newest items, by the sum of decay^k · cosine, k = 0 for the newest.
 
@@ -46,7 +46,7 @@ class Neighbours(Proposer):
         self.history, self.count, self.decay, self.exact = history, count, decay, exact
 
     def fit(self, dataset: Dataset, vectors: np.ndarray) -> None:
-        nonzero = np.flatnonzero(vectors.any(axis=1))  # items with a zero vector have no neighbours
+        nonzero = np.flatnonzero(vectors.any(axis=1))  # items with a zero vector have no neighbors
         nonzero = nonzero[nonzero > 0]
         own = vectors[nonzero]
         length = np.sqrt(np.einsum("vd,vd->v", own, own))[:, None]
@@ -119,7 +119,7 @@ class Neighbours(Proposer):
             items = newest[begin : begin + ROWS_IN_FLIGHT]
             near, scores = nearest[items], weights[:, None] * cosines[items]  # (B, history, nearest)
             rows = np.broadcast_to(np.arange(len(items))[:, None, None], near.shape)
-            real = scores > 0  # items with a negative cosine are no neighbours
+            real = scores > 0  # items with a negative cosine are no neighbors
             own = slice_rows(excluded, begin, begin + len(items))
             allowed = None if requests.allowed is None else requests.allowed[begin : begin + len(items)]
             parts.append(top_by_sum(rows[real], near[real], scores[real], own, len(nearest), self.candidates, allowed))

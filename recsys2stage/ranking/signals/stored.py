@@ -13,9 +13,9 @@ LOOKUPS_IN_FLIGHT = 1 << 21  # stored pairs per block
 
 
 class StoredNeighbours(Proposer):
-    """Base of signals whose `fit` stores a list of neighbours with scores above 0 for each item.
+    """Base of signals whose `fit` stores a list of neighbors with scores above 0 for each item.
 
-    The score of an item for a history is the sum of weight · score over the events that have it as a neighbour.
+    The score of an item for a history is the sum of weight · score over the events that have it as a neighbor.
     Proposals have the largest scores. Tables: `offsets` (V + 2,) int64; `neighbours` (n,) int32 and `scores` (n,)
     float32, those of item a from offsets[a] to offsets[a + 1] - 1.
     """
@@ -43,7 +43,7 @@ class StoredNeighbours(Proposer):
         return spans(offsets[events], offsets[events + 1])
 
     def pairs(self, events: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Neighbours of n events: the event's number, the item and weight · score of each stored pair.
+        """Neighbors of n events: the event's number, the item and weight · score of each stored pair.
 
         Args:
             events: (n,) items.
@@ -67,7 +67,7 @@ class StoredNeighbours(Proposer):
 
 
 def _fault(tables: dict[str, np.ndarray]) -> str | None:
-    """What is wrong with tables of stored neighbours, and what is expected; None: nothing."""
+    """What is wrong with tables of stored neighbors, and what is expected; None: nothing."""
     if missing := [name for name in ("offsets", "neighbours", "scores") if name not in tables]:
         return f"lack {', '.join(missing)}, expected offsets, neighbours and scores"
     if wrong := [name for name, table in tables.items() if table.ndim != 1 or table.dtype.kind not in "if"]:
@@ -83,7 +83,7 @@ def _fault(tables: dict[str, np.ndarray]) -> str | None:
     if low < 0 or high >= size:
         return f"have neighbours from {low:,} to {high:,}, expected items from 0 to {size - 1:,}"
     if other := [name for name, table in tables.items() if name != "offsets" and len(table) != count]:
-        return f"have {len(tables[other[0]]):,} {other[0]}, expected {count:,}, one of each stored neighbour"
+        return f"have {len(tables[other[0]]):,} {other[0]}, expected {count:,}, one of each stored neighbor"
     return None
 
 
@@ -132,10 +132,10 @@ def rows_per_block(pairs_of_row: np.ndarray) -> list[slice]:
 
 
 def pack(owners: np.ndarray, neighbours: np.ndarray, scores: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """Tables of stored neighbours.
+    """Tables of stored neighbors.
 
     Args:
-        owners: (n,) the item that each neighbour is stored for, ascending.
+        owners: (n,) the item that each neighbor is stored for, ascending.
         neighbours: (n,).
         scores: (n,).
         size: V + 1.

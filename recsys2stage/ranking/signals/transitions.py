@@ -41,7 +41,7 @@ class Transitions(Proposer):
     Args:
         candidates: number of items proposed for each request; 0: none.
         lags: distances in positions between the two events of a pair.
-        top: most following items stored per item, for each lag and for the window.
+        top: number of most frequent following items stored per item, for each lag and for the window.
         alpha: pseudo-events added to observed and expected counts.
         history: number of newest events used by co-visits.
         window: number of positions after an event counted by co-visits.
@@ -205,7 +205,7 @@ def _count(
         later: (E,) number of later events of the same user.
         steps: distances in positions.
         share: (V + 1,) share of each item in all events.
-        top: most following items stored per item.
+        top: number of most frequent following items stored per item.
 
     Returns:
         Sorted keys a · (V + 1) + b with their counts, ending with the sentinel END; and for each item a, (V + 1,): all

@@ -290,7 +290,7 @@ def blocks(
 
 
 def initialise(fill: Callable[[Tensor], object], *modules: nn.Module) -> None:
-    """Initialises all linear layers in the modules: weights with `fill`, biases with zero."""
+    """Initializes all linear layers in the modules: weights with `fill`, biases with zero."""
     for module in modules:
         for part in module.modules():
             if isinstance(part, nn.Linear):

@@ -90,7 +90,7 @@ def dropout_mask(shape: torch.Size, p: float, generator: torch.Generator | None 
 
 
 class Norm(nn.Module, ABC):
-    """Base class: normalises the last axis, then applies a learned scale.
+    """Base class: normalizes the last axis, then applies a learned scale.
 
     Args:
         dim: D.
@@ -108,7 +108,7 @@ class Norm(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
-        """Returns the normalised tensor."""
+        """Returns the normalized tensor."""
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"

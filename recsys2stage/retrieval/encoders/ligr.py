@@ -4,7 +4,7 @@
     x = x + dropout(σ(Wa x + ba) * Attention(LayerNorm(x)))
     x = x + dropout(σ(Wf x + bf) * W2 dropout(SiLU(W1 h) * W3 h)),  h = LayerNorm(x)
 
-The gates read the unnormalised residual stream. The feed-forward has hidden width 4 D in all three matrices and no
+The gates read the unnormalized residual stream. The feed-forward has hidden width 4 D in all three matrices and no
 biases. There is no final norm. Initial weights are Xavier-normal, biases zero.
 """
 

@@ -71,7 +71,7 @@ class Recurrence(Memory):
 
     def truncate(self, positions: int) -> None:
         if positions != self.positions:
-            raise ValueError(f"the state after {self.positions} events has no state after {positions}; start anew")
+            raise ValueError(f"the state after {self.positions} events has no state after {positions}; drop it")
 
 
 class Mamba4Rec(Encoder):

@@ -6,7 +6,7 @@
 
 The defaults follow Google's RecML: pre-norm, GELU of hidden width 4 D (RecML has no dropout inside the feed-forward).
 The paper has a ReLU of width D and no input norm: `feed_forward` ReLU with expansion 1, `input_norm` false. The
-authors' code also multiplies item vectors by √D (`scale_input` true). It takes the residual from the normalised query,
+authors' code also multiplies item vectors by √D (`scale_input` true). It takes the residual from the normalized query,
 unlike the paper and this module. Initial weights are Xavier-uniform, biases zero.
 """
 

@@ -17,9 +17,9 @@ from recsys2stage.retrieval.index.rows import Exclude, SearchResult
 SMALL = 50_000  # items up to which exact search takes about a millisecond
 K = 100  # items whose recall is measured
 QUERIES, NOISE = 1000, 0.5  # queries made from item vectors where none are given; length of their noise to the item's
-MAX_LISTS, DEGREE, CODES = 8192, 32, 16  # lists of IVF; neighbours of HNSW; bytes of a code of PQ
+MAX_LISTS, DEGREE, CODES = 8192, 32, 16  # lists of IVF; neighbors of HNSW; bytes of a code of PQ
 # Expected time of a query, in item vectors of a full scan that take as long; measured by benchmarks/speed/indexes.py
-SCAN, VISIT, CODE, SCORE = 1.5, 10.0, 1.5, 55.0  # a vector in a list, a neighbour in a graph, a code, a candidate
+SCAN, VISIT, CODE, SCORE = 1.5, 10.0, 1.5, 55.0  # a vector in a list, a neighbor in a graph, a code, a candidate
 
 
 class Candidate(NamedTuple):
@@ -48,8 +48,8 @@ class Auto(Index):
 
     Args:
         recall: share of the exact 100 best items that the index has to return, averaged over queries without a filter.
-        memory_gb: GiB that the index may take beside the item vectors, so that codes (PQ) are tried where graph and
-            lists would take more; None: no limit, and no codes.
+        memory_gb: GiB that the index may take in addition to the item vectors, so that codes (PQ) are tried where graph
+            and lists would take more; None: no limit, and no codes.
     """
 
     def __init__(self, recall: float = 0.95, memory_gb: float | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 LARGE = 1 << 16  # items from which blocks are faster than a matrix of all scores
 BLOCK = 1 << 17  # scores computed at once: they stay in the processor's cache
-GROUP = 32  # neighbouring items of which only the largest score is kept
+GROUP = 32  # neighboring items of which only the largest score is kept
 SPARE = 16  # groups scored again beyond the k that suffice, for scores that are equal up to rounding
 CEILING = np.array([-np.inf, np.inf], np.float32)  # of the scores of an item that is not allowed, and that is
 ROUNDING = 1e-6  # difference between two ways to add up one inner product, relative to the lengths of its vectors
@@ -45,7 +45,7 @@ def search_blocks(
 ) -> tuple[Float32[Tensor, "B k"], Int64[Tensor, "B k"]]:
     """As `top_columns` of queries @ table.T, without that matrix; for sizes that have `block_cells`.
 
-    One pass scores the items block by block and keeps the largest score of each group of neighbouring items. The k
+    One pass scores the items block by block and keeps the largest score of each group of neighboring items. The k
     best items are in the k groups with the largest of these, so only those groups are scored again.
 
     Args:

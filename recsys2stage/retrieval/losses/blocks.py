@@ -1,4 +1,4 @@
-"""Blockwise loss computation: the (M, N) matrix of target and candidate scores is never materialised at once."""
+"""Blockwise loss computation: the (M, N) matrix of target and candidate scores is never materialized at once."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise

@@ -114,7 +114,7 @@ class MSE(Pointwise):
 
 
 class GBCE(Pointwise):
-    """Generalised binary cross entropy (gSASRec, Petrov & Macdonald 2023); corrects overconfidence of sampling.
+    """Generalized binary cross entropy (gSASRec, Petrov & Macdonald 2023); corrects overconfidence of sampling.
 
         loss = mean_i 1/(N + 1) · ( −log σ(s_ii)^β + Σ_j softplus(s_ij) )
         β = a·(t·(1 − 1/a) + 1/a) = 1 − t·(1 − a),     a = N / (V − 1)

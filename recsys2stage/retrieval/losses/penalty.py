@@ -8,7 +8,7 @@ from recsys2stage.options import check_number
 
 
 class NormPenalty(nn.Module):
-    """L2 penalty on user states before normalisation, which keeps them in numeric range.
+    """L2 penalty on user states before normalization, which keeps them in numeric range.
 
         weight · n, or with a cap weight · max(n − cap, 0)²         n = batch mean of ‖state‖₂
 

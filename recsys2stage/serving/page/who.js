@@ -173,7 +173,7 @@ export class Who {
     this.edited();
   }
 
-  /** Swaps an event with its neighbour; the times stay where they are, so that they ascend. */
+  /** Swaps an event with its neighbor; the times stay where they are, so that they ascend. */
   move(n, step) {
     const { history } = this.page.state;
     const other = n + step;
