@@ -310,4 +310,7 @@ $(OUT)/recommendations.parquet: $(OUT)/bundle/manifest.json $(call config,recomm
 retriever: $(FIRST)/index/manifest.json $(INDEX)/manifest.json $(folds:%=$(FIRST)/folds-$(FOLDS)/%/index/manifest.json)
 
 clean: ## remove what the pipeline made for DATASET
+	@store=$$(find $(DATA) $(FIRST) $(RUN) -name store.sqlite 2> /dev/null) || true; store=$${store%%$$'\n'*}; [ -z "$$store" ] || \
+		{ echo "$$store holds events of the service; export them with recsys export-log --store $$store, move the file" \
+		"or delete it, then make clean again" >&2; exit 1; }
 	rm -rf $(DATA) $(raw) $(FIRST) $(RUN)

@@ -31,7 +31,7 @@ from recsys2stage.data.request_inputs import check_user_specs
 from recsys2stage.data.sources.base import Kind
 from recsys2stage.data.split import Marked
 from recsys2stage.mining.mine import mine_negatives
-from recsys2stage.options import Part, Seen, TimeUnit
+from recsys2stage.options import Part, Seen, TimeUnit, call_text
 from recsys2stage.ranking.bundle import bundle_manifest
 
 KIND = "model"  # artifact kind in the manifest
@@ -137,6 +137,9 @@ class TwoStageRecommender:
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Constructor arguments, as in scikit-learn; `deep` has no effect."""
         return {name: getattr(self, name) for name in list(inspect.signature(type(self)).parameters)}
+
+    def __repr__(self) -> str:
+        return call_text(type(self), self.get_params())
 
     def set_params(self, **params: Any) -> "TwoStageRecommender":
         """Sets constructor arguments, as in scikit-learn; those of the stages take effect at the next `fit`."""

@@ -4,8 +4,9 @@ Each error is one sentence: the value given, what was expected, and the next ste
 """
 
 import difflib
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -41,7 +42,7 @@ def check_option(name: str, value: object, expected: Any) -> None:
     if not isinstance(value, str) or value not in allowed:
         near = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
         step = f"did you mean {near[0]!r}?" if near else f"set {name} to one of them"
-        raise ValueError(f"{name} is {_shown(value)}, expected {', '.join(allowed[:-1])} or {allowed[-1]}; {step}")
+        raise ValueError(f"{name} is {short_repr(value)}, expected {', '.join(allowed[:-1])} or {allowed[-1]}; {step}")
 
 
 def check_untrained(where: object, until: Until, part: Part, step: str) -> None:
@@ -89,7 +90,7 @@ def check_integer(
         bounds = f"at least {low:,}" if value < low else f"at most {high:,}"  # type: ignore[operator]
     alternative = f", or {other}" if other else ""
     step = f"set {name} to {low if example is None else example}, for example"
-    raise ValueError(f"{name} is {_shown(value)}, expected {bounds}{alternative}; {step}")
+    raise ValueError(f"{name} is {short_repr(value)}, expected {bounds}{alternative}; {step}")
 
 
 def check_number(
@@ -132,7 +133,7 @@ def check_number(
         bounds = " and ".join(part for part in (start, end) if part) or "that is finite"
     alternative = f", or {other}" if other else ""
     raise ValueError(
-        f"{name} is {_shown(value)}, expected {what} {bounds}{alternative}; set {name} to {example}, for example"
+        f"{name} is {short_repr(value)}, expected {what} {bounds}{alternative}; set {name} to {example}, for example"
     )
 
 
@@ -146,7 +147,7 @@ def check_integers(name: str, values: object, low: int = 1, high: int = LARGEST,
         valid = False
     if not valid:
         raise ValueError(
-            f"{name} is {_shown(values)}, expected a list of integers, {low:,} to {high:,} each; set {name} to "
+            f"{name} is {short_repr(values)}, expected a list of integers, {low:,} to {high:,} each; set {name} to "
             f"{list(example)}, for example"
         )
 
@@ -164,9 +165,26 @@ def is_number(value: object) -> bool:
         return False
 
 
-def _shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """The value given, short, with numpy's numbers as plain ones."""
     if isinstance(value, Real) and not isinstance(value, bool):
         value = int(value) if isinstance(value, Integral) else float(value)
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def not_installed(packages: Sequence[str]) -> str:
+    """For messages: a, which is not installed; a, b, which are not installed."""
+    return f"{', '.join(packages)}, which {'is' if len(packages) == 1 else 'are'} not installed"
+
+
+def call_text(cls: type, given: Mapping[str, Any]) -> str:
+    """A class with those of its arguments that differ from their defaults, as scikit-learn shows an estimator."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    same = {name for name, value in given.items() if type(value) is type(defaults[name]) and value == defaults[name]}
+    return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in given.items() if name not in same)})"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 item, 2,000 items."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

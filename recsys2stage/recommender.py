@@ -14,6 +14,7 @@ import numpy as np
 from recsys2stage import columns as c
 from recsys2stage.data.batches import Ragged
 from recsys2stage.data.dataset import Dataset
+from recsys2stage.data.ids import none_known
 from recsys2stage.data.request_inputs import encode_users, request_seconds
 from recsys2stage.options import Seen, check_option
 from recsys2stage.ranking.beyond import Recommendations as Recommendations
@@ -101,12 +102,13 @@ class Recommender(Stages):
                 raise ValueError(f'user is {user!r}, expected features by name, such as {{"age": 25}}')
             events = events._replace(user=encode_users(self.user_features, [user], "user"))
         if self.needs_times and times is None and len(events.items):
-            raise ValueError("this model reads event times; pass times: seconds, one for each event")
+            raise ValueError(
+                f"times are missing: {self.time_readers}; pass times: seconds since 1970, one for each item"
+            )
         if len(events.items) and not len(events.known):
             logger.warning(
-                "the model knows none of the %s item ids of the history, for example %r; expected ids such as %r; the "
-                "most popular items are recommended, without a retriever score",
-                *(f"{len(events.items):,}", as_list("history", history, "item ids")[0], self.example_id),
+                "%s; expected ids such as %r; the most popular items are recommended, without a retriever score",
+                *(none_known(as_list("history", history, "item ids"), " of the history"), self.example_id),
             )
         request = self.request_seconds(request_time, events.newest)
         padded = pad_events([events], self.towers.max_length, "ratings" in self.input_fields, self.reads_actions)
@@ -140,10 +142,7 @@ class Recommender(Stages):
         """The mask of items that are allowed by id, (V,) bool."""
         numbers = self.catalogue.numbers(allow)
         if len(allow) and not numbers.any():
-            raise ValueError(
-                f"the model knows none of the {len(allow):,} allowed item ids, for example {allow[0]!r}; expected ids "
-                f"such as {self.example_id!r}"
-            )
+            raise ValueError(f"{none_known(allow, ' of allow')}; expected ids such as {self.example_id!r}")
         allowed = np.zeros(len(self.vectors), dtype=bool)
         allowed[numbers] = True
         return allowed[1:]

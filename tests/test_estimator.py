@@ -352,8 +352,11 @@ def test_signals_that_the_frame_cannot_give_are_left_out(
     model.fit(events.filter(pl.col("who") <= 40))
     told = read_manifest(model.path / "candidates", "candidates", "")["signals"]
     assert {signal["name"].partition(".")[0] for signal in told} == {"Transitions"}
-    left_out = [line for line in caplog.messages if "is left out" in line]
-    assert [line.partition(" ")[0] for line in left_out] == ["Ratings", "Affinity"]
+    left_out = [line for line in caplog.messages if "is not used" in line]
+    assert left_out[0] == "the signal Ratings is not used: the events have no ratings"
+    assert left_out[1].startswith("the signal Affinity is not used: the items have no categorical, ")
+    assert len(left_out) == 2
+    assert not any("/" in line or "leave" in line for line in left_out), "neither our folder nor what is already done"
     assert len(model.recommend(users=[1, 2], k=5)) == 10
 
 
@@ -363,6 +366,13 @@ def test_arguments_are_attributes_and_parameters() -> None:
     assert params["config"] == model.config == "configs/ml-1m-plain"
     assert (model.max_epochs, model.overlays, model.user) == (3, ["hstu"], "user_id")
     assert TwoStageRecommender(**params).get_params() == params
+
+
+def test_the_repr_shows_what_differs_from_the_defaults() -> None:
+    """As scikit-learn does it."""
+    model = TwoStageRecommender("small", user="kunde", max_epochs=None, early_stopping=1)
+    assert repr(model) == "TwoStageRecommender(config='small', early_stopping=1, user='kunde')"
+    assert repr(TwoStageRecommender()) == "TwoStageRecommender()"
 
 
 def test_parameters_are_set_by_name() -> None:
@@ -516,10 +526,17 @@ def test_a_saved_model_says_neither_what_to_trust_nor_which_configs_to_read(
     ("ask", "message"),
     [
         ({"users": [1], "histories": {"who": [1], "what": [1]}}, "both users and histories are given"),
-        ({"users": [1, 77_777, "x"]}, r"2 of 3 user ids are not in .*, for example \['77777', 'x'\]"),
+        (
+            {"users": [1, 77_777, "x"]},
+            "2 of 3 users are not in the data, for example '77777', 'x', expected ids such as '.*'; check the ids",
+        ),
+        (
+            {"users": ["x"]},
+            "user 'x' is not in the data, expected ids such as '1'; check the id, .* history: histories$",
+        ),
         ({"users": []}, "no users to recommend for"),
         ({"histories": {"who": [1], "at": [1]}}, "the frame of histories has no column 'what'"),
-        ({"histories": {"who": [1], "what": [-5]}}, "none of the 1 item ids"),
+        ({"histories": {"who": [1], "what": [-5]}}, "does not know the item id in .*, '-5'"),
     ],
 )
 def test_questions_without_an_answer_are_refused(
@@ -535,6 +552,7 @@ def test_questions_without_an_answer_are_refused(
         ({"time": "timestamp"}, {}, "the frame of events has no column 'timestamp'; its columns are: 'who', 'what'"),
         ({"user": "woh"}, {}, r"no column 'woh' \(did you mean 'who'\?\)"),
         ({"action": "did"}, {}, "no column 'did'"),
+        ({}, {"items": {"what": []}}, "the frame of items has no rows, .* give a table with rows, or leave items out"),
         ({}, {"items": {"id": [1]}}, "the frame of items has no column 'what'"),
         ({}, {"users": {"what": [1]}}, "the frame of users has no column 'who'"),
         ({"item_features": {"hue": "numeric"}}, {"items": {"what": [1]}}, "the frame of items has no column 'hue'"),

@@ -258,6 +258,23 @@ def test_interrupted_it_says_that_the_same_command_goes_on(project: Project) -> 
     assert verbs(project.make(*words[1:])) == ALL
 
 
+def test_clean_keeps_the_events_of_a_service(project: Project) -> None:
+    bundle = project.folder / "runs/ml-1m/refit-all/bundle"
+    bundle.mkdir(parents=True)
+    (project.folder / "data/ml-1m").mkdir(parents=True)
+    store = bundle.parent / "store.sqlite"
+    store.touch()
+    project.make("clean", "DATASET=ml-1m")
+    said = "runs/ml-1m/refit-all/store.sqlite holds events of the service; export them with recsys export-log --store "
+    assert said + "runs/ml-1m/refit-all/store.sqlite, move the file or delete it, then make clean again" in project.said
+    assert store.exists()
+    assert (project.folder / "data/ml-1m").exists(), "nothing is removed"
+    store.unlink()
+    project.make("clean", "DATASET=ml-1m")
+    assert not (project.folder / "runs/ml-1m").exists()
+    assert not (project.folder / "data/ml-1m").exists()
+
+
 def test_a_project_without_a_checkout_has_the_same_rules(project: Project) -> None:
     (project.folder / "Makefile").write_text(
         "DATASET ?= ml-1m\nRECSYS := .venv/bin/recsys\nREADY :=\ninclude configs/pipeline.mk\n"

@@ -1,5 +1,6 @@
 """The shipped configs: where they are in a checkout and in an installed package, and what their first lines say."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import recsys2stage
@@ -45,4 +46,9 @@ def resolve_path(name: str | Path, folder: str, suffix: str = "") -> Path:
     for path in (Path(name), local, shipped_configs().parent / local):
         if path.exists():
             return path
-    raise FileNotFoundError(f"{name} does not exist, nor does {local}; give a path, or a name from {folder}")
+    list_names, kind = (overlays, "overlays") if suffix and folder.endswith(OVERLAYS) else (datasets, "configs")
+    names = [] if suffix and list_names is datasets else [*list_names(shipped_configs()), *list_names(Path("configs"))]
+    near = get_close_matches(str(name), names, 1)
+    hint = f"; did you mean {near[0]}? Give" if near else "; give"
+    shown = f" (recsys list {kind})" if names else ""
+    raise FileNotFoundError(f"{name} does not exist, nor does {local}{hint} a path, or a name from {folder}{shown}")

@@ -14,7 +14,7 @@ from recsys2stage.data.ids import given_ids, read_id_lines
 from recsys2stage.data.locks import locked
 from recsys2stage.data.request_inputs import as_seconds, format_time
 from recsys2stage.data.summary import print_summary, progress
-from recsys2stage.options import Seen, check_integer
+from recsys2stage.options import Seen, check_integer, counted
 from recsys2stage.ranking.beyond import Recommendations
 from recsys2stage.ranking.bundle import bundle_data, bundle_log, check_split
 from recsys2stage.recommender import Recommender
@@ -107,9 +107,10 @@ def recommend(
     with locked(output), ListWriter.open(output, requests.user_ids, recommender.catalogue) as writer:
         for part in progress(list(in_chunks(len(requests.user_ids), batch_size)), "recommend"):
             writer.write(part, rank(part, k)[1])
+    given = "1 user" if len(requests.user_ids) == 1 else f"each of {len(requests.user_ids):,} users"
     print_summary(
         output,
-        f"{writer.rows:,} rows, {k} items for each of {len(requests.user_ids):,} users{when}",
+        f"{counted(writer.rows, 'row')}, {counted(k, 'item')} for {given}{when}",
         *(examples(requests.user_ids, recommender.catalogue, show, rank) if show else ()),
         then=f"recsys serve --bundle {bundle}",
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from recsys2stage.artifacts import RUN
 from recsys2stage.data.summary import print_summary
+from recsys2stage.options import not_installed
 from recsys2stage.serving.export_log import export_log as write_log
 from recsys2stage.serving.settings import STORE as STORE
 from recsys2stage.serving.settings import Settings
@@ -71,7 +72,7 @@ def serve(
     """
     options = dict(locals())
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ValueError(f"serve needs {', '.join(missing)}, which is not installed: pip install 'recsys2stage[serve]'")
+        raise ValueError(f"serve needs {not_installed(missing)}: pip install 'recsys2stage[serve]'")
     lists = {"cors": cors, "trust": trust}
     several = {name: (given,) if isinstance(given, str) else tuple(given or ()) for name, given in lists.items()}
     settings = Settings(**options | several)

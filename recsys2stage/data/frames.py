@@ -157,6 +157,10 @@ class FrameColumns:
             return None
         table = as_polars(frame, (self._id(name),), FRAMES[name])
         require([self._id(name), *self._kinds(table, name)], table.columns, f"the frame of {name}")
+        if table.is_empty():
+            raise ValueError(
+                f"the frame of {name} has no rows, expected at least one; give a table with rows, or leave {name} out"
+            )
         lists = [column for column, dtype in table.schema.items() if dtype.is_nested()]
         for column in lists:
             if getattr(table.schema[column], "inner", pl.String()).is_float():

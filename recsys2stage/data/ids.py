@@ -15,6 +15,7 @@ import polars as pl
 import yaml
 
 from recsys2stage.columns import PLAIN_NUMBER
+from recsys2stage.options import short_repr
 
 logger = logging.getLogger("recsys2stage")
 
@@ -231,8 +232,14 @@ def warn_ambiguous_ids(ids: pl.Series, name: str, where: str | Path) -> None:
         )
 
 
-def select(wanted: Sequence[str], ids: pl.Series, where: str | Path) -> pl.Series:
-    """Mask of the wanted ids, (n,) bool. Surrounding blanks of a wanted id are ignored if only the stripped id exists.
+def select(wanted: Sequence[str], ids: pl.Series, where: str | Path, step: str = "") -> pl.Series:
+    """Mask of the wanted user ids, (n,) bool. Blanks around a wanted id are ignored if only the stripped id exists.
+
+    Args:
+        wanted: ids, as text.
+        ids: existing ids, (n,).
+        where: what holds the existing ids, for the error.
+        step: a next step besides checking the ids, for the error.
 
     Raises:
         ValueError: with wanted ids that do not exist.
@@ -241,5 +248,26 @@ def select(wanted: Sequence[str], ids: pl.Series, where: str | Path) -> pl.Serie
     existing = set(text)
     requested = {one if one in existing else one.strip() for one in wanted}
     if missing := sorted(requested - existing):
-        raise ValueError(f"{len(missing)} of {len(requested)} user ids are not in {where}, for example {missing[:3]}")
+        shown = ", ".join(short_repr(one) for one in missing[:3])
+        if len(requested) == 1:
+            given, check = f"user {shown} is not in {where}", "check the id"
+        else:
+            are = "is" if len(missing) == 1 else "are"
+            given = f"{len(missing):,} of {len(requested):,} users {are} not in {where}, for example {shown}"
+            check = "check the ids"
+        like = f"expected ids such as {short_repr(str(text[0]))}" if len(text) else "which has no users"
+        raise ValueError(f"{given}, {like}; {check}{step}")
     return text.is_in(list(requested))
+
+
+def none_known(given: Sequence[Any], what: str) -> str:
+    """For messages: the model knows none of the given item ids.
+
+    Args:
+        given: ids, at least one.
+        what: where they are given, such as " of the history".
+    """
+    example = short_repr(given[0])
+    if len(given) == 1:
+        return f"the model does not know the item id{what}, {example}"
+    return f"the model knows none of the {len(given):,} item ids{what}, for example {example}"

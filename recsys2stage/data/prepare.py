@@ -248,12 +248,12 @@ def drop_repeated_targets(
 def warn(counts: dict[str, int], repeats: Repeats) -> None:
     """Logs repeats, missing metadata, short histories and rejected rows."""
     kept = {"first": "the first of each is kept", "last": "the last of each is kept", "keep": "all are kept"}
-    for name, message in {
-        "repeats": f"events repeat a (user, item) pair ({kept.get(repeats)}: repeats={repeats})",
-        "items_without_metadata": "items are not in the item table; their features are unknown",
-        "users_without_metadata": "users are not in the user table; their features are unknown",
-        "users_too_short": "users have too few events for evaluation; they are used for training only",
-        "rejected": f"bad rows are in {c.REJECTED}",
+    for name, (one, many, message) in {
+        "repeats": ("event repeats", "events repeat", f"a (user, item) pair ({kept.get(repeats)}: repeats={repeats})"),
+        "items_without_metadata": ("item is", "items are", "not in the item table: unknown features"),
+        "users_without_metadata": ("user is", "users are", "not in the user table: unknown features"),
+        "users_too_short": ("user has", "users have", "too few events for evaluation: used for training only"),
+        "rejected": ("bad row is", "bad rows are", f"in {c.REJECTED}"),
     }.items():
         if counts[name]:
-            log.warning("%s %s", f"{counts[name]:,}", message)
+            log.warning("%s %s %s", f"{counts[name]:,}", one if counts[name] == 1 else many, message)

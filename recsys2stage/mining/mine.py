@@ -1,6 +1,7 @@
 """The verb mine-negatives: candidate lists with labels, signals and hard negatives for each validation target."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from recsys2stage.retrieval.catalogue_ranks import catalogue_ranks
 from recsys2stage.trust import Trust, trusts
 
 logger = logging.getLogger("recsys2stage")
+
+LEAVE_OUT = re.compile(r"(;|, or) leave \w+ out$")  # the next step of a signal's error, done already with strict=False
 
 Table = dict[str, np.ndarray]  # columns of equal length
 
@@ -243,7 +246,8 @@ def fit_signal(signal: Signal, dataset: Dataset, vectors: np.ndarray, strict: bo
     except ValueError as error:
         if strict:
             raise
-        logger.warning("%s is left out: %s", type(signal).__name__, error)
+        why = LEAVE_OUT.sub("", str(error)).replace(f" of {dataset.path} ", " ").replace(str(dataset.path), "the log")
+        logger.warning("the signal %s is not used: %s", type(signal).__name__, why)
         return False
     return True
 

@@ -99,10 +99,26 @@ class Stages:
         return c.UNKNOWN if self.next_action == "target" else 1 + self.actions.index(self.next_action)
 
     @property
+    def first_reads_times(self) -> bool:
+        """Whether the first stage reads event times or request times."""
+        return self.request_time != "none" or self.towers.encoder.reads_times
+
+    @property
     def needs_times(self) -> bool:
         """Whether the model reads event times or request times."""
-        first = self.request_time != "none" or self.towers.encoder.reads_times
-        return first or any(signal.reads_times for signal in self.signals) or self.reads_ages
+        return self.first_reads_times or any(signal.reads_times for signal in self.signals) or self.reads_ages
+
+    @property
+    def time_readers(self) -> str:
+        """Which parts read times, as a clause for messages; empty unless `needs_times`."""
+        signals = ", ".join(dict.fromkeys(type(signal).__name__ for signal in self.signals if signal.reads_times))
+        first, ages = self.first_reads_times, self.reads_ages
+        given = {
+            "the retriever reads": first,
+            f"signals of the ranker ({signals}) read": signals,
+            "the ranker reads": ages,
+        }
+        return " and ".join(f"{reader} times" for reader, reads in given.items() if reads)
 
     @property
     def reads_ages(self) -> bool:

@@ -158,7 +158,7 @@ class ItemFeatures:
             raise wrong(
                 field,
                 name,
-                f"there is no item feature {shorten(name)}; {nearest(name, self.kinds)} /v1/info lists them",
+                f"there is no item feature {shorten(name)}; {nearest(name, self.kinds, '/v1/info lists them')}",
             )
 
     def _mask(self, feature: str, name: str, field: str) -> np.ndarray:
@@ -167,7 +167,7 @@ class ItemFeatures:
             raise wrong(
                 field,
                 name,
-                f"{feature} has no class {shorten(name)}; {nearest(name, classes.names)} /v1/info lists them",
+                f"{feature} has no class {shorten(name)}; {nearest(name, classes.names, '/v1/info lists them')}",
             )
         mask = np.zeros(self.count, dtype=bool)
         mask[classes.of(name) - 1] = True

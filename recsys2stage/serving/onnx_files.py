@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recsys2stage.options import not_installed
 from recsys2stage.recommender import Recommender
 from recsys2stage.serving.graphs import BATCH, Graph, Port, RankerGraph, RetrieverGraph
 
@@ -31,9 +32,7 @@ class CannotExport(ValueError):
 def check_packages() -> None:
     """Raises a ValueError where the packages of the extra `onnx` are not installed."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ValueError(
-            f"export-onnx needs {', '.join(missing)}, which is not installed: pip install 'recsys2stage[onnx]'"
-        )
+        raise ValueError(f"export-onnx needs {not_installed(missing)}: pip install 'recsys2stage[onnx]'")
 
 
 def versions() -> dict[str, str]:

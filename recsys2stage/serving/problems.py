@@ -78,13 +78,14 @@ def shorten(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The most similar names in words, for a message."""
+def nearest(name: str, names: Iterable[str], step: str = "") -> str:
+    """The most similar names in words, for a message, else the expected names and a next step."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
-        return f"did you mean {' or '.join(map(repr, close))}?"
-    return f"expected {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else "expected none"
+        return f"did you mean {' or '.join(map(repr, close))}?{step and f' {step[0].upper()}{step[1:]}'}"
+    expected = f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else "none"
+    return f"expected {expected}{step and f'; {step}'}"
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -169,6 +170,11 @@ def explain_invalid(error: Mapping[str, Any], model: Any = None) -> dict[str, An
         expected = EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix("Value should ")
         bounds = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
         step = "send it as text, in quotes" if kind == "string_type" and isinstance(value, int) else "correct it"
+        field = next((part for part in reversed(place) if isinstance(part, str)), "")
+        if field in TIMES and kind.startswith("int_") and kind != "int_parsing_size":
+            expected, step = "seconds since 1970, such as 1714521600", "convert it to whole seconds"
+        elif field == "history" and kind in OBJECT:
+            return _error(path, value, f"{path} is {shorten(value)}, {HISTORY}")
         detail = f"{path} is {shorten(value)}, expected {expected.format(**bounds)}; {step}"
     return _error(path, value, detail)
 
@@ -195,6 +201,11 @@ EXPECTED = {  # error of pydantic -> what is expected
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
 }
+
+
+TIMES = ("time", "times", "request_time")  # fields in seconds
+OBJECT = ("dict_type", "model_type", "model_attributes_type")
+HISTORY = 'expected {"items": [...], "times": [...]}; send such an object'
 
 
 def fields_at(model: Any, place: Sequence[Any]) -> list[str]:

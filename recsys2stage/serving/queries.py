@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recsys2stage.data.ids import none_known
 from recsys2stage.data.request_inputs import class_code, encode_users
 from recsys2stage.ranking.histories import Events, parse_events
 from recsys2stage.recommender import Recommender
@@ -94,13 +95,12 @@ class Resolver:
             return Events(known.items, known.times, known.ratings, known.actions, known.user)
         history = body.history
         if history.items and model.needs_times and history.times is None:
-            raise wrong(
-                "history.times", None, "times are missing, and this model reads them; send seconds, one for each event"
-            )
+            detail = f"is missing: {model.time_readers}; send seconds since 1970, one for each item"
+            raise Problem(422, "wrong-value", f"history.times {detail}", "history.times")
         if model.reads_actions:
             for place, name in enumerate(history.actions or []):
                 if name is not None and name not in model.actions:
-                    detail = f"there is no action {shorten(name)}; {nearest(name, model.actions)} Null: unknown"
+                    detail = f"there is no action {shorten(name)}; {nearest(name, model.actions, 'null is unknown')}"
                     raise wrong(f"history.actions.{place}", name, detail)
         try:
             events = parse_events(
@@ -137,10 +137,7 @@ class Resolver:
                     raise wrong(f"user.{spec['name']}", one, f"{spec['name']} has no class {shorten(one)}; {step}")
 
     def _none_known(self, field: str, ids: Sequence[str]) -> str:
-        return (
-            f"the model knows none of its {len(ids):,} ids, for example {shorten(ids[0])}, expected ids such as "
-            f"{self.model.example_id!r}; search /v1/items"
-        )
+        return f"{none_known(ids, '')}, expected ids such as {self.model.example_id!r}; search /v1/items"
 
     def _request_time(self, body: UserPart, events: Events) -> int:
         newest = events.newest

@@ -35,7 +35,7 @@ class DatasetRequests:
         self.dataset, self.max_length = dataset, recommender.towers.max_length
         table = pl.read_parquet(dataset.path / c.USER_TABLE, columns=[c.USER, c.USER_ID]).sort(c.USER)
         if only is not None:
-            table = table.filter(ids.select(only, table[c.USER_ID], dataset.path))
+            table = table.filter(ids.select(only, table[c.USER_ID], "the data", ", or give a history: --histories"))
         self.users, self.user_ids = table[c.USER].to_numpy().astype(np.int64), table[c.USER_ID].to_numpy()
 
     @property
@@ -90,10 +90,8 @@ class FileRequests:
             raise ValueError(f"{path} holds no events; expected one row for each event of each user")
         numbers = recommender.catalogue.numbers(log[c.ITEM_ID].to_list())
         if not numbers.any():
-            raise ValueError(
-                f"the model knows none of the {len(log):,} item ids in {path}, for example "
-                f"{log[c.ITEM_ID][0]!r}; expected ids such as {recommender.catalogue.items[c.ITEM_ID][0]!r}"
-            )
+            given = ids.none_known(log[c.ITEM_ID].to_list(), f" in {path}")
+            raise ValueError(f"{given}; expected ids such as {recommender.example_id!r}")
         if not numbers.all():
             logger.warning(
                 "%s: skipping %s of %s events, of items the model does not know",

@@ -313,7 +313,9 @@ def test_wrong_input_ends_in_one_readable_line(
     assert "recsys export-index" in one_line(["mine-negatives", "--data", trained.data, "--index", tmp_path], capsys)
     assert "recsys export-bundle" in one_line(["evaluate", "--bundle", tmp_path], capsys)
     unknown = ["recommend", "--bundle", trained.bundle, "--users", "['nobody']", "--output", tmp_path / "o.csv"]
-    assert "1 of 1 user ids are not in" in one_line(unknown, capsys)
+    line = one_line(unknown, capsys)
+    assert "user 'nobody' is not in the data, expected ids such as " in line
+    assert "check the id, or give a history: --histories" in line
     assert not (tmp_path / "o").exists()
 
 

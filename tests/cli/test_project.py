@@ -245,6 +245,10 @@ def test_a_name_of_configs_is_found_in_the_project_first_and_else_among_the_ship
     assert resolve_path("demo", "configs") == Path("configs/demo")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist, nor does configs/nowhere; give a path"):
         resolve_path("nowhere", "configs")
+    with pytest.raises(FileNotFoundError, match=r"smal does not exist, .*; did you mean small\? .*recsys list configs"):
+        resolve_path("smal", "configs")
+    with pytest.raises(FileNotFoundError, match=r"hstuu does .*; did you mean hstu\? .*recsys list overlays"):
+        resolve_path("hstuu", "configs/with", ".yaml")
 
 
 # list

@@ -376,8 +376,8 @@ def test_features_are_written_by_item_number_with_a_row_of_nothing_for_padding(
     assert table["item"].to_list() == [1, 2, 3, 4]
     assert table["title"].to_list() == ["One", None, "Three", "Four"]
     assert "1 rows repeat a item_id" in caplog.text
-    assert "1 items are not in the item table" in caplog.text
-    assert "1 users have too few events" in caplog.text
+    assert "1 item is not in the item table" in caplog.text
+    assert "1 user has too few events" in caplog.text
 
 
 def test_users_have_features_without_a_padding_row(tmp_path: Path) -> None:

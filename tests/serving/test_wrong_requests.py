@@ -81,9 +81,24 @@ WRONG: dict[str, tuple[str, Any, int, str, str, str]] = {  # name -> route, body
     ),
     "a history of strangers": (
         *(RECOMMEND, {"history": {"items": ["x", "y"], "times": [1, 2]}}, 422),
-        *("none of its 2 ids, for example 'x'", "expected ids such as", "search /v1/items"),
+        *("none of the 2 item ids, for example 'x'", "expected ids such as", "search /v1/items"),
     ),
-    "no times": (RECOMMEND, {"history": {"items": ["1"]}}, 422, "missing", "this model reads them", "send seconds"),
+    "no times": (
+        RECOMMEND,
+        {"history": {"items": ["1"]}},
+        422,
+        r"history\.times is missing",
+        r"read.* times",
+        "send seconds",
+    ),
+    "dates": (
+        *(RECOMMEND, {"history": HISTORY | {"times": ["2024-05-01", 1]}}, 422, r"history\.times\.0 is '2024-05-01'"),
+        *("expected seconds since 1970, such as 1714521600", "convert"),
+    ),
+    "a list as history": (
+        *(RECOMMEND, {"history": ["1"]}, 422),
+        *(r"history is \['1'\]", r'expected \{"items": \[\.\.\.\], "times": \[\.\.\.\]\}', "send"),
+    ),
     "one time for two": (
         RECOMMEND,
         {"history": HISTORY | {"times": [1]}},
@@ -145,6 +160,10 @@ WRONG: dict[str, tuple[str, Any, int, str, str, str]] = {  # name -> route, body
         *(RECOMMEND, {"user_id": "1", "filters": {"genres": {"all": ["drama"]}}}, 422),
         *("'drama'", "no class", "did you mean 'Drama'"),
     ),
+    "a class of another language": (
+        *(RECOMMEND, {"user_id": "1", "filters": {"genres": {"all": ["xyzw"]}}}, 422),
+        *("'xyzw'", "expected .*[a-zA-Z.]; ", "/v1/info lists them"),
+    ),
     "an empty filter": (RECOMMEND, {"user_id": "1", "filters": {"genres": {}}}, 422, "{}", "expected any", "leave"),
     "a range of classes": (
         *(RECOMMEND, {"user_id": "1", "filters": {"genres": {"min": 3}}}, 422),
@@ -184,7 +203,14 @@ WRONG: dict[str, tuple[str, Any, int, str, str, str]] = {  # name -> route, body
         "send seconds",
     ),
     "an event before 1970": (EVENTS, {"events": [ONE | {"time": -1}]}, 422, "is -1", "at least 0", "correct"),
-    "half a second": (EVENTS, {"events": [ONE | {"time": 1.5}]}, 422, "is 1.5", "expected an integer", "correct"),
+    "half a second": (
+        EVENTS,
+        {"events": [ONE | {"time": 1.5}]},
+        422,
+        "is 1.5",
+        "expected seconds since 1970",
+        "convert",
+    ),
     "an infinite rating": (
         EVENTS,
         b'{"events": [{"user_id": "1", "item_id": "2", "rating": 1e999}]}',
