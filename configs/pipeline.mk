@@ -28,6 +28,9 @@ space := $(subst ,, )
 NAME := runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))
 seeded := $(if $(SEED),-seed$(SEED))
 RUN ?= $(NAME)$(if $(OTHER),-pair)$(seeded)
+ifeq ($(strip $(RUN)),)
+$(error RUN is empty, expected a folder of your own for the run, such as RUN=runs/own; or leave it out)
+endif
 FIRST = $(if $(OTHER),$(NAME)$(seeded),$(RUN))# with OTHER, the first stage is that of the run without it
 # REFIT trains again what validation has chosen, in folders of its own: the ranker on all its lists (ranker); or
 # retriever and signals on all events before the test targets (all) or on all events (production, without a report)
@@ -143,7 +146,7 @@ hashing = hash() { if [ -d "$$1" ]; then ls "$$1"; else cat "$$1"; fi | $(SHA256
 note_raw = { { echo "$(1)"; { $(listed); } | sort -u | while IFS= read -r path; do \
 	if [ -e $(begun) -a "$$path" -nt $(begun) ]; then echo "written-meanwhile - $$path"; \
 	elif [ -e "$$path" ]; then echo "$$(hash "$$path") - $$path"; fi; done; } > $(raw).partial; mv $(raw).partial $(raw); }
-raw_changed = $(shell $(hashing); [ -e $(DATA)/manifest.json ] || exit 0; changed() { echo "$$1"; exit 0; }; \
+raw_changed = $(shell $(hashing); [ -e $(DATA)/manifest.json ] || exit 0; changed() { echo "$${1:-$(raw)}"; exit 0; }; \
 	{ read -r given && lines=$$(cat); } 2> /dev/null < $(raw) || { given=; lines=; }; \
 	$(if $(RAW),[ "$$given" = "$(RAW)" ] || changed "RAW";) \
 	if [ -z "$$lines" ]; then while IFS= read -r path; do \
@@ -324,4 +327,4 @@ $(OUT)/recommendations.parquet: $(OUT)/bundle/manifest.json $(call config,recomm
 retriever: $(FIRST)/index/manifest.json $(INDEX)/manifest.json $(folds:%=$(FIRST)/folds-$(FOLDS)/%/index/manifest.json)
 
 clean: ## remove what the pipeline made for DATASET
-	rm -rf $(DATA) $(raw) $(FIRST) $(RUN)
+	rm -rf $(DATA) $(raw) data/.$(DATASET).manifest.* $(FIRST) $(RUN) $(dir $(RUN)).$(notdir $(RUN)).*.begun

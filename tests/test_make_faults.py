@@ -147,3 +147,19 @@ def test_two_makes_that_prepare_the_same_data_lose_none(project: Project) -> Non
     assert first.returncode == 0
     assert (project.folder / DATA).read_text() == manifest
     assert not list((project.folder / "data").glob(".ml-1m.manifest*"))
+
+
+def test_a_damaged_note_of_the_raw_data_is_no_note(project: Project) -> None:
+    words = (DATA, *WORDS[1:])
+    project.make(*words)
+    (project.folder / "data/.ml-1m.raw").write_text("raw.zip\ndamaged\n")
+    assert verbs(project.make(*words)) == ["prepare-data"]
+    assert "(changed: data/.ml-1m.raw)" in project.said
+    assert project.make(*words) == []
+
+
+def test_a_run_without_a_folder_is_refused(project: Project) -> None:
+    """Its artifacts would lie in the root folder."""
+    assert project.make(*WORDS, "RUN=") == []
+    assert "RUN is empty, expected a folder of your own" in project.said
+    assert len(project.said.splitlines()) == 1
