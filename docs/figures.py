@@ -390,7 +390,7 @@ def by_gap(panels: Sequence[dict[str, Any]] | None = None) -> Canvas:
         shown = [(at, panel["by_gap"][label]) for at, label in enumerate(labels) if label in panel["by_gap"]]
         models = [one["ndcg@10"] for _, group in shown for one in group["models"].values()]
         longest = max(one["high"] for one in models)
-        start, width = left + 196, 236
+        start, width = left + 196, 236 if len(panels) > 1 else 680
         c.text(left, top + 16, panel["title"], weight="bold", ha="left")
         c.arrow([(start, top + 40), (start, top + 44 + step * len(labels))], color=RULE, head=False)
         for at, label in enumerate(labels):
