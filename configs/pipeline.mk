@@ -7,7 +7,6 @@
 #   READY    a file that must be made before RECSYS can run; empty where it is installed already
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 RECSYS ?= recsys
@@ -29,6 +28,9 @@ space := $(subst ,, )
 NAME := runs/$(subst $(space),-,$(strip $(DATASET) $(WITH)))
 seeded := $(if $(SEED),-seed$(SEED))
 RUN ?= $(NAME)$(if $(OTHER),-pair)$(seeded)
+ifeq ($(strip $(RUN)),)
+$(error RUN is empty, expected a folder of your own for the run, such as RUN=runs/own; or leave it out)
+endif
 FIRST = $(if $(OTHER),$(NAME)$(seeded),$(RUN))# with OTHER, the first stage is that of the run without it
 # REFIT trains again what validation has chosen, in folders of its own: the ranker on all its lists (ranker); or
 # retriever and signals on all events before the test targets (all) or on all events (production, without a report)
@@ -113,17 +115,20 @@ simulated := $(if $(RAW),,$(if $(shell grep -s data/raw/demo $(CONFIG)/prepare.y
 # no note; it is up to date if it is newer than its inputs, and is given one. To run a stage again, remove its folder.
 SHA256 := $(if $(shell command -v sha256sum),sha256sum,shasum -a 256)
 noted = $(@D)/.$(@F).inputs
+# exists from the start of a stage to its note; what is newer was replaced by a stage that was killed before its note
+begun = $(dir $(@D)).$(notdir $(@D)).$(@F).begun
+begins = mkdir -p $(dir $(@D)); : > $(begun); $(cleared)
 parents = $(filter-out FORCE,$^)
 inputs = { $(SHA256) $(parents)$(if $(1),; echo "$(1)"); } 2> /dev/null
 sums = sed "s/  .*//"
 same = { now=$$($(call inputs,$(1))); was=$$(< $(or $(2),$(noted))); [ "$$now" = "$$was" ] || \
 	[ "$$($(sums) <<< "$$now")" = "$$($(sums) <<< "$$was")" ]; }# or the same under other paths
-newer = find $(parents) -prune -newer
+newer = find -L $(parents) -prune -newer
 flag = $(findstring $(1),$(filter-out --%,$(firstword -$(MAKEFLAGS))))
 dry := $(call flag,n)$(call flag,q)# nothing is written by a dry run, which takes what it would make as changed
 pretended :=
 # $(call stale,OPTIONS) is empty if the target is up to date
-stale = $(if $(filter $(pretended),$^),x,$(shell if [ ! -e $@ ]; then echo x; \
+stale = $(if $(filter $(pretended),$^),x,$(shell if [ ! -e $@ ] || [ -e $(begun) -a $@ -nt $(begun) ]; then echo x; \
 	elif [ -e $(noted) ]; then $(call same,$(1)) || echo x; \
 	elif [ -n "$$($(newer) $@ 2> /dev/null)" ]; then echo x; \
 	$(if $(dry),,else { $(call inputs,$(1)) > $(noted); } 2> /dev/null || true;) fi))
@@ -137,10 +142,11 @@ changes = $(if $(wildcard $(noted) $@ $(@D)/last.ckpt),$(sort $(shell if [ -e $(
 raw := data/.$(DATASET).raw
 listed = sed -n '/^  "inputs": \[$$/,/^  \]/s/^    "\(.*\)",\{0,1\}$$/\1/p' $(DATA)/manifest.json$(if $(RAW),; echo "$(RAW)")
 hashing = hash() { if [ -d "$$1" ]; then ls "$$1"; else cat "$$1"; fi | $(SHA256) | cut -d " " -f 1; }; \
-	state() { stat -c %s:%.9Y "$$1" 2> /dev/null || stat -f %z:%Fm "$$1"; }
+	state() { stat -Lc %s:%.9Y "$$1" 2> /dev/null || stat -Lf %z:%Fm "$$1"; }
 note_raw = { { echo "$(1)"; { $(listed); } | sort -u | while IFS= read -r path; do \
-	[ ! -e "$$path" ] || echo "$$(hash "$$path") - $$path"; done; } > $(raw).partial; mv $(raw).partial $(raw); }
-raw_changed = $(shell $(hashing); [ -e $(DATA)/manifest.json ] || exit 0; changed() { echo "$$1"; exit 0; }; \
+	if [ -e $(begun) -a "$$path" -nt $(begun) ]; then echo "written-meanwhile - $$path"; \
+	elif [ -e "$$path" ]; then echo "$$(hash "$$path") - $$path"; fi; done; } > $(raw).partial; mv $(raw).partial $(raw); }
+raw_changed = $(shell $(hashing); [ -e $(DATA)/manifest.json ] || exit 0; changed() { echo "$${1:-$(raw)}"; exit 0; }; \
 	{ read -r given && lines=$$(cat); } 2> /dev/null < $(raw) || { given=; lines=; }; \
 	$(if $(RAW),[ "$$given" = "$(RAW)" ] || changed "RAW";) \
 	if [ -z "$$lines" ]; then while IFS= read -r path; do \
@@ -170,8 +176,8 @@ interrupted := trap 'echo "Interrupted. The same command continues where it stop
 # $(call run,STAGE,TEXT,PATH,OPTIONS,COMMAND) runs `recsys COMMAND` if the target is out of date
 define run
 $(if $(call stale,$(4)),$(call begin,$(1),$(2),$(3),$(call changes,$(4)))
-@$(if $(dry),$(RECSYS) $(5),$(interrupted); $(cleared) inputs=$$($(call inputs,$(4))); \
-	RECSYS_HINTS=0 $(RECSYS) $(5) && echo "$$inputs" > $(noted)))
+@$(if $(dry),$(RECSYS) $(5),$(interrupted); $(begins) inputs=$$($(call inputs,$(4))); \
+	RECSYS_HINTS=0 $(RECSYS) $(5) && echo "$$inputs" > $(noted) && rm -f $(begun)))
 endef
 
 cleared = [ -e $@ ] || rm -f $(noted);# recsys writes into empty folders only
@@ -189,14 +195,19 @@ endef
 last = $(shell if [ ! -e $(@D)/last.ckpt ]; then :; \
 	elif if [ -e $(noted) ]; then $(call same,$(1)); else [ -z "$$($(newer) $(@D)/last.ckpt)" ]; fi; \
 	then echo $(@D)/last.ckpt; fi)
-aside = if [ -e $(@D)/last.ckpt ] || [ -e $(@D)/best.ckpt ]; then rm -rf $(@D).before; mv $(@D) $(@D).before; \
+trained = [ -n "$$(ls $(1)/{last.ckpt,best.ckpt,manifest.json} 2> /dev/null)" ]
+aside = if $(call trained,$(@D)); then rm -rf $(@D).before; mv $(@D) $(@D).before; \
 	echo "Training starts from scratch. What was trained before is kept in $(@D).before until the next change."; fi;
 regain = $(if $(dry),,$(if $(wildcard $(before)),$(shell [ ! -e $(noted) ] || $(call same,$(1)) || ! $(call same,$(1),$(before)) || \
 	$(running) || { rm -rf $(@D).other; mv $(@D) $(@D).other; mv $(@D).before $(@D); \
-	[ ! -e $(@D).other/last.ckpt ] || mv $(@D).other $(@D).before; rm -rf $(@D).other; echo x; })))
+	! $(call trained,$(@D).other) || mv $(@D).other $(@D).before; rm -rf $(@D).other; echo x; })))
 before = $(@D).before/.$(@F).inputs
-# whether another process writes this folder: recsys will refuse a second one
-running = kill -0 "$$(sed -n 's/.*"pid": \([0-9]*\).*/\1/p' $(dir $(@D)).$(notdir $(@D)).running 2> /dev/null)" 2> /dev/null
+# whether another process writes this folder, perhaps on another host: recsys will refuse a second one
+lock = $(dir $(@D)).$(notdir $(@D)).running
+held = sed -n 's/.*"$(1)": "\{0,1\}\([^",}]*\).*/\1/p' $(lock)
+running = { [ -s $(lock) ] && { [ "$$($(call held,host))" != "$$(uname -n)" ] || { pid=$$($(call held,pid)); \
+	ps -p "$$pid" &> /dev/null && { [ ! -e /proc/$$pid/stat ] || \
+	[ "$$(sed "s/.*) //" /proc/$$pid/stat | cut -d " " -f 20)" = "$$($(call held,started))" ]; }; }; }; }
 
 .PHONY: FORCE help pipeline stages retriever clean
 
@@ -229,16 +240,22 @@ data/raw/demo/ratings.csv: | $(READY)
 # data that are prepared again with the same content keep their manifest, so nothing that was made from them is redone
 define prepare
 $(if $(or $(call stale),$(raw_changed)),$(call begin,prepare,prepare the data,$(@D),$(or $(call changes),$(raw_changed)))
-@$(if $(dry),$(prepare_data),$(interrupted); $(cleared) $(hashing); inputs=$$($(call inputs)); \
-	before=$$({ $(content); } 2> /dev/null) || before=; mkdir -p data; cp -p $@ $(former) 2> /dev/null || true; \
+@$(if $(dry),$(prepare_data),$(interrupted); $(begins) $(hashing); inputs=$$($(call inputs)); \
+	before=$$({ $(content); } 2> /dev/null) || before=; cp -p $@ $(former) 2> /dev/null || true; \
 	RECSYS_HINTS=0 $(prepare_data) || { status=$$?; rm -f $(former); exit $$status; }; \
 	$(call note_raw,$(RAW)); \
 	if [ -n "$$before" ] && [ "$$before" = "$$($(content))" ]; then mv $(former) $@; \
 		echo "The prepared data are the same as before."; fi; \
-	rm -f $(former); echo "$$inputs" > $(noted)))
+	rm -f $(former); echo "$$inputs" > $(noted); rm -f $(begun)))
 endef
-former := data/.$(DATASET).manifest
+former = data/.$(DATASET).manifest.$$$$
 prepare_data = $(RECSYS) prepare-data --config $< --output $(@D) $(if $(RAW),--source.path $(RAW))
+# recsys writes each of them as a whole, so what an interrupt finds is kept
+first := retriever index $(REFIT:%=refit-%/retriever) $(REFIT:%=refit-%/index) $(foreach fold,$(folds),$(addprefix folds-$(FOLDS)/$(fold)/,retriever index))
+chosen := ranker bundle $(REFIT:%=refit-%/ranker) $(REFIT:%=refit-%/bundle) $(folds:%=%/candidates)
+.PRECIOUS: $(patsubst %,%/manifest.json,$(DATA) $(first:%=$(FIRST)/%) $(RUN)/candidates $(chosen:%=$(CHOSEN)/%)) \
+	$(OUT)/report.json $(OUT)/recommendations.parquet
+
 $(DATA)/manifest.json: $(CONFIG)/prepare.yaml FORCE | $(simulated) $(READY)
 	$(prepare)
 
@@ -310,4 +327,4 @@ $(OUT)/recommendations.parquet: $(OUT)/bundle/manifest.json $(call config,recomm
 retriever: $(FIRST)/index/manifest.json $(INDEX)/manifest.json $(folds:%=$(FIRST)/folds-$(FOLDS)/%/index/manifest.json)
 
 clean: ## remove what the pipeline made for DATASET
-	rm -rf $(DATA) $(raw) $(FIRST) $(RUN)
+	rm -rf $(DATA) $(raw) data/.$(DATASET).manifest.* $(FIRST) $(RUN) $(dir $(RUN)).$(notdir $(RUN)).*.begun

@@ -48,6 +48,8 @@ def atomic_write(path: str | Path, kind: str | None = None) -> Iterator[Path]:
     path = Path(path)
     if kind is not None:
         _check_replaceable(path, kind)
+    if path.is_symlink() and path.is_dir():  # a folder on another disk: the link stays, its target is replaced
+        path = path.resolve()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -84,6 +84,20 @@ def test_the_new_artifact_takes_the_place_of_the_old(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "disk/real").mkdir(parents=True)
+    link = tmp_path / "data"
+    link.symlink_to(tmp_path / "disk/real")
+    for text in ("old", "new"):
+        with atomic_write(link) as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text(text)
+    assert link.is_symlink()
+    assert (tmp_path / "disk/real/file").read_text() == "new"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
+
+
 def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     dead = tmp_path / f".data.{dead_process()}.partial"
     living = tmp_path / f".data.{os.getppid()}.partial"
