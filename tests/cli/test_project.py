@@ -161,8 +161,8 @@ def test_german_files_leave_questions_that_say_what_to_write(
     order = ("--source.time", "null", "--source.time_unit", "order")
     recsys(*words, *order)
     assert caplog.messages[-1] == (
-        "30 of 90 events (33 %) repeat a (user, item) pair (the first of each is kept: repeats=first); to keep them and "
-        "recommend seen items again: --repeats keep"
+        "30 of 90 events (33 %) repeat a (user, item) pair (the first of each is kept: repeats=first); to keep them "
+        "and recommend seen items again: --repeats keep"
     )
     recsys(*words, *order, "--repeats", "keep", "--output", shop / "all")
     assert caplog.messages[-1].endswith("repeat a (user, item) pair (all are kept: repeats=keep)")
