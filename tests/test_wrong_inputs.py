@@ -427,7 +427,9 @@ ESTIMATOR = [
     Row("fit-config", fit(config="nope"), "nope does not exist", "configs/nope", "give a path"),
     Row("fit-folder", fit(folder="/proc/none"), "/proc", "a folder", "another output"),
     Row("fit-items", fit(items={"item_id": ["x"], "c": [1]}), "the frame of items.*'x'", "like 'i0'", "correct the id"),
-    Row("fit-time", fit(frame(timestamp=NOW + 0.5)), f"the frame of events.*{NOW}.5", "not seconds", "round them"),
+    Row(
+        "fit-time", fit(frame(timestamp=NOW + 0.5)), f"the frame of events.*{NOW}.5", "none .* is seconds", "round them"
+    ),
     Row(
         "fit-null", fit(frame(item_id=None)), "the frame of events.*missing", "20 bad rows", "Correct these rows of the"
     ),

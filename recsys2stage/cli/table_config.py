@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from recsys2stage.data.raw_table import RawTable, events_per_user, look_into
-from recsys2stage.data.recognise import Events, Side, recognise_events, recognise_side
+from recsys2stage.data.recognise import OWN_TEXT, Events, Side, recognise_events, recognise_side
 from recsys2stage.data.sources.questions import OPEN, QUESTIONS
 
 NEEDS = ("times", "ratings", "item features", "user features")  # comments of signals in configs/small/mine.yaml
@@ -24,14 +24,14 @@ class TableConfig:
 
     def __init__(self, events: Path | None, items: Path | None = None, users: Path | None = None) -> None:
         self.table = None if events is None else look_into(events)
-        self.events = Events() if self.table is None else recognise_events(self.table)
+        paths = {"items": items, "users": users}
+        self.tables = {name: look_into(path) for name, path in paths.items() if path is not None}
         if self.table is None:
-            self.events.questions = {name: QUESTIONS[name] for name in ("user", "item", "time")}
-        sides = {"items": ("item", items, self.events.item), "users": ("user", users, self.events.user)}
-        self.tables = {name: look_into(path) for name, (_, path, _) in sides.items() if path is not None}
-        self.sides = {
-            name: recognise_side(table, sides[name][0], sides[name][2]) for name, table in self.tables.items()
-        }
+            self.events = Events(questions={name: QUESTIONS[name] for name in ("user", "item", "time")})
+        else:
+            self.events = recognise_events(self.table, self.tables.get("items"), self.tables.get("users"))
+        own = {"items": ("item", self.events.item), "users": ("user", self.events.user)}
+        self.sides = {name: recognise_side(table, *own[name]) for name, table in self.tables.items()}
         count = None
         if self.table is not None and self.events.user is not None:
             count = events_per_user(self.table, self.events.user)
@@ -132,7 +132,7 @@ class TableConfig:
         for column, (kind, separator) in side.features.items():
             split = "" if separator is None else f", separator: {scalar(separator, always=True)}"
             lines.append(f"        {scalar(column)}: {{kind: {kind}{split}}}")
-        return lines + [f"      # {column} is left out: {why}" for column, why in side.skipped.items()]
+        return lines + [f"      # {line}" for line in _not_used(own, side)]
 
     def mine(self, text: str) -> str:
         """mine.yaml of the starter, without the signals that need what the tables do not have."""
@@ -151,7 +151,7 @@ class TableConfig:
             features = ", ".join(f"{column} ({kind})" for column, (kind, _) in side.features.items()) or "no features"
             title = f"; title {side.title}" if side.title else ""
             lines.append(f"  {own:<8}id {side.id or OPEN}{title}; {features}")
-            lines += [f"          {column} is left out: {why}" for column, why in side.skipped.items()]
+            lines += [f"          {line}" for line in _not_used(own, side)]
         used = {found.user, found.item, found.time, found.rating, found.action}
         if unused := [] if self.table is None else [column for column in self.table.columns if column not in used]:
             lines.append(f"  unused  {', '.join(unused)}")
@@ -163,6 +163,16 @@ class TableConfig:
             return f"{OPEN}  {self.events.questions[own]}"
         unit = f" ({self.events.time_unit})" if own == "time" and value is not None else ""
         return f"{value or '-'}{unit}{f'  {note}' if note else ''}"
+
+
+def _not_used(own: str, side: Side) -> list[str]:
+    """For each column that is no feature: why, and whether it may be the title."""
+    lines = []
+    for column, why in side.skipped.items():
+        lines.append(f"{column} is not used as a feature: {why}")
+        if why == OWN_TEXT and own == "items" and side.title is None:
+            lines[-1] += f"; if it is the name of the item, write title: {scalar(column)}"
+    return lines
 
 
 def scalar(text: str, always: bool = False) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import polars as pl
 
 from recsys2stage.columns import ITEM_ID, RATING, TIME, USER_ID, YEAR_2100
-from recsys2stage.data import ids
+from recsys2stage.data import bad_rows, ids
 
 OnBadRows = Literal["error", "quarantine"]
 
@@ -24,7 +24,6 @@ VALUE = "_value_"  # prefix of a column name: its parsed values
 UNPARSED = "_unparsed_"  # prefix of a column name: whether a value could not be parsed
 NO_TEXT = (pl.Binary, pl.Object, pl.Struct, pl.List, pl.Array, pl.Duration)  # types that no CSV field can hold
 ADVICE = "Correct the file, or move bad rows to rejected.parquet with --on_bad_rows quarantine."
-MOST_PARTS = 5  # files or columns with bad rows, in an error
 MOST_NAMES = 30  # of columns, in an error
 REJECTED_SCHEMA = {"file": pl.String, "line": pl.Int64, "column": pl.String, "reason": pl.String, "row": pl.String}
 NOT_UTF8 = "\ufffd"  # replacement character that a lossy decoder writes for invalid bytes
@@ -157,6 +156,8 @@ def read(
     assert good is not None
     good = good.select(list(columns))
     if good.is_empty():
+        if bad is not None and _useless_column(rows, columns, bad) is not None:
+            raise ValueError(_error_message(rows, columns, bad))
         kind = "good rows" if bad is not None and len(bad) else "rows"
         raise ValueError(f"{rows.file} has no {kind}, expected at least one; write it again, or give another table")
     return good, pl.DataFrame(schema=REJECTED_SCHEMA) if bad is None else bad
@@ -358,36 +359,17 @@ def _find_bad_rows(rows: Rows, columns: dict[str, Column], error: Exception | No
     )
 
 
+def _useless_column(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) -> str | None:
+    """What is wrong if no row is good for one and the same reason; else None."""
+    text = rows.text
+    assert text is not None
+    expected = {column.name: column.what for column in columns.values()}
+    return bad_rows.useless_column(
+        bad, rows.unit, rows.file, expected, lambda: text.select(pl.len()).collect(engine="streaming").item()
+    )
+
+
 def _error_message(rows: Rows, columns: dict[str, Column], bad: pl.DataFrame) -> str:
-    """The error message: for each file and column, the count and the first three rows."""
-    parts = []
-    for (file, column), group in bad.group_by("file", "column", maintain_order=True):
-        first = "; ".join(f"{rows.unit} {line}: {why}" for line, why in group.select("line", "reason").head(3).rows())
-        more = "; ..." if len(group) > 3 else ""
-        parts.append(
-            f"{file}, column {column!r}: {len(group)} bad {'row' if len(group) == 1 else 'rows'} ({first}{more})"
-        )
-    if len(parts) > MOST_PARTS:
-        parts[MOST_PARTS:] = [f"and {len(parts) - MOST_PARTS} more files or columns"]
-    hint = _time_hint(columns[TIME], bad, rows.advice == ADVICE) if TIME in columns else ""
-    return "; ".join(parts) + "." + hint + " " + rows.advice
-
-
-def _time_hint(column: Column, bad: pl.DataFrame, of_file: bool) -> str:
-    """What most probably is wrong with the times of a file or frame: their unit, fractions of a second, or text."""
-    reasons = bad.filter(pl.col("column") == column.name)["reason"]
-    if column.high != YEAR_2100 or not len(reasons):
-        return ""
-    late = reasons.filter(reasons.str.contains("is not seconds"))
-    fractions = late.str.contains(r"^\d+\.\d*[1-9]\d* is")
-    if len(late) and fractions.all():
-        return " The times have fractions of a second: round them, or give milliseconds (time_unit)."
-    if len(late) and late.str.contains(r"^\d{4}-\d\d").all():
-        return " The times look like ISO text: set time_unit: iso."
-    times = late.str.extract(r"^(\d+)").cast(pl.Int64, strict=False).drop_nulls()
-    for factor, unit in ((10**3, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds")):
-        if len(times) and ((times > YEAR_2100) & (times // factor).is_between(1, YEAR_2100)).all():
-            option = f"time_unit: milliseconds{' (of a Table)' if of_file else ''}"
-            advice = f"set {option} or divide" if unit == "milliseconds" else "divide"
-            return f" The times look like {unit}: {advice} them by {factor}."
-    return ""
+    useless = _useless_column(rows, columns, bad)
+    seconds = columns[TIME].name if TIME in columns and columns[TIME].high == YEAR_2100 else None
+    return bad_rows.error_message(bad, rows.unit, rows.advice, seconds, rows.advice == ADVICE, useless)

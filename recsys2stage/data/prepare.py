@@ -108,6 +108,7 @@ def prepare(
             counts: dict[str, int] = {}
             named = with_default_columns(tables.events).columns
             events, bad_events = load_events(tables, min_rating, on_bad_rows, counts)
+            logged = len(events.user)
             events = keep_core(drop_repeats(sort_events(events, tie_break, seed), repeats, counts), core, counts)
             if counts["removed_by_core"]:
                 events.renumber()
@@ -176,7 +177,7 @@ def prepare(
                 for part, own in zip(("val", "test"), targets, strict=True):
                     counts[f"{part}_targets"] = len(own)
                     counts[f"{part}_users"] = len(np.unique(np.searchsorted(offsets, own, side="right")))
-            warn(counts, repeats)
+            warn(counts, repeats, logged)
             inputs = [*tables.files, *(file for vectors in item_vectors.values() for file in vectors.files)]
             write_manifest(
                 folder,
@@ -245,11 +246,24 @@ def drop_repeated_targets(
     return kept[0], kept[1]
 
 
-def warn(counts: dict[str, int], repeats: Repeats) -> None:
-    """Logs repeats, missing metadata, short histories and rejected rows."""
-    kept = {"first": "the first of each is kept", "last": "the last of each is kept", "keep": "all are kept"}
+def warn(counts: dict[str, int], repeats: Repeats, logged: int) -> None:
+    """Logs repeats, missing metadata, short histories and rejected rows.
+
+    Args:
+        counts: the counts of the manifest.
+        repeats: what was done with repeated events.
+        logged: number of events before repeats were dropped.
+    """
+    if counts["repeats"]:
+        kept = {"first": "the first of each is kept", "last": "the last of each is kept", "keep": "all are kept"}
+        advice = "" if repeats == "keep" else "; to keep them and recommend seen items again: --repeats keep"
+        log.warning(
+            "%s of %s events (%s) %s a (user, item) pair (%s: repeats=%s)%s",
+            *(f"{counts['repeats']:,}", f"{logged:,}", _percent(counts["repeats"] / logged)),
+            "repeats" if counts["repeats"] == 1 else "repeat",
+            *(kept.get(repeats), repeats, advice),
+        )
     for name, (one, many, message) in {
-        "repeats": ("event repeats", "events repeat", f"a (user, item) pair ({kept.get(repeats)}: repeats={repeats})"),
         "items_without_metadata": ("item is", "items are", "not in the item table: unknown features"),
         "users_without_metadata": ("user is", "users are", "not in the user table: unknown features"),
         "users_too_short": ("user has", "users have", "too few events for evaluation: used for training only"),
@@ -257,3 +271,7 @@ def warn(counts: dict[str, int], repeats: Repeats) -> None:
     }.items():
         if counts[name]:
             log.warning("%s %s %s", f"{counts[name]:,}", one if counts[name] == 1 else many, message)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %") if share >= 0.01 else "under 1 %"

@@ -61,6 +61,13 @@ CLASSES = {
     "zip",
     "postcode",
 }
+OWN_TEXT = "nearly every row has its own text"  # why a column is no feature
+# 31.12.2024, 12/31/2024, 2024/12/31, 31-Dec-2024, with or without a time: `DATE` does not tell day and month apart
+DATE = (
+    r"^\s*(\d{1,2}[./-]\d{1,2}[./-](\d{4}|\d{2})|\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[. -]+\p{L}{3,9}\.?[, -]+\d{4})"
+    r"([ ,T]+\d{1,2}:\d{2}.*)?\s*$"
+)
+MOSTLY = 0.9  # share of the values of a column that must be dates
 
 
 @dataclass
@@ -120,12 +127,22 @@ def by_name(columns: Sequence[str], names: Sequence[str], owner: str = "") -> li
     return found + other
 
 
-def recognise_events(table: RawTable) -> Events:
-    """Recognizes the columns of an event table."""
+def recognise_events(table: RawTable, items: RawTable | None = None, users: RawTable | None = None) -> Events:
+    """Recognizes the columns of an event table.
+
+    Args:
+        table: the table.
+        items: item table, if any; an id column that no name tells may be the one that both tables have.
+        users: user table, likewise.
+    """
     events, free = Events(), list(table.columns)
     listed = f"columns: {', '.join(table.columns)}"
-    for own, names, what in (("user", USERS, "user"), ("item", ITEMS, "item")):
+    for own, names, what, side in (("user", USERS, "user", users), ("item", ITEMS, "item", items)):
         found = by_name(free, names, own)
+        shared = None if found or side is None else shared_id(table, side)
+        if shared in free:
+            found = [shared]
+            events.notes[own] = f"the {what} table has it too, with one row for each value"
         if not found:
             events.questions[own] = f"which column holds the {what} ids? {listed}"
             continue
@@ -146,6 +163,16 @@ def recognise_events(table: RawTable) -> Events:
     return events
 
 
+def shared_id(events: RawTable, side: RawTable) -> str | None:
+    """The column that both tables have if it is the only one, identifies the rows of `side`, and has values of both."""
+    both = [column for column in side.columns if column in events.columns]
+    if len(both) != 1 or any(table.rows[both[0]].dtype.is_nested() for table in (events, side)):
+        return None
+    ids, used = (table.rows[both[0]].cast(pl.String, strict=False) for table in (side, events))
+    identifies = len(ids) > 0 and not ids.null_count() and ids.n_unique() == len(ids)
+    return both[0] if identifies and set(ids) & set(used) else None
+
+
 def _recognise_time(table: RawTable, events: Events, free: list[str]) -> None:
     named = by_name(free, TIMES) + [
         column for column in free if len(words(column)) > 1 and words(column)[-1] in ("at", "time", "date", "timestamp")
@@ -159,6 +186,17 @@ def _recognise_time(table: RawTable, events: Events, free: list[str]) -> None:
             if unit == "order":
                 events.notes["time"] = "no seconds since 1970: the numbers only give the order of events"
             return
+    dates = [column for column in (named or free) if units[column] is None and looks_like_dates(table.rows[column])]
+    by_value = [column for column in free if units[column] in ("iso", "seconds", "milliseconds")]
+    if dates and (named or not by_value):
+        values = table.rows[dates[0]]
+        example = values.filter(values.str.contains(DATE))[0]
+        events.questions["time"] = (
+            f"{' and '.join(dates)} {'looks' if len(dates) == 1 else 'look'} like dates ({example!r}), which are not "
+            "ISO; write them as 2024-01-31 or 2024-01-31 18:05:00, or write null with time_unit: order if the rows are "
+            "in chronological order"
+        )
+        return
     if named:
         value = table.rows[named[0]].drop_nulls().cast(pl.String, strict=False)
         events.questions["time"] = (
@@ -167,7 +205,6 @@ def _recognise_time(table: RawTable, events: Events, free: list[str]) -> None:
             "(rows in the order of the file)"
         )
         return
-    by_value = [column for column in free if units[column] in ("iso", "seconds", "milliseconds")]
     if len(by_value) == 1:
         events.time, events.time_unit = by_value[0], units[by_value[0]] or "order"
         free.remove(by_value[0])
@@ -204,6 +241,14 @@ def time_unit(values: pl.Series) -> TimeUnit | None:
     if values.dtype == pl.String and not frame.select(iso(pl.col(name)))[name].null_count():
         return "iso"
     return None
+
+
+def looks_like_dates(values: pl.Series) -> bool:
+    """Whether text is mostly dates in any usual order of day, month and year."""
+    if values.dtype != pl.String:
+        return False
+    values = values.filter(values.str.strip_chars() != "")
+    return bool(len(values)) and float(values.str.contains(DATE).mean() or 0) >= MOSTLY  # type: ignore[arg-type]
 
 
 def is_numeric(values: pl.Series) -> bool:
@@ -268,5 +313,5 @@ def recognise_feature(values: pl.Series) -> tuple[Kind, str | None] | str:
             if parts.n_unique() <= max(20, len(text) // 2) and parts.str.len_chars().mean() < 30:  # type: ignore[operator]
                 return "multi", separator
     if text.n_unique() > max(20, rows // 2):
-        return "nearly every row has its own text"
+        return OWN_TEXT
     return "categorical", None

@@ -132,6 +132,42 @@ def test_items_without_a_recognised_title_get_a_line_that_takes_it(shop: Path, m
     assert "thing number 7" in pl.read_parquet("data/log/items.parquet")["title"]
 
 
+def test_german_files_leave_questions_that_say_what_to_write(
+    shop: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    dates = [f"{day:02}.{month:02}.2024" for day in range(1, 29) for month in (1, 2)]
+    (shop / "german.csv").write_text(
+        "kunde,artikel_nr,bestellt_am\n" + "".join(f"k{n % 4},a{n % 30},{dates[n % 56]}\n" for n in range(90))
+    )
+    (shop / "produkte.csv").write_text(
+        "artikel_nr,bezeichnung\n" + "".join(f"a{n},Ding Nummer {n}\n" for n in range(30))
+    )
+    recsys("init", "laden", "--events", "german.csv", "--items", "produkte.csv")
+    assert "Open questions: user, time." in capsys.readouterr().out
+    path = shop / "laden/configs/laden/prepare.yaml"
+    text = path.read_text()
+    assert "# QUESTION: bestellt_am looks like dates ('01.01.2024'), which are not ISO" in text
+    assert "# bezeichnung is not used as a feature: nearly every row has its own text; if it is the name" in text
+    assert "write title: bezeichnung\n" in text
+    assert "item: artikel_nr  # the item table has it too" in text
+    assert "id: artikel_nr\n" in text
+    answered = text.replace("user: ???", "user: kunde").replace("time: ???", "time: bestellt_am")
+    path.write_text(answered.replace("# title: COLUMN", "title: bezeichnung"))
+    words = ("prepare-data", "--config", path, "--output", shop / "data")
+    for choice in ("error", "quarantine"):
+        with pytest.raises(SystemExit, match=r"'bestellt_am': none of the 90 values is an ISO time .*01\.01\.2024"):
+            recsys(*words, "--on_bad_rows", choice)
+    assert not (shop / "data").exists()
+    order = ("--source.time", "null", "--source.time_unit", "order")
+    recsys(*words, *order)
+    assert caplog.messages[-1] == (
+        "30 of 90 events (33 %) repeat a (user, item) pair (the first of each is kept: repeats=first); to keep them "
+        "and recommend seen items again: --repeats keep"
+    )
+    recsys(*words, *order, "--repeats", "keep", "--output", shop / "all")
+    assert caplog.messages[-1].endswith("repeat a (user, item) pair (all are kept: repeats=keep)")
+
+
 def test_without_events_everything_is_a_question(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recsys("init", "later", "--template", "table")
     monkeypatch.chdir(shop / "later")

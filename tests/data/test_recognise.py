@@ -82,7 +82,60 @@ def test_what_is_not_recognised_is_a_question_with_the_columns() -> None:
     assert (found.user, found.item, found.time) == (None, None, None)
     assert found.questions["user"] == "which column holds the user ids? columns: alpha, beta, date"
     assert found.questions["item"] == "which column holds the item ids? columns: alpha, beta, date"
-    assert "date holds '31.01.2024', which is no ISO time" in found.questions["time"]
+    assert "date looks like dates ('31.01.2024'), which are not ISO; write them as" in found.questions["time"]
+    found = recognise_events(table(user=["a"], item=["x"], date=["soon"]))
+    assert "date holds 'soon', which is no ISO time" in found.questions["time"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["31.12.2024", "1.2.2024"],
+        ["12/31/2024 18:05", "01/02/2024 7:00:00 PM"],
+        ["2024/12/31", ""],
+        ["31-Dec-2024", "1. Januar 2024"],
+        ["", "31.12.24, 18:05"],
+    ],
+    ids=["dots", "slashes", "year-first", "months", "two-digits"],
+)
+def test_dates_that_are_not_iso_are_a_question(values: list[str]) -> None:
+    found = recognise_events(table(user=["a", "b"], item=["x", "y"], bestellt_am=values))
+    assert (found.time, found.questions.keys()) == (None, {"time"})
+    assert f"bestellt_am looks like dates ({values[0] or values[1]!r})" in found.questions["time"]
+
+
+def test_what_only_resembles_a_date_is_no_question() -> None:
+    ids = {"user": ["a", "b"], "item": ["x", "y"]}
+    found = recognise_events(table(**ids, price=["1.50", "12.99"], code=["1-2-3", "4.5"], phone=["030/12/4", "1"]))
+    assert found.questions == {}
+    found = recognise_events(table(**ids, when=["2024-01-31", "2024-02-01"], birthday=["31.12.2004", "1.2.1990"]))
+    assert (found.time, found.questions) == ("when", {})
+
+
+def test_the_only_column_of_both_tables_is_the_id() -> None:
+    events = {"wer": ["a", "b"], "artikel_nr": ["A1", "A2"], "menge": ["1", "1"]}
+    items = {"artikel_nr": ["A1", "A2", "A3"], "gruppe": ["g", "g", "h"]}
+    found = recognise_events(table(**events), items=table(**items))
+    assert (found.item, found.questions.keys()) == ("artikel_nr", {"user"})
+    assert recognise_side(table(**items), "item", found.item).id == "artikel_nr"
+    found = recognise_events(table(**events), users=table(wer=["a", "b"], alter=["40", "50"]))
+    assert (found.user, found.questions.keys()) == ("wer", {"item"})
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        {"artikel_nr": ["A1", "A1", "A2"]},
+        {"artikel_nr": ["B1", "B2", "B3"]},
+        {"artikel_nr": ["A1", "A2", "A3"], "menge": ["1", "2", "3"]},
+        {"nummer": ["A1", "A2", "A3"]},
+    ],
+    ids=["not-unique", "no-common-value", "two-columns", "no-column"],
+)
+def test_a_column_that_may_not_be_the_id_stays_a_question(items: dict[str, list[str]]) -> None:
+    events = table(user=["a", "b"], artikel_nr=["A1", "A2"], menge=["1", "1"])
+    found = recognise_events(events, items=table(**items))
+    assert (found.item, found.questions.keys()) == (None, {"item"})
 
 
 def test_several_candidates_are_named() -> None:
