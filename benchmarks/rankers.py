@@ -113,15 +113,15 @@ def difference(values: np.ndarray, first: np.ndarray, users: np.ndarray) -> list
 
 
 def measure(options: argparse.Namespace) -> None:
+    dataset = None if options.validation else Dataset(options.data)
+    if dataset is not None:
+        check_one_target(dataset)
     data = Candidates(options.run / "candidates", batch_size=64)
     data.setup("validate")
     validation = list(data.val_dataloader())
     users, test = {"val": data.lists.user[data.lists.fold == "select"]}, list[Lists]()
-    if not options.validation:
-        dataset = Dataset(options.data)
-        check_one_target(dataset)
-        users["test"] = dataset.users("test")
-        test = test_lists(options.run / "bundle", dataset, 64)
+    if dataset is not None:
+        users["test"], test = dataset.users("test"), test_lists(options.run / "bundle", dataset, 64)
     known: dict[str, Scored] = {}
     firsts: dict[str, np.ndarray] = {}
     for row in options.rows:

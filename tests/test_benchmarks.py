@@ -520,4 +520,4 @@ def test_rankers_are_not_measured_on_the_first_of_several_targets(monkeypatch: p
     monkeypatch.setattr(rankers, "Dataset", lambda path: several)
     monkeypatch.setattr(rankers, "Candidates", lambda *_, **__: None)
     with pytest.raises(SystemExit, match="data has the split Baskets with several targets per user, expected one"):
-        rankers.measure(SimpleNamespace(run=Path("run"), data=Path("data")))
+        rankers.measure(SimpleNamespace(run=Path("run"), data=Path("data"), validation=False))

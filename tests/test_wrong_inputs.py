@@ -379,7 +379,7 @@ DATA = [
     Row("fractions", prepared(f"{HEADER}u,i,{NOW}.5\n"), f"{NOW}.5", "is not seconds", "round them"),
     Row("milliseconds", prepared(f"{HEADER}u,i,{NOW}000\n"), f"{NOW}000", "not seconds", "time_unit: milliseconds"),
     Row("text-times", prepared(f"{HEADER}u,i,2020-01-01\n"), "2020-01-01", "not seconds", "set time_unit: iso"),
-    Row("future", prepared(HEADER + LINES.replace(",16", ",36")), "3600000000", "a day from now", "Correct"),
+    Row("future", prepared(HEADER + LINES.replace(",16", ",36")), "3600000000", "a day from now", "Convert the column"),
     Row("unknown-items", side("id,c\nx1,2\n"), "none of the 7 items.*'x1'", "like 'i0'", "correct the id"),
     Row("unknown-users", side("id,c\nx1,2\n", "users"), "none of the 4 users.*'x1'", "like 'u0'", "correct the id"),
     Row("no-side", lambda f: prepared(items=SideTable("no.csv", "id"))(f), "'no.csv'", "expected one", "correct the"),

@@ -230,12 +230,13 @@ export class Who {
     );
   }
 
-  /** Takes any known user. */
+  /** Takes any known user but the one that is shown. */
   async random() {
     if (!this.total) return;
     try {
-      const { data } = await call(`v1/users?limit=1&offset=${Math.floor(Math.random() * this.total)}`);
-      if (data.users.length) this.choose(data.users[0]);
+      const { data } = await call(`v1/users?limit=2&offset=${Math.floor(Math.random() * Math.max(this.total - 1, 1))}`);
+      const others = data.users.filter((id) => id !== this.page.state.user);
+      if (data.users.length) this.choose(others.length ? others[Math.floor(Math.random() * others.length)] : data.users[0]);
     } catch (error) {
       this.page.failed(error);
     }
