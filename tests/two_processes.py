@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from pipeline_fixtures import RANKER, recsys
 from torch import Tensor
 
-from recsys2stage.cli import training  # noqa: F401  # before the fork
+from recsys2stage.cli import training  # noqa: F401  # imported once, before both ranks are forked
 from recsys2stage.cli.main import main
 from recsys2stage.optim import RecsysAdamW, RowwiseAdagrad, SparseAdamW
 from recsys2stage.processes import num_processes

@@ -78,8 +78,8 @@ def next_command(path: str) -> None:
 
 if __name__ == "__main__":
     from recsys2stage.__main__ import main
-    from recsys2stage.cli import training  # noqa: F401  # with all that it imports
-    from recsys2stage.cli.main import COMMANDS  # noqa: F401
+    from recsys2stage.cli import training  # noqa: F401  # imported once, before commands are forked
+    from recsys2stage.cli.main import COMMANDS  # noqa: F401  # likewise, for commands that do not train
 
     del sys.path[0]  # this folder: a command finds no module here
     next_command(sys.argv[1])

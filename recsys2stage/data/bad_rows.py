@@ -49,7 +49,7 @@ def useless_column(
         bad: bad rows as (file, line, column, reason, row).
         unit: unit of the line: line or row.
         file: name of the table.
-        expected: raw column -> the values that it may hold, in words.
+        expected: raw column -> description of its valid values.
         count: returns the number of all rows, which is read only if needed.
     """
     if len(bad) <= MOST_ROWS or bad["column"].n_unique() > 1:  # few bad rows are listed whole

@@ -183,11 +183,11 @@ class Dataset:
         """
         if isinstance(at, str) and at == "all":
             return np.asarray(self.offsets[users + 1])
-        targets = self._target_indices(users, at)
+        targets = self.indices_at(users, at)
         return self.basket_starts[targets] if self.baskets else targets
 
-    def _target_indices(self, users: np.ndarray, at: At) -> np.ndarray:
-        """Index of each user's target among all events, (B,) int64; `all` has no targets."""
+    def indices_at(self, users: np.ndarray, at: At) -> np.ndarray:
+        """Index of each user's target among all events, (B,) int64: `at` itself if it has indices; not `all`."""
         return at if isinstance(at, np.ndarray) else self.target_indices(at)[users]  # type: ignore[arg-type]  # checked there
 
     def val_targets(self, newest: int | None = None, gap: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +249,7 @@ class Dataset:
 
     def targets(self, users: np.ndarray, at: At) -> np.ndarray:
         """Target item of each user, (B,) int64."""
-        return self.items[self._target_indices(users, at)].astype(np.int64)
+        return self.items[self.indices_at(users, at)].astype(np.int64)
 
     def target_action(self, users: np.ndarray, at: At, next_action: str) -> np.ndarray | None:
         """Action type that each request is conditioned on, (B,) int64; None for `next_action: none`.
@@ -261,12 +261,12 @@ class Dataset:
         if next_action == "none":
             return None
         if next_action == "target" and self.actions is not None:
-            return self.actions[self._target_indices(users, at)].astype(np.int64)
+            return self.actions[self.indices_at(users, at)].astype(np.int64)
         return np.full(len(users), 1 + self.action_names.index(next_action))
 
     def request_times(self, users: np.ndarray, at: At) -> np.ndarray:
         """Time of each user's target, (B,) int64 seconds."""
-        return np.asarray(self.times[self._target_indices(users, at)])
+        return np.asarray(self.times[self.indices_at(users, at)])
 
     @cached_property
     def item_features(self) -> list[dict[str, Any]]:

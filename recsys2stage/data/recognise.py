@@ -248,7 +248,7 @@ def looks_like_dates(values: pl.Series) -> bool:
     if values.dtype != pl.String:
         return False
     values = values.filter(values.str.strip_chars() != "")
-    return bool(len(values)) and float(values.str.contains(DATE).mean() or 0) >= MOSTLY  # type: ignore[arg-type]
+    return bool(len(values)) and float(values.str.contains(DATE).mean() or 0) >= MOSTLY  # type: ignore[arg-type]  # a number
 
 
 def is_numeric(values: pl.Series) -> bool:
@@ -310,7 +310,7 @@ def recognise_feature(values: pl.Series) -> tuple[Kind, str | None] | str:
     for separator in "|;,":
         if text.str.contains(separator, literal=True).mean() > 0.1:  # type: ignore[operator]  # of booleans: a number
             parts = text.str.split(separator).explode().str.strip_chars()
-            if parts.n_unique() <= max(20, len(text) // 2) and parts.str.len_chars().mean() < 30:  # type: ignore[operator]
+            if parts.n_unique() <= max(20, len(text) // 2) and parts.str.len_chars().mean() < 30:  # type: ignore[operator]  # a number
                 return "multi", separator
     if text.n_unique() > max(20, rows // 2):
         return OWN_TEXT

@@ -25,7 +25,7 @@ class Targets(NamedTuple):
             users: (B,) user of each target.
             at: (B,) indices of the targets, or `val` or `test` for each user's (first) target.
         """
-        events = at if isinstance(at, np.ndarray) else dataset.target_indices(at)[users]  # type: ignore[arg-type]  # checked there
+        events = dataset.indices_at(users, at)
         return cls(users, events, dataset.ends(users, events) if dataset.baskets else None)
 
     def metrics(self, ranks: np.ndarray) -> dict[str, np.ndarray]:

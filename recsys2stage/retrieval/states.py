@@ -92,7 +92,7 @@ class UserStates:
     Use one for each model: its states fit no other weights. One thread computes with it; others may forget users.
 
     Args:
-        max_bytes: maximum memory of all states; the user that was asked for longest ago goes first.
+        max_bytes: maximum memory of all states, bytes; the least recently used state is removed first.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -79,7 +79,7 @@ def shorten(value: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str], step: str = "") -> str:
-    """The most similar names in words, for a message, else the expected names and a next step."""
+    """Text for a message: the most similar names, else the expected names and a next step."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
