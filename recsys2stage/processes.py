@@ -43,7 +43,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def global_mean(mean: Tensor, rows: int) -> Tensor:
+def global_mean(mean: Tensor, rows: float) -> Tensor:
     """The mean over the rows of all processes, from the means over the rows of each.
 
     DistributedDataParallel averages gradients over processes, as if each had as many rows. The gradient that this
@@ -51,7 +51,7 @@ def global_mean(mean: Tensor, rows: int) -> Tensor:
 
     Args:
         mean: scalar, over the rows of this process.
-        rows: their number.
+        rows: their number, or the sum of their weights in a weighted mean.
     """
     processes = num_processes()
     if processes == 1:

@@ -60,7 +60,7 @@ from recsys2stage.retrieval.encoders.times import Calendar, HybridTimestamp, Log
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.inputs import RatingEmbedding
 from recsys2stage.retrieval.items import ItemTable, ItemTower
-from recsys2stage.retrieval.objectives import Cloze
+from recsys2stage.retrieval.objectives import Cloze, NextItem
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.retrieval.users import UserTower
 from recsys2stage.shapes import Shape
@@ -219,6 +219,8 @@ CLASSES = [
     Row("UserTower", lambda _: UserTower(8, []), "the data declare none", "needs user features", "leave user out"),
     number("Cloze", "rate", 0.0, Cloze, "a share above 0"),
     number("Cloze", "newest", 1.5, Cloze, "from 0 to 1"),
+    number("NextItem", "session_weight", 0.0, NextItem, "a weight above 0"),
+    number("NextItem", "gap", 0, NextItem, "at least 1"),
     number("InfoNCE", "temperature", 0.0, losses.InfoNCE, "a number above 0"),
     number("InfoNCE", "temperature", "0.05", losses.InfoNCE, "a number above 0"),
     number("InfoNCE", "hard", 0, losses.InfoNCE, "at least 1, or null"),

@@ -30,7 +30,9 @@ from recsys2stage.ranking.scorers import MLP
 from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.histories import BatchLoader, Histories
 from recsys2stage.retrieval.losses import BPR, InBatch, InfoNCE, Mixed, NormPenalty, Uniform
+from recsys2stage.retrieval.objectives import NextItem, TrainingBatch
 from recsys2stage.retrieval.retriever import Retriever
+from recsys2stage.shapes import History
 
 PARTS = [[range(9), range(9, 12)], [range(12, 17), range(17, 27)]]  # rows of each process at each step, uneven
 
@@ -75,6 +77,14 @@ class Evenly(Uniform):
         processes = num_processes()
         rank = torch.distributed.get_rank() if processes > 1 else 0
         return (torch.arange(shape[0]) * processes + rank) * 7 % (len(catalogue.counts) - 1) + 1
+
+
+class Weighted(NextItem):
+    """Targets of different weights."""
+
+    def forward(self, window: History) -> TrainingBatch:
+        batch = super().forward(window)
+        return batch._replace(weights=1.0 + batch.targets % 3)
 
 
 class Gradients(Callback):
@@ -129,6 +139,7 @@ RETRIEVERS: dict[str, dict[str, Any]] = {
     "mixed negatives": {"loss": InfoNCE(negatives=Mixed(Evenly(None, "batch"), share=0.4, alpha=0.5))},
     "local negatives": {"loss": InfoNCE(negatives=InBatch(gather=False))},
     "pairs": {"loss": BPR(negatives=InBatch())},
+    "weights": {"objective": Weighted()},
     "rows by AdamW": {
         "optimizer": partial(SparseAdamW, lr=0.01, weight_decay=0.1),
         "tied": False,

@@ -8,23 +8,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys2stage.columns import MASK, UNKNOWN
-from recsys2stage.options import check_number
+from recsys2stage.options import check_integer, check_number
 from recsys2stage.shapes import History, Items
 
 
 class TrainingBatch(NamedTuple):
-    """Input histories, the target positions in them, and the M target items with their ratings."""
+    """Input histories, the target positions in them, and the M target items with their ratings and weights."""
 
     history: History
     target_positions: Bool[Tensor, "B L"]
     targets: Int[Tensor, " M"]
     ratings: Float[Tensor, " M"] | None = None
+    weights: Float[Tensor, " M"] | None = None  # in the loss; None: all alike
 
 
 class Objective(nn.Module, ABC):
     """Turns windows of events into model inputs and targets."""
 
     causal: ClassVar[bool] = True  # for causal encoders; False: for bidirectional ones
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether it needs the times of the events."""
+        return False
 
     @abstractmethod
     def forward(self, window: History) -> TrainingBatch:
@@ -36,7 +42,26 @@ class Objective(nn.Module, ABC):
 
 
 class NextItem(Objective):
-    """Predicts the next item at every position."""
+    """Predicts the next item at every position.
+
+    Most events of a log continue a session, but most requests of a site begin one. A larger weight of the targets that
+    begin a session trains for these requests; it is that of importance sampling where it equals the ratio of their
+    shares among requests and among targets.
+
+    Args:
+        session_weight: weight in the loss of a target that begins a session, relative to other targets.
+        gap: seconds since the event before from which a target begins a session.
+    """
+
+    def __init__(self, session_weight: float = 1.0, gap: int = 3600) -> None:
+        super().__init__()
+        check_number("session_weight", session_weight, above=0, example=10.0, what="a weight")
+        check_integer("gap", gap, example=3600)
+        self.session_weight, self.gap = session_weight, gap
+
+    @property
+    def reads_times(self) -> bool:
+        return self.session_weight != 1
 
     def forward(self, window: History) -> TrainingBatch:
         history = window._replace(
@@ -50,7 +75,11 @@ class NextItem(Objective):
         )
         target_positions = real_positions(history.items, history.lengths)
         ratings = None if window.ratings is None else window.ratings[:, 1:][target_positions]
-        return TrainingBatch(history, target_positions, window.items[:, 1:][target_positions], ratings)
+        weights = None
+        if self.session_weight != 1:
+            begins = (window.times[:, 1:] - window.times[:, :-1])[target_positions] >= self.gap
+            weights = torch.where(begins, self.session_weight, 1.0)
+        return TrainingBatch(history, target_positions, window.items[:, 1:][target_positions], ratings, weights)
 
 
 class Cloze(Objective):

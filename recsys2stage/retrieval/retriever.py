@@ -149,6 +149,11 @@ class Retriever(RecsysModule):
                     f"the encoder ({type(self.towers.encoder).__name__}) has a time encoding, but {histories.path} "
                     "has an order and no times; add the overlay configs/with/no-time.yaml"
                 )
+            if self.objective.reads_times and not histories.dataset.has_time:
+                raise ValueError(
+                    f"the objective ({type(self.objective).__name__}) reads times, but {histories.path} has an order "
+                    "and no times; leave the objective out"
+                )
             check_inputs(self.towers.inputs, histories.dataset, histories.next_action)
             if self.start is not None:  # a resumed fit loads its own last checkpoint after this
                 make = "recsys fit --config configs/NAME/retriever.yaml"
@@ -226,6 +231,7 @@ class Retriever(RecsysModule):
             # with repeats, seen items stay negatives: masking them would leave the target as the only seen candidate
             window_items=window.items if self.seen_rule == "filter" else torch.zeros_like(window.items),
             ratings=training_batch.ratings,
+            weights=training_batch.weights,
             progress=self.progress,
         )
         catalogue = Catalogue(
@@ -235,7 +241,8 @@ class Retriever(RecsysModule):
             similarity=self.towers.similarity,
             dim=states.size(-1),
         )
-        loss = global_mean(self.loss(self.towers.query_vectors(states), targets, catalogue), len(states))
+        weight = len(states) if targets.weights is None else float(targets.weights.sum())
+        loss = global_mean(self.loss(self.towers.query_vectors(states), targets, catalogue), weight)
         facts: dict[str, Any] = dict(self.loss.facts(self.progress))
         if self.norm_penalty is not None:
             norm = global_mean(full_precision(states).norm(dim=-1).mean(), len(states))

@@ -252,6 +252,25 @@ def every_loss() -> list[Loss]:
     return [*made, *(form(negatives=Uniform(9)) for form in FORMS.values())]
 
 
+@pytest.mark.parametrize("loss", every_loss(), ids=lambda loss: type(loss).__name__)
+def test_a_loss_with_weights_is_the_weighted_mean_of_its_rows(loss: Loss) -> None:
+    queries, table, targets, counts = batch()
+
+    def cost(q: Tensor, v: Tensor, weights: Tensor | None) -> Tensor:
+        torch.manual_seed(2)  # the same negatives
+        return loss(q, targets._replace(weights=weights), catalogue(v, counts))
+
+    def by_rows(q: Tensor, v: Tensor) -> Tensor:
+        rows = torch.stack([cost(q, v, row) for row in torch.eye(len(queries))])
+        assert torch.allclose(rows.mean(), cost(q, v, None), rtol=1e-9)
+        return (weights * rows).sum() / weights.sum()
+
+    weights = torch.tensor([1.0, 7.0] * 5, dtype=torch.float64)
+    got = of_both(lambda q, v: cost(q, v, weights), queries, table)
+    for ours, defined in zip(got, of_both(by_rows, queries, table), strict=True):
+        torch.testing.assert_close(ours, defined, rtol=1e-9, atol=1e-9)
+
+
 def test_full_softmax_is_its_definition() -> None:
     queries, table, targets, _ = batch()
     got = of_both(lambda q, v: FullSoftmax(0.7)(q, targets, catalogue(v)), queries, table)

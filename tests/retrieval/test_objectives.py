@@ -184,6 +184,15 @@ def test_the_next_item_is_asked_for_at_every_place_but_the_newest(mode: RequestT
     assert (batch.history.request is None) == (mode == "none")
 
 
+def test_a_target_that_begins_a_session_has_its_weight() -> None:
+    lengths, times = torch.tensor([5, 3]), torch.tensor([[0, 3599, 7199, 7199, 20_000], [50, 40_000, 40_001, 0, 0]])
+    items = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+    weights = NextItem(session_weight=10.0, gap=3600)(History(items, lengths, times, None)).weights
+    assert weights is not None
+    assert weights.tolist() == [1, 10, 1, 10, 10, 1]
+    assert NextItem()(History(items, lengths, times, None)).weights is None
+
+
 # --- which objective suits which encoder
 
 

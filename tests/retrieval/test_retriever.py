@@ -24,6 +24,7 @@ from recsys2stage.retrieval.encoders import Transformer
 from recsys2stage.retrieval.encoders.times import Calendar
 from recsys2stage.retrieval.histories import Histories
 from recsys2stage.retrieval.losses import InfoNCE, NormPenalty
+from recsys2stage.retrieval.objectives import NextItem
 from recsys2stage.retrieval.retriever import Retriever
 from recsys2stage.shapes import History
 
@@ -298,6 +299,9 @@ def test_a_clock_is_refused_where_there_are_no_times(tmp_path: Path) -> None:
     data = Histories(tmp_path / "data", max_length=5)
     model = model_for(data, encoder=partial(Transformer, time=Calendar))
     with pytest.raises(ValueError, match=r"has an order and no times; add the overlay configs/with/no-time.yaml"):
+        Trainer(**QUIET, max_epochs=1).fit(model, datamodule=data)
+    model = model_for(data, objective=NextItem(session_weight=10.0))
+    with pytest.raises(ValueError, match=r"NextItem\) reads times, but .* has an order and no times; leave the objec"):
         Trainer(**QUIET, max_epochs=1).fit(model, datamodule=data)
 
 

@@ -86,7 +86,7 @@ class PopularityAsOf(Proposer):
 
     def __call__(self, requests: Requests) -> np.ndarray:
         times, keys, starts = (np.asarray(self.tables[name]) for name in ("times", "keys", "starts"))
-        items, now, base = np.maximum(requests.items, 0), requests.request_time, len(times) + 1
+        items, now, base = np.maximum(requests.items, 0), self._counted_until(requests.request_time), len(times) + 1
         older = np.searchsorted(times, now[:, None] - np.array([*self.windows[::-1], 0]))  # (B, windows + 1) ranks
         # the index of each item's first event with at least each of these ranks; windows after the end of the log, as
         # those of most requests to a service, need no search
@@ -113,7 +113,7 @@ class PopularityAsOf(Proposer):
         return values
 
     def propose(self, requests: Requests, excluded: Ragged) -> np.ndarray:
-        hour = requests.request_time - requests.request_time % HOUR
+        hour = self._counted_until(requests.request_time - requests.request_time % HOUR)
         times, size = np.asarray(self.tables["times"]), len(self.tables["starts"]) - 1
         windows, ends = self.windows[self.windows.index(self.trending) :], np.searchsorted(times, hour)
         begins = np.zeros((len(hour), len(windows) + 1), dtype=np.int64)  # the last window is all time
@@ -143,6 +143,10 @@ class PopularityAsOf(Proposer):
                     filled += len(new)
                 marks[left_out] = marks[proposals[row, :filled]] = 0
         return proposals
+
+    def _counted_until(self, seconds: np.ndarray) -> np.ndarray:
+        """The times (B,), at most the second after the newest training event."""
+        return np.minimum(seconds, self.tables["times"][-1] + 1)
 
     def _by_count(self, begin: int, end: int) -> np.ndarray:
         """Items of the events with ranks begin .. end - 1, most frequent first, (n,) int32.

@@ -21,6 +21,7 @@ class Targets(NamedTuple):
     rows: Int[Tensor, " M"]  # row of each target position's history in the batch, ascending
     window_items: Items  # (B, L) items of each window, targets included, 0 for padding; all 0 if the data keep repeats
     ratings: Float[Tensor, " M"] | None = None  # of the targets, as in the log
+    weights: Float[Tensor, " M"] | None = None  # of the targets in the mean; None: all alike
     progress: float = 0.0  # completed fraction of the training run, for schedules
 
 
@@ -35,7 +36,7 @@ class Catalogue(NamedTuple):
 
 
 class Loss(nn.Module, ABC):
-    """Training loss of the retriever, a mean over the targets. It chooses its own negatives."""
+    """Training loss of the retriever, a weighted mean over the targets. It chooses its own negatives."""
 
     every_item: ClassVar[bool] = False  # whether each step computes the gradient of every item of the catalogue
 

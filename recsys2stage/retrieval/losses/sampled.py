@@ -74,16 +74,22 @@ class Sampled(Loss):
             values.to(queries.dtype) for values in (sampled.sample_counts, sampled.log_expected, sampled.target_log_q)
         )
 
+        weights = None if targets.weights is None else (targets.weights / targets.weights.mean()).to(queries.dtype)
+
         def loss_terms(positive: Tensor, negative: Tensor, rows: slice, part: slice) -> tuple[Tensor, Tensor, Tensor]:
             for mask in masks:
                 mask(negative, rows, part)
             ratings = None if targets.ratings is None else targets.ratings[rows].to(positive.dtype)
-            return self.loss_terms(
+            row_losses, d_positive, d_negative = self.loss_terms(
                 Block(
                     *(positive, negative, sample_counts[part], expected[part], target_log_q[rows]),
                     *(ratings, num_items, targets.progress),
                 )
             )
+            if weights is None:
+                return row_losses, d_positive, d_negative
+            own = weights[rows]
+            return row_losses * own, d_positive * own, d_negative.mul_(own[:, None])
 
         return mean_loss(queries / temperature, vectors, target, sets, sampled.starts, loss_terms)
 
