@@ -1,7 +1,7 @@
 """Build time, memory, recall@100 and latency of Exact, IVF, IVF-PQ and HNSW, without and with a filter.
 
     python benchmarks/speed/indexes.py --items 1000000 --scratch /tmp/indexes
-    python benchmarks/speed/indexes.py --items 10000000 --kinds exact ivf ivf-pq --queries 100 --scratch /tmp/indexes
+    python benchmarks/speed/indexes.py --items 10000000 --kinds exact ivf ivf-pq hnsw-small --queries 100
     python benchmarks/speed/indexes.py --table
     python benchmarks/alternate.py --before ../before indexes benchmarks/speed/indexes.py --ratios --items 1000000
 
