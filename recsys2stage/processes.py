@@ -43,7 +43,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def global_mean(mean: Tensor, rows: float) -> Tensor:
+def global_mean(mean: Tensor, rows: int | float) -> Tensor:
     """The mean over the rows of all processes, from the means over the rows of each.
 
     DistributedDataParallel averages gradients over processes, as if each had as many rows. The gradient that this

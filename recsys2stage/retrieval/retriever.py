@@ -67,6 +67,7 @@ class Retriever(RecsysModule):
 
     target_counts: Tensor
     last_times: Tensor
+    popularity: Tensor
 
     def __init__(
         self,
@@ -131,10 +132,14 @@ class Retriever(RecsysModule):
         self.evaluated_vectors: Tensor | None = None  # of all items, computed once for a whole evaluation
         for name in ("target_counts", "last_times"):
             self.register_buffer(name, torch.zeros(num_items + 1, dtype=torch.int64))
+        self.register_buffer("popularity", torch.zeros(num_items + 1), persistent=False)  # training events of each item
         if compiled:
             self.towers.encoder.compile(dynamic=True)  # sequence length varies between batches
 
     def setup(self, stage: str) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set outside Trainer.__init__
+        if isinstance(data, Histories):
+            self.popularity.copy_(torch.from_numpy(data.trained.train_counts))
         if stage == "fit":
             if self.use_sparse_gradients() and not isinstance(
                 self.trainer.strategy, SingleDeviceStrategy | DDPStrategy
@@ -265,14 +270,23 @@ class Retriever(RecsysModule):
         self.test_metrics.update(self.ranks(batch))
 
     def ranks(self, batch: Queries) -> Int[Tensor, " B"]:
-        """Rank of each target in the whole catalogue, without excluded items."""
+        """Rank of each target in the whole catalogue, without excluded items.
+
+        Requests without a history get the most popular items, as in serving: no training target has an empty history,
+        so their query vectors are arbitrary.
+        """
         queries = self.towers.queries(batch.history)
         items = self.evaluated_vectors if self.evaluated_vectors is not None else self.towers.all_item_vectors()
+        excluded, target = (batch.excluded_rows, batch.excluded_items), batch.target[:, None]
         with without_autocast(queries):  # bf16 would produce many ties
-            found = catalogue_ranks(
-                queries.float(), items.float(), batch.excluded_rows, batch.excluded_items, batch.target[:, None]
-            )
-        return found.ranks[:, 0]
+            ranks = catalogue_ranks(queries.float(), items.float(), *excluded, target).ranks[:, 0]
+        new = (batch.history.lengths == 0).nonzero()[:, 0]
+        if len(new):
+            own = torch.isin(batch.excluded_rows, new)
+            excluded = torch.searchsorted(new, batch.excluded_rows[own]), batch.excluded_items[own]
+            same, popularity = torch.ones(len(new), 1, device=new.device), self.popularity[1:, None]
+            ranks[new] = catalogue_ranks(same, popularity, *excluded, target[new]).ranks[:, 0]
+        return ranks
 
     def on_validation_epoch_start(self) -> None:
         self.evaluated_vectors = self.towers.all_item_vectors()

@@ -14,10 +14,12 @@ import pytest
 import torch
 from closeness import close
 from lightning import Trainer
+from worlds import write_movielens
 
 from recsys2stage.cli.main import main
 from recsys2stage.data.prepare import prepare
-from recsys2stage.data.sources import Table
+from recsys2stage.data.sources import MovieLens, Table
+from recsys2stage.data.split import GlobalTime
 from recsys2stage.metrics import compute_metrics
 from recsys2stage.optim import RecsysAdamW, with_schedule
 from recsys2stage.retrieval.encoders import Transformer
@@ -106,6 +108,26 @@ def test_known_items_are_filtered(cycle: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model.towers, "all_item_vectors", lambda: torch.eye(data.num_items))
     [got] = Trainer(**QUIET).validate(model, data, verbose=False)
     assert got["val/mrr"] == 1.0
+
+
+def test_requests_without_a_history_are_ranked_by_popularity_as_in_serving(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    events = [  # every third user has come before the split times, the others begin after them
+        (user, int(item), 4.0, 10**9 + step * 1_000 + (0 if user % 3 == 0 else 20_000 + user * 500))
+        for user in range(30)
+        for step, item in enumerate(rng.permutation(15)[: 5 + user % 4 * 3] + 1)
+    ]
+    split = GlobalTime(val=0.3, test=0.2)
+    prepare(MovieLens(write_movielens(tmp_path / "raw", events)), tmp_path / "data", split=split)
+    data = Histories(tmp_path / "data", max_length=5)
+    model = model_for(data)
+    Trainer(**QUIET).validate(model, data, verbose=False)
+    [batch] = data.val_dataloader()
+    new, counts = batch.history.lengths == 0, data.dataset.train_counts[1:]
+    assert 0 < new.sum() < len(new)
+    popular = [np.count_nonzero(counts >= counts[target - 1]) for target in batch.target[new].tolist()]
+    with torch.inference_mode():
+        assert model.eval().ranks(batch)[new].tolist() == popular
 
 
 class Fit(NamedTuple):
