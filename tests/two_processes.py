@@ -82,8 +82,8 @@ class Evenly(Uniform):
 class Weighted(NextItem):
     """Targets of different weights."""
 
-    def forward(self, window: History) -> TrainingBatch:
-        batch = super().forward(window)
+    def forward(self, window: History, progress: float = 0.0) -> TrainingBatch:
+        batch = super().forward(window, progress)
         return batch._replace(weights=1.0 + batch.targets % 3)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from recsys2stage.columns import MASK, UNKNOWN
 from recsys2stage.options import check_integer, check_number
+from recsys2stage.retrieval.losses.schedule import Schedule
 from recsys2stage.shapes import History, Items
 
 
@@ -32,38 +33,51 @@ class Objective(nn.Module, ABC):
         """Whether it needs the times of the events."""
         return False
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether any option changes with training progress."""
+        return False
+
     @abstractmethod
-    def forward(self, window: History) -> TrainingBatch:
+    def forward(self, window: History, progress: float = 0.0) -> TrainingBatch:
         """
         Args:
             window: events; the newest of each row is only a target. `window.request` and `window.target_action` are
                 valid at the positions before it.
+            progress: completed fraction of the training run, for schedules.
         """
 
 
 class NextItem(Objective):
     """Predicts the next item at every position.
 
-    Most events of a log continue a session, but most requests of a site begin one. A larger weight of the targets that
-    begin a session trains for these requests; it is that of importance sampling where it equals the ratio of their
-    shares among requests and among targets.
+    Most events of a log continue a session, but many requests of a site begin one. A larger weight of the targets that
+    begin a session fits the model to these requests. They are few, so a large weight from the start overfits; raise it
+    at the end of the run.
 
     Args:
-        session_weight: weight in the loss of a target that begins a session, relative to other targets.
+        session_weight: weight in the loss of a target that begins a session, relative to other targets; or points
+            [[share of the run, weight], ...].
         gap: seconds since the event before from which a target begins a session.
     """
 
-    def __init__(self, session_weight: float = 1.0, gap: int = 3600) -> None:
+    def __init__(self, session_weight: float | list[tuple[float, float]] = 1.0, gap: int = 3600) -> None:
         super().__init__()
-        check_number("session_weight", session_weight, above=0, example=10.0, what="a weight")
+        self.session_weight: Schedule[float] = Schedule("session_weight", session_weight)
+        for weight in self.session_weight.values:
+            check_number("session_weight", weight, above=0, example=10.0, what="a weight")
         check_integer("gap", gap, example=3600)
-        self.session_weight, self.gap = session_weight, gap
+        self.gap = gap
 
     @property
     def reads_times(self) -> bool:
-        return self.session_weight != 1
+        return self.session_weight.values != [1]
 
-    def forward(self, window: History) -> TrainingBatch:
+    @property
+    def scheduled(self) -> bool:
+        return self.session_weight.varies
+
+    def forward(self, window: History, progress: float = 0.0) -> TrainingBatch:
         history = window._replace(
             items=window.items[:, :-1],
             lengths=(window.lengths - 1).clamp(min=0),
@@ -75,10 +89,10 @@ class NextItem(Objective):
         )
         target_positions = real_positions(history.items, history.lengths)
         ratings = None if window.ratings is None else window.ratings[:, 1:][target_positions]
-        weights = None
-        if self.session_weight != 1:
+        weights, weight = None, self.session_weight.at(progress)
+        if weight != 1:
             begins = (window.times[:, 1:] - window.times[:, :-1])[target_positions] >= self.gap
-            weights = torch.where(begins, self.session_weight, 1.0)
+            weights = torch.where(begins, float(weight), 1.0)
         return TrainingBatch(history, target_positions, window.items[:, 1:][target_positions], ratings, weights)
 
 
@@ -105,7 +119,7 @@ class Cloze(Objective):
         check_number("newest", newest, low=0, high=1, example=0.1, what="a share")
         self.rate, self.newest = rate, newest
 
-    def forward(self, window: History) -> TrainingBatch:
+    def forward(self, window: History, progress: float = 0.0) -> TrainingBatch:
         items, lengths, times, request = window[:4]
         with_target_time = request is not None and not torch.equal(request, times)  # request_time: target
         position, last = torch.arange(items.size(1), device=items.device), (lengths - 1)[:, None]

@@ -215,8 +215,9 @@ class Retriever(RecsysModule):
         super().on_train_start()
         if self.item_tables[0].sparse:  # as DistributedDataParallel does with all other weights
             copy_from_first(*(table.weight for table in self.item_tables))
-        if self.loss.scheduled:
-            self.require_planned_steps(type(self.loss).__name__)
+        for part in (self.objective, self.loss):
+            if part.scheduled:
+                self.require_planned_steps(type(part).__name__)
         if self.final_lr < 1:
             self.require_planned_steps("the learning rate")
 
@@ -228,7 +229,7 @@ class Retriever(RecsysModule):
 
     def losses(self, window: History) -> dict[str, Any]:
         """The loss of a batch under "loss", and further values to log."""
-        training_batch = self.objective(window)
+        training_batch = self.objective(window, self.progress)
         states = self.states(training_batch.history)[training_batch.target_positions]
         targets = Targets(
             items=training_batch.targets,

@@ -190,7 +190,11 @@ def test_a_target_that_begins_a_session_has_its_weight() -> None:
     weights = NextItem(session_weight=10.0, gap=3600)(History(items, lengths, times, None)).weights
     assert weights is not None
     assert weights.tolist() == [1, 10, 1, 10, 10, 1]
-    assert NextItem()(History(items, lengths, times, None)).weights is None
+    later = NextItem(session_weight=[(0.0, 1.0), (0.8, 3.0)])
+    assert later(History(items, lengths, times, None), 0.79).weights is None
+    weights = later(History(items, lengths, times, None), 0.8).weights
+    assert weights is not None
+    assert weights.tolist() == [1, 3, 1, 3, 3, 1]
 
 
 # --- which objective suits which encoder
