@@ -31,6 +31,7 @@ from recsys2stage.evaluation.by_gap import EVERYTHING, GROUPS
 
 HERE = Path(__file__).parent
 FOLDER, MEASURED = HERE / "figures", HERE / "measured"
+FEWEST = 20  # targets of a group that is drawn by gap
 BY_GAP = MEASURED / "by_gap"  # a file for each protocol, in the order of their names
 
 
@@ -387,8 +388,8 @@ def by_gap(panels: Sequence[dict[str, Any]] | None = None) -> Canvas:
     )
     for number, panel in enumerate(panels):
         left, top = 20 + 475 * (number % 2), 16 + height * (number // 2)
-        shown = [(at, panel["by_gap"][label]) for at, label in enumerate(labels) if label in panel["by_gap"]]
-        models = [one["ndcg@10"] for _, group in shown for one in group["models"].values()]
+        shown = {label: group for label, group in panel["by_gap"].items() if group["targets"] >= FEWEST}
+        models = [one["ndcg@10"] for group in shown.values() for one in group["models"].values()]
         longest = max(one["high"] for one in models)
         start, width = left + 196, 236 if len(panels) > 1 else 680
         c.text(left, top + 16, panel["title"], weight="bold", ha="left")
@@ -399,7 +400,7 @@ def by_gap(panels: Sequence[dict[str, Any]] | None = None) -> Canvas:
             c.text(left, y, label, size=12, ha="left", color=INK if group else QUIET)
             c.text(start - 10, y, f"{group['targets']:,}" if group else "–", size=11, color=QUIET, ha="right")
             for offset, (name, color) in zip((-5, 5), (("retriever", BLUE), ("ranker", ORANGE)), strict=True):
-                if not group or name not in group["models"]:
+                if label not in shown or name not in group["models"]:
                     continue
                 one = group["models"][name]["ndcg@10"]
                 low, value, high = (start + width * one[key] / longest for key in ("low", "value", "high"))
@@ -413,7 +414,7 @@ def by_gap(panels: Sequence[dict[str, Any]] | None = None) -> Canvas:
     c.text(42, y, "retriever", size=12, ha="left")
     c.dot(130, y, 5, fill=ORANGE)
     c.text(142, y, "both stages", size=12, ha="left")
-    note = "NDCG@10, test; lines: 95 % intervals over users; the numbers next to the groups count targets."
+    note = "NDCG@10, test; lines: 95 % intervals over users; next to the groups: targets, not drawn below 20."
     c.text(250, y, note, size=11, color=QUIET, ha="left")
     return c
 
