@@ -47,6 +47,7 @@ class PopularityAsOf(Proposer):
     ) -> None:
         super().__init__(candidates)
         self._lists: dict[tuple[int, int], np.ndarray] = {}  # ranks of events -> items
+        self._at_end: np.ndarray | None = None
         check_integers("windows", windows, example=(DAY, WEEK))
         self.windows, self.trending = list(windows), trending
         if self.windows != sorted(set(self.windows)):
@@ -83,16 +84,18 @@ class PopularityAsOf(Proposer):
     def restore(self, tables: dict[str, np.ndarray]) -> None:
         super().restore(tables)
         self._lists.clear()
+        self._at_end = None
 
     def __call__(self, requests: Requests) -> np.ndarray:
         times, keys, starts = (np.asarray(self.tables[name]) for name in ("times", "keys", "starts"))
         items, now, base = np.maximum(requests.items, 0), self._counted_until(requests.request_time), len(times) + 1
         older = np.searchsorted(times, now[:, None] - np.array([*self.windows[::-1], 0]))  # (B, windows + 1) ranks
-        # the index of each item's first event with at least each of these ranks; windows after the end of the log, as
-        # those of most requests to a service, need no search
-        within, index = int((older < len(times)).any(axis=0).sum()), np.empty((*items.shape, older.shape[1]), np.int64)
-        index[..., :within] = np.searchsorted(keys, items[..., None] * base + older[:, None, :within])
-        index[..., within:] = starts[items + 1][..., None]
+        # the index of each item's first event with at least each of these ranks
+        index = np.empty((*items.shape, older.shape[1]), np.int64)
+        if (now > times[-1]).all():  # most requests to a service
+            index[..., :-1], index[..., -1] = self._first_at_end()[items], starts[items + 1]
+        else:
+            index[:] = np.searchsorted(keys, items[..., None] * base + older[:, None])
         begins, ends = starts[items], index[..., -1]
         total, number = ends - begins, len(self.windows)
 
@@ -147,6 +150,14 @@ class PopularityAsOf(Proposer):
     def _counted_until(self, seconds: np.ndarray) -> np.ndarray:
         """The times (B,), at most the second after the newest training event."""
         return np.minimum(seconds, self.tables["times"][-1] + 1)
+
+    def _first_at_end(self) -> np.ndarray:
+        """The index of each item's first event in each window before the end of the log, (V + 1, windows)."""
+        if self._at_end is None:
+            times, keys, starts = (np.asarray(self.tables[name]) for name in ("times", "keys", "starts"))
+            older = np.searchsorted(times, times[-1] + 1 - np.array(self.windows[::-1]))
+            self._at_end = np.searchsorted(keys, np.arange(len(starts) - 1)[:, None] * (len(times) + 1) + older)
+        return self._at_end
 
     def _by_count(self, begin: int, end: int) -> np.ndarray:
         """Items of the events with ranks begin .. end - 1, most frequent first, (n,) int32.
