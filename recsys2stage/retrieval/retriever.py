@@ -278,15 +278,15 @@ class Retriever(RecsysModule):
         """
         queries = self.towers.queries(batch.history)
         items = self.evaluated_vectors if self.evaluated_vectors is not None else self.towers.all_item_vectors()
-        excluded, target = (batch.excluded_rows, batch.excluded_items), batch.target[:, None]
+        target = batch.target[:, None]
         with without_autocast(queries):  # bf16 would produce many ties
-            ranks = catalogue_ranks(queries.float(), items.float(), *excluded, target).ranks[:, 0]
+            found = catalogue_ranks(queries.float(), items.float(), batch.excluded_rows, batch.excluded_items, target)
+        ranks = found.ranks[:, 0]
         new = (batch.history.lengths == 0).nonzero()[:, 0]
         if len(new):
-            own = torch.isin(batch.excluded_rows, new)
-            excluded = torch.searchsorted(new, batch.excluded_rows[own]), batch.excluded_items[own]
+            none = batch.excluded_rows[:0]  # they have seen no item
             same, popularity = torch.ones(len(new), 1, device=new.device), self.popularity[1:, None]
-            ranks[new] = catalogue_ranks(same, popularity, *excluded, target[new]).ranks[:, 0]
+            ranks[new] = catalogue_ranks(same, popularity, none, none, target[new]).ranks[:, 0]
         return ranks
 
     def on_validation_epoch_start(self) -> None:

@@ -180,7 +180,7 @@ def test_requests_long_after_the_last_training_event_are_like_one_right_after_it
     signal = fitted(dataset, candidates=5)
     values = signal(asked_at(now, np.tile(np.arange(1, ITEMS + 1), (4, 1))))
     assert np.expm1(values[0, :, signal.names.index("popularity_1d")]).any()
-    assert np.array_equal(values, np.broadcast_to(values[0], values.shape))
+    close(values, np.broadcast_to(values[0], values.shape))  # log1p may round by the place in a vector register
     for item, own in enumerate(values[0], 1):
         assert own == pytest.approx(by_hand(events, item, last + 1, 7 * DAY), rel=1e-6, abs=1e-6)
     proposed = signal.propose(asked_at(now[2:]), nobody(2))
