@@ -43,7 +43,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def global_mean(mean: Tensor, rows: int | float) -> Tensor:
+def global_mean(mean: Tensor, rows: int | Tensor) -> Tensor:
     """The mean over the rows of all processes, from the means over the rows of each.
 
     DistributedDataParallel averages gradients over processes, as if each had as many rows. The gradient that this
@@ -51,14 +51,15 @@ def global_mean(mean: Tensor, rows: int | float) -> Tensor:
 
     Args:
         mean: scalar, over the rows of this process.
-        rows: their number, or the sum of their weights in a weighted mean.
+        rows: their number, or the sum of their weights (a scalar) in a weighted mean.
     """
     processes = num_processes()
     if processes == 1:
         return mean
-    total = torch.tensor(float(rows), dtype=torch.float64, device=mean.device)
+    share = torch.as_tensor(rows, dtype=torch.float64, device=mean.device)
+    total = share.clone()
     dist.all_reduce(total)
-    own = mean * (rows * processes / total).to(mean.dtype)
+    own = mean * (share * processes / total).to(mean.dtype)
     value = own.detach().clone()
     dist.all_reduce(value)
     return own + (value / processes - own.detach())

@@ -247,7 +247,7 @@ class Retriever(RecsysModule):
             similarity=self.towers.similarity,
             dim=states.size(-1),
         )
-        weight = len(states) if targets.weights is None else float(targets.weights.sum())
+        weight = len(states) if targets.weights is None else targets.weights.sum()
         loss = global_mean(self.loss(self.towers.query_vectors(states), targets, catalogue), weight)
         facts: dict[str, Any] = dict(self.loss.facts(self.progress))
         if self.norm_penalty is not None:
