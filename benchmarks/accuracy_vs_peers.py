@@ -18,6 +18,7 @@ ours, without times      without event and request times (configs/with/no-time.y
 ours, SASRec                 the encoder SASRec, without event and request times
 RecTools SASRec              the defaults of its SASRecModel, with 200 events instead of 100
 RecTools SASRec, width 64    with two heads of 32, for faster epochs
+... our steps                with our batch size and learning rate: 32 and 2e-3 instead of 128 and 1e-3
 RecTools HSTU                its HSTU tutorial for MovieLens-1M: width 50, 128 sampled negatives
 RecTools HSTU, full softmax  with the loss of its SASRec
 
@@ -52,6 +53,7 @@ SCRIPT = Path(__file__).parent / "peers/rectools_vectors.py"
 METRICS = ("hr@10", "ndcg@10", "recall@100")
 SASREC = {"n_blocks": 2, "n_heads": 4, "n_factors": 256, "loss": "softmax"}
 SHARED = {"session_max_len": 200, "dropout_rate": 0.2, "lr": 1e-3, "batch_size": 128}
+OURS = {"lr": 2e-3, "batch_size": 32}  # of configs/ml-1m: four times the steps of an epoch
 HSTU = {"n_blocks": 2, "n_heads": 1, "n_factors": 50, "loss": "sampled_softmax", "n_negatives": 128}
 TIMES = {"relative_time_attention": True, "relative_pos_attention": True, "lightning_module_kwargs": {"logits_t": 0.05}}
 
@@ -81,7 +83,11 @@ CONTESTANTS = {
     "ours, SASRec": Contestant(("sasrec", "no-time")),
     "RecTools SASRec": Contestant(model="SASRec", options=SASREC | SHARED),
     "RecTools SASRec, width 64": Contestant(model="SASRec", options=SASREC | SHARED | {"n_factors": 64, "n_heads": 2}),
+    "RecTools SASRec, width 64, our steps": Contestant(
+        model="SASRec", options=SASREC | SHARED | {"n_factors": 64, "n_heads": 2} | OURS
+    ),
     "RecTools HSTU": Contestant(model="HSTU", options=HSTU | SHARED | TIMES),
+    "RecTools HSTU, our steps": Contestant(model="HSTU", options=HSTU | SHARED | TIMES | OURS),
     "RecTools HSTU, full softmax": Contestant(model="HSTU", options=HSTU | SHARED | TIMES | {"loss": "softmax"}),
 }
 
