@@ -56,10 +56,10 @@ def global_mean(mean: Tensor, rows: int | Tensor) -> Tensor:
     processes = num_processes()
     if processes == 1:
         return mean
-    share = torch.as_tensor(rows, dtype=torch.float64, device=mean.device)
-    total = share.clone()
+    own_rows = torch.as_tensor(rows, dtype=torch.float64, device=mean.device)
+    total = own_rows.clone()
     dist.all_reduce(total)
-    own = mean * (share * processes / total).to(mean.dtype)
+    own = mean * (own_rows * processes / total).to(mean.dtype)
     value = own.detach().clone()
     dist.all_reduce(value)
     return own + (value / processes - own.detach())
